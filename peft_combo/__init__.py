@@ -1,0 +1,48 @@
+"""Per-category PEFT adapters for BERT-like encoders, and the bundle recommender that swaps them.
+
+Names are imported on first use: ``import peft_combo`` alone costs nothing, so the command line answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_combo.adapters import AdapterRecord, AdapterStore
+    from peft_combo.backbone import Backbone
+    from peft_combo.errors import PeftComboError
+    from peft_combo.recipe import Recipe
+    from peft_combo.recipe_files import load_recipe
+    from peft_combo.tuning import TuneResult, tune
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterRecord": "peft_combo.adapters",
+    "AdapterStore": "peft_combo.adapters",
+    "Backbone": "peft_combo.backbone",
+    "PeftComboError": "peft_combo.errors",
+    "Recipe": "peft_combo.recipe",
+    "TuneResult": "peft_combo.tuning",
+    "load_recipe": "peft_combo.recipe_files",
+    "tune": "peft_combo.tuning",
+}
+
+__all__ = [
+    "AdapterRecord",
+    "AdapterStore",
+    "Backbone",
+    "PeftComboError",
+    "Recipe",
+    "TuneResult",
+    "__version__",
+    "load_recipe",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

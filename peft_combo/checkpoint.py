@@ -1,0 +1,122 @@
+"""The state of a run in the middle: written so that a kill at any moment leaves a whole one, read back exactly.
+
+Owns the files of a checkpoint. Knows nothing of what the tensors mean. A checkpoint holds what learns and what the
+optimizer remembers, never the frozen encoder: some hundred kB, not hundreds of MB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_combo.errors import TuningError
+
+_STATE = "state.json"  # written last: a folder without it is not a checkpoint
+_PREFIX = "step-"
+
+
+@dataclass
+class Checkpoint:
+    """One moment of a run.
+
+    Attributes:
+        tensors: by group (``weights``, ``optimizer``, ``best``), named tensors.
+        values: everything else, as JSON.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> Path:
+        """Write into `folder` and drop older checkpoints there.
+
+        Raises:
+            TuningError: the disk is full or the folder cannot be written; older checkpoints are still there.
+        """
+        target = folder / f"{_PREFIX}{self.step:08d}"
+        draft = folder / f".{target.name}.{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            draft.mkdir()
+            for group, tensors in self.tensors.items():
+                save_file(
+                    {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft / f"{group}.safetensors"
+                )
+            state = {"step": self.step, "groups": sorted(self.tensors), "values": self.values}
+            (draft / _STATE).write_text(json.dumps(state))
+            for path in draft.iterdir():
+                _sync(path)
+            if target.exists():
+                shutil.rmtree(target)
+            draft.rename(target)
+            _sync(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise TuningError(
+                f"The checkpoint of step {self.step} cannot be written to {folder}: {_reason(error)}. "
+                "Free some space or make the folder writable, then go on with --resume from the last one."
+            ) from error
+        for path in folder.iterdir():
+            if path != target and path.name.lstrip(".").startswith(_PREFIX):
+                shutil.rmtree(path, ignore_errors=True)
+        return target
+
+    @classmethod
+    def latest(cls, folder: Path) -> Checkpoint | None:
+        """Read the newest whole checkpoint in `folder`; None where there is none.
+
+        Raises:
+            TuningError: it is there but cannot be read.
+        """
+        found = sorted(folder.glob(f"{_PREFIX}*/{_STATE}")) if folder.is_dir() else []
+        if not found:
+            return None
+        try:
+            state = json.loads(found[-1].read_text())
+            tensors = {group: load_file(found[-1].parent / f"{group}.safetensors") for group in state["groups"]}
+            return cls(int(state["step"]), tensors, state["values"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise TuningError(
+                f"The checkpoint {found[-1].parent} cannot be read ({_reason(error)}). Remove it and start anew."
+            ) from error
+
+
+def optimizer_tensors(state: Mapping[int, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Flatten the ``state`` part of an optimizer's state dict to ``"<parameter>.<name>"``."""
+    return {
+        f"{parameter}.{name}": value
+        for parameter, entries in state.items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """Undo `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        parameter, _, name = key.partition(".")
+        state.setdefault(int(parameter), {})[name] = value
+    return state
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).splitlines()[0]
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

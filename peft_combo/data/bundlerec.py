@@ -1,0 +1,154 @@
+"""The CSV layout of the BundleRec datasets (clothing, electronic, food).
+
+Owns their file names, columns and quirks. Knows nothing of other layouts.
+Source: https://github.com/BundleRec/bundle_recommendation (Sun et al., SIGIR 2022).
+
+Every bundle belongs to a user, and user_item is the union of that user's bundles: it must not be shown for a held-out
+user, which `splits` sees to. The session files add items without text and nothing else that is used here.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from peft_combo.data.assemble import Found
+from peft_combo.data.model import Bundles, Catalog, Interactions
+from peft_combo.errors import Fault, did_you_mean
+
+FILES: dict[str, tuple[str, ...]] = {
+    "item_titles.csv": ("item ID", "titles"),
+    "item_categories.csv": ("item ID", "categories"),
+    "bundle_item.csv": ("bundle ID", "item ID"),
+    "bundle_intent.csv": ("bundle ID", "intent"),
+    "user_bundle.csv": ("user ID", "bundle ID", "timestamp"),
+    "user_item.csv": ("user ID", "item ID", "timestamp"),
+}
+
+_Row = tuple[int, tuple[str, ...]]
+
+
+def read_bundlerec(folder: Path) -> tuple[Found | None, list[Fault]]:
+    """Read a folder of BundleRec CSV files.
+
+    Returns:
+        (found, faults); found is None where there are faults.
+    """
+    faults: list[Fault] = []
+    rows = {name: _read(folder / name, columns, faults) for name, columns in FILES.items()}
+    if faults:
+        return None, faults
+
+    notes: list[str] = []
+    titles = {item_id: _title(title) for _, (item_id, title) in rows["item_titles.csv"] if _title(title)}
+    if not titles:
+        return None, [Fault("item_titles.csv", "no item has a title.")]
+    categories = {item_id: longest_path(cell) for _, (item_id, cell) in rows["item_categories.csv"]}
+    catalog = Catalog.build(titles, titles.values(), [categories.get(item_id, ()) for item_id in titles])
+
+    untitled: set[str] = set()
+    members: dict[str, dict[int, None]] = defaultdict(dict)
+    for _, (bundle_id, item_id) in rows["bundle_item.csv"]:
+        if item_id in titles:
+            members[bundle_id][catalog.index[item_id]] = None
+        else:
+            untitled.add(item_id)
+    owners: dict[str, tuple[str, float]] = {}
+    shared = 0
+    for line, (user, bundle_id, moment) in rows["user_bundle.csv"]:
+        if bundle_id in owners:
+            shared += 1
+        else:
+            owners[bundle_id] = (user, _moment(moment, "user_bundle.csv", line, faults))
+    if shared:
+        notes.append(f"{shared:,} bundles have a second user; the first one counts as the owner")
+    intents = {bundle_id: " ".join(intent.split()) for _, (bundle_id, intent) in rows["bundle_intent.csv"]}
+    bundles = Bundles.build(
+        bundle_ids=members,
+        items=[list(items) for items in members.values()],
+        names=[intents.get(bundle_id) or None for bundle_id in members],
+        owners=[owners[bundle_id][0] if bundle_id in owners else None for bundle_id in members],
+        times=[owners[bundle_id][1] if bundle_id in owners else np.nan for bundle_id in members],
+    )
+
+    place: dict[str, int] = {}
+    events: list[tuple[int, int, float]] = []
+    for line, (user, item_id, moment) in rows["user_item.csv"]:
+        if item_id in titles:
+            at = _moment(moment, "user_item.csv", line, faults)
+            events.append((place.setdefault(user, len(place)), catalog.index[item_id], at))
+        else:
+            untitled.add(item_id)
+    if untitled:
+        notes.append(f"{len(untitled):,} items without a title were left out of bundles and interactions")
+    if faults:
+        return None, faults
+    interactions = Interactions.build(
+        user_ids=place,
+        users=[user for user, _, _ in events],
+        items=[item for _, item, _ in events],
+        times=[moment for _, _, moment in events],
+    )
+    name = f"bundlerec-{folder.resolve().name}"
+    return Found(name, catalog, interactions, (), bundles, tuple(notes), "bundle_item.csv"), []
+
+
+def longest_path(cell: str) -> tuple[str, ...]:
+    """Return the deepest category path of a cell like ``[[Toys,Arts, Crafts & Sewing],[Home]]``, the first of equals.
+
+    Names are not quoted and may hold commas. A comma inside a name is followed by a space, one between names is not:
+    checked on clothing and electronic, where this gives names with commas such as "Surf, Skate & Street" and no other.
+    """
+    inner = cell.strip().removeprefix("[[").removesuffix("]]")
+    paths = [tuple(name for one in re.split(r",(?! )", path) if (name := one.strip())) for path in inner.split("],[")]
+    return max(paths, key=len)
+
+
+def _title(cell: str) -> str:
+    """Return a title without the HTML entities (some are escaped twice) and stray whitespace of the source."""
+    return " ".join(html.unescape(html.unescape(cell)).split())
+
+
+def _read(file: Path, columns: tuple[str, ...], faults: list[Fault]) -> list[_Row]:
+    """Return (line, cells) of the named columns, cells stripped."""
+    if not file.is_file():
+        faults.append(Fault(file.name, f"is missing in {file.parent}.", "Get it with: peft-combo data get."))
+        return []
+    raw = file.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("cp1252", errors="replace")
+    reader = csv.reader(io.StringIO(text, newline=""))
+    header = [name.strip() for name in next(reader, [])]
+    missing = [name for name in columns if name not in header]
+    for name in missing:
+        faults.append(  # noqa: PERF401 - a sentence each reads better as a loop
+            Fault(f"{file.name}:1", f"has no column {name!r}; it has {', '.join(header)}.", did_you_mean(name, header))
+        )
+    if missing:
+        return []
+    places = [header.index(name) for name in columns]
+    rows: list[_Row] = []
+    for cells in reader:
+        if len(cells) == len(header):
+            rows.append((reader.line_num, tuple(cells[place].strip() for place in places)))
+        elif cells:
+            faults.append(Fault(f"{file.name}:{reader.line_num}", f"has {len(cells)} columns, not {len(header)}."))
+    if not rows:
+        faults.append(Fault(file.name, "has no rows."))
+    return rows
+
+
+def _moment(cell: str, file: str, line: int, faults: list[Fault]) -> float:
+    try:
+        return float(cell) if cell else np.nan
+    except ValueError:
+        faults.append(Fault(f"{file}:{line}", f"timestamp is {cell!r}, expected seconds since 1970."))
+        return np.nan

@@ -1,0 +1,210 @@
+"""Gets public datasets over the network into a cache folder, and checks what came.
+
+Owns the addresses, the checksums and the lock file beside the data. Knows nothing of what is in the files. Where the
+sha256 of a file is known it is pinned here. Where it is not, the first download is trusted and its sha256 written to
+the lock; from then on the file must match it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from peft_combo.errors import DataError, did_you_mean
+
+LOCK = "peft-combo.lock.json"
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a dataset; `sha256` is None where nobody could vouch for one."""
+
+    name: str
+    url: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A public dataset: what it is, on what terms, and the files it takes."""
+
+    name: str
+    what: str
+    terms: str
+    files: tuple[RemoteFile, ...]
+
+
+def _bundlerec(category: str, titles_sha256: str, categories_sha256: str) -> Remote:
+    """Return the files of one BundleRec category, each at a fixed commit."""
+    root = "https://raw.githubusercontent.com/BundleRec/bundle_recommendation"
+    behaviour = "0964176882723725781c56012ba3c028ccf2796d"
+    files = [
+        RemoteFile(
+            "item_titles.csv",
+            f"{root}/dfabe7bd74b0051911998a3f108a59e1745f6b75/dataset/{category}/item_titles.csv",
+            titles_sha256,
+        ),
+        RemoteFile(
+            "item_categories.csv",
+            f"{root}/b29a34a81e326e56451cda8af28429da957dc83d/dataset/{category}/item_categories.csv",
+            categories_sha256,
+        ),
+    ]
+    files += [
+        RemoteFile(name, f"{root}/{behaviour}/dataset/{category}/{name}")
+        for name in ("bundle_item.csv", "bundle_intent.csv", "user_bundle.csv", "user_item.csv")
+    ]
+    return Remote(
+        f"bundlerec-{category}",
+        f"bundles of Amazon items with intents, {category} (Sun et al., SIGIR 2022)",
+        "no licence stated: for research, not to be passed on",
+        tuple(files),
+    )
+
+
+REMOTE = (
+    _bundlerec(
+        "clothing",
+        "4719a0d21d7a9072c726299781f4d9ee6504f00932f7b748141a8c3c44388a07",
+        "1a62964575d3d0a87ef2e4b8a0de1c6ce45b649ee27d139512b3de5ffedc24a3",
+    ),
+    _bundlerec(
+        "electronic",
+        "8d77a35db7527bd87f0a8fb4630e5412446d15140ad4210b5a28a738dc274ae1",
+        "04a0cdb5b5567b0c0c18e22a29a38f77718ff9770281c3f0672a3c57ddcc4d25",
+    ),
+)
+
+
+def get(name: str, cache_dir: str | Path) -> Path:
+    """Download the public dataset `name` under `cache_dir` and return its folder; what is there already is kept.
+
+    Raises:
+        DataError: there is no such dataset, the network cannot be reached, or a file is not what it was.
+    """
+    for remote in REMOTE:
+        if remote.name == name:
+            return fetch(remote, cache_dir)
+    names = [remote.name for remote in REMOTE]
+    raise DataError(
+        f"No dataset {name!r} to get. There are {', '.join(names)}. {did_you_mean(name, names)} "
+        "The sources demo and completejourney need no download."
+    )
+
+
+def fetch(remote: Remote, cache_dir: str | Path, timeout: float = 30.0) -> Path:
+    """Put every file of `remote` into a folder of its own under `cache_dir`, and check each.
+
+    A file that is there already, placed by hand or by an earlier run, is checked and kept. A new one is written beside
+    its place, checked, then moved there: a file under its own name is whole.
+
+    Args:
+        timeout: seconds without an answer after which a host counts as out of reach.
+    Raises:
+        DataError: a file cannot be had or does not match its checksum.
+    """
+    folder = Path(cache_dir).expanduser() / remote.name
+    folder.mkdir(parents=True, exist_ok=True)
+    locked = _read_lock(folder / LOCK)
+    for file in remote.files:
+        target = folder / file.name
+        expected = file.sha256 or locked.get(file.name)
+        if target.is_file():
+            found = _sha256(target)
+            if expected is not None and found != expected:
+                raise DataError(
+                    f"{target} is not the file it was: expected sha256 {expected}, found {found}. "
+                    "Remove it and get it again."
+                )
+        else:
+            found = _download(remote, file, target, expected, timeout)
+        if locked.get(file.name) != found:
+            locked[file.name] = found
+            _write_lock(folder / LOCK, locked)
+    return folder
+
+
+def _download(remote: Remote, file: RemoteFile, target: Path, expected: str | None, timeout: float) -> str:
+    """Download one file to a temporary name, check it, move it into place; return its sha256."""
+    handle, part = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            try:
+                digest = _copy(file.url, out, timeout)
+            except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()  # it holds the connection
+                raise DataError(_out_of_reach(remote, file, target.parent, error)) from error
+            out.flush()
+            os.fsync(out.fileno())
+        if expected is not None and digest != expected:
+            raise DataError(
+                f"{file.url} did not give the expected file: expected sha256 {expected}, found {digest}. Nothing was "
+                f"kept. Either the file was changed at its source, or something in between altered it. If you trust "
+                f"another copy, place it as {target}"
+                + (f", and remove {target.parent / LOCK}." if file.sha256 is None else ".")
+            )
+        os.replace(part, target)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return digest
+
+
+def _copy(url: str, out: BinaryIO, timeout: float) -> str:
+    """Copy what `url` gives to `out` and return its sha256; a body shorter than announced is an OSError."""
+    digest = hashlib.sha256()
+    length = 0
+    request = urllib.request.Request(url, headers={"User-Agent": "peft-combo"})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        while chunk := response.read(_CHUNK):
+            digest.update(chunk)
+            length += len(chunk)
+            out.write(chunk)
+        announced = response.headers.get("Content-Length")
+    if announced is not None and length != int(announced):
+        raise OSError(f"the connection ended after {length:,} of {int(announced):,} bytes")
+    return digest.hexdigest()
+
+
+def _out_of_reach(remote: Remote, file: RemoteFile, folder: Path, error: Exception) -> str:
+    host = urllib.parse.urlsplit(file.url).netloc
+    reason = getattr(error, "reason", None) or error
+    missing = [one for one in remote.files if not (folder / one.name).is_file()]
+    listed = "\n".join(f"  {one.url}" for one in missing)
+    return (
+        f"Cannot get {file.name} from {host}: {reason}. Check the network, or get these files elsewhere and place them "
+        f"in {folder}:\n{listed}"
+    )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _read_lock(lock: Path) -> dict[str, str]:
+    if not lock.is_file():
+        return {}
+    try:
+        content = json.loads(lock.read_text("utf-8"))
+        return {str(name): str(digest) for name, digest in content["sha256"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{lock} cannot be read: {error}. Remove it to trust the files beside it as they are."
+        ) from error
+
+
+def _write_lock(lock: Path, digests: dict[str, str]) -> None:
+    part = lock.with_suffix(".part")
+    part.write_text(json.dumps({"sha256": dict(sorted(digests.items()))}, indent=2) + "\n", "utf-8")
+    os.replace(part, lock)

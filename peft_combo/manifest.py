@@ -1,0 +1,366 @@
+"""What an adapter says about itself: its manifest, for programs, and its model card, for people.
+
+Owns the fields of a manifest, which of them a writer has to give, how its bytes are read without trusting them, and the
+card that is derived from it. Knows nothing of folders: where a manifest lies is for the store to know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn, TypeGuard
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+
+from peft_combo.errors import Fault, StoreError, did_you_mean
+
+FORMAT = 1
+"""The manifest format this code writes, and the newest it reads."""
+
+MANIFEST = "manifest.json"
+CARD = "README.md"
+MANIFEST_LIMIT = 4 * 2**20  # bytes; a real manifest has a few kB, anything larger is not one
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Formats whose reading runs code that the file brings along (pickle in one coat or another).
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+JsonObject = dict[str, JsonValue]
+
+
+class FileEntry(_Frozen):
+    """One file of an adapter, as it was when it was written."""
+
+    sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+    bytes: Count
+
+
+class BackboneStamp(_Frozen):
+    """The encoder an adapter was tuned on, and how its outputs were pooled."""
+
+    model: Text
+    fingerprint: Text
+    model_type: Text
+    dim: Positive
+    layers: Positive
+    pooling: Text
+    max_length: Positive
+    quantization: Text = "none"
+
+
+class DataStamp(BaseModel):
+    """The data an adapter was tuned on; further facts (counts, split rule) may stand beside the digests."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
+
+    name: Text
+    digest: Text
+    split_digest: Text
+
+
+class Manifest(_Frozen):
+    """Everything a version says about itself. Content of `manifest.json`.
+
+    Attributes:
+        method: what the recipe asked for (`lora`, `adalora`, `prefix`, `head`, `top-layers`, `full`).
+        stored_as: what the files are: a PEFT type in lower case (AdaLoRA is stored as `lora`), `head` or `weights`.
+        metrics: `before` and `after` (metric -> number), `baselines` (name -> metric -> number), and `protocol`, which
+            says how they were measured. A number may also be `{"value": v, "low": l, "high": h}`; null is not known.
+        versions: package -> version at the time of tuning.
+        files: name -> what it was when written; the manifest itself is not listed.
+    """
+
+    format: Positive = FORMAT
+    category: Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9_-]{0,63}\z")]
+    version: Annotated[int, Field(strict=True, ge=1, lt=10**9)]
+    method: Text
+    stored_as: Text
+    task: JsonObject
+    backbone: BackboneStamp
+    recipe: JsonObject
+    data: DataStamp
+    metrics: JsonObject
+    versions: dict[str, str]
+    created: AwareDatetime
+    files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _names_are_safe(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            if problem := name_problem(name):
+                raise ValueError(f'"{shown(name)}" {problem}')
+        return files
+
+    @property
+    def reference(self) -> str:
+        return f"{self.category}@v{self.version}"
+
+
+def name_problem(name: str) -> str:
+    """Say why a name cannot be a file of an adapter; empty where it can."""
+    if not _FILE.fullmatch(name):
+        return "is not a file name here: letters, digits, . _ - only, not hidden, no folders."
+    if name == MANIFEST:
+        return "is the manifest itself and cannot be listed in it."
+    if name.lower().endswith(_PICKLES):
+        return "may hold a pickle, which runs code when it is read; store tensors as .safetensors."
+    return ""
+
+
+def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Fault]]:
+    """Read the bytes of a manifest: the manifest, or everything that is wrong with it."""
+    remedy = "Restore it from a copy, or remove this version."
+    if len(content) > MANIFEST_LIMIT:
+        return None, [Fault(MANIFEST, f"is larger than {MANIFEST_LIMIT} bytes.", remedy)]
+    try:
+        raw = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else shown(str(error))
+        return None, [Fault(MANIFEST, f"is not JSON ({reason}).", remedy)]
+    if not isinstance(raw, dict):
+        return None, [Fault(MANIFEST, f"expected a JSON object, found {type(raw).__name__}.", remedy)]
+    written = raw.get("format")
+    if type(written) is int and written > FORMAT:
+        problem = f"has format {shown(str(written))}, written by a newer peft-combo; this one reads up to {FORMAT}."
+        return None, [Fault(MANIFEST, problem, "Upgrade with: pip install --upgrade peft-combo")]
+    try:
+        return Manifest.model_validate(raw), []
+    except ValidationError as error:
+        return None, [Fault(f"{MANIFEST}: {f.where}", f.problem, remedy) for f in _faults_of(error)]
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def validated_manifest(values: Mapping[str, Any], category: str) -> Manifest:
+    """Make the manifest a writer asked for, or say everything that is wrong with it."""
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        raise StoreError.from_faults(f"The adapter for {category} cannot be stored:", _faults_of(error)) from error
+
+
+def _faults_of(error: ValidationError) -> list[Fault]:
+    faults = []
+    for detail in error.errors(include_url=False, include_context=False):
+        where = ".".join(shown(str(part)) for part in detail["loc"]) or "manifest"
+        found = "" if detail["type"] in ("missing", "value_error") else f", found {shown(repr(detail['input']))}"
+        faults.append(Fault(where, shown(detail["msg"], 200) + found + "."))
+    return faults
+
+
+def said_by_writer(fields: Mapping[str, Any], category: str, faults: list[Fault]) -> JsonObject:
+    """Turn the writer's fields into plain JSON values, and collect what is missing, unknown or not plain."""
+    own = {"format", "version", "created", "files"}
+    wanted = [name for name in Manifest.model_fields if name not in own and name != "category"]
+    said: JsonObject = {}
+    for name, value in fields.items():
+        if name in own:
+            faults.append(Fault(name, "is for the store to say.", "Leave it out."))
+        elif name == "category":
+            if value != category:
+                faults.append(Fault(name, f"the draft is for {category}, the fields say {shown(repr(value))}."))
+        elif name not in wanted:
+            faults.append(Fault(shown(name), "is not a field of the manifest.", did_you_mean(name, wanted)))
+        else:
+            said[name] = _plain(value, name, faults)
+    faults.extend(Fault(name, "is missing.") for name in wanted if name not in fields)
+    return said
+
+
+def _plain(value: Any, where: str, faults: list[Fault], depth: int = 0) -> JsonValue:
+    if depth > 50:
+        faults.append(Fault(where[:80], "is nested more than 50 deep."))
+        return None
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _unicode(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {_unicode(str(key)): _plain(inner, f"{where}.{key}", faults, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, f"{where}.{i}", faults, depth + 1) for i, inner in enumerate(value)]
+    if hasattr(value, "item"):  # scalars of numpy and torch
+        with suppress(ValueError, RuntimeError, TypeError):
+            return _plain(value.item(), where, faults, depth + 1)
+    faults.append(Fault(shown(where), f"expected a value JSON can hold, found {type(value).__name__}."))
+    return None
+
+
+def _unicode(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()  # a lone surrogate has no place in JSON
+
+
+# --- the model card ---------------------------------------------------------------------------------------------------
+
+
+def model_card(manifest: Manifest) -> str:
+    """Write the `README.md` of a version from its manifest alone: what it is, how good, how to load it.
+
+    It opens with the front matter model hubs read. The recipe is left to the manifest, since it may hold local paths.
+    """
+    backbone, data = manifest.backbone, manifest.data
+    with_peft = "adapter_config.json" in manifest.files
+    front = [
+        "---",
+        f"library_name: {'peft' if with_peft else 'peft-combo'}",
+        # "embedded" or a folder is not a model a hub could link to.
+        *([f"base_model: {json.dumps(backbone.model)}"] if _is_hub_id(backbone.model) else []),
+        "pipeline_tag: feature-extraction",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(("peft-combo", manifest.method, manifest.stored_as))),
+        "---",
+    ]
+    kind = manifest.task.get("kind")
+    facts = {
+        "Category": manifest.category,
+        "Method": manifest.method,
+        "Stored as": manifest.stored_as,
+        "Task": kind if isinstance(kind, str) else "not said",
+        "Backbone": f"{backbone.model} ({backbone.model_type}, {backbone.layers} layers, {backbone.dim} dimensions)",
+        "Backbone fingerprint": backbone.fingerprint,
+        "Pooling": f"{backbone.pooling}, at most {backbone.max_length} tokens",
+        "Quantization while tuning": backbone.quantization,
+        "Data": data.name,
+        "Data digest": data.digest,
+        "Split digest": data.split_digest,
+        "Created": manifest.created.isoformat(),
+        "Versions": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())) or "not said",
+    }
+    body = [
+        f"# {manifest.reference}",
+        "",
+        f"A {_cell(manifest.method)} adapter for the category `{manifest.category}`, tuned with peft-combo "
+        "for bundle recommendation.",
+        "",
+        "## How it was made",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
+        "",
+        "The whole recipe is in `manifest.json`.",
+        "",
+        "## How good it is",
+        "",
+        *_metrics_table(manifest.metrics),
+        "",
+        "## How to load it",
+        "",
+        *_loading(manifest, with_peft),
+    ]
+    return "\n".join((*front, "", *body)) + "\n"
+
+
+def _metrics_table(metrics: JsonObject) -> list[str]:
+    """Baselines, the encoder before, the adapter after: one row each, one column per metric."""
+    baselines = metrics.get("baselines")
+    rows: dict[str, dict[str, str]] = {}
+    for name, figures in baselines.items() if isinstance(baselines, dict) else ():
+        rows[f"{_cell(name)} (baseline)"] = _figures(figures)
+    rows["backbone before tuning"] = _figures(metrics.get("before"))
+    rows["**this adapter**"] = _figures(metrics.get("after"))
+    rows = {name: figures for name, figures in rows.items() if figures}
+    columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
+    if not columns:
+        return ["No figures were recorded."]
+    table = [
+        "| | " + " | ".join(_cell(column) for column in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+        *(f"| {name} | " + " | ".join(row.get(c, "") for c in columns) + " |" for name, row in rows.items()),
+    ]
+    match metrics.get("protocol"):
+        case str(text):
+            table += ["", f"Protocol: {_cell(text, 1000)}"]
+        case dict(parts):
+            said = "; ".join(f"{name}: {value}" for name, value in parts.items())
+            table += ["", f"Protocol: {_cell(said, 1000)}"]
+        case _:
+            table += ["", "Protocol: not recorded."]
+    return table
+
+
+def _figures(values: JsonValue) -> dict[str, str]:
+    figures = {}
+    for name, value in values.items() if isinstance(values, dict) else ():
+        interval = ""
+        if isinstance(value, dict):
+            low, high = value.get("low"), value.get("high")
+            if _is_number(low) and _is_number(high):
+                interval = f" ({low:.3f} to {high:.3f})"
+            value = value.get("value")
+        if _is_number(value):
+            figures[name] = f"{value:.3f}{interval}"
+    return figures
+
+
+def _is_number(value: JsonValue) -> TypeGuard[int | float]:
+    # A bound keeps an absurd integer from a hand-written manifest out of the float formatting.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
+
+
+def _loading(manifest: Manifest, with_peft: bool) -> list[str]:
+    backbone = manifest.backbone
+    ours = [
+        "```python",
+        "from peft_combo.adapters import AdapterStore",
+        "",
+        f'record = AdapterStore("adapters").open("{manifest.reference}")  # every file is checked against its sha256',
+        "record.manifest, record.file(...)",
+        "```",
+    ]
+    if not with_peft:
+        return ["With peft-combo:", "", *ours]
+    where = "" if _is_hub_id(backbone.model) else " (the name is what peft-combo calls it; give the folder it lies in)"
+    plain = [
+        "With PEFT alone:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModel",
+        "",
+        f"encoder = AutoModel.from_pretrained({json.dumps(backbone.model)})",
+        'encoder = PeftModel.from_pretrained(encoder, ".")  # this folder',
+        "```",
+        "",
+        f"Pool its last hidden state by {_cell(backbone.pooling)} over at most {backbone.max_length} tokens. "
+        f"The encoder has to be the one named above{where}: PEFT does not notice another of the same shape.",
+        "",
+    ]
+    return [*plain, "With peft-combo, which checks files and encoder:", "", *ours]
+
+
+def _is_hub_id(model: str) -> bool:
+    return model != "embedded" and _HUB_ID.fullmatch(model) is not None
+
+
+def _cell(text: str, limit: int = 300) -> str:
+    """Text from outside, made fit for a cell of a Markdown table."""
+    return re.sub(r"([|\\`*<>\[\]])", r"\\\1", shown(text, limit))
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """Text from outside, made fit for one line of a terminal."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return line if len(line) <= limit else line[: limit - 3] + "..."

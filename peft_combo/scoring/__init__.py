@@ -1,0 +1,52 @@
+"""Scorers: one call from a context to a score for every item.
+
+Counting, neighbours, linear models, text and factors under one protocol, `Scorer`. NumPy and SciPy only.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_combo.scoring.base import ItemFeatures, Scorer, State
+from peft_combo.scoring.counting import CoOccurrence, Popularity, Random
+from peft_combo.scoring.factors import ALS, BPR
+from peft_combo.scoring.linear import CEASE, EASE
+from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.text import TextCosine, Tfidf, bm25_vectors, tfidf_vectors
+
+__all__ = [
+    "ALS",
+    "BPR",
+    "CEASE",
+    "EASE",
+    "CoOccurrence",
+    "ItemFeatures",
+    "ItemKNN",
+    "Popularity",
+    "Random",
+    "Scorer",
+    "State",
+    "TextCosine",
+    "Tfidf",
+    "UserKNN",
+    "bm25_vectors",
+    "load_scorer",
+    "tfidf_vectors",
+]
+
+_SCORERS = (Random, Popularity, CoOccurrence, ItemKNN, UserKNN, EASE, CEASE, TextCosine, ALS, BPR)
+
+
+def load_scorer(arrays: Mapping[str, NDArray[np.generic]], params: Mapping[str, Any]) -> Scorer:
+    """Rebuild whichever scorer a saved state is of.
+
+    Raises:
+        ValueError: no scorer has the name the state gives, or an array is missing.
+    """
+    for kind in _SCORERS:
+        if params.get("scorer") == kind.__name__:
+            return kind.from_state(arrays, params)
+    known = ", ".join(kind.__name__ for kind in _SCORERS)
+    raise ValueError(f"a saved state names its scorer, one of {known}; found {params.get('scorer')!r}.")

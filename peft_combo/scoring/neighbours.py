@@ -1,0 +1,300 @@
+"""Nearest neighbours: items like those in the context, users like this one.
+
+Sparse throughout: products are made a block at a time and pruned to the k nearest before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from peft_combo.scoring.base import (
+    Csr,
+    HistoryScorer,
+    Learned,
+    Vectors,
+    binary,
+    blocks,
+    concatenated,
+    lengths,
+    no_interactions,
+    positive,
+    scaled_rows,
+    silenced,
+    stacked,
+    support_of,
+    unpacked_history,
+    widened,
+    with_data,
+)
+from peft_combo.scoring.text import bm25
+
+# Multiplications in one sparse product: bounds its size to some hundred MB whatever the rows look like.
+_BLOCK_PRODUCTS = 20_000_000
+
+
+@dataclass(frozen=True)
+class Similar(Learned):
+    """Attributes:
+    similarity: (N, N) float32, per item its k nearest others.
+    """
+
+    similarity: Csr
+
+
+@dataclass(eq=False)
+class ItemKNN(HistoryScorer[Similar]):
+    """Items near those of the context: score = sum_c x_c s(c, item) / sum_c |x_c|, over context items that were seen.
+
+    An item is the column of its rows. `similarity`:
+
+    - ``cosine``: dot / (|a| |b| + shrinkage).
+    - ``tfidf``: the same after sqrt(x) * ln((1 + N) / (1 + items of the row)), so that a row of few items says more.
+    - ``bm25``: dot of BM25 weights with the item as document and the row as term; not bounded by 1.
+
+    NaN: an item no row holds; every item where that is so of the whole context. 0 means seen, no near neighbour.
+    An update is exact. With cosine and tfidf it renews only items that share a row with those of the new rows; bm25
+    depends on the mean number of rows, and tfidf on that of items, so where these change all are renewed.
+
+    Attributes:
+        k: nearest others kept per item, >= 1.
+        similarity: as above.
+        shrinkage: holds back similarity that rests on few rows, >= 0; not for bm25.
+    Source: Sarwar et al. 2001; Deshpande and Karypis 2004 (k nearest per context item); shrinkage as in Ferrari Dacrema
+    et al. 2019.
+    """
+
+    k: int = 100
+    similarity: Literal["cosine", "tfidf", "bm25"] = "cosine"
+    shrinkage: float = 0.0
+    _learned_type: ClassVar[type[Learned]] = Similar
+
+    def __post_init__(self) -> None:
+        positive("k", self.k)
+        positive("shrinkage", self.shrinkage, zero=True)
+        if self.similarity not in ("cosine", "tfidf", "bm25"):
+            raise ValueError(f'similarity must be "cosine", "tfidf" or "bm25", found {self.similarity!r}.')
+        if self.similarity == "bm25" and self.shrinkage:
+            raise ValueError("shrinkage has no meaning for bm25, which divides by no norms; leave it 0.")
+
+    def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Similar:
+        return Similar(history, support_of(history), self._nearest(history, np.arange(history.shape[1])))
+
+    def _extend(self, known: Similar, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Similar:
+        history = stacked(known.history, rows)
+        grown = history.shape[1] > known.history.shape[1]
+        if self.similarity == "bm25" or (self.similarity == "tfidf" and grown):
+            return self._learn(history, items, times)  # a number that is in every weight has changed
+        # The norm of each item in the new rows changes, and with it its similarity to all that share a row with it.
+        touched = np.zeros(history.shape[1], np.float32)
+        touched[rows.indices] = 1
+        sharing = history[np.flatnonzero(history @ touched)]
+        renewed = np.unique(sharing.indices).astype(np.int64)
+        kept = np.setdiff1d(np.arange(known.history.shape[1]), renewed)
+        empty = np.setdiff1d(np.arange(known.history.shape[1], history.shape[1]), renewed)
+        parts = [
+            widened(known.similarity[kept], history.shape[1]),
+            self._nearest(history, renewed),
+            no_interactions(len(empty), history.shape[1]),
+        ]
+        similarity = concatenated(parts, history.shape[1])[np.argsort(np.concatenate([kept, renewed, empty]))]
+        return Similar(history, support_of(history), similarity)
+
+    def _score(self, known: Similar, contexts: Csr) -> NDArray[np.float32]:
+        seen = known.support > 0
+        weight = with_data(contexts, np.abs(contexts.data)) @ seen.astype(np.float32)  # (Q,)
+        scores = np.empty(contexts.shape, np.float32)
+        weights = scaled_rows(contexts, np.divide(1, weight, out=np.zeros_like(weight), where=weight > 0))
+        for block in blocks(*contexts.shape):
+            scores[block] = (weights[block] @ known.similarity).toarray()
+        return silenced(scores, weight > 0, seen)
+
+    def _nearest(self, history: Csr, wanted: NDArray[np.int64]) -> Csr:
+        """The k nearest others of each wanted item: (len(wanted), N)."""
+        if self.similarity == "bm25":
+            by_item = bm25(history.T.tocsr())
+        elif self.similarity == "tfidf":
+            length = np.diff(history.indptr)
+            idf = np.log((1 + history.shape[1]) / (1 + length))
+            by_item = scaled_rows(with_data(history, np.sqrt(np.abs(history.data)) * np.sign(history.data)), idf)
+            by_item = by_item.T.tocsr()
+        else:
+            by_item = history.T.tocsr()
+        by_row = by_item.T.tocsr()
+        norms = lengths(by_item)
+        cost = by_item[wanted].astype(bool).astype(np.float64) @ np.diff(by_row.indptr).astype(np.float64)
+        parts = []
+        for block in _by_cost(cost):
+            chosen = wanted[block]
+            product: Csr = (by_item[chosen] @ by_row).tocsr()  # (b, R) @ (R, N)
+            own = np.repeat(chosen, np.diff(product.indptr))
+            if self.similarity != "bm25":
+                scale = norms[own] * norms[product.indices] + np.float32(self.shrinkage)
+                product.data = np.divide(product.data, scale, out=np.zeros_like(product.data), where=scale > 0)
+            product.data[own == product.indices] = 0
+            parts.append(largest(product, self.k))
+        return concatenated(parts, history.shape[1])
+
+
+@dataclass(frozen=True)
+class Raters(Learned):
+    """Attributes:
+    means: (R,) mean of what a row holds; 0 with implicit feedback.
+    centred: (R, N) history less its row means, zeros kept.
+    by_item: (N, R) the history transposed.
+    centred_by_item: (N, R) `centred` transposed.
+    norms: (R,) Euclidean length of each row.
+    """
+
+    means: NDArray[np.float32]
+    centred: Csr
+    by_item: Csr
+    centred_by_item: Csr
+    norms: NDArray[np.float32]
+
+
+@dataclass(eq=False)
+class UserKNN(HistoryScorer[Raters]):
+    """Users like this one: the classical predictor.
+
+    score(u, i) = mean(u) + sum_j w_uj (r_ji - mean(j)) / sum_j |w_uj|, over the k rows j nearest to u.
+
+    - ``explicit``: values are ratings; the sums run over those of the k rows that rated i.
+    - ``implicit``: values are purchases. Missing means 0, so means are taken as 0 and both sums run over all k rows
+      (over those with i alone every score would be 1): the weighted share of the neighbours that have i.
+
+    w is the cosine of the rows, or Pearson's correlation over the items both rated (around each row's mean over all it
+    rated), times n / (n + shrinkage) for n items in common. The k with the largest w are taken, w = 0 left out.
+
+    NaN: no neighbour has the item, or there is no neighbour. A known row is no neighbour of its own. An update appends
+    rows and is exact.
+
+    Attributes:
+        k: rows taken as neighbours, >= 1.
+        similarity: ``pearson`` needs explicit feedback.
+        shrinkage: items in common that halve the weight, >= 0.
+        feedback: as above.
+    Source: Resnick et al. 1994, GroupLens; Herlocker et al. 1999 (significance of n).
+    """
+
+    k: int = 50
+    similarity: Literal["cosine", "pearson"] = "cosine"
+    shrinkage: float = 0.0
+    feedback: Literal["implicit", "explicit"] = "implicit"
+    _learned_type: ClassVar[type[Learned]] = Raters
+    _saved: ClassVar[tuple[str, ...] | None] = ("history",)  # the rest is quicker made than read
+
+    def __post_init__(self) -> None:
+        positive("k", self.k)
+        positive("shrinkage", self.shrinkage, zero=True)
+        if self.similarity not in ("cosine", "pearson") or self.feedback not in ("implicit", "explicit"):
+            raise ValueError(
+                'similarity must be "cosine" or "pearson" and feedback "implicit" or "explicit", '
+                f"found {self.similarity!r} and {self.feedback!r}."
+            )
+        if self.similarity == "pearson" and self.feedback == "implicit":
+            raise ValueError('similarity "pearson" needs feedback "explicit": purchases are all alike, 0 / 0.')
+
+    def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Raters:
+        means = self._means(history)
+        centred = _centred(history, means)
+        norms = lengths(history)
+        return Raters(history, support_of(history), means, centred, history.T.tocsr(), centred.T.tocsr(), norms)
+
+    def _restored(self, arrays: Mapping[str, NDArray[Any]]) -> Raters:
+        return self._learn(unpacked_history(arrays), None, None)
+
+    def _score(self, known: Raters, contexts: Csr) -> NDArray[np.float32]:
+        return self._predict(known, contexts, None)
+
+    def _score_known(self, known: Raters, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._predict(known, known.history[rows], rows)
+
+    def _predict(self, known: Raters, contexts: Csr, own: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        scores = np.empty(contexts.shape, np.float32)
+        means = self._means(contexts)
+        has = binary(known.history)
+        for block in blocks(contexts.shape[0], sum(known.history.shape)):
+            weights = self._weights(known, contexts[block], means[block])  # (q, R), -inf where nothing is shared
+            if own is not None:
+                weights[np.arange(len(weights)), own[block]] = -np.inf
+            near = _nearest_rows(weights, self.k)
+            strength = with_data(near, np.abs(near.data))
+            part = (near @ known.centred).toarray()  # (q, R) @ (R, N)
+            rated = (strength @ has).toarray()
+            total = rated if self.feedback == "explicit" else np.asarray(strength.sum(axis=1)).reshape(-1, 1)
+            total = np.broadcast_to(total, part.shape)
+            found = np.full(part.shape, np.nan, np.float32)
+            np.divide(part, total, out=found, where=rated > 0)
+            scores[block] = found + means[block, None]
+        return scores
+
+    def _weights(self, known: Raters, contexts: Csr, means: NDArray[np.float32]) -> NDArray[np.float32]:
+        common: NDArray[np.float32] = (binary(contexts) @ binary(known.by_item)).toarray()  # (q, N) @ (N, R)
+        if self.similarity == "pearson":
+            mine, theirs = _centred(contexts, means), known.centred_by_item
+            dots = (mine @ theirs).toarray()
+            left = (with_data(mine, mine.data**2) @ binary(theirs)).toarray()
+            right = (binary(mine) @ with_data(theirs, theirs.data**2)).toarray()
+            scale = np.sqrt(left * right)
+        else:
+            dots = (contexts @ known.by_item).toarray()
+            scale = lengths(contexts)[:, None] * known.norms[None, :]
+        weights: NDArray[np.float32] = np.divide(dots, scale, out=np.zeros_like(common), where=scale > 0)
+        if self.shrinkage:
+            weights *= common / (common + np.float32(self.shrinkage))
+        weights[(common == 0) | (weights == 0)] = -np.inf
+        return weights
+
+    def _means(self, rows: Csr) -> NDArray[np.float32]:
+        if self.feedback == "implicit":
+            return np.zeros(rows.shape[0], np.float32)
+        sums, counts = np.asarray(rows.sum(axis=1), np.float64), np.diff(rows.indptr)
+        return np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0).astype(np.float32)
+
+
+def largest(matrix: Csr, k: int) -> Csr:
+    """Keep the k largest non-zero values of each row; of equal values the earlier columns. Sorts the columns."""
+    matrix.eliminate_zeros()
+    matrix.sort_indices()
+    keep = np.ones(matrix.nnz, bool)
+    for row in np.flatnonzero(np.diff(matrix.indptr) > k):
+        cells = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        values = matrix.data[cells]
+        least = np.partition(values, len(values) - k)[len(values) - k]
+        inside = values > least
+        inside[np.flatnonzero(values == least)[: k - np.count_nonzero(inside)]] = True
+        keep[cells] = inside
+    counts = np.add.reduceat(np.append(keep, False), matrix.indptr[:-1]) * (np.diff(matrix.indptr) > 0)
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(matrix.indptr.dtype)
+    return sparse.csr_array((matrix.data[keep], matrix.indices[keep], indptr), shape=matrix.shape)
+
+
+def _nearest_rows(weights: NDArray[np.float32], k: int) -> Csr:
+    """Keep the k largest per row of dense (q, R) weights, -inf being none; of equal ones the earlier rows."""
+    if k < weights.shape[1]:
+        least = np.partition(weights, weights.shape[1] - k, axis=1)[:, weights.shape[1] - k, None]
+        inside, level = weights > least, weights == least
+        room = k - np.count_nonzero(inside, axis=1)[:, None]
+        inside |= level & (np.cumsum(level, axis=1, dtype=np.int32) <= room)
+        weights = np.where(inside, weights, -np.inf)
+    return sparse.csr_array(np.where(np.isneginf(weights), np.float32(0), weights).astype(np.float32))
+
+
+def _centred(rows: Csr, means: NDArray[np.float32]) -> Csr:
+    return with_data(rows, rows.data - np.repeat(means, np.diff(rows.indptr)))
+
+
+def _by_cost(cost: NDArray[np.float64]) -> Iterator[slice]:
+    """Cut items into runs whose products stay within `_BLOCK_PRODUCTS`, at least one item each."""
+    start = 0
+    total = np.concatenate([[0.0], np.cumsum(cost)])
+    while start < len(cost):
+        stop = max(start + 1, int(np.searchsorted(total, total[start] + _BLOCK_PRODUCTS, side="right")) - 1)
+        yield slice(start, stop)
+        start = stop

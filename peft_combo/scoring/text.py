@@ -1,0 +1,230 @@
+"""Words as vectors, and the scorer that trusts them alone.
+
+Owns TF-IDF and BM25 weighting and the cosine between a context and every item. The vectors may as well come from an
+encoder: `TextCosine` does not ask.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from peft_combo.scoring.base import (
+    Csr,
+    HistoryScorer,
+    Learned,
+    State,
+    Vectors,
+    binary,
+    blocks,
+    dense,
+    positive,
+    silenced,
+    stacked,
+    support_of,
+    unit_rows,
+    with_data,
+)
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Tfidf:
+    """TF-IDF over words and, if wanted, runs of words, fitted on one set of texts and usable on another.
+
+    weight = tf * (ln((1 + n) / (1 + df)) + 1), rows scaled to length 1; tf is the count, or 1 + ln(count) if sublinear.
+
+    Attributes:
+        terms: the vocabulary in column order, sorted; words of a run have one space between.
+        idf: (V,) float32.
+        longest: words in the longest term. On titles single words rank best alone, pairs help some models.
+        sublinear: damp repeated words.
+    Source: Salton and Buckley 1988; the smoothed idf keeps a term that is in every text at weight 1.
+    """
+
+    terms: tuple[str, ...]
+    idf: NDArray[np.float32]
+    longest: int = 1
+    sublinear: bool = False
+
+    @classmethod
+    def fit(cls, texts: Iterable[str], longest: int = 1, sublinear: bool = False, min_texts: int = 1) -> Self:
+        """Collect the terms that occur in at least `min_texts` of the texts.
+
+        Raises:
+            ValueError: `longest` or `min_texts` is below 1.
+        """
+        if longest < 1 or min_texts < 1:
+            raise ValueError(f"longest and min_texts must be >= 1, found {longest} and {min_texts}.")
+        seen_in: dict[str, int] = {}
+        count = 0
+        for text in texts:
+            count += 1
+            for term in set(_terms(text, longest)):
+                seen_in[term] = seen_in.get(term, 0) + 1
+        terms = tuple(sorted(term for term, number in seen_in.items() if number >= min_texts))
+        number = np.array([seen_in[term] for term in terms], np.float64)
+        return cls(terms, (np.log((1 + count) / (1 + number)) + 1).astype(np.float32), longest, sublinear)
+
+    def vectors(self, texts: Sequence[str]) -> Csr:
+        """Weigh the known terms of each text: (T, V) float32, rows of length 1; all zero where no term is known."""
+        counts = term_counts(texts, {term: column for column, term in enumerate(self.terms)}, self.longest)
+        tf = 1 + np.log(counts.data) if self.sublinear else counts.data
+        return cast(Csr, unit_rows(with_data(counts, (tf * self.idf[counts.indices]).astype(np.float32))))
+
+    def state(self) -> State:
+        """Give the idf and, as JSON, the terms."""
+        return {"idf": self.idf}, {"terms": list(self.terms), "longest": self.longest, "sublinear": self.sublinear}
+
+    @classmethod
+    def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Self:
+        """Rebuild from `state`."""
+        return cls(tuple(params["terms"]), arrays["idf"], params["longest"], params["sublinear"])
+
+
+def tfidf_vectors(texts: Sequence[str], longest: int = 1, sublinear: bool = False, min_texts: int = 1) -> Csr:
+    """TF-IDF vectors of the very texts it is fitted on; see `Tfidf`.
+
+    Returns:
+        (T, V) float32 CSR, rows of length 1, terms in sorted order.
+    """
+    return Tfidf.fit(texts, longest, sublinear, min_texts).vectors(texts)
+
+
+def bm25_vectors(texts: Sequence[str], longest: int = 1, k1: float = 1.2, b: float = 0.75) -> Csr:
+    """BM25 weights of each text's terms, for a cosine between texts.
+
+    Returns:
+        (T, V) float32 CSR, terms in sorted order; rows are not scaled.
+    """
+    terms = sorted({term for text in texts for term in _terms(text, longest)})
+    return bm25(term_counts(texts, {term: column for column, term in enumerate(terms)}, longest), k1, b)
+
+
+def bm25(counts: Csr, k1: float = 1.2, b: float = 0.75) -> Csr:
+    """Weigh counts by BM25: rows are documents, columns are terms.
+
+    weight = ln(1 + (n - df + 1/2) / (df + 1/2)) * count * (k1 + 1) / (count + k1 * (1 - b + b * length / mean length))
+
+    Args:
+        counts: (T, V), non-negative.
+        k1: where repetition saturates, > 0.
+        b: how much length is held against a document, in [0, 1].
+    Returns:
+        (T, V) float32, non-negative.
+    Raises:
+        ValueError: k1 or b is out of range.
+    Source: Robertson and Zaragoza 2009; the 1 + inside the logarithm (Lucene) keeps common terms from going negative.
+    """
+    positive("k1", k1)
+    if not 0 <= b <= 1:
+        raise ValueError(f"b must be in [0, 1], found {b}.")
+    length = np.asarray(counts.sum(axis=1), np.float64)
+    mean = length.mean() if length.any() else 1.0
+    number = np.bincount(counts.indices, minlength=counts.shape[1])
+    idf = np.log1p((counts.shape[0] - number + 0.5) / (number + 0.5))
+    floor = np.repeat(k1 * (1 - b + b * length / mean), np.diff(counts.indptr))
+    data = counts.data.astype(np.float64)
+    return with_data(counts, (idf[counts.indices] * data * (k1 + 1) / (data + floor)).astype(np.float32))
+
+
+def term_counts(texts: Sequence[str], columns: Mapping[str, int], longest: int) -> Csr:
+    """Count the terms of `columns` in each text: (T, V) float32."""
+    indptr, indices = [0], []
+    for text in texts:
+        indices += [column for term in _terms(text, longest) if (column := columns.get(term)) is not None]
+        indptr.append(len(indices))
+    counts: Csr = sparse.csr_array(
+        (np.ones(len(indices), np.float32), np.array(indices, np.int64), np.array(indptr, np.int64)),
+        shape=(len(texts), len(columns)),
+    )
+    counts.sum_duplicates()
+    return counts
+
+
+@dataclass(frozen=True)
+class TextVectors(Learned):
+    """Attributes:
+    vectors: (N, D) rows of length 1, or 0 where an item has no text; dense or CSR.
+    """
+
+    vectors: Vectors
+
+
+@dataclass(eq=False)
+class TextCosine(HistoryScorer[TextVectors]):
+    """Cosine between the context and every item, over vectors that are given.
+
+    - ``mean``: with the mean of the context's unit vectors.
+    - ``max``: the best cosine with any one item of the context.
+
+    NaN: an item whose vector is zero; every item where that holds for the whole context. The history is kept only for
+    `score_users`; an update appends to it, and takes vectors anew where there are new items.
+
+    Attributes:
+        context: as above.
+    """
+
+    context: Literal["mean", "max"] = "mean"
+    _learned_type: ClassVar[type[Learned]] = TextVectors
+
+    def __post_init__(self) -> None:
+        if self.context not in ("mean", "max"):
+            raise ValueError(f'context must be "mean" or "max", found {self.context!r}.')
+
+    def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> TextVectors:
+        if items is None:
+            raise ValueError("TextCosine needs items, an (N, D) vector per item: fit(history, items=vectors).")
+        return TextVectors(history, support_of(history), unit_rows(items))
+
+    def _extend(
+        self, known: TextVectors, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None
+    ) -> TextVectors:
+        if items is None and rows.shape[1] > known.history.shape[1]:
+            raise ValueError("TextCosine.update with new items needs items, the vectors of all of them.")
+        history = stacked(known.history, rows)
+        return TextVectors(history, support_of(history), known.vectors if items is None else unit_rows(items))
+
+    def _score(self, known: TextVectors, contexts: Csr) -> NDArray[np.float32]:
+        has_text = has_vector(known.vectors)
+        inside = binary(contexts)
+        familiar = inside @ has_text.astype(np.float32) > 0
+        by_term: Any = known.vectors.T  # (D, N)
+        scores = np.empty(contexts.shape, np.float32)
+        if self.context == "mean":
+            for block in blocks(*contexts.shape):
+                scores[block] = dense(unit_rows(_sums(inside[block], known.vectors)) @ by_term)
+        else:
+            for row, (start, stop) in enumerate(zip(contexts.indptr[:-1], contexts.indptr[1:], strict=True)):
+                chosen = contexts.indices[start:stop]
+                chosen = chosen[has_text[chosen]]
+                if chosen.size:
+                    scores[row] = dense(known.vectors[chosen] @ by_term).max(axis=0)
+        return silenced(scores, familiar, has_text)
+
+
+def has_vector(vectors: Vectors) -> NDArray[np.bool_]:
+    """Tell which rows are not zero: (N,)."""
+    if isinstance(vectors, sparse.csr_array):
+        return np.diff(vectors.indptr) > 0
+    filled: NDArray[np.bool_] = np.any(vectors != 0, axis=1)
+    return filled
+
+
+def _sums(inside: Csr, vectors: Vectors) -> Vectors:
+    return cast(Vectors, inside @ vectors)  # (q, N) @ (N, D); the mean up to a factor that the unit length undoes
+
+
+def _terms(text: str, longest: int) -> list[str]:
+    words = _WORD.findall(text.lower())
+    terms = list(words)
+    for size in range(2, longest + 1):
+        terms += [" ".join(words[start : start + size]) for start in range(len(words) - size + 1)]
+    return terms

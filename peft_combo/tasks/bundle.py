@@ -1,0 +1,318 @@
+"""The bundle task: which items belong with the rest of a bundle.
+
+Owns the head (set encoder, query and target projections), the batches, the loss and how completion is measured. Sees
+items as rows and vectors; knows nothing of texts, encoders or the training loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+from torch import Tensor, nn
+from torch.nn import functional
+
+from peft_combo import metrics
+from peft_combo.errors import StoreError
+from peft_combo.recipe import BundleTask
+
+HEAD_FILE = "head.safetensors"
+
+# Logits of pairs that are no candidates: far below every real one, yet finite in float16.
+_NEVER = -1e4
+# Scoring is done for so many queries at once: 256 rows of a catalogue of 100k items are 100 MiB.
+_QUERY_BLOCK = 256
+
+
+class BundleHead(nn.Module):
+    """Turns item vectors into a query (a set of items, as a whole) and into targets, two different spaces.
+
+    What goes together is rarely alike, so the two sides have projections of their own. Both start as the identity and
+    the set encoder as the plain mean: an untrained head scores exactly like cosine over the frozen encoder.
+    """
+
+    def __init__(self, dim: int, config: BundleTask) -> None:
+        super().__init__()
+        self.dim = dim
+        self.config = config
+        projected = config.projection == "linear"
+        self.query_projection = nn.Linear(dim, dim, bias=False) if projected else None
+        self.target_projection = nn.Linear(dim, dim, bias=False) if projected else None
+        self.attention = nn.Linear(dim, 1, bias=False) if config.pooling == "attention" else None
+        for layer in (self.query_projection, self.target_projection, self.attention):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+        self.log_scale = nn.Parameter(
+            torch.tensor(float(-np.log(config.temperature))), requires_grad=config.learn_temperature
+        )
+        self.dropout = nn.Dropout(config.head_dropout)
+
+    def query(self, items: Tensor, contexts: Tensor) -> Tensor:
+        """Encode sets of items.
+
+        Args:
+            items: (M, D) item vectors.
+            contexts: (Q, S) rows of `items`, -1 where a set is smaller than S; no set is empty.
+        Returns:
+            (Q, D) of unit length.
+        """
+        present = contexts >= 0  # (Q, S)
+        members = items[contexts.clamp_min(0)]  # (Q, S, D)
+        if self.attention is None:
+            weights = present.to(items.dtype)
+            weights = weights / weights.sum(1, keepdim=True)
+        else:
+            scores = self.attention(members)[..., 0].masked_fill(~present, float("-inf"))
+            weights = scores.softmax(1)
+        pooled = (weights[:, None] @ members)[:, 0]  # (Q, 1, S) @ (Q, S, D) -> (Q, D)
+        return _projected(self.dropout(pooled), self.query_projection)
+
+    def target(self, items: Tensor) -> Tensor:
+        """Project (M, D) item vectors to targets, (M, D) of unit length."""
+        return _projected(self.dropout(items), self.target_projection)
+
+    def spec(self) -> dict[str, Any]:
+        """Return what `from_spec` needs besides the weights; goes into the manifest."""
+        return {**self.config.model_dump(mode="json"), "dim": self.dim}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> BundleHead:
+        """Rebuild a stored head, in evaluation mode.
+
+        Raises:
+            StoreError: the weights are not those of such a head.
+        """
+        fields = {key: value for key, value in spec.items() if key != "dim"}
+        try:
+            head = cls(int(spec["dim"]), BundleTask.model_validate(fields))
+            head.load_state_dict(dict(weights))
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise StoreError(f"The stored head does not match its description: {str(error).splitlines()[0]}") from error
+        return head.eval().requires_grad_(False)
+
+
+def _projected(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
+    moved = vectors if projection is None else vectors + projection(vectors)
+    return functional.normalize(moved, dim=-1)
+
+
+@dataclass(frozen=True)
+class BundleBatch:
+    """Leave-one-out questions over the distinct items of some bundles.
+
+    Attributes:
+        items: (M,) distinct catalogue rows, ascending; first those of the bundles, then extra negatives.
+        contexts: (Q, S) positions in `items`, -1 for none.
+        targets: (Q,) position of the right answer.
+        barred: (Q, M) True where an item is neither the answer nor a fair wrong answer.
+    """
+
+    items: NDArray[np.int64]
+    contexts: Tensor
+    targets: Tensor
+    barred: Tensor
+
+
+class BundleBatches:
+    """Makes the batches of an epoch; each is a function of seed and place alone, so a run can go on anywhere.
+
+    Args:
+        bundles: training bundles, each an array of distinct catalogue rows.
+        duplicates: (N,) equal numbers for items that are copies of each other; they are never each other's negatives.
+        leaves: (N,) number of the category leaf of each item, for hard negatives.
+    """
+
+    def __init__(
+        self,
+        bundles: Sequence[NDArray[np.int32]],
+        duplicates: NDArray[np.int64],
+        leaves: NDArray[np.int64],
+        config: BundleTask,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.bundles = [np.sort(rows).astype(np.int64) for rows in bundles]
+        self.duplicates = duplicates
+        self.config = config
+        self.batch_size = min(batch_size, len(self.bundles))
+        self.seed = seed
+        n_items = len(duplicates)
+        membership = sparse.csr_array(
+            (
+                np.ones(sum(map(len, self.bundles)), np.int8),
+                np.concatenate(self.bundles),
+                np.cumsum([0, *map(len, self.bundles)]),
+            ),
+            shape=(len(self.bundles), n_items),
+        )
+        self._bundles_of = membership.T.tocsr()  # (N, B)
+        self._leaves = leaves
+        order = np.argsort(leaves, kind="stable")
+        self._by_leaf = np.split(order, np.flatnonzero(np.diff(leaves[order])) + 1) if n_items else []
+        self._leaf_place = {int(leaves[rows[0]]): place for place, rows in enumerate(self._by_leaf)}
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimizer steps an epoch; a short rest at the end is spread over the others, so all weigh alike."""
+        return max(1, round(len(self.bundles) / self.batch_size))
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> BundleBatch:
+        """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.bundles))
+        chosen = np.array_split(np.array_split(order, self.per_epoch)[place], parts)[part]
+        rng = np.random.default_rng([self.seed, epoch, place, part])
+        return self._questions([self.bundles[row] for row in chosen], rng)
+
+    def _questions(self, bundles: list[NDArray[np.int64]], rng: np.random.Generator) -> BundleBatch:
+        own = np.unique(np.concatenate(bundles))
+        items = np.concatenate([own, self._extra(own, rng)])
+        position = {int(row): place for place, row in enumerate(items)}
+        contexts: list[NDArray[np.int64]] = []
+        answers: list[int] = []
+        barred: list[NDArray[np.int64]] = []
+        rate = self.config.context_dropout
+        for rows in bundles:
+            for index, target in enumerate(rows):
+                context = np.delete(rows, index)
+                # Everything that some training bundle holds together with this whole context is right as well.
+                also_right = self._completions(context)
+                if rate:
+                    kept = context[rng.random(len(context)) >= rate]
+                    context = kept if len(kept) else context[[rng.integers(len(context))]]
+                contexts.append(context)
+                answers.append(position[int(target)])
+                out = [position[row] for row in {*rows.tolist(), *also_right} if row in position and row != target]
+                barred.append(np.array(out, np.int64))
+        width = max(map(len, contexts))
+        padded = np.full((len(contexts), width), -1, np.int64)
+        mask = np.zeros((len(contexts), len(items)), bool)
+        for query, (context, places) in enumerate(zip(contexts, barred, strict=True)):
+            padded[query, : len(context)] = [position[int(row)] for row in context]
+            mask[query, places] = True
+        targets = np.array(answers)
+        if self.config.mask_duplicates:
+            copies = self.duplicates[items]
+            mask |= (copies[targets][:, None] == copies) & (np.arange(len(items)) != targets[:, None])
+        return BundleBatch(items, torch.from_numpy(padded), torch.from_numpy(targets), torch.from_numpy(mask))
+
+    def _completions(self, context: NDArray[np.int64]) -> set[int]:
+        shared: set[int] | None = None
+        for row in context:
+            start, stop = self._bundles_of.indptr[row], self._bundles_of.indptr[row + 1]
+            holders = set(self._bundles_of.indices[start:stop].tolist())
+            shared = holders if shared is None else shared & holders
+        return {int(item) for bundle in shared or () for item in self.bundles[bundle]}
+
+    def _extra(self, own: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        """Draw further negatives: from the leaves of the batch's items (hard), or from anywhere."""
+        wanted = self.config.extra_negatives
+        if not wanted:
+            return np.empty(0, np.int64)
+        match self.config.negatives:
+            case "leaf":
+                homes = rng.choice(self._leaves[own], size=4 * wanted)
+                pools = [self._by_leaf[self._leaf_place[int(leaf)]] for leaf in homes]
+                drawn = np.array([pool[int(rng.integers(len(pool)))] for pool in pools])
+            case "random":
+                drawn = rng.integers(len(self.duplicates), size=4 * wanted)
+            case _:
+                assert_never(self.config.negatives)
+        fresh = drawn[~np.isin(drawn, own)]
+        _, first = np.unique(fresh, return_index=True)
+        return np.sort(fresh[np.sort(first)][:wanted]).astype(np.int64)
+
+
+def bundle_loss(head: BundleHead, vectors: Tensor, batch: BundleBatch) -> Tensor:
+    """Softmax cross-entropy of the left-out item against all fair candidates of the batch.
+
+    Args:
+        vectors: (M, D) vectors of ``batch.items``.
+    Returns:
+        scalar, mean over the questions.
+    Source: InfoNCE, van den Oord et al. 2018, eq. 4; several positives by leaving the others out of the denominator,
+        as in Khosla et al. 2020, eq. 2.
+    """
+    device = vectors.device
+    query = head.query(vectors, batch.contexts.to(device))  # (Q, D)
+    logits = query @ head.target(vectors).T * head.log_scale.exp().clamp(max=100.0)  # (Q, D) @ (D, M) -> (Q, M)
+    logits = logits.float().masked_fill(batch.barred.to(device), _NEVER)
+    return functional.cross_entropy(logits, batch.targets.to(device))
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Every item of every bundle once the answer, the rest of its bundle the question.
+
+    Attributes:
+        contexts: (Q, S) catalogue rows, -1 for none.
+        targets: (Q,) catalogue rows.
+        clusters: (Q,) what an interval must draw as a whole: the group of the bundle.
+        bundles: (Q,) place of the bundle among those given.
+    """
+
+    contexts: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    clusters: NDArray[np.str_]
+    bundles: NDArray[np.int64]
+
+    @classmethod
+    def leave_one_out(cls, bundles: Sequence[NDArray[np.int32]], groups: Sequence[str]) -> Questions:
+        """Make the questions of `bundles`; `groups` names the user (or bundle) each belongs to."""
+        width = max((len(rows) for rows in bundles), default=1) - 1
+        contexts: list[NDArray[np.int64]] = []
+        answers: list[int] = []
+        clusters: list[str] = []
+        places: list[int] = []
+        for place, (rows, group) in enumerate(zip(bundles, groups, strict=True)):
+            for index, target in enumerate(rows):
+                context = np.full(width, -1, np.int64)
+                context[: len(rows) - 1] = np.delete(rows, index)
+                contexts.append(context)
+                answers.append(int(target))
+                clusters.append(group)
+                places.append(place)
+        return cls(
+            np.array(contexts, np.int64).reshape(-1, width), np.array(answers, np.int64), np.array(clusters),
+            np.array(places, np.int64),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def excluded(self) -> list[NDArray[np.int64]]:
+        """Return per question the catalogue rows that are no candidates: its context."""
+        return [row[row >= 0] for row in self.contexts]
+
+    def to_csr(self, n_items: int) -> sparse.csr_array[Any, tuple[int, int]]:
+        """Return the contexts as (Q, N) float32, the form scorers take."""
+        rows, places = np.nonzero(self.contexts >= 0)
+        columns = self.contexts[rows, places]
+        return sparse.csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(self), n_items))
+
+
+@torch.inference_mode()
+def completion_ranks(head: BundleHead, vectors: NDArray[np.float32], questions: Questions) -> NDArray[np.float64]:
+    """Rank each answer among the whole catalogue without its context; ties at mid-rank.
+
+    Args:
+        vectors: (N, D) item vectors of the whole catalogue.
+    Returns:
+        (Q,) float64, 1 = best.
+    """
+    device = head.log_scale.device
+    items = torch.from_numpy(vectors).to(device)
+    targets = head.target(items).T
+    excluded = questions.excluded()
+    ranks = []
+    for start in range(0, len(questions), _QUERY_BLOCK):
+        block = slice(start, start + _QUERY_BLOCK)
+        query = head.query(items, torch.from_numpy(questions.contexts[block]).to(device))
+        scores = (query @ targets).cpu().numpy()
+        ranks.append(metrics.midranks(scores, questions.targets[block], excluded[block]))
+    return np.concatenate(ranks) if ranks else np.empty(0, np.float64)

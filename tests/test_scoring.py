@@ -1,0 +1,739 @@
+"""What every scorer promises, checked on every scorer; then each one's answers on cases worked by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from peft_combo.errors import PeftComboError
+from peft_combo.scoring import (
+    ALS,
+    BPR,
+    CEASE,
+    EASE,
+    CoOccurrence,
+    ItemKNN,
+    Popularity,
+    Random,
+    Scorer,
+    TextCosine,
+    Tfidf,
+    UserKNN,
+    bm25_vectors,
+    linear,
+    load_scorer,
+    tfidf_vectors,
+)
+from peft_combo.scoring.text import bm25
+
+NAN = float("nan")
+DAY = 86_400.0
+
+needs_implicit = pytest.mark.skipif(
+    importlib.util.find_spec("implicit") is None, reason="the optional package implicit is not installed"
+)
+
+Make = Callable[[], Any]
+COUNTING: dict[str, Make] = {
+    "popularity": Popularity,
+    "popularity-decay": lambda: Popularity(half_life_days=30),
+    "cooccurrence-count": lambda: CoOccurrence("count"),
+    "cooccurrence-conditional": CoOccurrence,
+    "cooccurrence-lift": lambda: CoOccurrence("lift"),
+    "item-knn": ItemKNN,
+    "item-knn-5": lambda: ItemKNN(k=5, shrinkage=2.0),
+    "item-knn-tfidf": lambda: ItemKNN(k=5, similarity="tfidf"),
+    "item-knn-bm25": lambda: ItemKNN(k=5, similarity="bm25"),
+    "user-knn": lambda: UserKNN(k=8),
+    "user-knn-shrunk": lambda: UserKNN(k=8, shrinkage=3.0),
+    "user-knn-pearson": lambda: UserKNN(k=8, similarity="pearson", feedback="explicit"),
+    "ease": EASE,
+}
+WITH_TEXT: dict[str, Make] = {
+    "cease": CEASE,
+    "text-mean": TextCosine,
+    "text-max": lambda: TextCosine("max"),
+}
+FACTORS: dict[str, Make] = {
+    "als": lambda: ALS(factors=8, iterations=10),
+    "bpr": lambda: BPR(factors=8, iterations=60),
+}
+ALL = COUNTING | WITH_TEXT | FACTORS | {"random": lambda: Random(seed=3)}
+
+
+def kinds(*groups: dict[str, Make]) -> pytest.MarkDecorator:
+    """Run a test once per scorer of the groups."""
+    marked = [
+        pytest.param(make, id=name, marks=needs_implicit if name in FACTORS else ())
+        for group in groups
+        for name, make in group.items()
+    ]
+    return pytest.mark.parametrize("make", marked)
+
+
+def rows(*baskets: list[float], dtype: type = np.float32) -> sparse.csr_matrix:
+    return sparse.csr_matrix(np.array(baskets, dtype))
+
+
+def baskets(n_rows: int = 60, n_items: int = 24, seed: int = 0, top: int = 1) -> sparse.csr_matrix:
+    """Random rows of 2 to 6 items; values 1..top."""
+    rng = np.random.default_rng(seed)
+    table = np.zeros((n_rows, n_items), np.float32)
+    for row in table:
+        chosen = rng.choice(n_items, rng.integers(2, 7), replace=False)
+        row[chosen] = rng.integers(1, top + 1, len(chosen))
+    return sparse.csr_matrix(table)
+
+
+def vectors(n_items: int = 24, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n_items, 6)).astype(np.float32)
+
+
+def when(n_rows: int = 60) -> np.ndarray:
+    return np.random.default_rng(2).uniform(0, 100 * DAY, n_rows)
+
+
+def fitted(make: Make, history: Any = None, items: Any = None) -> Any:
+    history = baskets(top=5) if history is None else history
+    items = vectors(history.shape[1]) if items is None else items
+    return make().fit(history, items=items, times=when(history.shape[0]))
+
+
+class TestEveryScorer:
+    @kinds(ALL)
+    def test_scores_are_one_float32_row_per_context(self, make: Make) -> None:
+        scorer: Scorer = fitted(make)
+        scores = scorer.score_baskets(baskets(5, seed=9))
+        assert scores.shape == (5, 24)
+        assert scores.dtype == np.float32
+        assert not np.isinf(scores).any()
+        assert scorer.score_users([0, 3]).shape == (2, 24)
+
+    @kinds(ALL)
+    def test_a_batch_scores_as_its_parts_do(self, make: Make) -> None:
+        scorer, contexts = fitted(make), baskets(6, seed=9)
+        parts = np.concatenate([scorer.score_baskets(contexts[row]) for row in range(6)])
+        np.testing.assert_allclose(scorer.score_baskets(contexts), parts, rtol=1e-5, atol=1e-6)
+        known = np.concatenate([scorer.score_users([row]) for row in (4, 1, 4)])
+        np.testing.assert_allclose(scorer.score_users([4, 1, 4]), known, rtol=1e-5, atol=1e-6)
+
+    @kinds(ALL)
+    def test_fitting_twice_gives_the_same_scores(self, make: Make) -> None:
+        contexts = baskets(6, seed=9)
+        np.testing.assert_array_equal(fitted(make).score_baskets(contexts), fitted(make).score_baskets(contexts))
+
+    @kinds(ALL)
+    def test_fit_forgets_what_was_fitted_before(self, make: Make) -> None:
+        contexts = baskets(6, seed=9)
+        again = fitted(make, baskets(30, seed=5)).fit(baskets(top=5), items=vectors(), times=when())
+        np.testing.assert_array_equal(again.score_baskets(contexts), fitted(make).score_baskets(contexts))
+
+    @kinds(ALL)
+    def test_the_kind_of_sparse_matrix_makes_no_difference(self, make: Make) -> None:
+        plain, contexts = baskets(top=5), baskets(6, seed=9)
+        shuffled = plain.tocsc().tocoo()
+        doubled = sparse.coo_matrix(
+            (np.append(shuffled.data, 0), (np.append(shuffled.row, 0), np.append(shuffled.col, 0))), shape=plain.shape
+        )
+        expected = fitted(make, plain).score_baskets(contexts)
+        for form in (sparse.csr_array(plain), plain.tocsc(), plain.astype(np.int64), doubled):
+            found = fitted(make, form).score_baskets(contexts.tocoo())
+            np.testing.assert_array_equal(found, expected)
+
+    @kinds(ALL)
+    def test_nothing_given_is_changed(self, make: Make) -> None:
+        history, contexts, items = baskets(top=5), baskets(6, seed=9), vectors()
+        before = [history.toarray(), contexts.toarray(), items.copy()]
+        fitted(make, history, items).update(contexts, times=when(6)).score_baskets(contexts)
+        for was, now in zip(before, [history.toarray(), contexts.toarray(), items], strict=True):
+            np.testing.assert_array_equal(was, now)
+
+    @kinds(ALL)
+    def test_a_saved_state_scores_bit_for_bit_alike(self, make: Make) -> None:
+        scorer, contexts = fitted(make), baskets(6, seed=9)
+        arrays, params = scorer.state()
+        assert all(isinstance(array, np.ndarray) and array.dtype != object for array in arrays.values())
+        loaded = load_scorer(arrays, json.loads(json.dumps(params)))
+        assert repr(loaded) == repr(scorer)
+        np.testing.assert_array_equal(loaded.score_baskets(contexts), scorer.score_baskets(contexts))
+        np.testing.assert_array_equal(loaded.score_users([7]), scorer.score_users([7]))
+        np.testing.assert_array_equal(loaded.support, scorer.support)
+        loaded.update(contexts, times=when(6))
+
+    @kinds(ALL)
+    def test_a_state_goes_through_safetensors(self, make: Make) -> None:
+        numpy_form = pytest.importorskip("safetensors.numpy")
+        scorer, contexts = fitted(make), baskets(6, seed=9)
+        arrays, params = scorer.state()
+        back = load_scorer(numpy_form.load(numpy_form.save(arrays)), params)
+        np.testing.assert_array_equal(back.score_baskets(contexts), scorer.score_baskets(contexts))
+
+    @kinds(ALL)
+    def test_the_state_of_another_or_half_a_state_is_refused(self, make: Make) -> None:
+        arrays, params = fitted(make).state()
+        with pytest.raises(ValueError, match="state of"):
+            type(make()).from_state(arrays, params | {"scorer": "Oracle"})
+        with pytest.raises(ValueError, match="lacks"):
+            type(make()).from_state({}, params)
+        with pytest.raises(ValueError, match="not whole"):
+            type(make()).from_state({name: a for name, a in arrays.items() if name != "history.indptr"}, params)
+
+    @kinds(ALL)
+    def test_before_fit_there_is_nothing_to_ask(self, make: Make) -> None:
+        scorer = make()
+        for call in (
+            lambda: scorer.score_baskets(baskets(1)),
+            lambda: scorer.score_users([0]),
+            lambda: scorer.update(baskets(1)),
+            scorer.state,
+        ):
+            with pytest.raises(RuntimeError, match="before fit"):
+                call()
+
+    @kinds(ALL)
+    def test_what_does_not_fit_is_refused_and_changes_nothing(self, make: Make) -> None:
+        scorer, contexts = fitted(make), baskets(6, seed=9)
+        expected = scorer.score_baskets(contexts)
+        broken = baskets(3)
+        broken.data[0] = NAN
+        for call, message in (
+            (lambda: scorer.score_baskets(baskets(2, n_items=9)), "24 columns, found 9"),
+            (lambda: scorer.score_baskets(np.zeros((2, 24))), "sparse"),
+            (lambda: scorer.score_baskets(broken), "not finite"),
+            (lambda: scorer.score_users([60]), r"0\.\.59"),
+            (lambda: scorer.score_users([-1]), r"0\.\.59"),
+            (lambda: scorer.score_users([0.5]), "whole numbers"),
+            (lambda: scorer.update(baskets(2, n_items=9), times=when(2)), "fewer than the 24"),
+            (lambda: scorer.update(broken, times=when(3)), "not finite"),
+            (lambda: scorer.update(baskets(2), times=when(5)), r"times must be \(2,\)"),
+            (lambda: scorer.fit(baskets(), items=vectors(9), times=when()), "24 items, found 9"),
+            (lambda: scorer.fit(broken, items=vectors(), times=when(3)), "not finite"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+        np.testing.assert_array_equal(scorer.score_baskets(contexts), expected)
+
+    @kinds(ALL)
+    def test_no_rows_at_all_is_a_history_too(self, make: Make) -> None:
+        scorer = fitted(make, sparse.csr_matrix((0, 24), dtype=np.float32))
+        scores = scorer.score_baskets(baskets(2))
+        assert scores.shape == (2, 24)
+        assert scorer.support.tolist() == [0] * 24
+        assert scorer.score_users([]).shape == (0, 24)
+        assert scorer.score_baskets(sparse.csr_matrix((0, 24))).shape == (0, 24)
+
+    @kinds(ALL)
+    def test_support_counts_the_rows_that_hold_an_item(self, make: Make) -> None:
+        history, more = baskets(top=5), baskets(6, n_items=26, seed=9)
+        scorer = fitted(make, history)
+        expected = np.asarray((history > 0).sum(axis=0)).ravel()
+        np.testing.assert_array_equal(scorer.support, expected)
+        scorer.update(more, items=vectors(26), times=when(6))
+        np.testing.assert_array_equal(scorer.support, np.pad(expected, (0, 2)) + (more > 0).toarray().sum(axis=0))
+
+
+class TestIdsAlone:
+    """Scorers that know an item by its rows only."""
+
+    @kinds(COUNTING, FACTORS)
+    def test_an_item_no_row_holds_is_nan_for_every_context(self, make: Make) -> None:
+        history = baskets(top=5).tolil()
+        history[:, 7] = 0
+        scores = fitted(make, history.tocsr()).score_baskets(baskets(6, seed=9))
+        assert np.isnan(scores[:, 7]).all()
+
+    @kinds({k: v for k, v in (COUNTING | FACTORS).items() if not k.startswith("popularity")})
+    def test_a_context_of_unknown_items_is_nan_throughout(self, make: Make) -> None:
+        history = baskets(top=5).tolil()
+        history[:, [7, 8]] = 0
+        contexts = sparse.csr_matrix((np.ones(3), [7, 8, 1], [0, 2, 2, 3]), shape=(3, 24))
+        scores = fitted(make, history.tocsr()).score_baskets(contexts)
+        assert np.isnan(scores[:2]).all()
+        assert "pearson" in repr(make()) or not np.isnan(scores[2]).all()
+
+    @kinds(COUNTING)
+    @pytest.mark.parametrize("new", [1, 20])
+    def test_an_update_is_as_good_as_a_refit(self, make: Make, new: int) -> None:
+        whole, times = baskets(90, n_items=60, top=5), when(90)
+        contexts = baskets(6, n_items=60, seed=9)
+        scorer = make().fit(whole[:-new], times=times[:-new])
+        scorer.update(whole[-new:], times=times[-new:])
+        anew = make().fit(whole, times=times)
+        for mine, theirs in (
+            (scorer.score_baskets(contexts), anew.score_baskets(contexts)),
+            (scorer.score_users([0, 89]), anew.score_users([0, 89])),
+        ):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+    @kinds(COUNTING)
+    @pytest.mark.parametrize("new", [2, 40])
+    def test_an_update_may_bring_new_items(self, make: Make, new: int) -> None:
+        whole, times = baskets(90, n_items=60, top=5).tolil(), when(90)
+        whole[: 90 - new, [3, 57, 58, 59]] = 0
+        whole = whole.tocsr()
+        contexts = baskets(6, n_items=60, seed=9)
+        scorer = make().fit(whole[:-new, :57], times=times[:-new])
+        scorer.update(whole[-new:], times=times[-new:])
+        anew = make().fit(whole, times=times)
+        np.testing.assert_allclose(scorer.score_baskets(contexts), anew.score_baskets(contexts), rtol=1e-5, atol=1e-6)
+
+    @kinds({k: v for k, v in (COUNTING | FACTORS).items() if not k.startswith("popularity")})
+    def test_what_is_missing_from_its_block_comes_first(self, make: Make) -> None:
+        # Two blocks of items that never mix; every row lacks one item of its block. Given the others of a block, the
+        # missing one is above all of the other block. Ratings vary, so that Pearson has something to correlate.
+        table = np.zeros((24, 12), np.float32)
+        for row in range(24):
+            block = slice(0, 6) if row % 2 else slice(6, 12)
+            table[row, block] = [5, 4, 5, 4, 5, 4]
+            table[row, block.start + (row // 2) % 6] = 0
+        scorer = make().fit(sparse.csr_matrix(table), times=when(24))
+        for item in range(12):
+            context = np.zeros((1, 12), np.float32)
+            block = slice(0, 6) if item < 6 else slice(6, 12)
+            context[0, block] = [5, 4, 5, 4, 5, 4]
+            context[0, item] = 0
+            scores = np.nan_to_num(scorer.score_baskets(sparse.csr_matrix(context))[0], nan=-np.inf)
+            other = slice(6, 12) if item < 6 else slice(0, 6)
+            assert scores[item] > scores[other].max()
+
+
+class TestRandom:
+    def test_the_seed_and_the_context_decide(self) -> None:
+        contexts = baskets(4, seed=9)
+        one, same, other = (Random(seed).fit(baskets()).score_baskets(contexts) for seed in (1, 1, 2))
+        np.testing.assert_array_equal(one, same)
+        assert (one != other).any(axis=1).all()
+        assert (one[0] != one[1]).any()
+        assert one.min() >= 0
+        assert one.max() < 1
+
+
+class TestPopularity:
+    def test_it_counts_rows_and_not_quantities(self) -> None:
+        scores = Popularity().fit(rows([9, 1, 0], [0, 1, 0])).score_baskets(rows([0, 0, 0]))
+        np.testing.assert_array_equal(scores, [[1, 2, NAN]])
+
+    def test_a_row_one_half_life_old_counts_half(self) -> None:
+        history = rows([1, 1, 0], [0, 1, 0], [0, 0, 1])
+        scorer = Popularity(half_life_days=10).fit(history, times=[80 * DAY, 90 * DAY, 100 * DAY])
+        np.testing.assert_allclose(scorer.score_baskets(rows([0, 0, 0])), [[0.25, 0.75, 1.0]])
+
+    def test_a_later_row_ages_the_rest(self) -> None:
+        scorer = Popularity(half_life_days=10).fit(rows([1, 0]), times=[0.0])
+        scorer.update(rows([0, 1]), times=[20 * DAY])
+        np.testing.assert_allclose(scorer.score_users([0]), [[0.25, 1.0]])
+
+    @pytest.mark.parametrize("times", [None, [0.0, NAN]])
+    def test_a_half_life_needs_times(self, times: Any) -> None:
+        with pytest.raises(ValueError, match="finite time for each row"):
+            Popularity(half_life_days=10).fit(rows([1, 0], [1, 1]), times=times)
+
+
+class TestCoOccurrence:
+    # Item 0 in three rows, with item 1 in two of them and with item 2 in one; item 3 with none.
+    history = rows([1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1])
+
+    @pytest.mark.parametrize(
+        ("measure", "expected"),
+        [
+            ("count", [0, 2, 1, 0]),
+            ("conditional", [0, 2 / 3, 1 / 3, 0]),
+            ("lift", [0, (2 / 3) / (2 / 4), (1 / 3) / (1 / 4), 0]),
+        ],
+    )
+    def test_one_context_item(self, measure: Any, expected: list[float]) -> None:
+        scores = CoOccurrence(measure).fit(self.history).score_baskets(rows([1, 0, 0, 0]))
+        np.testing.assert_allclose(scores, [expected], rtol=1e-6)
+
+    def test_the_mean_is_over_context_items_that_were_seen(self) -> None:
+        wide = sparse.hstack([self.history, sparse.csr_matrix((4, 1))]).tocsr()
+        scores = CoOccurrence().fit(wide).score_baskets(rows([0, 1, 1, 0, 1]))
+        np.testing.assert_allclose(scores, [[1.0, 0, 0, 0, NAN]])
+
+    def test_an_unknown_measure_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="conditional"):
+            CoOccurrence("pmi")  # type: ignore[arg-type]
+
+
+class TestItemKNN:
+    history = rows([1, 1, 0], [1, 1, 1], [1, 0, 0])
+
+    def test_cosine_of_columns(self) -> None:
+        # |a| = sqrt 3, |b| = sqrt 2, |c| = 1; a.b = 2, a.c = 1, b.c = 1
+        scores = ItemKNN().fit(self.history).score_baskets(rows([1, 0, 0], [0, 1, 1]))
+        ab, ac, bc = 2 / np.sqrt(6), 1 / np.sqrt(3), 1 / np.sqrt(2)
+        np.testing.assert_allclose(scores, [[0, ab, ac], [(ab + ac) / 2, bc / 2, bc / 2]], rtol=1e-6)
+
+    def test_shrinkage_is_added_to_the_norms(self) -> None:
+        scores = ItemKNN(shrinkage=4.0).fit(self.history).score_baskets(rows([1, 0, 0]))
+        np.testing.assert_allclose(scores, [[0, 2 / (np.sqrt(6) + 4), 1 / (np.sqrt(3) + 4)]], rtol=1e-6)
+
+    def test_only_the_k_nearest_are_kept_and_the_earlier_of_equals(self) -> None:
+        scores = ItemKNN(k=1).fit(self.history).score_baskets(rows([1, 0, 0]))
+        np.testing.assert_allclose(scores, [[0, 2 / np.sqrt(6), 0]], rtol=1e-6)
+        level = ItemKNN(k=2).fit(rows([1, 1, 1, 1], [1, 1, 1, 1])).score_baskets(rows([1, 0, 0, 0]))
+        np.testing.assert_allclose(level, [[0, 1, 1, 0]], rtol=1e-6)
+
+    def test_tfidf_trusts_rows_of_few_items(self) -> None:
+        # 0 and 1 share a row of two items, 0 and 2 a row of four.
+        history = rows([1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1])
+        cosine = ItemKNN().fit(history).score_baskets(rows([1, 0, 0, 0, 0, 0]))[0]
+        tfidf = ItemKNN(similarity="tfidf").fit(history).score_baskets(rows([1, 0, 0, 0, 0, 0]))[0]
+        assert cosine[1] == pytest.approx(cosine[2])
+        assert tfidf[1] > tfidf[2] > 0
+
+    def test_a_row_of_all_items_says_nothing_under_tfidf(self) -> None:
+        scores = ItemKNN(similarity="tfidf").fit(rows([1, 1, 1], [1, 1, 1])).score_baskets(rows([1, 0, 0]))
+        np.testing.assert_array_equal(scores, [[0, 0, 0]])
+
+    def test_bm25_agrees_with_a_dense_reckoning(self) -> None:
+        history = baskets(40, n_items=10, top=4)
+        weights = bm25(sparse.csr_array(history.T)).toarray()
+        expected = weights @ weights.T
+        np.fill_diagonal(expected, 0)
+        found = ItemKNN(k=10, similarity="bm25").fit(history).score_baskets(sparse.eye_array(10).tocsr())
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+    def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = ItemKNN(k=4).fit(baskets()).score_baskets(baskets(6, seed=9))
+        monkeypatch.setattr("peft_combo.scoring.neighbours._BLOCK_PRODUCTS", 50)
+        monkeypatch.setattr("peft_combo.scoring.base.BLOCK_CELLS", 30)
+        np.testing.assert_array_equal(ItemKNN(k=4).fit(baskets()).score_baskets(baskets(6, seed=9)), whole)
+
+    def test_options_that_mean_nothing_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="bm25"):
+            ItemKNN(similarity="bm25", shrinkage=1)
+
+
+class TestUserKNN:
+    def test_the_textbook_example_of_pearson(self) -> None:
+        # Aggarwal 2016, "Recommender Systems: The Textbook", table 2.1: the two users nearest to user 3 are 1 and 2,
+        # and the mean-centred predictions for items 1 and 6 are 3.35 and 0.86.
+        ratings = rows(
+            [7, 6, 7, 4, 5, 4], [6, 7, 0, 4, 3, 4], [0, 3, 3, 1, 1, 0], [1, 2, 2, 3, 3, 4], [1, 0, 1, 2, 3, 3]
+        )
+        scorer = UserKNN(k=2, similarity="pearson", feedback="explicit").fit(ratings)
+        scores = scorer.score_users([2])[0]
+        assert scores[[0, 5]] == pytest.approx([3.35, 0.86], abs=0.005)
+        # The same row as a basket finds itself in the history and would be its own nearest neighbour.
+        others = UserKNN(k=2, similarity="pearson", feedback="explicit").fit(ratings[[0, 1, 3, 4]])
+        np.testing.assert_allclose(others.score_baskets(ratings[2])[0], scores, rtol=1e-5)
+
+    def test_explicit_cosine_by_hand(self) -> None:
+        # Context (4, -, 2): mean 3. Row 0 = (4, 5, 0): cosine 16 / (sqrt 20 sqrt 41), mean 4.5. Row 1 = (0, 1, 2):
+        # cosine 4 / (sqrt 20 sqrt 5), mean 1.5.
+        w = np.array([16 / np.sqrt(20 * 41), 4 / np.sqrt(20 * 5)])
+        scores = UserKNN(feedback="explicit").fit(rows([4, 5, 0], [0, 1, 2])).score_baskets(rows([4, 0, 2]))[0]
+        assert scores == pytest.approx([3 - 0.5, 3 + (w[0] * 0.5 - w[1] * 0.5) / w.sum(), 3 + 0.5], rel=1e-5)
+
+    def test_shrinkage_weighs_by_items_in_common(self) -> None:
+        plain = rows([1, 1, 1, 0], [1, 0, 0, 1])
+        context = rows([1, 1, 0, 0])
+        w = np.array([2 / np.sqrt(6) * 2 / (2 + 3), 1 / 2 * 1 / (1 + 3)])
+        scores = UserKNN(shrinkage=3.0).fit(plain).score_baskets(context)[0]
+        assert scores == pytest.approx([1, w[0] / w.sum(), w[0] / w.sum(), w[1] / w.sum()], rel=1e-5)
+
+    def test_implicit_is_the_weighted_share_of_neighbours(self) -> None:
+        scores = UserKNN(k=2).fit(rows([1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1])).score_baskets(rows([1, 0, 0, 0]))
+        np.testing.assert_allclose(scores, [[1, 0.5, 0.5, NAN]], rtol=1e-6)
+
+    def test_negative_correlation_counts_against(self) -> None:
+        ratings = rows([1, 5, 5], [5, 1, 5])
+        scores = UserKNN(k=2, similarity="pearson", feedback="explicit").fit(ratings).score_baskets(rows([5, 1, 0]))[0]
+        # Only co-rated items count: w = -1 for row 0 and +1 for row 1; both rated item 2 above their mean of 11/3.
+        assert scores[2] == pytest.approx(3 + (-(5 - 11 / 3) + (5 - 11 / 3)) / 2, abs=1e-5)
+
+    def test_only_k_rows_are_neighbours_and_the_earlier_of_equals(self) -> None:
+        history = rows([1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1])
+        scores = UserKNN(k=2).fit(history).score_baskets(rows([1, 0, 0, 0]))
+        np.testing.assert_allclose(scores, [[1, 0.5, 0.5, NAN]], rtol=1e-6)
+
+    def test_a_flat_rater_has_no_correlation(self) -> None:
+        ratings = rows([3, 3, 3], [1, 2, 5])
+        assert np.isnan(
+            UserKNN(similarity="pearson", feedback="explicit").fit(ratings).score_baskets(rows([4, 4, 0]))
+        ).all()
+
+    def test_pearson_of_purchases_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="explicit"):
+            UserKNN(similarity="pearson")
+
+    def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = UserKNN(k=4).fit(baskets()).score_users(np.arange(60))
+        monkeypatch.setattr("peft_combo.scoring.base.BLOCK_CELLS", 300)
+        np.testing.assert_allclose(UserKNN(k=4).fit(baskets()).score_users(np.arange(60)), whole, rtol=1e-6)
+
+
+def solved_by_columns(data: np.ndarray, l2: float) -> np.ndarray:
+    """EASE's problem solved without its closed form: a ridge regression per item on all others."""
+    n = data.shape[1]
+    b = np.zeros((n, n))
+    for item in range(n):
+        others = np.delete(np.arange(n), item)
+        x = data[:, others]
+        b[others, item] = np.linalg.solve(x.T @ x + l2 * np.eye(n - 1), x.T @ data[:, item])
+    return b
+
+
+class TestEASE:
+    def test_it_is_a_ridge_regression_of_each_item_on_the_others(self) -> None:
+        history, contexts = baskets(top=3), baskets(6, seed=9, top=3)
+        expected = contexts.toarray() @ solved_by_columns(history.toarray().astype(float), 2.5)
+        np.testing.assert_allclose(EASE(l2=2.5).fit(history).score_baskets(contexts), expected, rtol=1e-4, atol=1e-6)
+
+    def test_two_items_by_hand(self) -> None:
+        # Gram [[3, 2], [2, 2]] + 1: the ridge of item 1 on item 0 is 2 / (3 + 1), of item 0 on item 1 2 / (2 + 1).
+        scores = EASE(l2=1.0).fit(rows([1, 1], [1, 1], [1, 0])).score_baskets(rows([1, 0], [0, 1]))
+        np.testing.assert_allclose(scores, [[0, 0.5], [2 / 3, 0]], rtol=1e-6)
+
+    def test_the_inverse_is_right_beyond_a_leaf(self) -> None:
+        n = 3 * linear._LEAF + 5
+        history = baskets(400, n_items=n)
+        gram = history.toarray().astype(float).T @ history.toarray() + 0.5 * np.eye(n)
+        arrays, _ = EASE(l2=0.5).fit(history).state()
+        np.testing.assert_allclose(
+            arrays["inverse"] @ gram[np.ix_(arrays["active"], arrays["active"])],
+            np.eye(len(arrays["active"])),
+            atol=1e-10,
+        )
+
+    def test_many_small_updates_do_not_drift(self) -> None:
+        whole, contexts = baskets(200, n_items=40), baskets(6, n_items=40, seed=9)
+        scorer = EASE().fit(whole[:100])
+        for row in range(100, 200):
+            scorer.update(whole[row])
+        np.testing.assert_allclose(
+            scorer.score_baskets(contexts), EASE().fit(whole).score_baskets(contexts), rtol=1e-5, atol=1e-7
+        )
+
+    def test_too_many_items_names_the_way_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(linear, "MAX_ITEMS", 10)
+        with pytest.raises(PeftComboError, match=r"(?s)10 items; found 24.*ItemKNN or ALS"):
+            EASE().fit(baskets())
+        scorer = EASE().fit(baskets(40, n_items=10))
+        with pytest.raises(PeftComboError, match="ItemKNN"):
+            scorer.update(baskets(2))
+
+
+class TestCEASE:
+    def test_vectors_are_further_rows_of_the_history(self) -> None:
+        history, contexts, items = baskets(), baskets(6, seed=9), vectors()
+        unit = items / np.linalg.norm(items, axis=1, keepdims=True)
+        rows_and_text = np.concatenate([history.toarray(), np.sqrt(0.7) * unit.T])
+        expected = contexts.toarray() @ solved_by_columns(rows_and_text.astype(float), 2.0)
+        scores = CEASE(l2=2.0, alpha=0.7).fit(history, items=items).score_baskets(contexts)
+        np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+
+    def test_sparse_and_dense_vectors_score_alike(self) -> None:
+        items = np.where(vectors() > 0.5, vectors(), 0)
+        items[5, 0] = 1
+        dense = CEASE().fit(baskets(), items=items).score_baskets(baskets(6, seed=9))
+        thin = CEASE().fit(baskets(), items=sparse.csr_matrix(items)).score_baskets(baskets(6, seed=9))
+        np.testing.assert_allclose(thin, dense, rtol=1e-5, atol=1e-6)
+
+    def test_a_cold_item_is_found_by_its_text(self) -> None:
+        # 0 goes with 1; 3 reads like 1 but no row holds it; 2 and 4 have nothing to do with either.
+        history = rows([1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 1])
+        items = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0.2], [0, 0.1, 1]], np.float32)
+        scores = CEASE(l2=1.0, alpha=2.0).fit(history, items=items).score_baskets(rows([1, 0, 0, 0, 0]))[0]
+        assert not np.isnan(scores).any()
+        assert scores[1] > scores[4]
+        cold = CEASE(l2=1.0, alpha=2.0).fit(history, items=items).score_baskets(rows([0, 0, 0, 1, 0]))[0]
+        assert np.argmax(cold) == 1
+
+    def test_without_rows_or_vector_there_is_nothing_to_say(self) -> None:
+        history, items = baskets().tolil(), vectors()
+        history[:, [4, 5]] = 0
+        items[[4, 6]] = 0
+        contexts = sparse.csr_matrix((np.ones(2), [4, 5], [0, 1, 2]), shape=(2, 24))
+        scores = CEASE().fit(history.tocsr(), items=items).score_baskets(contexts)
+        assert np.isnan(scores[0]).all()  # 4 has neither
+        assert np.isnan(scores[1]).nonzero()[0].tolist() == [4]  # 5 has a vector, 6 has rows
+
+    @pytest.mark.parametrize("new", [1, 40])
+    def test_an_update_is_as_good_as_a_refit(self, new: int) -> None:
+        whole, contexts, items = baskets(90, n_items=60), baskets(6, n_items=60, seed=9), vectors(60)
+        scorer = CEASE().fit(whole[:-new], items=items).update(whole[-new:])
+        expected = CEASE().fit(whole, items=items).score_baskets(contexts)
+        np.testing.assert_allclose(scorer.score_baskets(contexts), expected, rtol=1e-5, atol=1e-6)
+
+    def test_new_items_need_their_vectors(self) -> None:
+        whole, items = baskets(90, n_items=60), vectors(60)
+        scorer = CEASE().fit(whole[:80, :50], items=items[:50])
+        with pytest.raises(ValueError, match="vectors of all"):
+            scorer.update(whole[80:])
+        scorer.update(whole[80:], items=items)
+        anew = CEASE().fit(sparse.vstack([whole[:80].multiply(np.arange(60) < 50), whole[80:]]).tocsr(), items=items)
+        np.testing.assert_allclose(scorer.score_users([85]), anew.score_users([85]), rtol=1e-5, atol=1e-6)
+
+    def test_it_needs_items(self) -> None:
+        with pytest.raises(ValueError, match="fit\\(history, items=vectors\\)"):
+            CEASE().fit(baskets())
+
+
+class TestTextCosine:
+    items = np.array([[2, 0], [0, 3], [1, 1], [0, 0]], np.float32)
+
+    @pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+    def test_mean_and_max_by_hand(self, form: Any) -> None:
+        s = np.sqrt(0.5)
+        history = rows([0, 0, 0, 0])
+        mean = TextCosine().fit(history, items=form(self.items)).score_baskets(rows([1, 1, 0, 0], [1, 0, 0, 1]))
+        np.testing.assert_allclose(mean, [[s, s, 1, NAN], [1, 0, s, NAN]], atol=1e-6)
+        best = TextCosine("max").fit(history, items=form(self.items)).score_baskets(rows([1, 1, 0, 0], [1, 0, 0, 1]))
+        np.testing.assert_allclose(best, [[1, 1, s, NAN], [1, 0, s, NAN]], atol=1e-6)
+
+    @pytest.mark.parametrize("context", ["mean", "max"])
+    def test_a_context_without_text_is_nan(self, context: Any) -> None:
+        scorer = TextCosine(context).fit(rows([0, 0, 0, 1]), items=self.items)
+        assert np.isnan(scorer.score_users([0])).all()
+        assert np.isnan(scorer.score_baskets(rows([0, 0, 0, 0]))).all()
+
+    def test_a_longer_vector_weighs_no_more(self) -> None:
+        history, items = rows([1, 1, 0, 0]), self.items.copy()
+        items[0] *= 100
+        np.testing.assert_allclose(
+            TextCosine().fit(history, items=items).score_users([0]),
+            TextCosine().fit(history, items=self.items).score_users([0]),
+        )
+
+    def test_it_needs_vectors_for_all_items(self) -> None:
+        with pytest.raises(ValueError, match="needs items"):
+            TextCosine().fit(baskets())
+        with pytest.raises(ValueError, match="vectors of all"):
+            TextCosine().fit(baskets(), items=vectors()).update(baskets(2, n_items=30))
+
+
+class TestWords:
+    def test_tfidf_by_hand(self) -> None:
+        # Terms: blue, "blue shirt", red, "red shirt", shirt. n = 2, so idf is ln(3/2) + 1 for df 1 and 1 for df 2.
+        found = tfidf_vectors(["Red shirt", "BLUE  shirt"], longest=2)
+        rare = np.log(1.5) + 1
+        raw = np.array([[0, 0, rare, rare, 1], [rare, rare, 0, 0, 1]])
+        np.testing.assert_allclose(found.toarray(), raw / np.sqrt(2 * rare**2 + 1), rtol=1e-6)
+        assert found.dtype == np.float32
+
+    def test_sublinear_damps_repetition(self) -> None:
+        plain, damped = (tfidf_vectors(["a a a b"], longest=1, sublinear=on).toarray()[0] for on in (False, True))
+        assert plain[0] / plain[1] == pytest.approx(3)
+        assert damped[0] / damped[1] == pytest.approx(1 + np.log(3))
+
+    def test_rare_terms_can_be_left_out(self) -> None:
+        assert Tfidf.fit(["red shirt", "red shoe"], longest=1, min_texts=2).terms == ("red",)
+
+    def test_a_new_text_uses_the_fitted_terms(self) -> None:
+        words = Tfidf.fit(["red shirt", "blue shoe"])
+        found = words.vectors(["shirt, green", "unheard of", ""])
+        assert found.shape == (3, len(words.terms))
+        assert found[[0]].nnz == 1
+        assert found[[1, 2]].nnz == 0
+
+    def test_state_round_trip(self) -> None:
+        words = Tfidf.fit(["red shirt", "blue shoe", "été 42"], longest=3, sublinear=True)
+        arrays, params = words.state()
+        back = Tfidf.from_state(arrays, json.loads(json.dumps(params)))
+        texts = ["blue shoe shoe", "été"]
+        np.testing.assert_array_equal(back.vectors(texts).toarray(), words.vectors(texts).toarray())
+
+    def test_the_order_of_texts_does_not_change_the_terms(self) -> None:
+        texts = ["red shirt", "blue shoe", "green hat"]
+        assert Tfidf.fit(texts).terms == Tfidf.fit(texts[::-1]).terms
+
+    def test_bm25_by_hand(self) -> None:
+        # Lengths 1 and 3, mean 2. Term 0: df 2, idf ln(1 + .5/2.5). Row 0: tf 1, floor 1.2 (.25 + .75 / 2) = .75.
+        found = bm25(sparse.csr_array(np.array([[1, 0], [2, 1]], np.float32))).toarray()
+        common, rare = np.log(1 + 0.5 / 2.5), np.log(1 + 1.5 / 1.5)
+        floor = 1.2 * (0.25 + 0.75 * 1.5)
+        expected = [[common * 2.2 / 1.75, 0], [common * 2 * 2.2 / (2 + floor), rare * 2.2 / (1 + floor)]]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+    def test_bm25_vectors_of_texts(self) -> None:
+        found = bm25_vectors(["red shirt", "blue shirt", ""])
+        assert found.shape == (3, 3)
+        assert found[[0]].toarray()[0, 1] > found[[0]].toarray()[0, 2] > 0  # red is rarer than shirt
+
+    def test_no_text_at_all_makes_no_terms(self) -> None:
+        assert tfidf_vectors([]).shape == (0, 0)
+        assert tfidf_vectors(["", "  "]).shape == (2, 0)
+        assert bm25_vectors([""]).shape == (1, 0)
+
+
+class TestFactors:
+    @needs_implicit
+    def test_als_solves_each_row_given_its_items(self) -> None:
+        scorer = ALS(factors=4, alpha=3.0, regularization=0.1).fit(baskets(top=3))
+        arrays, _ = scorer.state()
+        items = arrays["items"].astype(float)
+        context = baskets(1, seed=9, top=3)
+        confidence = np.where(context.toarray()[0] > 0, 3.0 * context.toarray()[0], 1)
+        wanted = (context.toarray()[0] > 0).astype(float)
+        normal = items.T @ (confidence[:, None] * items) + 0.1 * np.eye(4)
+        expected = items @ np.linalg.solve(normal, items.T @ (confidence * wanted))
+        np.testing.assert_allclose(scorer.score_baskets(context)[0], expected, rtol=1e-3, atol=1e-4)
+
+    @needs_implicit
+    def test_an_update_lets_als_score_new_items(self) -> None:
+        whole = baskets(90, n_items=60)
+        scorer = ALS(factors=8).fit(whole[:60, :50])
+        assert scorer.update(whole[60:]).score_users([80]).shape == (1, 60)
+        seen = np.asarray(whole[60:].sum(axis=0)).ravel()[50:] > 0
+        assert (~np.isnan(scorer.score_users([80])[0, 50:]) == seen).all()
+
+    @needs_implicit
+    def test_an_update_leaves_new_items_to_the_next_fit_of_bpr(self) -> None:
+        whole = baskets(90, n_items=60)
+        scorer = BPR(factors=8, iterations=5).fit(whole[:60, :50]).update(whole[60:])
+        seen = whole[:60].toarray().any(axis=0) & (np.arange(60) < 50)
+        assert (~np.isnan(scorer.score_users([80])[0]) == seen).all()
+
+    @pytest.mark.parametrize("make", [ALS, BPR])
+    def test_without_the_package_the_command_is_named(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "implicit", None)
+        with pytest.raises(PeftComboError, match=r'pip install "peft-combo\[als\]"'):
+            make().fit(baskets())
+
+
+def test_a_saved_state_without_a_known_scorer_is_refused() -> None:
+    with pytest.raises(ValueError, match="Popularity"):
+        load_scorer({}, {"scorer": "Oracle"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (EASE, {"l2": 0}),
+        (CEASE, {"alpha": -1.0}),
+        (Popularity, {"half_life_days": 0}),
+        (UserKNN, {"k": 0}),
+        (UserKNN, {"feedback": "none"}),
+        (ItemKNN, {"k": 0}),
+        (ItemKNN, {"shrinkage": -1.0}),
+        (ItemKNN, {"similarity": "dice"}),
+        (Random, {"seed": -1}),
+        (ALS, {"factors": 0}),
+        (BPR, {"learning_rate": float("inf")}),
+        (TextCosine, {"context": "median"}),
+    ],
+)
+def test_hyperparameters_are_checked_when_given(kind: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        kind(**options)
+
+
+def test_a_large_sparse_history_is_fitted_in_seconds() -> None:
+    rng = np.random.default_rng(0)
+    n_rows, n_items, n_cells = 60_000, 8_000, 500_000
+    items = np.minimum(rng.pareto(1.0, n_cells) * 40, n_items - 1).astype(int)
+    history = sparse.csr_matrix((np.ones(n_cells), (rng.integers(0, n_rows, n_cells), items)), shape=(n_rows, n_items))
+    start = time.perf_counter()
+    for scorer in (Popularity(), ItemKNN(), UserKNN()):
+        scorer.fit(history).score_baskets(history[:50])
+    assert time.perf_counter() - start < 60

@@ -1,0 +1,217 @@
+"""No division lets the held-out part leak: parts are disjoint, groups whole, interactions barred."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import shared_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_combo.data import Bundles, Catalog, Dataset, Interactions, Split, demo_dataset, open_dataset, split
+from peft_combo.errors import DataError
+from peft_combo.recipe import DataConfig
+
+
+def make_dataset(
+    bundles: list[tuple[str, list[int], str | None, float]],
+    events: list[tuple[str | None, int, float, int]] = (),  # type: ignore[assignment]
+    baskets: list[int] | None = None,
+    n_items: int = 12,
+) -> Dataset:
+    """Build a dataset from (id, items, owner, time) bundles and (user, item, time, basket) events."""
+    users = sorted({user for user, *_ in events if user is not None})
+    return Dataset.build(
+        "made",
+        Catalog.build([f"i{row}" for row in range(n_items)], [f"item {row}" for row in range(n_items)]),
+        Interactions.build(
+            users,
+            [users.index(user) if user is not None else -1 for user, *_ in events],
+            [item for _, item, _, _ in events],
+            times=[time for _, _, time, _ in events],
+            baskets=[basket for *_, basket in events],
+        ),
+        Bundles.build(
+            [one[0] for one in bundles],
+            [one[1] for one in bundles],
+            owners=[one[2] for one in bundles],
+            times=[one[3] for one in bundles],
+            baskets=baskets,
+        ),
+    )
+
+
+owners = st.sampled_from([None, *(f"u{n}" for n in range(25))])
+bundle_rows = st.tuples(st.frozensets(st.integers(0, 11), min_size=2, max_size=4), owners, st.integers(0, 40))
+event_rows = st.tuples(owners, st.integers(0, 11), st.integers(0, 40), st.integers(-1, 30))
+
+
+@st.composite
+def datasets(draw: st.DrawFn) -> Dataset:
+    rows = draw(st.lists(bundle_rows, min_size=40, max_size=70))
+    events = draw(st.lists(event_rows, max_size=60))
+    baskets = draw(st.lists(st.integers(-1, 30), min_size=len(rows), max_size=len(rows)))
+    bundles = [(f"b{n}", sorted(items), owner, float(time)) for n, (items, owner, time) in enumerate(rows)]
+    return make_dataset(bundles, [(user, item, float(t), basket) for user, item, t, basket in events], baskets)
+
+
+def try_split(dataset: Dataset, by: str, seed: int) -> Split | None:
+    try:
+        return split(dataset, by, 0.2, 0.3, seed)  # type: ignore[arg-type]
+    except DataError:
+        return None  # too small after dropping repeats: refused, so nothing can leak
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets(), st.sampled_from(["user", "bundle", "time"]), st.integers(0, 3))
+def test_parts_are_disjoint_and_leak_nothing(dataset: Dataset, by: str, seed: int) -> None:
+    parts = try_split(dataset, by, seed)
+    if parts is None:
+        return
+    rows = np.concatenate([parts.train, parts.valid, parts.test, parts.dropped])
+    assert sorted(rows.tolist()) == list(range(len(dataset.bundles)))
+
+    item_sets = [frozenset(items.tolist()) for items in dataset.bundles.items]
+    in_train = {item_sets[row] for row in parts.train}
+    in_test = {item_sets[row] for row in parts.test}
+    assert not in_train & (in_test | {item_sets[row] for row in parts.valid})
+    assert not in_test & {item_sets[row] for row in parts.valid}
+
+    interactions = dataset.interactions
+    assert interactions is not None
+    held = np.concatenate([parts.valid, parts.test, parts.dropped])
+    seen = interactions.take(parts.train_interactions)
+    seen_users = {interactions.user_ids[user] for user in seen.users if user >= 0}
+    held_owners = {dataset.bundles.owners[row] for row in held} - {None}
+    if by == "user":
+        held_groups = {dataset.bundles.groups[row] for row in np.concatenate([parts.valid, parts.test])}
+        assert not held_groups & {dataset.bundles.groups[row] for row in parts.train}
+        assert not held_owners & {dataset.bundles.owners[row] for row in parts.train}
+        assert not held_owners & seen_users
+    if by in ("user", "bundle"):
+        assert not set(dataset.bundles.baskets[held].tolist()) - {-1} & set(seen.baskets.tolist())
+    if by == "bundle":
+        pairs = {(interactions.user_ids[u], int(i)) for u, i in zip(seen.users, seen.items, strict=True) if u >= 0}
+        given_away = {(dataset.bundles.owners[row], int(item)) for row in held for item in dataset.bundles.items[row]}
+        assert not pairs & given_away
+    if by == "time":
+        first_held = dataset.bundles.times[held].min()
+        assert not (seen.times >= first_held).any()
+        assert dataset.bundles.times[parts.train].max() < first_held
+        if len(parts.valid) and len(parts.test):
+            assert dataset.bundles.times[parts.valid].max() < dataset.bundles.times[parts.test].min()
+
+
+@settings(max_examples=30, deadline=None)
+@given(datasets(), st.lists(bundle_rows, min_size=1, max_size=10), st.integers(0, 3))
+def test_more_data_moves_nobody(
+    dataset: Dataset, more: list[tuple[frozenset[int], str | None, int]], seed: int
+) -> None:
+    """A bundle may be dropped when its double arrives, but it never changes side."""
+    bundles = dataset.bundles
+    before = [
+        (bundles.bundle_ids[row], bundles.items[row].tolist(), bundles.owners[row], float(bundles.times[row]))
+        for row in range(len(bundles))
+    ]
+    added = [(f"new{n}", sorted(items), owner, float(time)) for n, (items, owner, time) in enumerate(more)]
+    small, large = try_split(dataset, "user", seed), try_split(make_dataset(added + before), "user", seed)
+    if small is None or large is None:
+        return
+    shift = len(added)
+    assert {row + shift for row in small.train.tolist()} <= set(large.train.tolist())
+    for part, other in ((small.valid, large.test), (small.test, large.valid), (small.test, large.train)):
+        assert not {row + shift for row in part.tolist()} & set(other.tolist())
+
+
+def test_seed_and_digest() -> None:
+    demo = demo_dataset()
+    first, again, other = split(demo, seed=0), split(demo, seed=0), split(demo, seed=1)
+    assert first.digest == again.digest != other.digest
+    assert first.train.tolist() == again.train.tolist() != other.train.tolist()
+    assert split(demo, "bundle").digest != first.digest
+    assert split(demo, test_fraction=0.3).digest != first.digest
+
+
+def test_fractions_are_about_right() -> None:
+    parts = split(demo_dataset(), "bundle", 0.1, 0.2)
+    assert 40 <= len(parts.valid) <= 80
+    assert 95 <= len(parts.test) <= 145
+    by_time = split(demo_dataset(), "time", 0.1, 0.2)
+    assert 55 <= len(by_time.valid) <= 65
+    assert 115 <= len(by_time.test) <= 125
+
+
+def test_repeated_item_set_is_dropped_and_its_owner_stays_held_out() -> None:
+    bundles = [(f"b{n}", [n % 12, (n + 1 + n // 12) % 12], f"u{n}", float(n)) for n in range(60)]
+    dataset = make_dataset(bundles, [(f"u{n}", n % 12, float(n), -1) for n in range(60)])
+    plain = split(dataset, "user", 0.2, 0.3)
+    victim = int(plain.test[0])
+    bundles[victim] = (bundles[victim][0], list(bundles[int(plain.train[0])][1]), *bundles[victim][2:])
+    parts = split(make_dataset(bundles, [(f"u{n}", n % 12, float(n), -1) for n in range(60)]), "user", 0.2, 0.3)
+    assert victim in parts.dropped
+    assert victim not in np.concatenate([parts.train, parts.valid, parts.test])
+    assert victim not in parts.train_interactions  # event n is by user n
+
+
+def test_bundle_split_bars_the_basket_but_not_the_user() -> None:
+    bundles = [(f"b{n}", [2 * n % 12, (2 * n + 1) % 12, (n // 6 + 2 * n + 2) % 12], "one", float(n)) for n in range(40)]
+    events = [("one", item, float(n), n) for n, (_, items, _, _) in enumerate(bundles) for item in items]
+    events += [(None, 3, 5.0, -1)]
+    dataset = make_dataset(bundles, events, baskets=list(range(40)))
+    parts = split(dataset, "bundle", 0.1, 0.1)
+    assert len(events) - 1 in parts.train_interactions
+    assert 0 < len(parts.train_interactions) < len(events)
+
+
+def test_no_interactions() -> None:
+    dataset = make_dataset([(f"b{n}", [n % 12, (n + 1 + n // 12) % 12], None, 0.0) for n in range(60)])
+    bare = Dataset.build("bare", dataset.catalog, None, dataset.bundles)
+    assert len(split(bare, "user", 0.2, 0.2).train_interactions) == 0
+
+
+def test_nothing_held_out_when_fractions_are_zero() -> None:
+    dataset = make_dataset([(f"b{n}", [n % 12, (n + 1) % 12], None, 0.0) for n in range(12)], [("u", 1, 0.0, -1)])
+    for by in ("user", "bundle", "time"):
+        parts = split(dataset, by, 0.0, 0.0)  # type: ignore[arg-type]
+        assert len(parts.train) == 12
+        assert parts.train_interactions.tolist() == [0]
+
+
+def test_too_few_bundles_say_how_many_are_needed() -> None:
+    dataset = make_dataset([("a", [0, 1], "u1", 1.0), ("b", [1, 2], "u1", 2.0), ("c", [2, 3], "u2", 3.0)])
+    with pytest.raises(DataError, match=r"3 bundles of 2 owners gave .* needed are .*Give at least about \d+ owners"):
+        split(dataset, "user")
+
+
+def test_time_split_needs_times() -> None:
+    dataset = make_dataset([("a", [0, 1], None, float("nan")), ("b", [1, 2], None, 2.0)])
+    with pytest.raises(DataError, match=r"1 of 2 bundles .* have none"):
+        split(dataset, "time")
+
+
+def test_one_moment_for_all_cannot_be_split_by_time() -> None:
+    dataset = make_dataset([(f"b{n}", [n, n + 1], None, 5.0) for n in range(10)])
+    with pytest.raises(DataError, match="too few bundles to split by time"):
+        split(dataset, "time")
+
+
+def test_fractions_must_leave_something() -> None:
+    with pytest.raises(ValueError, match="fractions"):
+        split(demo_dataset(), "user", 0.5, 0.5)
+
+
+@pytest.mark.parametrize("category", ["clothing", "electronic"])
+def test_bundlerec_held_out_users_are_unseen(category: str) -> None:
+    """user_item is the union of a user's own bundles: one row of a held-out user would answer their test."""
+    dataset = open_dataset(DataConfig(source="bundlerec", path=str(shared_data(f"bundlerec/{category}"))))
+    parts = split(dataset, "user", seed=3)
+    interactions = dataset.interactions
+    assert interactions is not None
+    held = {dataset.bundles.owners[row] for row in [*parts.valid, *parts.test, *parts.dropped]}
+    seen = interactions.take(parts.train_interactions)
+    assert not held & {interactions.user_ids[user] for user in seen.users}
+    assert not held & {dataset.bundles.owners[row] for row in parts.train}
+    matrix = interactions.to_csr(len(dataset.catalog), parts.train_interactions)
+    for owner in held:
+        if owner in interactions.user_ids:
+            assert matrix[interactions.user_ids.index(owner)].nnz == 0
