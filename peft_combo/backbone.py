@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -338,6 +339,8 @@ def _from_pretrained(source: str, **options: Any) -> nn.Module:
 def _load_quantized(source: str, name: str, quantization: Quantization, device: str | torch.device | None) -> nn.Module:
     from transformers import BitsAndBytesConfig
 
+    # It says at every product of every layer that float32 inputs are cast to float16; the plan names the precision once.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if quantization == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:

@@ -9,11 +9,15 @@ Knows nothing of texts, tasks, stores or the training loop.
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, assert_never
+
+# bitsandbytes, which peft imports, warns on processors for which it looks for faster 4-bit kernels on a hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import peft
 import torch

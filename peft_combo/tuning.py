@@ -413,7 +413,8 @@ def _plan(
         method=recipe.adapter.method,
         device=accelerator.device.type,
         processes=accelerator.num_processes,
-        precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+        + (f", {backbone.quantization} frozen weights" if backbone.quantization != "none" else ""),
         items=len(dataset.catalog),
         bundles={"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)},
         adapter_parameters=sum(p.numel() for p in attached.trainable().values()),

@@ -1,13 +1,26 @@
-"""What the tests share: where real data lies, and tiny real encoders."""
+"""What the tests share: where real data lies, tiny real encoders, and recipes over small made-up data."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Two threads fight over two cores with whatever else runs; one thread gives the same sums in the same order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# For each architecture: how to make a tiny, randomly built encoder of it. 32 wide, 4 heads, 3 layers, 200 words.
+_SIZES: dict[str, dict[str, Any]] = {
+    "bert": {}, "roberta": {"max_position_embeddings": 66}, "electra": {"embedding_size": 16},
+    "mpnet": {"max_position_embeddings": 66}, "albert": {"embedding_size": 16},
+    "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 3, "hidden_dim": 48},
+    "modernbert": {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3, "reference_compile": False},
+}  # fmt: skip
 
 
 def shared_data(name: str) -> Path:
@@ -17,3 +30,96 @@ def shared_data(name: str) -> Path:
     if not folder.exists():
         pytest.skip(f"real data {name!r} is not on this machine (PEFT_COMBO_DATA names its folder)")
     return folder
+
+
+def build_encoder(folder: Path, architecture: str = "bert", seed: int = 0, **changes: Any) -> Path:
+    """Save a tiny encoder with a word tokenizer into `folder`, the way a model folder looks."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(195))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]",
+    ).save_pretrained(folder)  # fmt: skip
+    common = {"vocab_size": len(words), "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3,
+              "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+    options = {**common, **_SIZES[architecture], **changes}
+    if architecture == "distilbert":
+        options = {k: v for k, v in options.items() if not k.startswith(("hidden_s", "num_", "intermediate"))}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModel.from_config(AutoConfig.for_model(architecture, **options)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT in a folder."""
+    return build_encoder(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 items in 6 styles and 90 bundles of 30 users; items of one style go together.
+
+    The style shows in one of two words a title has for it, so what goes together can be learned from text alone.
+    """
+    import random
+
+    dice = random.Random(5)
+    folder = tmp_path_factory.mktemp("tiny-shop")
+    titles = [f"w{10 + number % 6 * 2 + number // 6 % 2} w{40 + number} w{120 + number % 7}" for number in range(60)]
+    rows = "\n".join(f"i{number},{title},Style {number % 3}" for number, title in enumerate(titles))
+    (folder / "items.csv").write_text(f"item_id,title,category\n{rows}\n")
+    members, meta = [], []
+    for bundle in range(90):
+        style = dice.randrange(6)
+        chosen = dice.sample([number for number in range(60) if number % 6 == style], dice.choice((2, 3, 4)))
+        members += [f"b{bundle},i{number}" for number in chosen]
+        meta.append(f"b{bundle},u{bundle % 30}")
+    (folder / "bundles.csv").write_text("bundle_id,item_id\n" + "\n".join(members) + "\n")
+    (folder / "bundle_meta.csv").write_text("bundle_id,user_id\n" + "\n".join(meta) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tiny_bert: Path, tiny_shop: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Make a recipe of the tiny encoder and shop: ``tiny_recipe("lora", **{"training.epochs": 2})``."""
+    from peft_combo.recipe import parse_recipe
+
+    adapters: dict[str, dict[str, Any]] = {
+        "lora": {"rank": 4, "top_layers": 2, "dropout": 0.1},
+        "adalora": {"initial_rank": 4, "target_rank": 2, "top_layers": 2, "allocate_every": 2, "dropout": 0.1},
+        "prefix": {"length": 4},
+        "head": {},
+        "top-layers": {"layers": 1},
+        "full": {},
+    }
+
+    def make(method: str = "lora", **changes: Any) -> Any:
+        raw: dict[str, Any] = {
+            "name": f"tiny-{method}",
+            "category": "tiny",
+            "store": str(tmp_path / "adapters"),
+            "backbone": {"model": str(tiny_bert), "max_length": 16},
+            "data": {"source": "folder", "path": str(tiny_shop)},
+            "adapter": {"method": method, **adapters[method]},
+            "training": {"epochs": 4, "batch_size": 16, "learning_rate": 5e-3, "checkpoint_every": 3},
+        }
+        for path, value in changes.items():
+            *parents, leaf = path.split(".")
+            place = raw
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[leaf] = value
+        return parse_recipe(raw)
+
+    return make

@@ -163,6 +163,14 @@ def test_bundle_split_bars_the_basket_but_not_the_user() -> None:
     assert 0 < len(parts.train_interactions) < len(events)
 
 
+def test_time_split_shows_only_what_was_strictly_earlier() -> None:
+    bundles = [(f"b{n}", [n, n + 1], None, float(n)) for n in range(10)]
+    events = [(None, 0, time, -1) for time in (float("nan"), 0.0, 6.5, 7.0, 7.5, 9.0)]
+    parts = split(make_dataset(bundles, events), "time", 0.1, 0.2)
+    assert (parts.train.tolist(), parts.valid.tolist(), parts.test.tolist()) == ([*range(7)], [7], [8, 9])
+    assert parts.train_interactions.tolist() == [1, 2]
+
+
 def test_no_interactions() -> None:
     dataset = make_dataset([(f"b{n}", [n % 12, (n + 1 + n // 12) % 12], None, 0.0) for n in range(60)])
     bare = Dataset.build("bare", dataset.catalog, None, dataset.bundles)

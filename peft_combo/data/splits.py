@@ -83,7 +83,7 @@ def split(
     parts = {name: np.flatnonzero((in_part == name) & ~dropped).astype(np.int32) for name in _MINIMUM}
     _refuse_small(dataset, by, parts, {"train": 1.0, "valid": valid_fraction, "test": test_fraction})
     # Barred by all that was held out: the owner of a dropped bundle is a held-out user all the same.
-    train_interactions = _visible(dataset, by, in_part == "test")
+    train_interactions = _visible(dataset, by, in_part != "train")
     digest = hashlib.sha256(f"peft-combo split 1\n{by} {valid_fraction!r} {test_fraction!r} {seed}\n".encode())
     for name, rows in parts.items():
         digest.update(f"{name} {len(rows)}\n".encode())
