@@ -339,7 +339,7 @@ def _from_pretrained(source: str, **options: Any) -> nn.Module:
 def _load_quantized(source: str, name: str, quantization: Quantization, device: str | torch.device | None) -> nn.Module:
     from transformers import BitsAndBytesConfig
 
-    # It says at every product of every layer that float32 inputs are cast to float16; the plan names the precision once.
+    # At every product of every layer it says that float32 inputs are cast to float16; the plan names the precision.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if quantization == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
@@ -348,7 +348,13 @@ def _load_quantized(source: str, name: str, quantization: Quantization, device: 
     # One device and never "auto": each process of a distributed run holds its whole copy.
     place = {"": device if device is not None else "cpu"}
     try:
-        return _from_pretrained(source, quantization_config=config, device_map=place)
+        model = _from_pretrained(source, quantization_config=config, device_map=place)
+        for module in model.modules():
+            # On processors with AVX512-BF16 a 4-bit layer repacks its weights at its first evaluation, for good, and
+            # no gradient passes through the packed form; these weights serve evaluation and training in turn.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (mypy takes modules for closed)
+        return model
     except (ImportError, RuntimeError, ValueError) as error:
         raise BackboneError(
             f"The encoder {name} cannot be loaded in {quantization}: {error}. "

@@ -388,7 +388,10 @@ def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
         "The step was chosen on these bundles, so the tuned row is slightly flattered; "
         f"{plan.bundles['test']} test bundles were not looked at."
     )
-    steps = f"{'stopped early, ' if result.stopped_early else ''}best step {result.best_step} of {plan.steps}"
+    steps = (
+        f"{'stopped early, ' if result.stopped_early else ''}best step {result.chosen['best_step']} of {plan.steps}, "
+    )
+    steps += f"head at {result.chosen['strength']:.0%} of what it learned"
     spent = f"{duration(result.seconds)}, peak memory {result.peak_mib / 1024:.1f} GiB"
     print(f"Stored {result.record.reference} in {result.record.path}, read back and compared ({steps}; {spent}).")
     print(f"Loss log: {result.run_folder / 'log.jsonl'}")
@@ -402,12 +405,11 @@ def _tune_json(result: TuneResult) -> dict[str, Any]:
         "rows": [{"name": row.name, **row.values, "ndcg@10 interval": row.interval} for row in result.rows],
         "gain": vars(result.gain),
         "questions": result.questions,
-        "best_step": result.best_step,
+        "chosen": result.chosen,
         "stopped_early": result.stopped_early,
         "losses": result.losses,
         "seconds": result.seconds,
         "peak_mib": result.peak_mib,
-        "summary": result.summary,
     }
 
 

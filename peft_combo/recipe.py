@@ -303,6 +303,13 @@ class BundleTask(_Section):
     projection: Literal["linear", "none"] = Field(
         default="linear", description="Separate maps for query and target side: what goes together is rarely alike."
     )
+    strengths: tuple[Annotated[Real, Field(gt=0, le=1)], ...] = Field(
+        default=(0.25, 0.5, 1.0),
+        min_length=1,
+        max_length=20,
+        description="Shares of the trained projections to try on validation; the best is kept, so a projection that "
+        "learned too much is taken back towards the identity. Wortsman et al. 2022, WiSE-FT.",
+    )
     temperature: Real = Field(default=0.05, ge=0.001, le=10, description="Divides the similarities in the softmax.")
     learn_temperature: Bool = Field(default=True, description="Let the temperature be trained from that start.")
     extra_negatives: Int = Field(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -27,6 +28,7 @@ from typing import Any, assert_never
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -131,7 +133,7 @@ class TuneResult:
         record: the stored adapter.
         rows: baselines, the frozen encoder before, the tuned one after.
         losses: one per optimizer step.
-        summary: what the method tells of itself (ranks of AdaLoRA).
+        chosen: what validation or the method chose: best step, strength of the head, ranks of AdaLoRA.
     """
 
     record: AdapterRecord
@@ -141,13 +143,12 @@ class TuneResult:
     questions: int
     groups: int
     losses: tuple[float, ...]
-    best_step: int
+    chosen: dict[str, Any]
     stopped_early: bool
     seconds: float
     peak_mib: float
     run_folder: Path
     data_notes: tuple[str, ...]
-    summary: dict[str, Any]
 
 
 class Interrupted(TuningError):
@@ -229,6 +230,8 @@ def tune(
         )  # fmt: skip
         trainee = _Trainee(items, attached, head)
 
+        groups, rates = _parameter_groups(recipe.training, attached, head)
+
         # How good is it without tuning? The untrained head scores like cosine, so this is the frozen encoder.
         questions = _questions(dataset, parts.valid)
         clock = time.perf_counter()
@@ -244,7 +247,6 @@ def tune(
         )  # fmt: skip
         watch.planned(plan)
 
-        groups, rates = _parameter_groups(recipe.training, attached, head)
         optimizer = _optimizer(recipe.training, groups)
         model, optimizer = accelerator.prepare(trainee, optimizer, device_placement=[False, False])
         parameters = [p for group in groups for p in group["params"]]
@@ -291,8 +293,8 @@ def tune(
             watch.stepped(progress.step, progress.losses[-1])
 
             if progress.step % evaluate_every == 0 or progress.step == total:
-                values = metrics.ranking_metrics(_ranks(accelerator, items, trainee, attached, questions))
-                best = _keep_if_best(progress, values, recipe.training, attached, head)
+                values, strength = _evaluate(accelerator, items, trainee, attached, questions, recipe)
+                best = _keep_if_best(progress, values, strength, recipe.training, attached, head)
                 if log is not None:
                     log.add(progress.step, **values)
                 accelerator.log({f"valid/{name}": value for name, value in values.items()}, step=progress.step)
@@ -307,24 +309,31 @@ def tune(
                     "Go on with the same command and --resume."
                 )
 
-        if progress.best is not None:
+        if progress.best is None:  # without early stopping the last state is taken
+            _, strength = _evaluate(accelerator, items, trainee, attached, questions, recipe)
+        else:
             attached.load_state(progress.best.adapter, progress.best.values)
             head.load_state_dict(progress.best.head)
-        ranks_after = _ranks(accelerator, items, trainee, attached, questions)
+            strength = progress.best.strength
+        head.load_state_dict(head.at_strength(strength).state_dict())
+        set_training(attached.inner, attached.cut, False)
+        head.eval()
+        with accelerator.autocast():
+            ranks_after = completion_ranks(head, items.catalogue(trainee.encoder), questions)
         rows, gain = _table(dataset, parts, texts, questions, ranks_before, ranks_after)
         best_step = progress.best.step if progress.best is not None else progress.step
-        accelerator.end_training()
+        chosen = {"best_step": best_step, "strength": strength, **attached.summary()}
         if main:
-            record = _store(store, recipe, backbone, attached, head, dataset, parts, texts, rows, gain, best_step)
+            record = _store(store, recipe, backbone, attached, head, dataset, parts, texts, rows, gain, chosen)
             _forget_checkpoints(run_folder)
         accelerator.wait_for_everyone()
         if not main:
             record = store.open(recipe.category)
         items.close()
+        accelerator.end_training()
     return TuneResult(
         record, plan, rows, gain, len(questions), len(set(questions.clusters.tolist())), tuple(progress.losses),
-        best_step, progress.stopped_early, time.perf_counter() - started, peak_mib(), run_folder, dataset.notes,
-        attached.summary(),
+        chosen, progress.stopped_early, time.perf_counter() - started, peak_mib(), run_folder, dataset.notes,
     )  # fmt: skip
 
 
@@ -339,8 +348,14 @@ def _accelerator(recipe: Recipe, run_folder: Path) -> Accelerator:
             raise TuningError(
                 f'training.trackers: {tracker} is not installed. Install it with: pip install "peft-combo[{tracker}]"'
             ) from None
+    # Without a GPU accelerate joins the processes it launched only where it is told that they compute on the CPU.
+    several_on_cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    # accelerate keeps the precision of a process's first run for all others, and refuses another one.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
     try:
         accelerator = Accelerator(
+            cpu=several_on_cpu,
             mixed_precision=precision,
             gradient_accumulation_steps=recipe.training.accumulation,
             log_with=trackers or None,
@@ -483,6 +498,7 @@ def learning_rate_factor(config: TrainingConfig, step: int, total: int) -> float
 class _Best:
     step: int
     value: float
+    strength: float
     adapter: dict[str, Tensor]
     values: dict[str, Any]
     head: dict[str, Tensor]
@@ -499,18 +515,32 @@ class _Progress:
     stopped_early: bool = False
 
 
-def _ranks(
-    accelerator: Accelerator, items: ItemEncoder, trainee: _Trainee, attached: AttachedAdapter, questions: Questions
-) -> NDArray[np.float64]:
+def _evaluate(
+    accelerator: Accelerator,
+    items: ItemEncoder,
+    trainee: _Trainee,
+    attached: AttachedAdapter,
+    questions: Questions,
+    recipe: Recipe,
+) -> tuple[dict[str, float], float]:
+    """Return the validation metrics of the weights as they are, at the best strength of the head, and that strength."""
     set_training(attached.inner, attached.cut, False)
     trainee.head.eval()
+    metric = recipe.training.early_stopping.metric if recipe.training.early_stopping else "ndcg@10"
     with accelerator.autocast():
-        return completion_ranks(trainee.head, items.catalogue(trainee.encoder), questions)
+        vectors = items.catalogue(trainee.encoder)
+        tried = {
+            share: metrics.ranking_metrics(completion_ranks(trainee.head.at_strength(share), vectors, questions))
+            for share in (recipe.task.strengths if trainee.head.query_projection is not None else (1.0,))
+        }
+    strength = max(tried, key=lambda share: tried[share][metric])
+    return tried[strength], strength
 
 
 def _keep_if_best(
     progress: _Progress,
     values: Mapping[str, float],
+    strength: float,
     config: TrainingConfig,
     attached: AttachedAdapter,
     head: BundleHead,
@@ -526,7 +556,7 @@ def _keep_if_best(
         return False
     tensors, extra = attached.state()
     weights = {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}
-    progress.best = _Best(progress.step, value, tensors, extra, weights)
+    progress.best = _Best(progress.step, value, strength, tensors, extra, weights)
     progress.waited = 0
     return True
 
@@ -543,7 +573,12 @@ def _checkpoint(
     best: dict[str, Any] | None = None
     if progress.best is not None:
         groups |= {"best-adapter": progress.best.adapter, "best-head": progress.best.head}
-        best = {"step": progress.best.step, "value": progress.best.value, "values": progress.best.values}
+        best = {
+            "step": progress.best.step,
+            "value": progress.best.value,
+            "strength": progress.best.strength,
+            "values": progress.best.values,
+        }
     scaler = getattr(optimizer, "scaler", None)
     return Checkpoint(
         progress.step,
@@ -597,7 +632,14 @@ def _restored(
         list(values["losses"]),
         None
         if best is None
-        else _Best(best["step"], best["value"], tensors["best-adapter"], best["values"], tensors["best-head"]),
+        else _Best(
+            best["step"],
+            best["value"],
+            best["strength"],
+            tensors["best-adapter"],
+            best["values"],
+            tensors["best-head"],
+        ),
         values["waited"],
         values["stopped_early"],
     )
@@ -677,7 +719,7 @@ def _scorer_ranks(scorer: Scorer, questions: Questions, n_items: int) -> NDArray
 
 def _store(
     store: AdapterStore, recipe: Recipe, backbone: Backbone, attached: AttachedAdapter, head: BundleHead,
-    dataset: Dataset, parts: Split, texts: Sequence[str], rows: Sequence[Row], gain: Gain, best_step: int,
+    dataset: Dataset, parts: Split, texts: Sequence[str], rows: Sequence[Row], gain: Gain, chosen: Mapping[str, Any],
 ) -> AdapterRecord:  # fmt: skip
     """Write adapter and head, read them back, compare, and only then make the version visible."""
     values = {row.name: {**row.values, "ndcg@10": _with_interval(row)} for row in rows}
@@ -721,9 +763,8 @@ def _store(
                     "after": values["tuned"],
                     "baselines": {name: values[name] for name in ("popularity", "item-kNN", "TF-IDF title")},
                     "gain": {"value": gain.value, "low": gain.interval[0], "high": gain.interval[1], "p": gain.p},
-                    "best_step": best_step,
                     "protocol": PROTOCOL,
-                    **attached.summary(),
+                    **chosen,
                 },
                 "versions": _versions(),
             }

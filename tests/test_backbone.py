@@ -119,7 +119,9 @@ def test_chunks_hold_every_text_once_and_little_padding() -> None:
     chunks = list(length_sorted_chunks(lengths, chunk_tokens=64))
     assert sorted(np.concatenate(chunks).tolist()) == list(range(8))
     assert all(len(chunk) * lengths[chunk].max() <= 64 for chunk in chunks)
-    assert [int(lengths[chunk].max()) for chunk in chunks] == sorted((int(lengths[c].max()) for c in chunks), reverse=True)
+    assert [int(lengths[chunk].max()) for chunk in chunks] == sorted(
+        (int(lengths[c].max()) for c in chunks), reverse=True
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ METHODS: dict[str, AdapterConfig] = {
     "lora": LoraAdapter(rank=4),
     "lora-top": LoraAdapter(rank=4, top_layers=1, targets="query+value"),
     "rslora": LoraAdapter(rank=4, rslora=True),
-    "adalora": AdaloraAdapter(initial_rank=4, target_rank=2, top_layers=2, allocate_every=1),
+    "adalora": AdaloraAdapter(initial_rank=4, target_rank=2, allocate_every=1),
     "prefix": PrefixAdapter(length=4),
     "prefix-projection": PrefixAdapter(length=4, projection=True, projection_size=16),
     "top-layers": TopLayers(layers=1),
@@ -97,6 +97,8 @@ def test_saved_and_loaded_it_encodes_the_same(backbone: Backbone, method: str, t
     assert not any(parameter.requires_grad for parameter in loaded.encoder.parameters())
 
 
+# transformers' own attribute, which it deprecates, is read by peft when a prompt-learning model is made.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", PEFT_METHODS)
 def test_plain_peft_opens_the_folder(backbone: Backbone, tiny_bert: Path, method: str, tmp_path: Path) -> None:
     attached = attach(backbone, method)
@@ -169,8 +171,9 @@ def test_adaloras_orthogonality_term_is_the_papers(backbone: Backbone) -> None:
 
 
 def test_adalora_without_room_for_a_schedule_is_refused(backbone: Backbone) -> None:
+    config = AdaloraAdapter(warmup_fraction=0.5, final_fraction=0.45)
     with pytest.raises(BackboneError, match="steps leave none"):
-        methods.attach(backbone.model, METHODS["adalora"], max_length=16, total_steps=1, seed=0)
+        methods.attach(backbone.model, config, max_length=16, total_steps=2, seed=0)
 
 
 def test_a_prefix_takes_positions_from_the_text(tiny_bert: Path) -> None:
@@ -210,7 +213,9 @@ def test_quantised_backbones_train_and_reload(method: str, quantization: str, tm
     optimizer = torch.optim.AdamW(attached.trainable().values(), lr=1e-2)
     before = backbone.encode(TEXTS, attached)
     for step in range(1, 6):
-        (-backbone.pool(attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)[:, 0].mean()).backward()
+        (
+            -backbone.pool(attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)[:, 0].mean()
+        ).backward()
         optimizer.step()
         attached.after_step(step)
         optimizer.zero_grad()

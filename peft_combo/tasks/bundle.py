@@ -6,6 +6,7 @@ items as rows and vectors; knows nothing of texts, encoders or the training loop
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
@@ -75,6 +76,18 @@ class BundleHead(nn.Module):
     def target(self, items: Tensor) -> Tensor:
         """Project (M, D) item vectors to targets, (M, D) of unit length."""
         return _projected(self.dropout(items), self.target_projection)
+
+    def at_strength(self, share: float) -> BundleHead:
+        """Return a copy that goes only a share of the way from the identity to the trained projections.
+
+        Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT), eq. 1, applied to the head.
+        """
+        twin = copy.deepcopy(self)
+        with torch.no_grad():
+            for layer in (twin.query_projection, twin.target_projection):
+                if layer is not None:
+                    layer.weight.mul_(share)
+        return twin
 
     def spec(self) -> dict[str, Any]:
         """Return what `from_spec` needs besides the weights; goes into the manifest."""
@@ -313,6 +326,6 @@ def completion_ranks(head: BundleHead, vectors: NDArray[np.float32], questions: 
     for start in range(0, len(questions), _QUERY_BLOCK):
         block = slice(start, start + _QUERY_BLOCK)
         query = head.query(items, torch.from_numpy(questions.contexts[block]).to(device))
-        scores = (query @ targets).cpu().numpy()
+        scores = (query @ targets).float().cpu().numpy()
         ranks.append(metrics.midranks(scores, questions.targets[block], excluded[block]))
     return np.concatenate(ranks) if ranks else np.empty(0, np.float64)
