@@ -208,10 +208,8 @@ def adapters_verify(
     opened = AdapterStore(store)
     if adapter is None and not store.is_dir():
         raise StoreError(f"No adapter store at {store}. Name it with --store, or make one with peft-combo tune.")
-    count = len(opened.list())
-    _print_faults(
-        "", opened.verify(adapter), fine=f"{adapter or f'{count} adapters'}: every file is as it was written."
-    )
+    checked = adapter or f"{(count := len(opened.list()))} adapter{'s' if count != 1 else ''}"
+    _print_faults("", opened.verify(adapter), fine=f"{checked}: every file is as it was written.")
 
 
 @adapters_app.command("remove")

@@ -1,0 +1,231 @@
+"""The command line: quick to answer, one readable message for what a user can put right, and nothing undocumented."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from conftest import REPOSITORY
+from typer.testing import CliRunner
+
+from peft_combo import __main__
+from peft_combo.cli import app
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run a command as from a shell, in an empty folder; give exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peft-combo", *arguments])
+        code = 0
+        try:
+            __main__.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+        inner = getattr(command, "commands", {})
+        if not inner:
+            yield name, command
+        for word, child in inner.items():
+            yield from walk(f"{name} {word}".strip(), child)
+
+    yield from walk("", typer.main.get_command(app))
+
+
+@pytest.mark.parametrize("name", [name for name, _ in commands()])
+def test_every_command_has_a_help_line_and_stands_in_the_readme(name: str) -> None:
+    command = dict(commands())[name]
+    assert command.help
+    result = CliRunner().invoke(app, [*name.split(), "--help"])
+    assert result.exit_code == 0
+    readme = (REPOSITORY / "README.md").read_text()
+    group, _, verb = name.partition(" ")
+    line = next(line for line in readme.splitlines() if line.startswith(f"| `peft-combo {group}"))
+    assert f"`peft-combo {name}`" in line or f"`{verb}`" in line
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['peft-combo', '--help']\n"
+        "from peft_combo.__main__ import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = 'torch', 'numpy', 'transformers', 'peft', 'pydantic', 'datasets'\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_recipes_and_their_checks_import_no_torch() -> None:
+    program = (
+        "import sys; sys.argv = ['peft-combo', 'recipes', 'check', 'lora-fashion']\n"
+        "from peft_combo.__main__ import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'numpy', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_version(run: Run) -> None:
+    from peft_combo import __version__
+
+    assert run("--version") == (0, f"peft-combo {__version__}\n", "")
+
+
+def test_five_faults_are_told_at_once_without_a_traceback(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "category: fashion\n"
+        "data:\n  source: demo\n  vald_fraction: 0.2\n"
+        "adapter:\n  method: lorra\n"
+        "training:\n  epochs: ten\n  learning_rate: -1\n"
+        "task:\n  temperature: hot\n"
+    )
+    code, out, err = run("tune", "--recipe", "mine.yaml")
+    assert (code, out) == (1, "")
+    assert "Traceback" not in err
+    for path in (
+        "data.vald_fraction",
+        "adapter.method",
+        "training.epochs",
+        "training.learning_rate",
+        "task.temperature",
+    ):
+        assert path in err
+    assert 'Did you mean "valid_fraction"?' in err
+    assert 'Did you mean "lora"?' in err
+    code, _, err = run("recipes", "check", "mine.yaml")
+    assert code == 1
+    assert "5 faults" in err
+
+
+def shop(folder: Path, items: str = "", bundles: str = "") -> str:
+    folder.mkdir()
+    (folder / "items.csv").write_text(items or "item_id,title\n" + "".join(f"i{n},thing {n}\n" for n in range(9)))
+    (folder / "bundles.csv").write_text(bundles)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"items": "item_id,name\ni1,x\n", "bundles": "bundle_id,item_id\nb,i1\n"},
+            ["items.csv", "title", "data.columns"],
+        ),
+        ({"bundles": ""}, ["bundles.csv", "empty"]),
+        ({"bundles": "bundle_id,item_id\nb,i1\nb,i99\nc,zzz\n"}, ["bundles.csv:3", "i99", "bundles.csv:4", "zzz"]),
+        ({"bundles": "bundle_id,item_id\nb,i1\nb,i2\n"}, ["too few bundles", "1 bundles"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["tune", "data check"])
+def test_faulty_data_is_told_with_file_line_and_remedy(
+    command: str, files: dict[str, str], expected: list[str], run: Run, tmp_path: Path
+) -> None:
+    if command == "data check" and expected[0] == "too few bundles":
+        pytest.skip("too little to split is no fault of the files")
+    code, out, err = run(*command.split(), "--recipe", "lora-fashion", "--data", shop(tmp_path / "shop", **files))
+    assert (code, out) == (1, "")
+    assert "Traceback" not in err
+    for words in expected:
+        assert words in err
+
+
+def test_a_store_that_cannot_be_written_is_told_before_training(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "adapters").write_text("a file, not a folder")
+    code, out, err = run("tune", "--recipe", "lora-fashion")
+    assert (code, out) == (1, "")
+    assert "adapters" in err
+    assert "Plan:" not in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("tune", "--recipe", "lora-fashon"), 'Did you mean "lora-fashion"?'),
+        (("tune", "--recipe", "lora-fashion", "--set", "training.epoch=2"), 'Did you mean "epochs"?'),
+        (("tune", "--recipe", "lora-electronics"), "--data"),
+        (("adapters", "show", "fashion"), "peft-combo tune --recipe lora-fashion"),
+        (("adapters", "verify"), "No adapter store"),
+        (("adapters", "remove", "../x"), "x"),
+        (("data", "get", "bundlerec-clothes"), "bundlerec-clothing"),
+        (("data", "stats", "--data", "nowhere"), "nowhere"),
+        (("recipes", "copy", "lora-fashon", "x.yaml"), "lora-fashion"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_message(arguments: tuple[str, ...], expected: str, run: Run) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_a_tune_from_start_to_shelf(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tiny_recipe(**{"training.epochs": 8})
+    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    code, out, err = run("tune", "--recipe", "./tiny.yaml")
+    assert code == 0, err
+    assert re.search(r"Plan: lora: [\d,]+ adapter \+ [\d,]+ head parameters train", err)
+    for row in ("popularity", "item-kNN", "TF-IDF title", "frozen backbone", "tuned"):
+        assert re.search(rf"^{row} +0\.\d+", out, re.MULTILINE)
+    assert "better than the frozen one" in out
+    assert "test bundles were not looked at" in out
+    assert "Stored tiny@v1" in out
+
+    code, out, _ = run("adapters", "verify")
+    assert (code, out) == (0, "1 adapter: every file is as it was written.\n")
+    code, out, _ = run("adapters", "list", "--json")
+    assert [entry["category"] for entry in json.loads(out)] == ["tiny"]
+    assert "tiny@v1" in run("adapters", "list")[1]
+    assert "library_name: peft" in run("adapters", "show", "tiny")[1]
+    (tmp_path / "adapters" / "tiny" / "v1" / "adapter_config.json").write_text("{}")
+    code, out, err = run("adapters", "verify")
+    assert (code, out) == (1, "")
+    assert "adapter_config.json" in err
+    assert run("adapters", "remove", "tiny@v1")[1] == "removed tiny@v1\n"
+
+
+def test_json_is_all_that_reaches_stdout(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tiny_recipe(**{"training.epochs": 1})
+    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    code, out, err = run("tune", "--recipe", "./tiny.yaml", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["adapter"] == "tiny@v1"
+    assert len(told["losses"]) == told["plan"]["steps"]
+
+
+def test_data_and_recipes_answer_in_tables_and_json(run: Run) -> None:
+    assert "lora-fashion" in run("recipes", "list")[1]
+    assert {entry["name"] for entry in json.loads(run("recipes", "list", "--json")[1])} >= {"lora-fashion", "lora-food"}
+    assert run("recipes", "show", "lora-fashion")[1].startswith("# LoRA")
+    assert (
+        json.loads(run("recipes", "show", "lora-fashion", "--set", "training.epochs=2")[1])["training"]["epochs"] == 2
+    )
+    assert json.loads(run("recipes", "schema")[1])["title"] == "peft-combo recipe"
+    assert "demo" in run("data", "list")[1]
+    assert {entry["name"] for entry in json.loads(run("data", "list", "--json")[1])} >= {"demo", "folder"}
+    assert json.loads(run("data", "stats", "--json")[1])["items"] == 1000
+    assert "nothing is wrong" in run("data", "check")[1]
+    code, out, _ = run("recipes", "copy", "lora-fashion", "mine.yaml")
+    assert (code, out.strip()) == (0, "mine.yaml")
+    assert "valid recipe" in run("recipes", "check", "./mine.yaml")[1]
