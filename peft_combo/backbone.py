@@ -84,14 +84,19 @@ class Tokens:
 def length_sorted_chunks(lengths: NDArray[np.int64], chunk_tokens: int = CHUNK_TOKENS) -> Iterator[NDArray[np.int64]]:
     """Yield positions grouped by similar length, each group of at most `chunk_tokens` padded tokens, longest first.
 
-    Every position comes exactly once; the order is a function of `lengths` alone. Longest first, so that what does
-    not fit into memory fails at once.
+    A group also ends where a text is an eighth shorter than its longest, once it is large enough to be worth a pass:
+    padding stays below some per cent. Every position comes exactly once; the order is a function of `lengths` alone.
+    Longest first, so that what does not fit into memory fails at once.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
         width = max(int(lengths[order[start]]), 1)
         stop = min(start + max(1, chunk_tokens // width), len(order))
+        worth = start + -(-chunk_tokens // (3 * width))
+        if worth < stop:
+            much_shorter = lengths[order[worth:stop]] < width - width // 8
+            stop = worth + int(np.argmax(much_shorter)) if much_shorter.any() else stop
         yield order[start:stop]
         start = stop
 

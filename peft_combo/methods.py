@@ -8,10 +8,11 @@ Knows nothing of texts, tasks, stores or the training loop.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, assert_never
@@ -21,6 +22,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import peft
 import torch
+from peft.tuners import lora
 from peft.tuners.adalora.layer import AdaLoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -53,6 +55,60 @@ TUNED_WEIGHTS_FILE = "tuned_weights.safetensors"  # methods that are no PEFT ada
 _NAME = "default"
 
 
+class _LowRankLinear(torch.autograd.Function):
+    """``x (W + B A)^T + b`` for a frozen W: one product forward, and backward no gradient of W is ever made.
+
+    The textbook form adds ``B (A x)`` to the frozen layer's output: three more passes over the activations forward and
+    four backward. W + B A costs r multiply-adds per weight once for all tokens of a chunk.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, right: Tensor, left: Tensor) -> Tensor:
+        whole = torch.addmm(weight, left, right)  # (O, I) + (O, R) @ (R, I)
+        context.save_for_backward(x, whole, right, left)
+        return nn.functional.linear(x, whole, bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, whole, right, left = context.saved_tensors
+        flat, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        through = flat @ left  # (T, O) @ (O, R) -> (T, R)
+        grad_right = through.T @ inputs  # (R, T) @ (T, I) -> (R, I)
+        grad_left = (flat.T @ (inputs @ right.T)) if context.needs_input_grad[4] else None  # (O, T) @ (T, R) -> (O, R)
+        grad_x = (flat @ whole).view_as(x) if context.needs_input_grad[0] else None
+        return grad_x, None, None, grad_right, grad_left
+
+
+def fuse_low_rank(model: nn.Module) -> None:
+    """Let the plain LoRA and AdaLoRA layers of `model` compute in the fused form wherever that is the same thing.
+
+    Their own forward stays in charge of everything else: dropout while training, quantised or half-precision weights.
+    """
+    for module in model.modules():
+        if isinstance(module, lora.Linear | AdaLoraLayer) and type(module.get_base_layer()) is nn.Linear:
+            if isinstance(module, lora.Linear) and (module.use_dora.get(_NAME) or module.lora_variant):
+                continue
+            module.forward = functools.partial(_fused_forward, module, module.forward)
+
+
+def _fused_forward(module: Any, honest: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    base: nn.Linear = module.get_base_layer()
+    dropout = module.lora_dropout[_NAME]
+    drops = module.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
+    if args or kwargs or drops or module.merged or module.disable_adapters or x.dtype != base.weight.dtype:
+        return honest(x, *args, **kwargs)
+    if torch.is_autocast_enabled(x.device.type) or base.weight.dtype != torch.float32:
+        return honest(x, *args, **kwargs)
+    right, left = module.lora_A[_NAME], module.lora_B[_NAME]
+    if isinstance(module, AdaLoraLayer):
+        right = right * module.lora_E[_NAME]
+        left = left * (module.scaling[_NAME] / (module.ranknum[_NAME] + 1e-5))
+    else:
+        right, left = right.weight, left.weight * module.scaling[_NAME]
+    fused: Tensor = _LowRankLinear.apply(x, base.weight, base.bias, right, left)  # type: ignore[no-untyped-call]
+    return fused
+
+
 class AttachedAdapter:
     """An adapter inside an encoder copy; this class serves LoRA and whatever needs no special care.
 
@@ -70,6 +126,7 @@ class AttachedAdapter:
         self.cut = cut
         self.max_length = max_length
         self.stored_as = stored_as
+        fuse_low_rank(inner)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that learn, by name."""
@@ -228,12 +285,12 @@ def attach(model: nn.Module, config: AdapterConfig, *, max_length: int, total_st
         torch.manual_seed(seed)
         match config:
             case LoraAdapter():
-                lora = peft.LoraConfig(
+                low_rank = peft.LoraConfig(
                     task_type="FEATURE_EXTRACTION", r=config.rank, lora_alpha=config.alpha,
                     lora_dropout=config.dropout, use_rslora=config.rslora,
                     target_modules=target_modules(encoder, config.targets, config.top_layers),
                 )  # fmt: skip
-                wrapped = peft.get_peft_model(encoder, lora)
+                wrapped = peft.get_peft_model(encoder, low_rank)
                 return AttachedAdapter(wrapped, encoder, _cut(encoder, config.top_layers), max_length, "lora")
             case AdaloraAdapter():
                 warmup = round(config.warmup_fraction * total_steps)
