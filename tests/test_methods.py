@@ -248,3 +248,42 @@ def test_quantised_weights_are_not_trained(tmp_path: Path) -> None:
 def test_a_copy_costs_no_weights(backbone: Backbone) -> None:
     pointers = {parameter.data_ptr() for parameter in backbone.model.parameters()}
     assert {parameter.data_ptr() for parameter in sharing_copy(backbone.model).parameters()} == pointers
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "adalora"])
+def test_the_fused_layers_give_pefts_values_and_gradients(backbone: Backbone, method: str) -> None:
+    attached = attach(backbone, method)
+    train(backbone, attached, 3)
+    ids, mask = backbone.tokenize(TEXTS).padded(np.arange(4), backbone.pad_id)
+
+    def outcome() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        attached.encoder.zero_grad()
+        hidden = attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        (hidden * torch.arange(32)).sum().backward()
+        return hidden.detach(), {n: p.grad.clone() for n, p in attached.trainable().items() if p.grad is not None}
+
+    fused_hidden, fused = outcome()
+    replaced = 0
+    for module in attached.inner.modules():
+        if "forward" in vars(module):
+            del module.forward
+            replaced += 1
+    hidden, plain = outcome()
+    assert replaced == 18
+    torch.testing.assert_close(fused_hidden, hidden, atol=1e-5, rtol=1e-5)
+    assert fused.keys() == plain.keys() == attached.trainable().keys()
+    for name in plain:
+        torch.testing.assert_close(fused[name], plain[name], atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_is_still_dropout_while_training(backbone: Backbone) -> None:
+    attached = methods.attach(backbone.model, LoraAdapter(dropout=0.5), max_length=16, total_steps=1, seed=0)
+    train(backbone, attached, 3)
+    ids, mask = backbone.tokenize(TEXTS).padded(np.arange(4), backbone.pad_id)
+    with torch.no_grad():
+        attached.encoder.train()
+        first, second = (attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state for _ in range(2))
+        assert not torch.equal(first, second)
+        attached.encoder.eval()
+        first, second = (attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state for _ in range(2))
+        assert torch.equal(first, second)

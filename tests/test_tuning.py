@@ -390,3 +390,9 @@ def test_a_missing_tracker_is_named_with_its_install_command(tiny_recipe: MakeRe
             run(recipe, tmp_path)
     else:
         pytest.skip("wandb is installed")
+
+
+def test_curves_reach_tensorboard(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra peft-combo[tensorboard] is not installed")
+    run(tiny_recipe(**{"training.trackers": ["tensorboard"], "training.epochs": 1}), tmp_path)
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))

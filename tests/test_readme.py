@@ -1,0 +1,68 @@
+"""The README is true: every command in it runs, in the order a newcomer would type them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every command, without what installs: an environment is made by the CI script, once, in the same way."""
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    words = [shlex.split(part) for part in parts]
+    return [call for call in words if "pip" not in call[0] and "venv" not in call]
+
+
+def call(words: list[str], folder: Path) -> str:
+    programs = {
+        "peft-combo": [sys.executable, "-m", "peft_combo"],
+        "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
+    }
+    program = programs[Path(words[0]).name]
+    done = subprocess.run(
+        [*program, *words[1:]], cwd=folder, capture_output=True, text=True, check=False, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_the_commands_and_the_program_run_as_written(tmp_path: Path, tiny_shop: Path) -> None:
+    shutil.copytree(tiny_shop, tmp_path / "my-shop")
+    told = []
+    for words in commands():
+        if "pytest" in words:
+            continue  # that is what is running
+        told.append(call(words, tmp_path))
+    assert "The tuned encoder is better than the frozen one" in told[0]
+    (program,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program + "\nprint(vectors.shape, vectors.dtype)"], cwd=tmp_path,
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.stdout == "(2, 384) float32\n", done.stderr
+
+
+def test_the_program_is_short() -> None:
+    (program,) = blocks("python")
+    assert len([line for line in program.splitlines() if line.strip()]) <= 5
+
+
+@pytest.mark.parametrize("word", ["constraints.txt", "lora-fashion"])
+def test_files_the_readme_names_exist(word: str) -> None:
+    assert list(REPOSITORY.glob(word)) or list(REPOSITORY.glob(f"recipes/{word}.yaml"))
