@@ -324,10 +324,11 @@ def _loading(manifest: Manifest, with_peft: bool) -> list[str]:
     backbone = manifest.backbone
     ours = [
         "```python",
-        "from peft_combo.adapters import AdapterStore",
+        "from peft_combo import AdapterStore, Backbone",
         "",
-        f'record = AdapterStore("adapters").open("{manifest.reference}")  # every file is checked against its sha256',
-        "record.manifest, record.file(...)",
+        f"backbone = Backbone.load({_load_arguments(backbone)})",
+        f'adapter = backbone.attach(AdapterStore("adapters").open("{manifest.reference}"))',
+        'vectors = backbone.encode(["a product title"], adapter)',
         "```",
     ]
     if not with_peft:
@@ -349,6 +350,14 @@ def _loading(manifest: Manifest, with_peft: bool) -> list[str]:
         "",
     ]
     return [*plain, "With peft-combo, which checks files and encoder:", "", *ours]
+
+
+def _load_arguments(backbone: BackboneStamp) -> str:
+    """Return what `Backbone.load` needs to make the encoder named here; its own default needs nothing."""
+    default = backbone.model == "sentence-transformers/all-MiniLM-L6-v2"
+    model = "" if default else json.dumps(backbone.model)
+    pooling = "" if backbone.pooling == "mean" else f'pooling="{backbone.pooling}"'
+    return ", ".join(filter(None, (model, pooling)))
 
 
 def _is_hub_id(model: str) -> bool:

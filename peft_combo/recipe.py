@@ -104,6 +104,9 @@ class DataConfig(_Section):
     departments: tuple[Text, ...] = Field(
         default=(), description="Departments to keep (completejourney); empty keeps all."
     )
+    merge_variants: Bool = Field(
+        default=False, description="Take items of equal text (shades, package lots) for one; the first of them stands."
+    )
     bundles_from: Literal["bundles", "baskets", "auto"] = Field(
         default="auto", description="Made bundles, or purchase baskets; auto takes bundles where there are any."
     )

@@ -148,7 +148,6 @@ class TuneResult:
     seconds: float
     peak_mib: float
     run_folder: Path
-    data_notes: tuple[str, ...]
 
 
 class Interrupted(TuningError):
@@ -205,6 +204,8 @@ def tune(
     parts = split(
         dataset, recipe.data.split, recipe.data.valid_fraction, recipe.data.test_fraction, recipe.data.split_seed
     )
+    for note in dataset.notes:
+        watch.note(f"{dataset.name}: {note}")
     texts = dataset.catalog.texts(recipe.data.text)
     backbone = Backbone.load(
         recipe.backbone.model,
@@ -333,7 +334,7 @@ def tune(
         accelerator.end_training()
     return TuneResult(
         record, plan, rows, gain, len(questions), len(set(questions.clusters.tolist())), tuple(progress.losses),
-        chosen, progress.stopped_early, time.perf_counter() - started, peak_mib(), run_folder, dataset.notes,
+        chosen, progress.stopped_early, time.perf_counter() - started, peak_mib(), run_folder,
     )  # fmt: skip
 
 

@@ -273,3 +273,20 @@ def test_large_folder_loads_in_seconds(tmp_path: Path) -> None:
     dataset = open_dataset(config)
     assert time.perf_counter() - start < 15  # about 0.7 s; the rest is for slow machines
     assert len(dataset.bundles) == n / 5
+
+
+def test_variants_of_equal_text_are_taken_for_one(tmp_path: Path) -> None:
+    shades = [
+        {"item_id": str(n), "title": title} for n, title in enumerate(["lipstick", "mascara", "lipstick", "brush"])
+    ]
+    bundles = [
+        {"bundle_id": b, "item_id": i} for b, i in (("b1", "0"), ("b1", "2"), ("b1", "3"), ("b2", "2"), ("b2", "1"))
+    ]
+    taken = [{"user_id": "u", "item_id": "0"}, {"user_id": "u", "item_id": "2"}]
+    config = write_folder(tmp_path, items=shades, bundles=bundles, bundle_meta=None, interactions=taken)
+    dataset = open_dataset(config.model_copy(update={"merge_variants": True}))
+    assert dataset.catalog.item_ids == ("0", "1", "3")
+    assert [items.tolist() for items in dataset.bundles.items] == [[0, 2], [0, 1]]
+    assert dataset.interactions is not None
+    assert dataset.interactions.items.tolist() == [0, 0]
+    assert any("4 items merged into 3" in note for note in dataset.notes)

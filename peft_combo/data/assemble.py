@@ -51,6 +51,14 @@ def assemble(found: Found, config: DataConfig) -> Dataset:
         notes.append(f"{len(rows):,} of {len(found.catalog):,} items lie under {config.category_filter!r}")
         found = _restrict(found, rows)
 
+    if config.merge_variants:
+        texts = found.catalog.texts(config.text)
+        first = {text: row for row, text in reversed(list(enumerate(texts)))}
+        rows = np.array(sorted(first.values()), np.int64)
+        notes.append(f"{len(texts):,} items merged into {len(rows):,} by their text")
+        new_row = np.searchsorted(rows, [first[text] for text in texts]).astype(np.int32)
+        found = _moved(found, rows, new_row)
+
     from_baskets = config.bundles_from == "baskets" or (config.bundles_from == "auto" and found.bundles is None)
     if from_baskets:
         if config.min_item_support > 1:
@@ -102,6 +110,11 @@ def _restrict(found: Found, rows: NDArray[np.int64]) -> Found:
     """Keep these items, and of interactions and bundles what concerns them."""
     new_row = np.full(len(found.catalog), -1, np.int32)
     new_row[rows] = np.arange(len(rows), dtype=np.int32)
+    return _moved(found, rows, new_row)
+
+
+def _moved(found: Found, rows: NDArray[np.int64], new_row: NDArray[np.int32]) -> Found:
+    """Make `rows` the catalogue; `new_row` says where each old item went, -1 for nowhere."""
     interactions = found.interactions
     if interactions is not None:
         kept = interactions.take(new_row[interactions.items] >= 0)
@@ -116,9 +129,15 @@ def _restrict(found: Found, rows: NDArray[np.int64]) -> Found:
         )
     bundles = found.bundles
     if bundles is not None:
-        items = tuple(moved[moved >= 0] for members in bundles.items for moved in [new_row[members]])
+        items = tuple(_distinct(moved[moved >= 0]) for members in bundles.items for moved in [new_row[members]])
         bundles = replace(bundles, items=items)
     return replace(found, catalog=found.catalog.take(rows), interactions=interactions, bundles=bundles)
+
+
+def _distinct(rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Drop repeats and keep the order of first appearance."""
+    _, first = np.unique(rows, return_index=True)
+    return rows[np.sort(first)]
 
 
 def _basket_items(found: Found) -> NDArray[np.int64]:
