@@ -65,6 +65,8 @@ _RELOAD_SAMPLE = 64
 # A reloaded adapter gives the same vectors but for the order of additions; a folded AdaLoRA differs by about 1e-7.
 _RELOAD_TOLERANCE = 1e-4
 _SCORE_BLOCK = 256
+# Questions asked while training; the table at the end asks all. At 2,000 the error of NDCG@10 is near 0.01.
+_ASKED_WHILE_TRAINING = 2000
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,7 @@ def tune(
 
         # How good is it without tuning? The untrained head scores like cosine, so this is the frozen encoder.
         questions = _questions(dataset, parts.valid)
+        asked = questions.sample(_ASKED_WHILE_TRAINING, recipe.seed)
         clock = time.perf_counter()
         with accelerator.autocast():
             ranks_before = completion_ranks(head, items.catalogue(items.frozen), questions)
@@ -294,7 +297,7 @@ def tune(
             watch.stepped(progress.step, progress.losses[-1])
 
             if progress.step % evaluate_every == 0 or progress.step == total:
-                values, strength = _evaluate(accelerator, items, trainee, attached, questions, recipe)
+                values, strength = _evaluate(accelerator, items, trainee, attached, asked, recipe)
                 best = _keep_if_best(progress, values, strength, recipe.training, attached, head)
                 if log is not None:
                     log.add(progress.step, **values)
@@ -311,7 +314,7 @@ def tune(
                 )
 
         if progress.best is None:  # without early stopping the last state is taken
-            _, strength = _evaluate(accelerator, items, trainee, attached, questions, recipe)
+            _, strength = _evaluate(accelerator, items, trainee, attached, asked, recipe)
         else:
             attached.load_state(progress.best.adapter, progress.best.values)
             head.load_state_dict(progress.best.head)

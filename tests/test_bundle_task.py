@@ -139,3 +139,14 @@ def test_strength_goes_from_the_identity_to_what_was_learned() -> None:
     up = torch.tensor([[0.0, 1.0]])
     torch.testing.assert_close(head.at_strength(0.5).target(up), torch.tensor([[0.5, 1.0]]) / math.sqrt(1.25))
     torch.testing.assert_close(head.at_strength(1).target(up), head.target(up))
+
+
+def test_a_sample_of_questions_is_part_of_them_and_always_the_same() -> None:
+    bundles = [np.array([row, row + 1, row + 2], np.int32) for row in range(20)]
+    questions = Questions.leave_one_out(bundles, [str(row) for row in range(20)])
+    some = questions.sample(7, seed=3)
+    assert len(some) == 7
+    whole = {(tuple(c), int(t)) for c, t in zip(questions.contexts, questions.targets, strict=True)}
+    assert {(tuple(c), int(t)) for c, t in zip(some.contexts, some.targets, strict=True)} <= whole
+    np.testing.assert_array_equal(some.targets, questions.sample(7, seed=3).targets)
+    assert questions.sample(1000, seed=3) is questions

@@ -26,8 +26,8 @@ HEAD_FILE = "head.safetensors"
 
 # Logits of pairs that are no candidates: far below every real one, yet finite in float16.
 _NEVER = -1e4
-# Scoring is done for so many queries at once: 256 rows of a catalogue of 100k items are 100 MiB.
-_QUERY_BLOCK = 256
+# Scoring is done for so many queries at once: 512 rows of a catalogue of 100k items are 200 MiB.
+_QUERY_BLOCK = 512
 
 
 class BundleHead(nn.Module):
@@ -298,6 +298,13 @@ class Questions:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def sample(self, most: int, seed: int) -> Questions:
+        """Return at most so many of the questions, drawn once for a seed."""
+        if len(self) <= most:
+            return self
+        rows = np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False))
+        return Questions(self.contexts[rows], self.targets[rows], self.clusters[rows], self.bundles[rows])
+
     def excluded(self) -> list[NDArray[np.int64]]:
         """Return per question the catalogue rows that are no candidates: its context."""
         return [row[row >= 0] for row in self.contexts]
@@ -310,6 +317,24 @@ class Questions:
 
 
 @torch.inference_mode()
+def completion_scores(
+    head: BundleHead, vectors: NDArray[np.float32], contexts: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Score every item of a catalogue as the completion of each context.
+
+    Args:
+        vectors: (N, D) item vectors of the whole catalogue.
+        contexts: (Q, S) rows, -1 for none; no context is empty.
+    Returns:
+        (Q, N) float32 cosine between query and target, higher is better; context items are scored like all others.
+    """
+    device = head.log_scale.device
+    items = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
+    query = head.query(items, torch.from_numpy(contexts).to(device))  # (Q, D)
+    scores: NDArray[np.float32] = (query @ head.target(items).T).float().cpu().numpy()  # (Q, D) @ (D, N) -> (Q, N)
+    return scores
+
+
 def completion_ranks(head: BundleHead, vectors: NDArray[np.float32], questions: Questions) -> NDArray[np.float64]:
     """Rank each answer among the whole catalogue without its context; ties at mid-rank.
 
@@ -318,14 +343,10 @@ def completion_ranks(head: BundleHead, vectors: NDArray[np.float32], questions: 
     Returns:
         (Q,) float64, 1 = best.
     """
-    device = head.log_scale.device
-    items = torch.from_numpy(vectors).to(device)
-    targets = head.target(items).T
     excluded = questions.excluded()
-    ranks = []
+    ranks = [np.empty(0, np.float64)]
     for start in range(0, len(questions), _QUERY_BLOCK):
         block = slice(start, start + _QUERY_BLOCK)
-        query = head.query(items, torch.from_numpy(questions.contexts[block]).to(device))
-        scores = (query @ targets).float().cpu().numpy()
+        scores = completion_scores(head, vectors, questions.contexts[block])
         ranks.append(metrics.midranks(scores, questions.targets[block], excluded[block]))
-    return np.concatenate(ranks) if ranks else np.empty(0, np.float64)
+    return np.concatenate(ranks)
