@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,8 @@ class Backbone:
         self.max_length = max_length
         self.quantization: Quantization = quantization
         self._known_fingerprint = fingerprint
+        # A fast tokenizer keeps the truncation of its last call, which another thread's length would overwrite.
+        self._tokenizing = threading.Lock()
 
     @classmethod
     def load(
@@ -237,10 +240,11 @@ class Backbone:
         """Return the token ids of `texts`, each cut to `max_length` (default: the backbone's own)."""
         if not texts:
             return Tokens(np.zeros(0, np.int32), np.zeros(1, np.int64))
-        encoded = self.tokenizer(
-            list(texts), truncation=True, max_length=max_length or self.max_length, padding=False,
-            return_attention_mask=False, return_token_type_ids=False,
-        )["input_ids"]  # fmt: skip
+        with self._tokenizing:
+            encoded = self.tokenizer(
+                list(texts), truncation=True, max_length=max_length or self.max_length, padding=False,
+                return_attention_mask=False, return_token_type_ids=False,
+            )["input_ids"]  # fmt: skip
         lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded))
         flat = np.fromiter((token for ids in encoded for token in ids), np.int32, int(lengths.sum()))
         return Tokens(flat, np.concatenate([[0], np.cumsum(lengths)]))

@@ -42,6 +42,7 @@ SetOption = Annotated[
 ]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with your data, instead of the recipe's.")]
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the adapter store.")]
+CacheOption = Annotated[Path, typer.Option("--cache", help="Folder that keeps encoded catalogues.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -93,6 +94,49 @@ def tune(
         _print_json(_tune_json(result))
     else:
         _print_tuned(result, loaded)
+
+
+@app.command()
+def embed(
+    recipe: RecipeOption,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="fashion or fashion@v2; without it the frozen encoder.")
+    ] = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    store: StoreOption = Path("adapters"),
+    cache: CacheOption = Path("vectors"),
+) -> None:
+    """Encode a catalogue once; under `accelerate launch` each process takes a share."""
+    import os
+
+    from peft_combo.recipe_files import load_recipe
+
+    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    with _console_watch() as watch:
+        from peft_combo.adapters import AdapterStore
+        from peft_combo.backbone import Backbone
+        from peft_combo.bank import AdapterBank
+        from peft_combo.data import open_dataset
+        from peft_combo.vectors import embed as run
+
+        texts = open_dataset(loaded.data).catalog.texts(loaded.data.text)
+        config = loaded.backbone
+        backbone = Backbone.load(
+            config.model,
+            pooling=config.pooling,
+            max_length=config.max_length,
+            quantization=config.quantization,
+        )
+        process, processes = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        watch.stage("Encoding the catalogue", len(set(texts)) // processes)
+        count = run(
+            AdapterBank(backbone, AdapterStore(store)), texts, adapter, cache,
+            process=process, processes=processes, progress=watch.advance,
+        )  # fmt: skip
+    if watch.main:
+        whose = adapter or "the frozen encoder"
+        print(f"{len(texts):,} items of {loaded.name} in {cache} for {whose}; {count:,} encoded now")
 
 
 @recipes_app.command("list")

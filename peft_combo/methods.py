@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -419,9 +420,13 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
     setattr(model.get_submodule(path), leaf, parameter)
 
 
+# Warning filters belong to the whole process, and two threads would put them back in the wrong order.
+_QUIET = threading.Lock()
+
+
 @contextmanager
 def _peft_quiet() -> Iterator[None]:
     """Silence PEFT's advice, which is for callers who choose names and targets by hand."""
-    with warnings.catch_warnings():
+    with _QUIET, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -229,3 +229,15 @@ def test_data_and_recipes_answer_in_tables_and_json(run: Run) -> None:
     code, out, _ = run("recipes", "copy", "lora-fashion", "mine.yaml")
     assert (code, out.strip()) == (0, "mine.yaml")
     assert "valid recipe" in run("recipes", "check", "./mine.yaml")[1]
+
+
+def test_embed_encodes_a_catalogue_once(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tiny_recipe(**{"training.epochs": 1})
+    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    assert run("tune", "--recipe", "./tiny.yaml")[0] == 0
+    for adapter in ((), ("--adapter", "tiny")):
+        assert "60 encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
+        assert "0 encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
+    code, out, err = run("embed", "--recipe", "./tiny.yaml", "--adapter", "tinny")
+    assert (code, out) == (1, "")
+    assert 'Did you mean "tiny"?' in err

@@ -329,7 +329,7 @@ def completion_scores(
         (Q, N) float32 cosine between query and target, higher is better; context items are scored like all others.
     """
     device = head.log_scale.device
-    items = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
+    items = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(device)  # a mapped file is read-only
     query = head.query(items, torch.from_numpy(contexts).to(device))  # (Q, D)
     scores: NDArray[np.float32] = (query @ head.target(items).T).float().cpu().numpy()  # (Q, D) @ (D, N) -> (Q, N)
     return scores

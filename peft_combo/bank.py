@@ -1,0 +1,226 @@
+"""All adapters of a store over one encoder, in memory: asked for by reference, loaded when first wanted.
+
+Owns which versions are loaded, which one a category means at the moment, and when one is let go. Nothing is ever
+switched: an adapter is a value that a request takes and keeps for as long as it needs it, so what another thread loads,
+refreshes or evicts meanwhile cannot reach it. Knows nothing of items, catalogues or scores.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_in
+from torch import Tensor, nn
+
+from peft_combo.adapters import AdapterRecord, AdapterStore, parse_reference
+from peft_combo.backbone import Backbone
+from peft_combo.errors import StoreError
+from peft_combo.methods import AttachedAdapter
+from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
+
+
+@dataclass(frozen=True, eq=False)
+class LiveAdapter:
+    """One stored version, ready to encode; two are the same only if they are the same object.
+
+    Attributes:
+        record: what the store says of it; every byte was checked when it was loaded.
+        attached: hand it to `Backbone.encode`.
+        head: turns item vectors into queries and targets.
+        nbytes: bytes of the tensors it does not share with the backbone: adapter, weights of its own, head. The
+            modules around them cost some 0.4 MiB more.
+    """
+
+    record: AdapterRecord
+    attached: AttachedAdapter
+    head: BundleHead
+    nbytes: int
+
+    @property
+    def reference(self) -> str:
+        """Category and version, ``fashion@v2``."""
+        return self.record.reference
+
+    @property
+    def digest(self) -> str:
+        """Identity of the stored artefact, in hexadecimal digits; what was computed with it is cached under this."""
+        return self.record.digest
+
+
+class AdapterBank:
+    """The adapters of a store over one backbone: ``bank.get("fashion")``, ``bank.encode(texts, "fashion@v2")``.
+
+    Any number of threads may use one bank. They wait for each other only where they want the same version and it is
+    being loaded; it is loaded once. A load that fails leaves the bank as it was.
+
+    Args:
+        backbone: must be the one the adapters were tuned on; another is refused adapter by adapter.
+        limit_mib: the adapters kept for later take at most so many MiB (`LiveAdapter.nbytes`); the ones asked for
+            longest ago go first. One that is larger is loaded all the same, and kept alone. What goes lives on for the
+            requests that hold it.
+    """
+
+    def __init__(self, backbone: Backbone, store: AdapterStore, limit_mib: float = 512.0) -> None:
+        if not limit_mib >= 0:
+            raise ValueError(f"limit_mib: expected a number of MiB, 0 or more, found {limit_mib}.")
+        self.backbone = backbone
+        self.store = store
+        self.limit_bytes = int(min(limit_mib, 2.0**40) * 2**20)
+        self._lock = threading.Lock()  # over the next two; held for look-ups only, never while something loads
+        self._live: OrderedDict[str, LiveAdapter] = OrderedDict()  # by reference with version, longest unused first
+        self._current: dict[str, int] = {}  # category -> the version it means
+        # One lock per version that is being loaded; it goes when no thread uses it any more.
+        self._gates: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
+        self._refreshing = threading.Lock()
+        self._shared = {id(tensor) for tensor in _tensors(backbone.model)}
+
+    @property
+    def loaded(self) -> tuple[LiveAdapter, ...]:
+        """The adapters kept in memory, the one to go next first."""
+        with self._lock:
+            return tuple(self._live.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapters kept in memory."""
+        return sum(live.nbytes for live in self.loaded)
+
+    def get(self, reference: str) -> LiveAdapter:
+        """Return an adapter, loaded if it is not in memory.
+
+        Args:
+            reference: ``fashion@v2``, or ``fashion`` for the version that was the latest when the category was first
+                asked for; only `refresh` moves on to a newer one.
+        Raises:
+            StoreError: not stored, damaged, or tuned on another backbone.
+            BackboneError: a prefix leaves too few of the encoder's positions for text.
+        """
+        category, version = parse_reference(reference)
+        if version is not None:
+            return self._version(category, version)
+        with self._lock:
+            current = self._current.get(category)
+        if current is not None:
+            return self._version(category, current)
+        live = self._version(category, self.store.latest(category))
+        with self._lock:
+            current = self._current.setdefault(category, live.record.version)
+        # A refresh may have been quicker with a newer version: then that is what the category means.
+        return live if current == live.record.version else self._version(category, current)
+
+    def refresh(self, category: str) -> LiveAdapter:
+        """Load the newest version of a category beside the one in use, then let the category mean the new one.
+
+        Requests under way finish with the adapter they hold; later ones get the new one. Where the new one cannot be
+        loaded, the old one stays in use.
+
+        Raises:
+            StoreError: not stored, damaged, or tuned on another backbone.
+        """
+        with self._refreshing:  # in turn, so that of two the one that looked later also has the last word
+            live = self._version(category, self.store.latest(category))
+            with self._lock:
+                before = self._current.get(category)
+                self._current[category] = live.record.version
+                old = f"{category}@v{before}"
+                if before != live.record.version and old in self._live:
+                    self._live.move_to_end(old, last=False)
+        return live
+
+    def encode(self, texts: Sequence[str], reference: str | None) -> NDArray[np.float32]:
+        """Encode texts with one adapter; None is the frozen encoder.
+
+        Returns:
+            (B, D) float32, rows of unit length.
+        Raises:
+            StoreError: the adapter cannot be had.
+        """
+        live = None if reference is None else self.get(reference)
+        return self.backbone.encode(texts, None if live is None else live.attached)
+
+    def encode_mixed(self, texts: Sequence[str], references: Sequence[str | None]) -> NDArray[np.float32]:
+        """Encode texts of several adapters, one pass for each adapter.
+
+        All adapters are fetched before the first text is encoded: one that cannot be had fails the request as a whole,
+        and a category means the same version in all its rows.
+
+        Args:
+            texts: B texts.
+            references: for each text its adapter, None for the frozen encoder.
+        Returns:
+            (B, D) float32, rows of unit length in the order of `texts`.
+        Raises:
+            ValueError: not one reference for each text.
+            StoreError: an adapter cannot be had.
+        """
+        if len(texts) != len(references):
+            raise ValueError(f"expected one reference for each text, found {len(references)} for {len(texts)} texts.")
+        named = {name: None if name is None else self.get(name) for name in dict.fromkeys(references)}
+        rows: dict[LiveAdapter | None, list[int]] = {}
+        for row, reference in enumerate(references):
+            rows.setdefault(named[reference], []).append(row)  # "food" and "food@v1" may be one adapter
+        vectors = np.empty((len(texts), self.backbone.dim), np.float32)
+        for live, places in rows.items():
+            own = [texts[row] for row in places]
+            vectors[places] = self.backbone.encode(own, None if live is None else live.attached)
+        return vectors
+
+    def _version(self, category: str, version: int) -> LiveAdapter:
+        key = f"{category}@v{version}"
+        live = self._kept(key)
+        if live is not None:
+            return live
+        with self._lock:
+            gate = self._gates.get(key)
+            if gate is None:
+                gate = self._gates[key] = threading.Lock()
+        with gate:
+            live = self._kept(key)
+            if live is not None:  # another thread loaded it while we waited
+                return live
+            live = self._load(key)
+            with self._lock:
+                self._live[key] = live
+                kept = sum(adapter.nbytes for adapter in self._live.values())
+                while kept > self.limit_bytes and len(self._live) > 1:
+                    _, gone = self._live.popitem(last=False)
+                    kept -= gone.nbytes
+        return live
+
+    def _kept(self, key: str) -> LiveAdapter | None:
+        with self._lock:
+            live = self._live.get(key)
+            if live is not None:
+                self._live.move_to_end(key)
+            return live
+
+    def _load(self, reference: str) -> LiveAdapter:
+        record = self.store.open(reference)
+        try:
+            weights = tensors_in(record.read(HEAD_FILE))
+        except SafetensorError as error:
+            raise StoreError(f"The head of adapter {record.reference} does not read: {error}.") from error
+        head = BundleHead.from_spec(record.manifest.task, weights)
+        if head.dim != self.backbone.dim:
+            raise StoreError(
+                f"The head of adapter {record.reference} takes vectors of width {head.dim}, the backbone "
+                f"{self.backbone.name} makes vectors of width {self.backbone.dim}."
+            )
+        attached = self.backbone.attach(record)
+        own = {id(t): t for m in (attached.encoder, head) for t in _tensors(m) if id(t) not in self._shared}
+        for tensor in own.values():
+            # safetensors maps files: whoever cut one short would end this process, and not only its answers.
+            tensor.data = tensor.data.to(self.backbone.device, copy=True)
+        return LiveAdapter(record, attached, head, sum(t.numel() * t.element_size() for t in own.values()))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
