@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peft_combo.adapters import AdapterRecord, AdapterStore
     from peft_combo.backbone import Backbone
+    from peft_combo.bank import AdapterBank
     from peft_combo.errors import PeftComboError
     from peft_combo.recipe import Recipe
     from peft_combo.recipe_files import load_recipe
+    from peft_combo.recommender import BundleRecommender
     from peft_combo.tuning import TuneResult, tune
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterBank": "peft_combo.bank",
     "AdapterRecord": "peft_combo.adapters",
     "AdapterStore": "peft_combo.adapters",
     "Backbone": "peft_combo.backbone",
+    "BundleRecommender": "peft_combo.recommender",
     "PeftComboError": "peft_combo.errors",
     "Recipe": "peft_combo.recipe",
     "TuneResult": "peft_combo.tuning",
@@ -30,9 +34,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterBank",
     "AdapterRecord",
     "AdapterStore",
     "Backbone",
+    "BundleRecommender",
     "PeftComboError",
     "Recipe",
     "TuneResult",

@@ -241,3 +241,32 @@ def test_embed_encodes_a_catalogue_once(run: Run, tiny_recipe: Callable[..., Any
     code, out, err = run("embed", "--recipe", "./tiny.yaml", "--adapter", "tinny")
     assert (code, out) == (1, "")
     assert 'Did you mean "tiny"?' in err
+
+
+def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tiny_recipe(**{"training.epochs": 4})
+    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    assert run("tune", "--recipe", "./tiny.yaml")[0] == 0
+    ask = ("recommend", "--recipe", "./tiny.yaml")
+    code, out, err = run(*ask, "--items", "i0,i6", "-k", "2", "--explain")
+    assert code == 0, err
+    assert out.startswith("1. score ")
+    assert "compatibility" in out
+    bundles = json.loads(run(*ask, "--items", "i0", "-k", "2", "--json")[1])
+    assert len(bundles) == 2
+    assert all("i0" in bundle["items"] and bundle["evidence"] for bundle in bundles)
+    code, out, _ = run(*ask, "--items", "i0", "--single", "-k", "3", "--explain")
+    assert code == 0
+    assert len(out.splitlines()) == 4
+    assert run(*ask, "--query", "w10 w40", "--frozen")[0] == 0
+    for wrong, expected in (
+        (("--items", "i99"), 'No item "i99"'),
+        ((), "Nothing to go by"),
+        (("--items", "i0", "--adapter", "tinny"), 'Did you mean "tiny"?'),
+        (("--items", "i0", "--slots", "hat"), 'No slot is called "hat"'),
+        (("--items", "i0", "--budget", "3"), "udget"),
+    ):
+        code, out, err = run(*ask, *wrong)
+        assert (code, out) == (1, "")
+        assert expected in err
+        assert "Traceback" not in err

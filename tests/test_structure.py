@@ -18,17 +18,36 @@ ORDER = [
     ["recipe_files", "manifest"],
     ["data", "adapters"],
     ["scoring"],
+    ["fusion"],
+    ["slots", "constraints"],
+    ["composing"],
     # From here on torch.
     ["architectures"],
     ["methods"],
     ["backbone"],
     ["tasks", "item_encoder", "checkpoint"],
-    ["tuning"],
+    ["bank"],
+    ["vectors"],
+    ["tuning", "recommender"],
     ["cli"],
     ["__init__"],
     ["__main__"],
 ]
-LIGHT = ["errors", "metrics", "recipe", "watch", "recipe_files", "manifest", "data", "adapters", "scoring", "cli"]
+LIGHT = [
+    "errors",
+    "metrics",
+    "recipe",
+    "watch",
+    "recipe_files",
+    "manifest",
+    "data",
+    "adapters",
+    "scoring",
+    "slots",
+    "constraints",
+    "composing",
+    "cli",
+]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 

@@ -317,22 +317,33 @@ class Questions:
 
 
 @torch.inference_mode()
+def target_vectors(head: BundleHead, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the target side of items, (N, D) -> (N, D) float32 of unit length."""
+    # A mapped file is read-only, and torch warns of such arrays.
+    items = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(head.log_scale.device)
+    targets: NDArray[np.float32] = head.target(items).float().cpu().numpy()
+    return targets
+
+
+@torch.inference_mode()
 def completion_scores(
-    head: BundleHead, vectors: NDArray[np.float32], contexts: NDArray[np.int64]
+    head: BundleHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], contexts: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Score every item of a catalogue as the completion of each context.
 
     Args:
         vectors: (N, D) item vectors of the whole catalogue.
+        targets: (N, D) what `target_vectors` made of them.
         contexts: (Q, S) rows, -1 for none; no context is empty.
     Returns:
         (Q, N) float32 cosine between query and target, higher is better; context items are scored like all others.
     """
-    device = head.log_scale.device
-    items = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(device)  # a mapped file is read-only
-    query = head.query(items, torch.from_numpy(contexts).to(device))  # (Q, D)
-    scores: NDArray[np.float32] = (query @ head.target(items).T).float().cpu().numpy()  # (Q, D) @ (D, N) -> (Q, N)
-    return scores
+    used, place = np.unique(contexts, return_inverse=True)  # -1, where there is one, comes first
+    absent = int(used[0] == -1) if len(used) else 0
+    items = torch.from_numpy(np.array(vectors[used[absent:]])).to(head.log_scale.device)
+    sets = torch.from_numpy(place.reshape(contexts.shape) - absent).to(items.device)
+    query: NDArray[np.float32] = head.query(items, sets).float().cpu().numpy()  # (Q, D)
+    return query @ targets.T  # (Q, D) @ (D, N) -> (Q, N)
 
 
 def completion_ranks(head: BundleHead, vectors: NDArray[np.float32], questions: Questions) -> NDArray[np.float64]:
@@ -343,10 +354,10 @@ def completion_ranks(head: BundleHead, vectors: NDArray[np.float32], questions: 
     Returns:
         (Q,) float64, 1 = best.
     """
-    excluded = questions.excluded()
+    excluded, targets = questions.excluded(), target_vectors(head, vectors)
     ranks = [np.empty(0, np.float64)]
     for start in range(0, len(questions), _QUERY_BLOCK):
         block = slice(start, start + _QUERY_BLOCK)
-        scores = completion_scores(head, vectors, questions.contexts[block])
+        scores = completion_scores(head, vectors, targets, questions.contexts[block])
         ranks.append(metrics.midranks(scores, questions.targets[block], excluded[block]))
     return np.concatenate(ranks)

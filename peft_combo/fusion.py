@@ -1,0 +1,531 @@
+"""Many scorers' opinions into one score, each weighed by how much it can know here.
+
+Owns what makes scores comparable, the evidence gates, how weights are fitted and the table of what was tried. Knows
+scorers as arrays with names: not how they score, nor what an item is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, assert_never, cast, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, sparse, special, stats
+
+from peft_combo import metrics
+
+Form = Literal["damped", "z", "normal"]
+Gate = Literal["always", "warm item", "warm context", "same leaf", "margin"]
+Scores = Mapping[str, NDArray[np.float32]]
+
+# Which evidence may raise a weight. There is no gate for cold items on purpose, and silence never counts in favour of
+# an item: where a catalogue was put together from its bundles, an item that no training bundle holds must be in a
+# held-out one, so "cold" alone gives answers away. On BundleRec clothing it would lift NDCG@10 of a fusion from 0.28 to
+# 0.33 and mean nothing in a shop. Text still leads for cold items: there the scorers that count have nothing to add.
+GATES: tuple[Gate, ...] = get_args(Gate)
+
+# The support at which an item counts as half known: with two bundles, as much is said by them as is left open.
+_HALF_KNOWN = 2.0
+# Prior spread of a weight on comparable scores, and of what refines it; see `_Fit`.
+_WEIGHT_SPREAD, _GATE_SPREAD = 1.0, 0.5
+# The softmax is taken over the answer, the heads of all scorers' lists and some of the rest. The heads are where
+# NDCG@10 is decided; the rest keeps a scorer honest about what nobody puts forward.
+_HEAD, _REST = 40, 150
+# Below this a weight moves no comparable score by anything that could change an order worth having.
+_NEGLIGIBLE = 1e-3
+_BLOCK_CELLS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What is known about the questions and the items, beside any score.
+
+    Attributes:
+        contexts: (Q, S) catalogue rows, -1 for none; they are no candidates.
+        item_support: (N,) rows of the training history that hold each item.
+        leaves: (N,) number of the category leaf of each item, -1 where unknown; None where no item has one.
+    """
+
+    contexts: NDArray[np.int64]
+    item_support: NDArray[np.int64]
+    leaves: NDArray[np.int64] | None = None
+
+    def take(self, rows: slice | NDArray[Any]) -> Evidence:
+        """Return the evidence for some of the questions."""
+        return Evidence(self.contexts[rows], self.item_support, self.leaves)
+
+    def barred(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return question and item of every cell that is no candidate."""
+        rows, places = np.nonzero(self.contexts >= 0)
+        return rows, self.contexts[rows, places]
+
+    def same_leaf(self) -> NDArray[np.bool_]:
+        """Tell which items share a leaf with an item of the context: (Q, N)."""
+        shape = (len(self.contexts), len(self.item_support))
+        if self.leaves is None or not len(self.leaves):
+            return np.zeros(shape, bool)
+        rows, items = self.barred()
+        known = self.leaves[items] >= 0
+        present = np.zeros((shape[0], int(self.leaves.max()) + 2), bool)
+        present[rows[known], self.leaves[items[known]]] = True
+        return present[:, self.leaves]  # leaf -1 reads the last column, which is never set
+
+    def least_context_support(self) -> NDArray[np.float64]:
+        """Return the support of the least known item of each context: (Q,); 0 for an empty context."""
+        support = np.where(self.contexts >= 0, self.item_support[self.contexts], np.inf)
+        least = support.min(axis=1, initial=np.inf)
+        return np.where(np.isfinite(least), least, 0.0)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One line of the validation table.
+
+    Attributes:
+        name: the scorer, or how scorers were combined.
+        ndcg: NDCG@10 on questions the weights were not fitted on.
+        recall: R@10 of the same.
+        gain: ndcg minus that of the best single scorer. error: its standard error, by cluster.
+    """
+
+    name: str
+    ndcg: float
+    recall: float
+    gain: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A weighted sum of comparable scores, ``sum over scorers s, gates k of weight[s, k] gate_k(q, i) score_s(q, i)``.
+
+    A scorer that is silent about an item, but not about the whole question, adds its `silence` instead of a score: 0
+    puts the item level with the scorer's average one, less than 0 below it; fitted like the rest.
+
+    Attributes:
+        form: how scores are made comparable within a question, context items left out: ``z`` is (x - mean) / deviation,
+            ``damped`` sign(z) ln(1 + |z|), which keeps long-tailed scores from outvoting all others, ``normal`` the
+            normal quantile of the mid-rank.
+        weights: per scorer and gate, >= 0; scorers and gates without weight are left out.
+        silence: per scorer, <= 0.
+        chosen: the line of `table` this is.
+        table: what was tried on validation, best first.
+    """
+
+    form: Form
+    weights: Mapping[str, Mapping[Gate, float]]
+    silence: Mapping[str, float]
+    chosen: str
+    table: tuple[Tried, ...] = ()
+
+    @classmethod
+    def fit(
+        cls,
+        scores: Scores,
+        targets: ArrayLike,
+        evidence: Evidence,
+        clusters: ArrayLike,
+        *,
+        folds: int = 5,
+        max_questions: int = 2000,
+        seed: int = 0,
+    ) -> Self:
+        """Fit weights on validation questions and choose the simplest fusion that is worth it.
+
+        Weights minimise the softmax cross-entropy of the answers, non-negative and with an L2 prior. Every way is
+        judged on questions of clusters it was not fitted on. A fusion is taken only where its NDCG@10 is above that of
+        the best single scorer by more than a standard error; a more complicated one only where it is so above a
+        simpler one.
+
+        Args:
+            scores: per scorer (Q, N), higher is better, NaN where it cannot say; fitted without these questions.
+            targets: (Q,) the answers.
+            clusters: (Q,) the user or bundle of each question: never on both sides of a fold.
+            max_questions: more than so many are sampled, whole clusters at a time.
+        Raises:
+            ValueError: shapes differ, or there is no scorer or no question.
+        Source: McFadden 1974 (conditional logit); the one-standard-error rule, Breiman et al. 1984, 3.4.3.
+        """
+        answers, labels = np.asarray(targets, np.int64), np.unique(np.asarray(clusters), return_inverse=True)[1]
+        _check(scores, evidence)
+        if not len(answers) or len(answers) != len(labels) or len(answers) != len(evidence.contexts):
+            raise ValueError(
+                f"scores, targets, clusters and contexts must be of the same questions, at least one; found "
+                f"{len(evidence.contexts)} contexts, {len(answers)} targets and {len(labels)} clusters."
+            )
+        rng = np.random.default_rng(seed)
+        rows = _sampled(labels, max_questions, rng)
+        scores = {name: np.ascontiguousarray(part[rows]) for name, part in scores.items()}
+        answers, labels, evidence = answers[rows], np.unique(labels[rows], return_inverse=True)[1], evidence.take(rows)
+        fold_of = (rng.permutation(labels.max() + 1) % folds)[labels]
+
+        singles = {name: cls("damped", {name: {"always": 1.0}}, {}, name) for name in scores}
+        ranks = {name: _ranks({name: scores[name]}, answers, evidence) for name in scores}
+        best = max(ranks, key=lambda name: float(_ndcg(ranks[name]).mean()))
+        if len(scores) == 1 or labels.max() + 1 < 2 * folds:
+            return cls._told(singles[best], best, ranks, best, labels)
+
+        sampled = _candidates(scores, answers, evidence, rng)
+        found: dict[str, Self] = {}
+        for form in get_args(Form):
+            name = f"weights on {form} scores"
+            terms = [(scorer, "always") for scorer in scores]
+            found[name], ranks[name] = cls._crossed(
+                name, form, terms, scores, answers, evidence, sampled, fold_of
+            )  # fmt: skip
+        simple = max(found, key=lambda name: float(_ndcg(ranks[name]).mean()))
+        simple = next(name for name in found if not _beyond_noise(ranks[simple], ranks[name], labels))
+        gates = [gate for gate in GATES if gate != "same leaf" or evidence.leaves is not None]
+        form, used = found[simple].form, found[simple].needs
+        if used:
+            name = f"gated weights on {form} scores"
+            terms = [(scorer, gate) for scorer in used for gate in gates]
+            found[name], ranks[name] = cls._crossed(
+                name, form, terms, scores, answers, evidence, sampled, fold_of
+            )  # fmt: skip
+            if _beyond_noise(ranks[name], ranks[simple], labels):
+                simple = name
+        worth = _beyond_noise(ranks[simple], ranks[best], labels)
+        return cls._told(found[simple] if worth else singles[best], simple if worth else best, ranks, best, labels)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The scorers whose scores are looked at; the others need not be computed."""
+        return tuple(name for name in {**self.weights, **self.silence})
+
+    def combine(self, scores: Scores, evidence: Evidence) -> NDArray[np.float32]:
+        """Fuse scores.
+
+        Args:
+            scores: (Q, N) of at least the scorers in `needs`; NaN where one cannot say.
+        Returns:
+            (Q, N), comparable within a question; NaN for context items and where every scorer was silent.
+        Raises:
+            ValueError: a scorer is missing or a shape differs.
+        """
+        _check(scores, evidence, self.needs)
+        fused = np.empty((len(evidence.contexts), len(evidence.item_support)), np.float32)
+        for block in _blocks(*fused.shape):
+            known = np.zeros(fused[block].shape, bool)
+            total = np.zeros(fused[block].shape, np.float32)
+            for part, heard in self._parts(scores, evidence, block):
+                total += part
+                known |= heard
+            fused[block] = np.where(known, total, np.float32(np.nan))
+        return fused
+
+    def shares(self, scores: Scores, evidence: Evidence, query: int, item: int) -> dict[str, float]:
+        """Tell what each scorer adds to one fused score; the sum is the score, up to rounding.
+
+        Raises:
+            ValueError: a scorer is missing or a shape differs.
+        """
+        _check(scores, evidence, self.needs)
+        parts = self._parts(scores, evidence, slice(query, query + 1))
+        return {name: float(part[0, item]) for name, (part, _) in zip(self.needs, parts, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "form": self.form,
+            "weights": {name: dict(gates) for name, gates in self.weights.items()},
+            "silence": dict(self.silence),
+            "chosen": self.chosen,
+            "table": [vars(line) for line in self.table],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Rebuild from `state`.
+
+        Raises:
+            ValueError: the form or a gate is unknown, or a weight is negative or not finite.
+        """
+        weights = {str(name): {gate: float(w) for gate, w in gates.items()} for name, gates in state["weights"].items()}
+        silence = {str(name): float(value) for name, value in state["silence"].items()}
+        values = [*(w for gates in weights.values() for w in gates.values()), *silence.values()]
+        if state["form"] not in get_args(Form) or any(
+            gate not in GATES for gates in weights.values() for gate in gates
+        ):
+            raise ValueError(f"a fusion has one of the forms {get_args(Form)} and gates among {GATES}.")
+        if not np.all(np.isfinite(values)) or any(w < 0 for gates in weights.values() for w in gates.values()):
+            raise ValueError("the weights of a fusion are finite and not negative.")
+        table = tuple(Tried(**line) for line in state["table"])
+        return cls(state["form"], cast("Mapping[str, Mapping[Gate, float]]", weights), silence, state["chosen"], table)
+
+    def _parts(
+        self, scores: Scores, evidence: Evidence, block: slice
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """Yield per scorer of `needs` what it adds, (q, N), and where it was heard."""
+        here = evidence.take(block)
+        gates = _Gates(here)
+        for name in self.needs:
+            values, heard = comparable(scores[name][block], here, self.form)
+            weight: NDArray[np.float32] = np.zeros((1, 1), np.float32)
+            for gate, factor in self.weights.get(name, {}).items():
+                weight = weight + np.float32(factor) * gates.of(gate, values)
+            silent = _silent(heard, here)
+            yield (weight * values + self.silence.get(name, 0.0) * silent).astype(np.float32), heard
+
+    @classmethod
+    def _crossed(
+        cls, name: str, form: Form, terms: Sequence[tuple[str, str]], scores: Scores, answers: NDArray[np.int64],
+        evidence: Evidence, sampled: _Candidates, fold_of: NDArray[np.int64],
+    ) -> tuple[Self, NDArray[np.float64]]:  # fmt: skip
+        """Fit on all questions; return that fusion, and the ranks by fusions fitted without the question's fold."""
+        fit = _Fit(form, cast("Sequence[tuple[str, Gate]]", terms), scores, evidence, sampled)
+        ranks = np.empty(len(answers))
+        for fold in np.unique(fold_of):
+            held = np.flatnonzero(fold_of == fold)
+            partial = cls(form, *fit.solve(fold_of != fold), name)
+            fused = partial.combine({scorer: scores[scorer][held] for scorer in partial.needs}, evidence.take(held))
+            ranks[held] = _ranks({name: fused}, answers[held], evidence.take(held))
+        return cls(form, *fit.solve(np.ones(len(answers), bool)), name), ranks
+
+    @classmethod
+    def _told(
+        cls, chosen: Self, name: str, ranks: Mapping[str, NDArray[np.float64]], best: str, labels: NDArray[np.int64]
+    ) -> Self:
+        lines = []
+        for tried, found in ranks.items():
+            gain, error = _difference(_ndcg(found), _ndcg(ranks[best]), labels)
+            recall = float(metrics.per_query(found, "r@10").mean())
+            lines.append(Tried(tried, float(_ndcg(found).mean()), recall, gain, error))
+        lines.sort(key=lambda line: -line.ndcg)
+        return cls(chosen.form, chosen.weights, chosen.silence, name, tuple(lines))
+
+
+def comparable(
+    scores: NDArray[np.float32], evidence: Evidence, form: Form
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Bring the scores of each question to one scale; see `Fusion.form`.
+
+    Args:
+        scores: (q, N); NaN where the scorer cannot say.
+    Returns:
+        (q, N) float32, 0 where nothing was said, and (q, N) bool, where something was. Context items count as nothing
+        said. A question whose known scores are all alike says nothing about any order: 0 throughout.
+    """
+    values = np.array(scores, np.float32)
+    values[evidence.barred()] = np.nan
+    heard = np.isfinite(values)
+    if form == "normal":
+        order = stats.rankdata(np.where(heard, values, -np.inf), axis=1)  # mid-ranks, the silent lowest
+        count = heard.sum(axis=1, keepdims=True)
+        place = order - (values.shape[1] - count)
+        quantile = special.ndtri(np.where(heard, (place - 0.5) / np.maximum(count, 1), 0.5))
+        return quantile.astype(np.float32), heard
+    values[~heard] = 0
+    count = np.maximum(heard.sum(axis=1, keepdims=True), 1)
+    mean = values.sum(axis=1, keepdims=True, dtype=np.float64) / count
+    values = np.where(heard, values - mean.astype(np.float32), np.float32(0))
+    spread = np.sqrt(np.square(values, dtype=np.float64).sum(axis=1, keepdims=True) / count)
+    # Scores that are equal on paper differ in their last bits; that is no opinion.
+    alike = spread <= 1e-6 * np.abs(mean) + 1e-30
+    values *= np.where(alike, 0, 1 / np.where(alike, 1, spread)).astype(np.float32)
+    match form:
+        case "z":
+            return values, heard
+        case "damped":
+            return np.sign(values) * np.log1p(np.abs(values)), heard
+        case _:
+            assert_never(form)
+
+
+class _Gates:
+    """The gates of some questions, each computed once and only if asked for; all in [0, 1]."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self._evidence = evidence
+        self._known: dict[Gate, NDArray[np.float32]] = {}
+
+    def of(self, gate: Gate, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return a gate, broadcastable to (q, N); `margin` depends on the scorer's comparable `values`."""
+        if gate == "margin":
+            return _margin(values)
+        if gate not in self._known:
+            self._known[gate] = self._compute(gate)
+        return self._known[gate]
+
+    def _compute(self, gate: Gate) -> NDArray[np.float32]:
+        match gate:
+            case "always" | "margin":
+                return np.ones((1, 1), np.float32)
+            case "warm item":
+                return _warmth(self._evidence.item_support[None, :])
+            case "warm context":
+                return _warmth(self._evidence.least_context_support()[:, None])
+            case "same leaf":
+                return self._evidence.same_leaf().astype(np.float32)
+            case _:
+                assert_never(gate)
+
+
+def _warmth(support: NDArray[Any]) -> NDArray[np.float32]:
+    return np.asarray(support / (support + _HALF_KNOWN), np.float32)
+
+
+def _margin(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far the scorer's first item is ahead of its tenth, squashed to [0, 1): (q, 1)."""
+    depth = min(10, values.shape[1])
+    head = np.partition(values, values.shape[1] - depth, axis=1)[:, -depth:]
+    gap = head.max(axis=1, keepdims=True) - head.min(axis=1, keepdims=True)
+    return np.asarray(gap / (1 + gap), np.float32)
+
+
+def _silent(heard: NDArray[np.bool_], evidence: Evidence) -> NDArray[np.bool_]:
+    """Tell where a scorer that has something to say says nothing; context items aside."""
+    silent = ~heard & heard.any(axis=1, keepdims=True)
+    silent[evidence.barred()] = False
+    return silent
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The cells the softmax is taken over, question after question, the answer first.
+
+    Attributes:
+        starts: (Q,) where each question begins. rows, columns: (M,).
+    """
+
+    starts: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+
+def _candidates(
+    scores: Scores, answers: NDArray[np.int64], evidence: Evidence, rng: np.random.Generator
+) -> _Candidates:
+    n_questions, n_items = len(answers), len(evidence.item_support)
+    depth = min(_HEAD, n_items)
+    heads = np.empty((len(scores), n_questions, depth), np.int64)
+    for place, part in enumerate(scores.values()):
+        for block in _blocks(n_questions, n_items):
+            ordered = np.where(np.isnan(part[block]), np.inf, -part[block])
+            heads[place, block] = np.argpartition(ordered, depth - 1, axis=1)[:, :depth]
+    columns = []
+    for row, answer in enumerate(answers):
+        drawn = rng.integers(n_items, size=_REST)
+        taken = np.append(evidence.contexts[row], answer)  # -1 for none does no harm
+        columns.append(np.append(answer, np.setdiff1d(np.append(heads[:, row], drawn), taken)))
+    sizes = np.array([len(part) for part in columns])
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+    return _Candidates(starts, np.repeat(np.arange(n_questions), sizes), np.concatenate(columns))
+
+
+class _Fit:
+    """The conditional logit over sampled candidates: one number per cell and term, and the solver.
+
+    The prior is normal with a fixed spread, so it matters for few questions and fades with many.
+    """
+
+    def __init__(
+        self, form: Form, terms: Sequence[tuple[str, Gate]], scores: Scores, evidence: Evidence, sampled: _Candidates
+    ) -> None:
+        self._terms = terms
+        self._sampled = sampled
+        names = tuple(dict.fromkeys(name for name, _ in terms))
+        columns = np.empty((len(terms), len(sampled.rows)), np.float32)
+        silence = np.zeros((len(names), len(sampled.rows)), np.float32)
+        for block in _blocks(len(evidence.contexts), len(evidence.item_support)):
+            here = evidence.take(block)
+            cells = slice(*np.searchsorted(sampled.rows, [block.start, block.stop]))
+            rows, items = sampled.rows[cells] - block.start, sampled.columns[cells]
+            gates = _Gates(here)
+            for place, name in enumerate(names):
+                values, heard = comparable(scores[name][block], here, form)
+                silence[place, cells] = _silent(heard, here)[rows, items]
+                for term, (scorer, gate) in enumerate(terms):
+                    if scorer == name:
+                        factor = np.broadcast_to(gates.of(gate, values), values.shape)
+                        columns[term, cells] = factor[rows, items] * values[rows, items]
+        # A scorer that is never silent has no silence to weigh.
+        self._silent = [name for place, name in enumerate(names) if silence[place].any()]
+        self._cells = np.concatenate([columns, silence[silence.any(axis=1)]])  # (P, M)
+        plain = [gate == "always" for _, gate in terms]
+        spread = np.where(plain, _WEIGHT_SPREAD, _GATE_SPREAD)
+        self._precision = np.concatenate([spread, np.full(len(self._silent), _GATE_SPREAD)]) ** -2.0
+        self._bounds = [(0.0, None)] * len(terms) + [(None, 0.0)] * len(self._silent)
+
+    def solve(self, chosen: NDArray[np.bool_]) -> tuple[dict[str, dict[Gate, float]], dict[str, float]]:
+        """Return weights and silence fitted on the chosen questions: (Q,) bool."""
+        keep = chosen[self._sampled.rows]
+        cells = self._cells[:, keep]
+        sizes = np.diff(np.append(self._sampled.starts, len(self._sampled.rows)))[chosen]
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+        precision = self._precision / len(sizes)
+        answer = cells[:, starts].mean(axis=1, dtype=np.float64)  # (P,)
+
+        def loss(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            logits = theta.astype(np.float32) @ cells  # (P,) @ (P, M)
+            top = np.maximum.reduceat(logits, starts)
+            share = np.exp(logits - np.repeat(top, sizes))
+            total = np.add.reduceat(share, starts, dtype=np.float64)
+            share /= np.repeat(total, sizes).astype(np.float32)
+            value = float((top + np.log(total)).mean() - theta @ answer + precision @ theta**2 / 2)
+            slope = (cells @ share).astype(np.float64) / len(sizes) - answer + precision * theta
+            return value, slope
+
+        start = np.array([1 / len(self._terms)] * len(self._terms) + [0.0] * len(self._silent))
+        solved = optimize.minimize(
+            loss, start, jac=True, method="L-BFGS-B", bounds=self._bounds, options={"ftol": 1e-7}
+        )
+        weights: dict[str, dict[Gate, float]] = {}
+        for (name, gate), value in zip(self._terms, solved.x, strict=False):
+            if value > _NEGLIGIBLE:
+                weights.setdefault(name, {})[gate] = float(value)
+        silence = dict(zip(self._silent, map(float, solved.x[len(self._terms) :]), strict=True))
+        # A scorer without any weight is not asked at all, so neither is its silence.
+        return weights, {name: value for name, value in silence.items() if name in weights}
+
+
+def _ranks(scores: Scores, answers: NDArray[np.int64], evidence: Evidence) -> NDArray[np.float64]:
+    (values,) = scores.values()
+    barred = sparse.coo_array((np.ones(len(evidence.barred()[0]), bool), evidence.barred()), shape=values.shape)
+    return metrics.midranks(values, answers, barred)
+
+
+def _ndcg(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
+    return metrics.per_query(ranks, "ndcg@10")
+
+
+def _beyond_noise(ranks: NDArray[np.float64], than: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
+    gain, error = _difference(_ndcg(ranks), _ndcg(than), labels)
+    return gain > error
+
+
+def _difference(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
+    """Return the mean of a - b and its standard error, clusters being what is independent (ratio estimator)."""
+    gain = float((a - b).mean())
+    sums, sizes = np.bincount(labels, weights=a - b), np.bincount(labels)
+    count = len(sums)
+    if count < 2:
+        return gain, float("inf")
+    error = np.sqrt(count / (count - 1) * np.square(sums - gain * sizes).sum()) / len(a)
+    return gain, float(error)
+
+
+def _sampled(labels: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return rows of whole clusters, ascending, at most `limit` of them (or one cluster)."""
+    if len(labels) <= limit:
+        return np.arange(len(labels))
+    order = rng.permutation(labels.max() + 1)
+    fits = np.cumsum(np.bincount(labels)[order]) <= limit
+    return np.flatnonzero(np.isin(labels, order[: max(1, int(fits.sum()))]))
+
+
+def _check(scores: Scores, evidence: Evidence, needed: Sequence[str] = ()) -> None:
+    missing = [name for name in needed if name not in scores]
+    if missing or not scores:
+        raise ValueError(f"scores must hold {', '.join(missing) or 'a scorer'}, found {', '.join(scores) or 'none'}.")
+    shape = (len(evidence.contexts), len(evidence.item_support))
+    wrong = {name: part.shape for name, part in scores.items() if part.shape != shape}
+    if wrong:
+        raise ValueError(f"scores must be {shape}, one row per context and one column per item, found {wrong}.")
+
+
+def _blocks(n_rows: int, width: int) -> Iterator[slice]:
+    step = max(1, _BLOCK_CELLS // max(1, width))
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))

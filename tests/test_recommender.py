@@ -1,0 +1,139 @@
+"""The recommender end to end over a tiny encoder and shop: ids in, bundles out, nothing chosen on test bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peft_combo.adapters import AdapterStore
+from peft_combo.backbone import Backbone
+from peft_combo.bank import AdapterBank
+from peft_combo.constraints import Constraints
+from peft_combo.data import Bundles, Dataset, Interactions, Split, open_dataset, split
+from peft_combo.errors import DataError
+from peft_combo.recipe import Recipe
+from peft_combo.recommender import BundleRecommender
+from peft_combo.tuning import tune
+from peft_combo.vectors import VectorCache
+
+
+@pytest.fixture
+def bank(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> AdapterBank:
+    recipe = tiny_recipe(**{"training.epochs": 6})
+    tune(recipe, run_folder=tmp_path / "run")
+    return AdapterBank(Backbone.load(recipe.backbone.model, max_length=16), AdapterStore(recipe.store))
+
+
+@pytest.fixture
+def dataset(tiny_recipe: Callable[..., Recipe]) -> Dataset:
+    """The tiny shop, where every user bought the items of their own bundles."""
+    shop = open_dataset(tiny_recipe().data)
+    users = sorted({owner for owner in shop.bundles.owners if owner})
+    pairs = [
+        (users.index(owner), row)
+        for owner, rows in zip(shop.bundles.owners, shop.bundles.items, strict=True)
+        if owner is not None
+        for row in rows
+    ]
+    bought = Interactions.build(users, [u for u, _ in pairs], [r for _, r in pairs], times=np.arange(len(pairs)))
+    return Dataset.build("tiny", shop.catalog, bought, shop.bundles)
+
+
+@pytest.fixture
+def parts(dataset: Dataset) -> Split:
+    return split(dataset)
+
+
+@pytest.fixture
+def fitted(dataset: Dataset, parts: Split, bank: AdapterBank, tmp_path: Path) -> BundleRecommender:
+    return BundleRecommender.fit(dataset, parts, bank, "tiny", cache=VectorCache(tmp_path / "vectors"))
+
+
+def test_completion_leaves_the_context_out_and_adds_up(fitted: BundleRecommender) -> None:
+    found = fitted.complete(["i0", "i6"], k=8)
+    assert len(found) == 8
+    assert not {"i0", "i6"} & {one.item_id for one in found}
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    for one in found:
+        assert sum(one.shares.values()) == pytest.approx(one.score, abs=1e-3)
+    # Items of one style go together, and a number names its style by what it leaves over six.
+    assert sum(int(one.item_id[1:]) % 6 == 0 for one in found) >= 5
+
+
+def test_counts_of_the_evidence_are_those_of_the_bundles(fitted: BundleRecommender, dataset: Dataset) -> None:
+    ids = dataset.catalog.item_ids
+    for one in fitted.complete(["i0"], k=20):
+        held = sum({"i0", one.item_id} <= {ids[row] for row in rows} for rows in dataset.bundles.items)
+        assert one.together == ({"i0": held} if held else {})
+
+
+def test_bundles_hold_what_was_given_and_come_out_the_same_again(fitted: BundleRecommender) -> None:
+    first = fitted.compose(["i0"])
+    assert first == fitted.compose(["i0"])
+    for bundle in first:
+        assert "i0" in bundle.items
+        assert set(bundle.added) == set(bundle.items) - {"i0"}
+        assert sum(bundle.parts.values()) == pytest.approx(bundle.score)
+        assert [entry["item"] for entry in bundle.evidence] == [i for i in bundle.items if i in bundle.added]
+    assert len({frozenset(bundle.items) for bundle in first}) == len(first)
+
+
+def test_a_user_and_a_text_are_enough(fitted: BundleRecommender, dataset: Dataset) -> None:
+    assert fitted.compose(user="u1")
+    assert fitted.complete(user="u1", k=3)
+    title = dataset.catalog.titles[7]
+    assert fitted.search(title, k=1)[0] == ("i7", pytest.approx(1.0, abs=1e-5))
+    assert fitted.compose(query=title)
+
+
+def test_given_bundles_are_ranked_by_how_well_they_go_together(fitted: BundleRecommender) -> None:
+    ranked = fitted.rank([["i0", "i1"], ["i0", "i6"]])
+    assert {bundle.items for bundle in ranked} == {("i0", "i1"), ("i0", "i6")} or len(ranked) == 2
+    assert set(ranked[0].items) == {"i0", "i6"}
+
+
+def test_constraints_hold(fitted: BundleRecommender) -> None:
+    only = Constraints(categories=("Style 1",))
+    assert all(int(one.item_id[1:]) % 3 == 1 for one in fitted.complete(["i0"], constraints=only))
+    with pytest.raises(DataError, match="udget"):
+        fitted.compose(["i0"], constraints=Constraints(budget=5))  # no item has a known price
+
+
+@pytest.mark.parametrize(
+    ("ask", "expected"),
+    [
+        (lambda r: r.complete(["i61"]), 'No item "i61" among the 60'),
+        (lambda r: r.complete(user="u99"), 'No user "u99" among the 30'),
+        (lambda r: r.complete(), "give items or a user"),
+        (lambda r: r.compose(), "give items, a user or a query"),
+        (lambda r: r.compose(["i0"], required=["hats"]), "hats"),
+    ],
+)
+def test_what_is_not_known_is_said(
+    ask: Callable[[BundleRecommender], object], expected: str, fitted: BundleRecommender
+) -> None:
+    with pytest.raises(DataError, match=expected):
+        ask(fitted)
+
+
+def test_test_bundles_choose_nothing(
+    fitted: BundleRecommender, dataset: Dataset, parts: Split, bank: AdapterBank
+) -> None:
+    """Other test bundles leave the weights of the fusion, and the table behind them, as they were."""
+    items = list(dataset.bundles.items)
+    for row in parts.test:
+        items[row] = np.array([0, 1, 2], np.int32)
+    changed = replace(dataset, bundles=replace(dataset.bundles, items=tuple(items)))
+    assert isinstance(changed.bundles, Bundles)
+    again = BundleRecommender.fit(changed, parts, bank, "tiny")
+    assert again.fusion.state() == fitted.fusion.state()
+
+
+def test_without_an_adapter_the_frozen_encoder_answers(dataset: Dataset, parts: Split, bank: AdapterBank) -> None:
+    frozen = BundleRecommender.fit(dataset, parts, bank, None)
+    assert frozen.adapter is None
+    assert frozen.complete(["i0"], k=3)
