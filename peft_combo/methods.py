@@ -60,12 +60,11 @@ class _LowRankLinear(torch.autograd.Function):
     """``x (W + B A)^T + b`` for a frozen W: one product forward, and backward no gradient of W is ever made.
 
     The textbook form adds ``B (A x)`` to the frozen layer's output: three more passes over the activations forward and
-    four backward. W + B A costs r multiply-adds per weight once for all tokens of a chunk.
+    four backward. W + B A costs r multiply-adds per weight, once a step.
     """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, right: Tensor, left: Tensor) -> Tensor:
-        whole = torch.addmm(weight, left, right)  # (O, I) + (O, R) @ (R, I)
+    def forward(context: Any, x: Tensor, whole: Tensor, bias: Tensor | None, right: Tensor, left: Tensor) -> Tensor:
         context.save_for_backward(x, whole, right, left)
         return nn.functional.linear(x, whole, bias)
 
@@ -101,13 +100,35 @@ def _fused_forward(module: Any, honest: Callable[..., Tensor], x: Tensor, *args:
     if torch.is_autocast_enabled(x.device.type) or base.weight.dtype != torch.float32:
         return honest(x, *args, **kwargs)
     right, left = module.lora_A[_NAME], module.lora_B[_NAME]
+    sources: tuple[Tensor, ...]
     if isinstance(module, AdaLoraLayer):
+        sources = (right, left, module.lora_E[_NAME], module.ranknum[_NAME])
         right = right * module.lora_E[_NAME]
         left = left * (module.scaling[_NAME] / (module.ranknum[_NAME] + 1e-5))
     else:
-        right, left = right.weight, left.weight * module.scaling[_NAME]
-    fused: Tensor = _LowRankLinear.apply(x, base.weight, base.bias, right, left)  # type: ignore[no-untyped-call]
+        right, left = right.weight, left.weight
+        sources = (right, left)
+        left = left * module.scaling[_NAME]
+    whole = _whole(module, base.weight, sources, left, right)
+    fused: Tensor = _LowRankLinear.apply(x, whole, base.bias, right, left)  # type: ignore[no-untyped-call]
     return fused
+
+
+def _whole(module: Any, weight: Tensor, sources: tuple[Tensor, ...], left: Tensor, right: Tensor) -> Tensor:
+    """Return W + B A; while training it is kept until the optimizer changes one of `sources`.
+
+    Without gradients nothing is kept: an adapter that serves costs its own size and not that of the layers it sits on.
+    """
+    if not torch.is_grad_enabled():
+        return torch.addmm(weight, left, right)  # (O, I) + (O, R) @ (R, I)
+    state = tuple((source.data_ptr(), source._version) for source in sources)
+    kept = module.__dict__.get("_kept_whole")
+    if kept is None or kept[0] != state:
+        with torch.no_grad():
+            kept = (state, torch.addmm(weight, left, right))
+        module.__dict__["_kept_whole"] = kept
+    whole: Tensor = kept[1]
+    return whole
 
 
 class AttachedAdapter:
