@@ -192,13 +192,12 @@ class BundleRecommender:
         """
         context = self._rows(items)
         base = context if len(context) else self._taken_last(user)
-        scores = self._relevance(base, user)
+        raw, evidence = self._scores(base), self._evidence(base)
+        scores = self._for_user(self.fusion.combine(raw, evidence)[0], evidence, user)
         allowed, _ = (constraints or Constraints()).allowed_items(self.dataset.catalog)
         ranked = np.where(allowed & ~np.isin(np.arange(len(scores)), context), scores, -np.inf)
         ranked[np.isnan(ranked)] = -np.inf
         best = np.argsort(-ranked, kind="stable")[:k]
-        evidence = self._evidence(base)
-        raw = self._scores(base)
         return [
             self._suggestion(int(row), float(ranked[row]), self.fusion.shares(raw, evidence, 0, int(row)), base)
             for row in best
@@ -312,7 +311,10 @@ class BundleRecommender:
 
     def _relevance(self, context: NDArray[np.int64], user: str | None) -> NDArray[np.float32]:
         evidence = self._evidence(context)
-        scores: NDArray[np.float32] = self.fusion.combine(self._scores(context), evidence)[0]
+        return self._for_user(self.fusion.combine(self._scores(context), evidence)[0], evidence, user)
+
+    def _for_user(self, scores: NDArray[np.float32], evidence: Evidence, user: str | None) -> NDArray[np.float32]:
+        """Add what the user's neighbours took to fused scores (N,)."""
         if user is None or self._users is None:
             return scores
         self._taken_last(user)  # says so where the user is not known
