@@ -21,6 +21,7 @@ from peft_combo.errors import DataError, Fault, PeftComboError, StoreError
 from peft_combo.watch import Watch
 
 if TYPE_CHECKING:
+    from peft_combo.evaluation import Report
     from peft_combo.recipe import Recipe
     from peft_combo.recommender import BundleRecommender, Recommendation, Suggestion
     from peft_combo.tuning import Plan, TuneResult
@@ -139,6 +140,65 @@ def embed(
     if watch.main:
         whose = adapter or "the frozen encoder"
         print(f"{len(texts):,} items of {loaded.name} in {cache} for {whose}; {count:,} encoded now")
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeOption,
+    adapters: Annotated[
+        list[str] | None, typer.Option("--adapter", help="fashion or fashion@v2; may be repeated.")
+    ] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a chart: .html, or .png with [plot].")] = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    store: StoreOption = Path("adapters"),
+    cache: CacheOption = Path("vectors"),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure completion of the test bundles, every baseline beside it: fitted on train, chosen on validation."""
+    from peft_combo.recipe_files import load_recipe
+
+    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    with _console_watch() as watch:
+        from peft_combo.adapters import AdapterStore
+        from peft_combo.backbone import Backbone
+        from peft_combo.bank import AdapterBank
+        from peft_combo.data import open_dataset, split
+        from peft_combo.evaluation import evaluate as run
+        from peft_combo.evaluation import plot
+        from peft_combo.vectors import VectorCache
+
+        config = loaded.data
+        dataset = open_dataset(config)
+        parts = split(dataset, config.split, config.valid_fraction, config.test_fraction, config.split_seed)
+        opened = AdapterStore(store)
+        for reference in adapters or ():
+            stamp = opened.open(reference).manifest.data
+            if stamp.split_digest != parts.digest:
+                raise DataError(
+                    f"Adapter {reference} was tuned on another split of {stamp.name} ({stamp.split_digest[:12]}, here "
+                    f"{parts.digest[:12]}), so it may have learned from these test bundles. Evaluate it with the data "
+                    "and the recipe it was tuned with."
+                )
+        encoder = loaded.backbone
+        backbone = Backbone.load(encoder.model, pooling=encoder.pooling, max_length=encoder.max_length)
+        bank, kept, texts = AdapterBank(backbone, opened), VectorCache(cache), dataset.catalog.texts(config.text)
+        watch.stage("Encoding the catalogue", len(texts) * (1 + len(adapters or ())))
+        frozen = kept.vectors(bank, texts, None, watch.advance)
+        tuned = {
+            reference: (kept.vectors(bank, texts, reference, watch.advance), bank.get(reference).head)
+            for reference in adapters or ()
+        }
+        report = run(
+            dataset, parts, frozen=frozen, tuned=tuned, text=config.text, seed=loaded.seed,
+            advance=lambda name: watch.note(f"measured {name}"),
+        )  # fmt: skip
+    if plot_file is not None:
+        plot(report, plot_file)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print_report(report)
 
 
 @app.command()
@@ -457,6 +517,36 @@ def _rank() -> int:
     import os
 
     return int(os.environ.get("RANK", "0"))
+
+
+def _print_report(report: Report) -> None:
+    counts = report.counts
+    print(
+        f"{report.dataset}: {counts['test questions']:,} questions from {counts['test bundles']:,} test bundles, "
+        f"{counts['items']:,} items; split {report.split_digest[:12]}"
+    )
+    slices = [
+        name for name in report.lines[0].slices if name in ("warm target", "cold target", "same-leaf", "cross-leaf")
+    ]
+    peers = sorted({name for line in report.lines for name in line.p})
+    _print_table(
+        ("", "R@1", "R@10", "R@20", "NDCG@10", "95 % interval", "MRR", *(f"p: {peer}" for peer in peers), *slices),
+        [
+            (
+                line.name,
+                *(f"{line.values[name]:.3f}" for name in ("r@1", "r@10", "r@20", "ndcg@10")),
+                "{:.3f} to {:.3f}".format(*line.intervals["ndcg@10"]),
+                f"{line.values['mrr']:.3f}",
+                *(f"{line.p[peer]:.4f}" if peer in line.p else "" for peer in peers),
+                *(f"{line.slices[name].ndcg:.3f}" if name in line.slices else "" for name in slices),
+            )
+            for line in report.lines
+        ],
+        numbers=True,
+    )
+    print(f"The fusion chosen on validation: {report.fusion.chosen}. Slices show NDCG@10. {report.protocol}")
+    for note in report.notes:
+        print(f"Note: {note}")
 
 
 def _recommender(

@@ -270,3 +270,22 @@ def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Calla
         assert (code, out) == (1, "")
         assert expected in err
         assert "Traceback" not in err
+
+
+def test_evaluate_prints_every_row_and_guards_the_split(
+    run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(**{"training.epochs": 4})
+    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    assert run("tune", "--recipe", "./tiny.yaml")[0] == 0
+    ask = ("evaluate", "--recipe", "./tiny.yaml", "--adapter", "tiny")
+    code, out, err = run(*ask, "--plot", "chart.html")
+    assert code == 0, err
+    for row in ("random", "popularity", "item-kNN", "EASE", "CEASE-TFIDF", "frozen BERT", "tuned BERT tiny", "fusion"):
+        assert re.search(rf"^{row} +0\.\d+", out, re.MULTILINE)
+    assert "<svg" in (tmp_path / "chart.html").read_text()
+    report = json.loads(run(*ask, "--json")[1])
+    assert {"split_digest", "protocol", "rows", "fusion"} <= report.keys()
+    code, out, err = run(*ask, "--set", "data.split_seed=1")
+    assert (code, out) == (1, "")
+    assert "another split" in err

@@ -29,6 +29,7 @@ ORDER = [
     ["bank"],
     ["vectors"],
     ["tuning", "recommender"],
+    ["evaluation"],
     ["cli"],
     ["__init__"],
     ["__main__"],

@@ -1,0 +1,668 @@
+"""Who completes held-out bundles best, and how sure we may be: the table of scorers, baselines and their fusion.
+
+Owns the protocol: what is fitted on what, which settings validation may choose, and that the test bundles are looked
+at once. Sees encoders as the vectors they gave; knows nothing of how adapters are trained or stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import html
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse, stats
+
+from peft_combo import metrics
+from peft_combo.data import Dataset, Split
+from peft_combo.errors import PeftComboError
+from peft_combo.fusion import Evidence, Fusion
+from peft_combo.scoring import (
+    ALS,
+    CEASE,
+    EASE,
+    CoOccurrence,
+    ItemKNN,
+    Popularity,
+    Random,
+    Scorer,
+    TextCosine,
+    UserKNN,
+    tfidf_vectors,
+)
+from peft_combo.tasks.bundle import BundleHead, Questions
+
+PROTOCOL = (
+    "Every item of every held-out bundle once the answer, ranked among the whole catalogue without the rest of its "
+    "bundle, ties at mid-rank. Scorers are fitted on training bundles alone, with the interactions of training users "
+    "where validation prefers it; settings and fusion weights are chosen on validation bundles; test bundles are scored "
+    "once. 95 % intervals by bootstrap over groups; p by paired permutation of groups, two-sided."
+)
+FUSION, PEER, FROZEN = "fusion", "CEASE-TFIDF", "frozen BERT"
+
+_LIST = 10
+_NEAR_DUPLICATE = 0.95
+_QUERY_BLOCK = 256
+# Scores of the validation questions are held in memory for all rows at once: 1.5e8 float32 are 600 MB.
+_HELD_CELLS = 150_000_000
+# Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
+_CEASE_SETTINGS = ((1.0, 0.3), (3.0, 0.3), (30.0, 10.0))
+_MANY_ITEMS = 6_000
+
+ItemVectors: TypeAlias = "NDArray[np.float32] | sparse.csr_array[Any, tuple[int, int]]"
+Ask: TypeAlias = Callable[[Questions], NDArray[np.float32]]
+Tuned: TypeAlias = Mapping[str, tuple[NDArray[np.float32], BundleHead]]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the test questions.
+
+    Attributes:
+        p: of the difference in NDCG@10 to CEASE-TFIDF on these questions; None for that row itself.
+    """
+
+    questions: int
+    ndcg: float
+    recall: float
+    p: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: the scorer.
+        setting: what validation chose for it; "" where there was no choice.
+        valid_ndcg: NDCG@10 on validation, of the chosen setting and so a little flattered; for a fusion, of weights
+            fitted on other clusters.
+        values: the headline metrics on test. intervals: 95 %, of ``ndcg@10`` and ``r@10``.
+        p: by the name of another row, of the difference in NDCG@10 to it.
+        slices: by name, such as ``cold target`` or ``cross-leaf``.
+        quality: of the lists of ten: ``coverage`` (share of the catalogue that some list holds), ``popularity`` (mean
+            percentile of support, 50 is the middle item), ``diversity`` (1 - mean cosine of frozen vectors within a
+            list), ``near-duplicates`` (share of pairs within a list with cosine above 0.95).
+    """
+
+    name: str
+    setting: str
+    valid_ndcg: float
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    p: dict[str, float]
+    slices: dict[str, Slice]
+    quality: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        lines: one per scorer, in the order of the table.
+        fusion: as fitted on validation; its `table` holds what was tried.
+        counts: items, bundles, questions and groups of the parts.
+        notes: rows that are missing and why, and what was sampled.
+    """
+
+    dataset: str
+    data_digest: str
+    split_digest: str
+    seed: int
+    protocol: str
+    counts: dict[str, int]
+    lines: tuple[Row, ...]
+    fusion: Fusion
+    notes: tuple[str, ...]
+
+    def row(self, name: str) -> Row:
+        """Return the line of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for line in self.lines:
+            if line.name == name:
+                return line
+        raise KeyError(name)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the table as flat records, one per scorer."""
+        return [
+            {
+                "name": line.name,
+                "setting": line.setting,
+                **line.values,
+                "ndcg@10 low": line.intervals["ndcg@10"][0],
+                "ndcg@10 high": line.intervals["ndcg@10"][1],
+                **{f"p vs {name}": p for name, p in line.p.items()},
+                **{f"{name} ndcg@10": part.ndcg for name, part in line.slices.items()},
+                **line.quality,
+            }
+            for line in self.lines
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "dataset": self.dataset,
+            "data_digest": self.data_digest,
+            "split_digest": self.split_digest,
+            "seed": self.seed,
+            "protocol": self.protocol,
+            "counts": self.counts,
+            "rows": [asdict(line) for line in self.lines],
+            "fusion": self.fusion.state(),
+            "notes": list(self.notes),
+        }
+
+
+def evaluate(
+    dataset: Dataset,
+    parts: Split,
+    *,
+    frozen: NDArray[np.float32] | None = None,
+    tuned: Tuned | None = None,
+    text: str = "{title}",
+    seed: int = 0,
+    max_questions: int = 5000,
+    also: Mapping[str, Scorer] | None = None,
+    advance: Callable[[str], None] | None = None,
+) -> Report:
+    """Fit every scorer on train, choose on validation, measure on test once.
+
+    Args:
+        frozen: (N, D) vectors of the encoder without adapter; None leaves its rows out.
+        tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
+        text: template of what the word-based rows read.
+        seed: of sampling, bootstrap and permutations.
+        max_questions: more test questions than so many are sampled, whole bundles at a time.
+        also: further scorers, fitted on the training bundles like all others and part of the fusion.
+        advance: told the name of each row that is done.
+    Raises:
+        PeftComboError: the split has no validation or no test bundles.
+    """
+    if not len(parts.valid) or not len(parts.test):
+        raise PeftComboError(
+            f"An evaluation needs validation and test bundles; the split of {dataset.name!r} has {len(parts.valid)} "
+            f"and {len(parts.test)}. Raise data.valid_fraction and data.test_fraction."
+        )
+    advance = advance or (lambda name: None)
+    n_items = len(dataset.catalog)
+    notes: list[str] = []
+    known = _Known.of(dataset, parts, text, frozen, tuned or {})
+
+    # What is asked.
+    wanted = len(_families(known, also or {}, seed))
+    valid = _asked(dataset, parts.valid, min(2000, max(100, _HELD_CELLS // (wanted * n_items))), seed, "valid", notes)
+    test = _asked(dataset, parts.test, max_questions, seed, "test", notes)
+
+    # Fit each row in each of its settings, and keep the one that is best on validation.
+    asks: dict[str, Ask] = {}
+    settings: dict[str, str] = {}
+    held: dict[str, NDArray[np.float32]] = {}
+    on_valid: dict[str, float] = {}
+    for name, choices in _families(known, also or {}, seed).items():
+        try:
+            settings[name], asks[name], held[name], on_valid[name] = _best(choices, valid)
+        except PeftComboError as error:
+            notes.append(f"{name}: left out. {error}")
+        advance(name)
+
+    # Fuse; the floor of the table has nothing to contribute.
+    candidates = {name: scores for name, scores in held.items() if name != "random"}
+    fusion = Fusion.fit(candidates, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
+    held.clear()
+    on_valid[FUSION] = next(line.ndcg for line in fusion.table if line.name == fusion.chosen)
+    settings[FUSION] = fusion.chosen
+
+    # Test, once.
+    ranks, lists = _tested(asks, fusion, test, known)
+    advance(FUSION)
+    sliced = _slices(dataset, known, test)
+    vectors: ItemVectors = known.frozen if known.frozen is not None else known.words
+    lines = tuple(
+        Row(
+            name=name,
+            setting=settings[name],
+            valid_ndcg=on_valid[name],
+            values=metrics.ranking_metrics(found),
+            intervals={
+                metric: metrics.bootstrap_interval(metrics.per_query(found, metric), test.clusters, seed=seed)
+                for metric in ("ndcg@10", "r@10")
+            },
+            p={
+                other: _p(found, ranks[other], test.clusters, seed)
+                for other in (PEER, FROZEN)
+                if other in ranks and other != name
+            },
+            slices=_sliced(name, ranks, sliced, test.clusters, seed),
+            quality=_quality(lists[name], known.support, vectors),
+        )
+        for name, found in ranks.items()
+    )
+    counts = {
+        "items": n_items,
+        "train bundles": len(parts.train),
+        "valid bundles": len(parts.valid),
+        "test bundles": len(parts.test),
+        "valid questions": len(valid),
+        "test questions": len(test),
+        "test groups": len(set(test.clusters.tolist())),
+    }
+    return Report(
+        dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, counts, lines, fusion, tuple(notes)
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """All that may be known before a held-out bundle is seen.
+
+    Attributes:
+        history: (B, N) the training bundles. users: (B + U, N), with the training interactions of users below, where
+            the bundles were not made from the same baskets; None where there are none.
+        support: (N,) training bundles that hold each item.
+        words: (N, V) TF-IDF of single words. categorised: the same with the category path among the words.
+    """
+
+    history: sparse.csr_matrix[Any]
+    users: sparse.csr_matrix[Any] | None
+    support: NDArray[np.int64]
+    leaves: NDArray[np.int64] | None
+    texts: list[str]
+    words: sparse.csr_array[Any, tuple[int, int]]
+    categorised: sparse.csr_array[Any, tuple[int, int]] | None
+    frozen: NDArray[np.float32] | None
+    tuned: Tuned = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: Dataset, parts: Split, text: str, frozen: NDArray[np.float32] | None, tuned: Tuned) -> _Known:
+        catalog = dataset.catalog
+        history = dataset.bundles.to_csr(len(catalog), parts.train)
+        users = None
+        if dataset.interactions is not None and len(parts.train_interactions) and (dataset.bundles.baskets < 0).all():
+            by_user = dataset.interactions.to_csr(len(catalog), parts.train_interactions)
+            users = sparse.csr_matrix(sparse.vstack([history, by_user[np.diff(by_user.indptr) > 0]]))
+        texts = catalog.texts(text)
+        categorised = None
+        if any(catalog.categories):
+            categorised = tfidf_vectors(catalog.texts(text + " {category}"))
+        return cls(
+            history, users, np.asarray(history.sum(axis=0)).ravel().astype(np.int64), leaf_numbers(dataset), texts,
+            tfidf_vectors(texts), categorised, frozen, tuned,
+        )  # fmt: skip
+
+    def evidence(self, questions: Questions) -> Evidence:
+        return Evidence(questions.contexts, self.support, self.leaves)
+
+
+def leaf_numbers(dataset: Dataset) -> NDArray[np.int64] | None:
+    """Number the category leaves, or the slots where no item has a category: (N,), -1 for none; None without either."""
+    catalog = dataset.catalog
+    names: Sequence[str | None] = [catalog.leaf(row) for row in range(len(catalog))]
+    if not any(names):
+        names = catalog.slots
+    if not any(names):
+        return None
+    numbers = {name: number for number, name in enumerate(sorted({name for name in names if name}))}
+    return np.array([numbers[name] if name else -1 for name in names], np.int64)
+
+
+def _asked(dataset: Dataset, rows: NDArray[np.int32], limit: int, seed: int, name: str, notes: list[str]) -> Questions:
+    """Make the questions of some bundles, at most about `limit` of them."""
+    sizes = dataset.bundles.sizes[rows]
+    if sizes.sum() > limit:
+        order = np.random.default_rng(seed).permutation(len(rows))
+        kept = max(1, int(np.searchsorted(np.cumsum(sizes[order]), limit, side="right")))
+        notes.append(f"{name}: {kept:,} of {len(rows):,} bundles were sampled, {limit:,} questions at most")
+        rows = rows[np.sort(order[:kept])]
+    return Questions.leave_one_out(
+        [dataset.bundles.items[row] for row in rows], [dataset.bundles.groups[row] for row in rows]
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """A scorer in one setting, not yet fitted."""
+
+    setting: str
+    scorer: Scorer
+    history: sparse.csr_matrix[Any]
+    items: ItemVectors | None = None
+
+    def fit(self) -> Ask:
+        # A copy: what a setting learned that is not chosen, for CEASE a matrix of items by items, is forgotten.
+        return _ask(copy.copy(self.scorer).fit(self.history, items=self.items))
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    """An adapter's own head; it comes fitted."""
+
+    vectors: NDArray[np.float32]
+    head: BundleHead
+    setting: str = ""
+
+    def fit(self) -> Ask:
+        return _ask_head(self.vectors, self.head)
+
+
+def _families(known: _Known, also: Mapping[str, Scorer], seed: int) -> dict[str, list[_Choice | _Head]]:
+    """Name the rows, and for each the settings that validation chooses from; nothing is fitted yet."""
+
+    def counting(scorer: Scorer, setting: str = "") -> list[_Choice | _Head]:
+        choices: list[_Choice | _Head] = [_Choice(setting, scorer, known.history)]
+        if known.users is not None:
+            choices.append(_Choice(f"{setting} with users".strip(), scorer, known.users))
+        return choices
+
+    def cosine(items: ItemVectors) -> list[_Choice | _Head]:
+        return [
+            _Choice("nearest to the mean", TextCosine("mean"), known.history, items),
+            _Choice("nearest to any", TextCosine("max"), known.history, items),
+        ]
+
+    def closed_form(label: str, items: ItemVectors) -> list[_Choice | _Head]:
+        grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
+        return [
+            _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}", CEASE(l2, alpha), known.history, items)
+            for l2, alpha in grid
+        ]
+
+    families: dict[str, list[_Choice | _Head]] = {
+        "random": [_Choice("", Random(seed), known.history)],
+        "popularity": counting(Popularity()),
+        "co-occurrence": counting(CoOccurrence(), "conditional") + counting(CoOccurrence("lift"), "lift"),
+        "item-kNN": counting(ItemKNN(), "cosine") + counting(ItemKNN(similarity="tfidf"), "tfidf"),
+        "user-kNN": counting(UserKNN()),
+        "EASE": [choice for l2 in (1.0, 10.0, 100.0) for choice in counting(EASE(l2), f"l2 {l2:g}")],
+        "ALS": counting(ALS(seed=seed)),
+        "TF-IDF title": cosine(known.words),
+        PEER: closed_form("words", known.words) + closed_form("words and pairs", tfidf_vectors(known.texts, longest=2)),
+    }
+    # CEASE may read the category path as well: a peer should know what we know.
+    if known.categorised is not None:
+        families[PEER] += closed_form("words and category", known.categorised)
+    if known.frozen is not None:
+        families[FROZEN] = cosine(known.frozen)
+    dense: dict[str, NDArray[np.float32]] = {}
+    for name, (vectors, head) in known.tuned.items():
+        families[f"tuned BERT {name}"] = [_Head(vectors, head)]
+        dense[name] = _targets(vectors, head)
+    if not dense and known.frozen is not None:
+        dense["frozen"] = known.frozen
+    if dense:
+        families["CEASE-BERT"] = []
+    for name, targets in dense.items():
+        families["CEASE-BERT"] += closed_form(name, targets)
+        for label, words in (("words", known.words), ("words and category", known.categorised)):
+            if words is not None:
+                # Rows are scaled to length 1 there, so each side has half the weight.
+                beside: Any = sparse.hstack([words, sparse.csr_array(targets)], format="csr", dtype=np.float32)
+                families["CEASE-BERT"] += closed_form(f"{name} beside {label}", sparse.csr_array(beside))
+    for name, scorer in also.items():
+        families[name] = [_Choice("", scorer, known.history)]
+    return families
+
+
+def _ask(scorer: Scorer) -> Ask:
+    return lambda questions: scorer.score_baskets(questions.to_csr(len(scorer.support)))
+
+
+def _ask_head(vectors: NDArray[np.float32], head: BundleHead) -> Ask:
+    items, targets = torch.from_numpy(np.array(vectors, np.float32)), torch.from_numpy(_targets(vectors, head).T)
+
+    @torch.inference_mode()
+    def ask(questions: Questions) -> NDArray[np.float32]:
+        scores: NDArray[np.float32] = (head.query(items, torch.from_numpy(questions.contexts)) @ targets).numpy()
+        return scores
+
+    return ask
+
+
+@torch.inference_mode()
+def _targets(vectors: NDArray[np.float32], head: BundleHead) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = head.target(torch.from_numpy(np.array(vectors, np.float32))).numpy()
+    return found
+
+
+def _best(choices: Sequence[_Choice | _Head], valid: Questions) -> tuple[str, Ask, NDArray[np.float32], float]:
+    """Return the setting with the best NDCG@10 on validation, the first of equals: fitted, its scores, that number."""
+    best: tuple[str, Ask, NDArray[np.float32], float] | None = None
+    for choice in choices:
+        ask = choice.fit()
+        scores = np.concatenate([ask(part) for part in _blocks(valid)])
+        ranks = metrics.midranks(scores, valid.targets, valid.excluded())
+        value = float(metrics.per_query(ranks, "ndcg@10").mean())
+        if best is None or value > best[3]:
+            best = choice.setting, ask, scores, value
+    assert best is not None
+    return best
+
+
+def _tested(
+    asks: Mapping[str, Ask], fusion: Fusion, test: Questions, known: _Known
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.int64]]]:
+    """Return per row the rank of each answer and the first ten of each list, (Q, 10), -1 where fewer are known."""
+    ranks: dict[str, list[NDArray[np.float64]]] = {name: [] for name in (*asks, FUSION)}
+    lists: dict[str, list[NDArray[np.int64]]] = {name: [] for name in ranks}
+    for part in _blocks(test):
+        scores = {name: ask(part) for name, ask in asks.items()}
+        scores[FUSION] = fusion.combine(scores, known.evidence(part))
+        excluded = part.excluded()
+        for name, values in scores.items():
+            ranks[name].append(metrics.midranks(values, part.targets, excluded))
+            lists[name].append(_first(values, part))
+    return {name: np.concatenate(v) for name, v in ranks.items()}, {
+        name: np.concatenate(v) for name, v in lists.items()
+    }
+
+
+def _first(scores: NDArray[np.float32], questions: Questions) -> NDArray[np.int64]:
+    values = np.where(np.isnan(scores), -np.inf, scores)
+    rows, places = np.nonzero(questions.contexts >= 0)
+    values[rows, questions.contexts[rows, places]] = -np.inf
+    depth = min(_LIST, values.shape[1])
+    best = np.argpartition(-values, depth - 1, axis=1)[:, :depth]
+    return np.where(np.isfinite(np.take_along_axis(values, best, axis=1)), best, -1)
+
+
+def _blocks(questions: Questions) -> Iterator[Questions]:
+    for start in range(0, len(questions), _QUERY_BLOCK):
+        rows = slice(start, start + _QUERY_BLOCK)
+        yield Questions(
+            questions.contexts[rows], questions.targets[rows], questions.clusters[rows], questions.bundles[rows]
+        )
+
+
+def _slices(dataset: Dataset, known: _Known, test: Questions) -> dict[str, NDArray[np.bool_]]:
+    warm = known.support[test.targets] > 0
+    sizes = (test.contexts >= 0).sum(axis=1) + 1
+    parts = {"warm target": warm, "cold target": ~warm}
+    if known.leaves is not None:
+        same = np.concatenate(
+            [known.evidence(part).same_leaf()[np.arange(len(part)), part.targets] for part in _blocks(test)]
+        )
+        what = "leaf" if any(dataset.catalog.categories) else "slot"
+        parts |= {f"same-{what}": same, f"cross-{what}": ~same}
+    return parts | {"size 2": sizes == 2, "size 3": sizes == 3, "size 4+": sizes >= 4}
+
+
+def _sliced(
+    name: str, ranks: Mapping[str, NDArray[np.float64]], parts: Mapping[str, NDArray[np.bool_]],
+    clusters: NDArray[np.str_], seed: int,
+) -> dict[str, Slice]:  # fmt: skip
+    found = {}
+    for part, chosen in parts.items():
+        if chosen.any():
+            mine = ranks[name][chosen]
+            p = None
+            if PEER in ranks and name != PEER:
+                p = _p(mine, ranks[PEER][chosen], clusters[chosen], seed)
+            found[part] = Slice(
+                int(chosen.sum()),
+                float(metrics.per_query(mine, "ndcg@10").mean()),
+                float(metrics.per_query(mine, "r@10").mean()),
+                p,
+            )
+    return found
+
+
+def _p(a: NDArray[np.float64], b: NDArray[np.float64], clusters: NDArray[np.str_], seed: int) -> float:
+    return metrics.paired_permutation(
+        metrics.per_query(a, "ndcg@10"), metrics.per_query(b, "ndcg@10"), clusters, seed=seed
+    )
+
+
+def _quality(lists: NDArray[np.int64], support: NDArray[np.int64], vectors: ItemVectors) -> dict[str, float]:
+    """Measure lists of ten; see `Row.quality`."""
+    shown = lists[lists >= 0]
+    if not shown.size:
+        return {"coverage": 0.0, "popularity": float("nan"), "diversity": float("nan"), "near-duplicates": float("nan")}
+    percentile = 100 * (stats.rankdata(support) - 0.5) / len(support)
+    cosines = 0.0
+    close = pairs = 0
+    for rows in lists:
+        members = rows[rows >= 0]
+        if len(members) < 2:
+            continue
+        chosen: Any = vectors[members]
+        product = chosen @ chosen.T
+        alike = np.asarray(product if isinstance(product, np.ndarray) else product.toarray())
+        alike = alike[np.triu_indices(len(members), 1)]
+        cosines += float(alike.sum())
+        close += int((alike > _NEAR_DUPLICATE).sum())
+        pairs += len(alike)
+    return {
+        "coverage": len(np.unique(shown)) / len(support),
+        "popularity": float(percentile[shown].mean()),
+        "diversity": 1 - cosines / pairs if pairs else float("nan"),
+        "near-duplicates": close / pairs if pairs else float("nan"),
+    }
+
+
+@dataclass(frozen=True)
+class Canary:
+    """How the rows that read text alone do with each item given another item's text.
+
+    Attributes:
+        chance: R@10 of a blind guess.
+        right: per row R@10 with each item's own text. shuffled: with another's; low end of its 95 % interval beside it.
+        alive: every shuffled row is at chance, so no row finds an answer by anything but text.
+    """
+
+    chance: float
+    right: dict[str, float]
+    shuffled: dict[str, tuple[float, float]]
+    alive: bool
+
+
+def canary(
+    dataset: Dataset,
+    parts: Split,
+    *,
+    frozen: NDArray[np.float32] | None = None,
+    tuned: Tuned | None = None,
+    text: str = "{title}",
+    seed: int = 0,
+    max_questions: int = 5000,
+) -> Canary:
+    """Shuffle texts between items; rows that read nothing else must fall to chance on the test questions.
+
+    A row that does not has seen the answers somewhere else: in the order of the catalogue, in what was excluded, or in
+    a history that holds the test bundles.
+    """
+    test = _asked(dataset, parts.test, max_questions, seed, "test", [])
+    order = np.random.default_rng(seed).permutation(len(dataset.catalog))
+    history = dataset.bundles.to_csr(len(dataset.catalog), parts.train)
+    vectors: dict[str, ItemVectors] = {"TF-IDF title": tfidf_vectors(dataset.catalog.texts(text))}
+    if frozen is not None:
+        vectors[FROZEN] = frozen
+    asks: dict[str, tuple[Ask, Ask]] = {}
+    for name, own in vectors.items():
+        asks[name] = _ask(TextCosine().fit(history, items=own)), _ask(TextCosine().fit(history, items=own[order]))
+    for name, (own, head) in (tuned or {}).items():
+        asks[f"tuned BERT {name}"] = _ask_head(own, head), _ask_head(own[order], head)
+    sizes = (test.contexts >= 0).sum(axis=1)
+    chance = float(np.minimum(1, _LIST / (len(dataset.catalog) - sizes)).mean())
+    right, shuffled = {}, {}
+    for name, (own_ask, other_ask) in asks.items():
+        found = []
+        for ask in (own_ask, other_ask):
+            ranks = [metrics.midranks(ask(part), part.targets, part.excluded()) for part in _blocks(test)]
+            found.append(metrics.per_query(np.concatenate(ranks), "r@10"))
+        low, _ = metrics.bootstrap_interval(found[1], test.clusters, seed=seed)
+        right[name], shuffled[name] = float(found[0].mean()), (float(found[1].mean()), low)
+    return Canary(chance, right, shuffled, all(low <= chance for _, low in shuffled.values()))
+
+
+def plot(report: Report, path: Path, metric: str = "ndcg@10") -> None:
+    """Draw the rows as bars with their intervals: ``.html`` (nothing needed) or ``.png`` (extra `plot`).
+
+    Raises:
+        PeftComboError: another ending, or a PNG without matplotlib.
+    """
+    if metric not in ("ndcg@10", "r@10"):
+        raise PeftComboError(f"A chart shows ndcg@10 or r@10, which have intervals; found {metric!r}.")
+    bars = [(line.name, line.values[metric], *line.intervals[metric]) for line in report.lines]
+    title = f"{report.dataset}: {metric.upper()} on {report.counts['test questions']:,} test questions, 95 % intervals"
+    match path.suffix.lower():
+        case ".html":
+            path.write_text(_html(title, bars, report), encoding="utf-8")
+        case ".png":
+            _png(title, bars, path)
+        case other:
+            raise PeftComboError(f"A chart is written as .html or .png, found {other!r} in {path.name}.")
+
+
+Bar: TypeAlias = tuple[str, float, float, float]
+
+
+def _html(title: str, bars: Sequence[Bar], report: Report) -> str:
+    top = max((high for _, _, _, high in bars), default=0.0) or 1.0
+    left, width, step = 190, 520, 26
+    drawn = []
+    for place, (name, value, low, high) in enumerate(bars):
+        y = 12 + place * step
+        end, first, last = (left + width * number / top for number in (value, low, high))
+        colour = "#0b6e4f" if name == FUSION else "#4c78a8"
+        drawn.append(
+            f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{html.escape(name)}</text>'
+            f'<rect x="{left}" y="{y}" width="{max(0.0, end - left):.1f}" height="16" fill="{colour}"/>'
+            f'<path d="M{first:.1f} {y + 8}H{last:.1f}M{first:.1f} {y + 4}v8M{last:.1f} {y + 4}v8" stroke="#222"/>'
+            f'<text x="{last + 6:.1f}" y="{y + 13}">{value:.4f}</text>'
+        )
+    height = 24 + step * len(bars)
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<body style="font:14px system-ui,sans-serif">\n<h1 style="font-size:18px">{html.escape(title)}</h1>\n'
+        f'<svg width="{left + width + 90}" height="{height}" role="img" font-size="13" fill="#222">\n'
+        + "\n".join(drawn)
+        + f"\n</svg>\n<p>{html.escape(report.protocol)}</p>\n"
+        f"<p>data {report.data_digest[:12]}, split {report.split_digest[:12]}, seed {report.seed}</p>\n</body></html>\n"
+    )
+
+
+def _png(title: str, bars: Sequence[Bar], path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise PeftComboError(
+            f'Writing {path.name} needs matplotlib. Install it with: pip install "peft-combo[plot]", or write .html, '
+            "which needs nothing."
+        ) from error
+    figure = Figure(figsize=(9, 1 + 0.35 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    names, values = [name for name, *_ in bars], [value for _, value, _, _ in bars]
+    errors = [[max(0.0, v - low) for _, v, low, _ in bars], [max(0.0, high - v) for _, v, _, high in bars]]
+    axes.barh(names, values, xerr=errors, color=["#0b6e4f" if name == FUSION else "#4c78a8" for name in names])
+    axes.invert_yaxis()
+    axes.set_title(title)
+    figure.savefig(path, dpi=150)
