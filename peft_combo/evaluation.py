@@ -40,8 +40,8 @@ from peft_combo.tasks.bundle import BundleHead, Questions
 PROTOCOL = (
     "Every item of every held-out bundle once the answer, ranked among the whole catalogue without the rest of its "
     "bundle, ties at mid-rank. Scorers are fitted on training bundles alone, with the interactions of training users "
-    "where validation prefers it; settings and fusion weights are chosen on validation bundles; test bundles are scored "
-    "once. 95 % intervals by bootstrap over groups; p by paired permutation of groups, two-sided."
+    "where validation prefers it; settings and fusion weights are chosen on validation bundles; test bundles are "
+    "scored once. 95 % intervals by bootstrap over groups; p by paired permutation of groups, two-sided."
 )
 FUSION, PEER, FROZEN = "fusion", "CEASE-TFIDF", "frozen BERT"
 
