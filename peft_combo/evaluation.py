@@ -35,13 +35,16 @@ from peft_combo.scoring import (
     UserKNN,
     tfidf_vectors,
 )
+from peft_combo.scoring.base import unit_rows
 from peft_combo.tasks.bundle import BundleHead, Questions
 
 PROTOCOL = (
     "Every item of every held-out bundle once the answer, ranked among the whole catalogue without the rest of its "
     "bundle, ties at mid-rank. Scorers are fitted on training bundles alone, with the interactions of training users "
-    "where validation prefers it; settings and fusion weights are chosen on validation bundles; test bundles are "
-    "scored once. 95 % intervals by bootstrap over groups; p by paired permutation of groups, two-sided."
+    'where validation prefers it; "bought before" and "users alike" read what the owner of a bundle did in the '
+    "training interactions, nothing where users are held out as a whole. Settings and fusion weights are chosen on "
+    "validation bundles; test bundles are scored once. 95 % intervals by bootstrap over groups; p by paired "
+    "permutation of groups, two-sided."
 )
 FUSION, PEER, FROZEN = "fusion", "CEASE-TFIDF", "frozen BERT"
 
@@ -51,7 +54,7 @@ _QUERY_BLOCK = 256
 # Scores of the validation questions are held in memory for all rows at once: 1.5e8 float32 are 600 MB.
 _HELD_CELLS = 150_000_000
 # Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
-_CEASE_SETTINGS = ((1.0, 0.3), (3.0, 0.3), (30.0, 10.0))
+_CEASE_SETTINGS = ((10.0, 3.0), (1.0, 0.3), (30.0, 10.0))
 _MANY_ITEMS = 6_000
 
 ItemVectors: TypeAlias = "NDArray[np.float32] | sparse.csr_array[Any, tuple[int, int]]"
@@ -88,6 +91,8 @@ class Row:
         quality: of the lists of ten: ``coverage`` (share of the catalogue that some list holds), ``popularity`` (mean
             percentile of support, 50 is the middle item), ``diversity`` (1 - mean cosine of frozen vectors within a
             list), ``near-duplicates`` (share of pairs within a list with cosine above 0.95).
+        fill_in: fill-in-the-blank, the share of questions whose answer is scored above three random items of its own
+            slot (its own leaf where there are no slots), a tie counting in part; None where items have neither.
     """
 
     name: str
@@ -98,6 +103,22 @@ class Row:
     p: dict[str, float]
     slices: dict[str, Slice]
     quality: dict[str, float]
+    fill_in: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What became of each test question, for further tests; not part of the JSON.
+
+    Attributes:
+        clusters: (Q,) the group of each question. slices: by name, (Q,) bool.
+        ranks: per row (Q,), 1 = best. fill_ins: per row (Q,) in [0, 1]; NaN where there are no three others to choose.
+    """
+
+    clusters: NDArray[np.str_]
+    slices: Mapping[str, NDArray[np.bool_]]
+    ranks: Mapping[str, NDArray[np.float64]]
+    fill_ins: Mapping[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -120,6 +141,7 @@ class Report:
     lines: tuple[Row, ...]
     fusion: Fusion
     notes: tuple[str, ...]
+    answers: Answers = field(repr=False, compare=False)
 
     def row(self, name: str) -> Row:
         """Return the line of that name.
@@ -144,12 +166,16 @@ class Report:
                 **{f"p vs {name}": p for name, p in line.p.items()},
                 **{f"{name} ndcg@10": part.ndcg for name, part in line.slices.items()},
                 **line.quality,
+                **({} if line.fill_in is None else {"fill-in": line.fill_in}),
             }
             for line in self.lines
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
+        """Return everything but the single answers as JSON values; what could not be measured is None."""
+        rows = [asdict(line) for line in self.lines]
+        for row in rows:
+            row["quality"] = {name: None if np.isnan(value) else value for name, value in row["quality"].items()}
         return {
             "dataset": self.dataset,
             "data_digest": self.data_digest,
@@ -157,7 +183,7 @@ class Report:
             "seed": self.seed,
             "protocol": self.protocol,
             "counts": self.counts,
-            "rows": [asdict(line) for line in self.lines],
+            "rows": rows,
             "fusion": self.fusion.state(),
             "notes": list(self.notes),
         }
@@ -199,7 +225,9 @@ def evaluate(
     known = _Known.of(dataset, parts, text, frozen, tuned or {})
 
     # What is asked.
-    wanted = len(_families(known, also or {}, seed))
+    owners = {dataset.bundles.groups[row] for row in parts.valid}
+    families = _families(known, also or {}, owners, seed)
+    wanted = len(families)
     valid = _asked(dataset, parts.valid, min(2000, max(100, _HELD_CELLS // (wanted * n_items))), seed, "valid", notes)
     test = _asked(dataset, parts.test, max_questions, seed, "test", notes)
 
@@ -208,7 +236,7 @@ def evaluate(
     settings: dict[str, str] = {}
     held: dict[str, NDArray[np.float32]] = {}
     on_valid: dict[str, float] = {}
-    for name, choices in _families(known, also or {}, seed).items():
+    for name, choices in families.items():
         try:
             settings[name], asks[name], held[name], on_valid[name] = _best(choices, valid)
         except PeftComboError as error:
@@ -223,10 +251,10 @@ def evaluate(
     settings[FUSION] = fusion.chosen
 
     # Test, once.
-    ranks, lists = _tested(asks, fusion, test, known)
+    ranks, lists, fill_ins = _tested(asks, fusion, test, known, _choices(dataset, test, seed))
     advance(FUSION)
     sliced = _slices(dataset, known, test)
-    vectors: ItemVectors = known.frozen if known.frozen is not None else known.words
+    vectors: ItemVectors = known.words if known.frozen is None else unit_rows(known.frozen)
     lines = tuple(
         Row(
             name=name,
@@ -244,6 +272,7 @@ def evaluate(
             },
             slices=_sliced(name, ranks, sliced, test.clusters, seed),
             quality=_quality(lists[name], known.support, vectors),
+            fill_in=None if np.isnan(fill_ins[name]).all() else float(np.nanmean(fill_ins[name])),
         )
         for name, found in ranks.items()
     )
@@ -256,8 +285,9 @@ def evaluate(
         "test questions": len(test),
         "test groups": len(set(test.clusters.tolist())),
     }
+    answers = Answers(test.clusters, sliced, ranks, fill_ins)
     return Report(
-        dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, counts, lines, fusion, tuple(notes)
+        dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, counts, lines, fusion, tuple(notes), answers
     )  # fmt: skip
 
 
@@ -268,12 +298,16 @@ class _Known:
     Attributes:
         history: (B, N) the training bundles. users: (B + U, N), with the training interactions of users below, where
             the bundles were not made from the same baskets; None where there are none.
+        past: (U, N) what each user took before, of the training interactions alone; user_rows: the row of each user who
+            took anything.
         support: (N,) training bundles that hold each item.
         words: (N, V) TF-IDF of single words. categorised: the same with the category path among the words.
     """
 
     history: sparse.csr_matrix[Any]
     users: sparse.csr_matrix[Any] | None
+    past: sparse.csr_matrix[Any]
+    user_rows: dict[str, int]
     support: NDArray[np.int64]
     leaves: NDArray[np.int64] | None
     texts: list[str]
@@ -287,16 +321,21 @@ class _Known:
         catalog = dataset.catalog
         history = dataset.bundles.to_csr(len(catalog), parts.train)
         users = None
-        if dataset.interactions is not None and len(parts.train_interactions) and (dataset.bundles.baskets < 0).all():
-            by_user = dataset.interactions.to_csr(len(catalog), parts.train_interactions)
-            users = sparse.csr_matrix(sparse.vstack([history, by_user[np.diff(by_user.indptr) > 0]]))
+        past = history[:0]
+        user_rows: dict[str, int] = {}
+        if dataset.interactions is not None and len(parts.train_interactions):
+            past = dataset.interactions.to_csr(len(catalog), parts.train_interactions)
+            active = np.flatnonzero(np.diff(past.indptr))
+            user_rows = {dataset.interactions.user_ids[row]: int(row) for row in active}
+            if (dataset.bundles.baskets < 0).all():
+                users = sparse.csr_matrix(sparse.vstack([history, past[active]]))
         texts = catalog.texts(text)
         categorised = None
         if any(catalog.categories):
             categorised = tfidf_vectors(catalog.texts(text + " {category}"))
         return cls(
-            history, users, np.asarray(history.sum(axis=0)).ravel().astype(np.int64), leaf_numbers(dataset), texts,
-            tfidf_vectors(texts), categorised, frozen, tuned,
+            history, users, past, user_rows, np.asarray(history.sum(axis=0)).ravel().astype(np.int64),
+            leaf_numbers(dataset), texts, tfidf_vectors(texts), categorised, frozen, tuned,
         )  # fmt: skip
 
     def evidence(self, questions: Questions) -> Evidence:
@@ -354,29 +393,58 @@ class _Head:
         return _ask_head(self.vectors, self.head)
 
 
-def _families(known: _Known, also: Mapping[str, Scorer], seed: int) -> dict[str, list[_Choice | _Head]]:
+@dataclass(frozen=True, eq=False)
+class _Past:
+    """What the owner of the question took before, or what users like them took: it reads the user, not the context."""
+
+    known: _Known
+    neighbours: bool
+    setting: str = ""
+
+    def fit(self) -> Ask:
+        past, rows_of = self.known.past, self.known.user_rows
+        taken = sparse.csr_array((np.ones_like(past.data), past.indices, past.indptr), past.shape)
+        alike = UserKNN().fit(taken) if self.neighbours else None
+
+        def ask(questions: Questions) -> NDArray[np.float32]:
+            scores = np.full((len(questions), past.shape[1]), np.nan, np.float32)
+            rows = np.array([rows_of.get(str(group), -1) for group in questions.clusters])
+            met = np.flatnonzero(rows >= 0)
+            if alike is not None:
+                scores[met] = alike.score_users(rows[met])
+            else:
+                scores[met] = np.log1p(np.maximum(past[rows[met]].toarray(), 0))
+            return scores
+
+        return ask
+
+
+_Setting: TypeAlias = _Choice | _Head | _Past
+
+
+def _families(known: _Known, also: Mapping[str, Scorer], owners: set[str], seed: int) -> dict[str, list[_Setting]]:
     """Name the rows, and for each the settings that validation chooses from; nothing is fitted yet."""
 
-    def counting(scorer: Scorer, setting: str = "") -> list[_Choice | _Head]:
-        choices: list[_Choice | _Head] = [_Choice(setting, scorer, known.history)]
+    def counting(scorer: Scorer, setting: str = "") -> list[_Setting]:
+        choices: list[_Setting] = [_Choice(setting, scorer, known.history)]
         if known.users is not None:
             choices.append(_Choice(f"{setting} with users".strip(), scorer, known.users))
         return choices
 
-    def cosine(items: ItemVectors) -> list[_Choice | _Head]:
+    def cosine(items: ItemVectors) -> list[_Setting]:
         return [
             _Choice("nearest to the mean", TextCosine("mean"), known.history, items),
             _Choice("nearest to any", TextCosine("max"), known.history, items),
         ]
 
-    def closed_form(label: str, items: ItemVectors) -> list[_Choice | _Head]:
+    def closed_form(label: str, items: ItemVectors) -> list[_Setting]:
         grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
         return [
             _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}", CEASE(l2, alpha), known.history, items)
             for l2, alpha in grid
         ]
 
-    families: dict[str, list[_Choice | _Head]] = {
+    families: dict[str, list[_Setting]] = {
         "random": [_Choice("", Random(seed), known.history)],
         "popularity": counting(Popularity()),
         "co-occurrence": counting(CoOccurrence(), "conditional") + counting(CoOccurrence("lift"), "lift"),
@@ -387,6 +455,9 @@ def _families(known: _Known, also: Mapping[str, Scorer], seed: int) -> dict[str,
         "TF-IDF title": cosine(known.words),
         PEER: closed_form("words", known.words) + closed_form("words and pairs", tfidf_vectors(known.texts, longest=2)),
     }
+    if owners & set(known.user_rows):
+        families["bought before"] = [_Past(known, neighbours=False)]
+        families["users alike"] = [_Past(known, neighbours=True)]
     # CEASE may read the category path as well: a peer should know what we know.
     if known.categorised is not None:
         families[PEER] += closed_form("words and category", known.categorised)
@@ -433,7 +504,7 @@ def _targets(vectors: NDArray[np.float32], head: BundleHead) -> NDArray[np.float
     return found
 
 
-def _best(choices: Sequence[_Choice | _Head], valid: Questions) -> tuple[str, Ask, NDArray[np.float32], float]:
+def _best(choices: Sequence[_Setting], valid: Questions) -> tuple[str, Ask, NDArray[np.float32], float]:
     """Return the setting with the best NDCG@10 on validation, the first of equals: fitted, its scores, that number."""
     best: tuple[str, Ask, NDArray[np.float32], float] | None = None
     for choice in choices:
@@ -447,22 +518,62 @@ def _best(choices: Sequence[_Choice | _Head], valid: Questions) -> tuple[str, As
     return best
 
 
+def _choices(dataset: Dataset, test: Questions, seed: int) -> NDArray[np.int64]:
+    """Draw three wrong answers from the answer's slot (or leaf), none of its bundle: (Q, 3), -1 where there are not."""
+    catalog = dataset.catalog
+    kinds: Sequence[str | None] = catalog.slots
+    if not any(kinds):
+        kinds = [catalog.leaf(row) for row in range(len(catalog))]
+    members: dict[str, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        if kind:
+            members.setdefault(kind, []).append(row)
+    rng = np.random.default_rng(seed)
+    drawn = np.full((len(test), 3), -1, np.int64)
+    for place, (target, context) in enumerate(zip(test.targets, test.contexts, strict=True)):
+        others = np.setdiff1d(members.get(kinds[target] or "", []), np.append(context, target))
+        if len(others) >= 3:
+            drawn[place] = rng.choice(others, 3, replace=False)
+    return drawn
+
+
 def _tested(
-    asks: Mapping[str, Ask], fusion: Fusion, test: Questions, known: _Known
-) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.int64]]]:
-    """Return per row the rank of each answer and the first ten of each list, (Q, 10), -1 where fewer are known."""
+    asks: Mapping[str, Ask], fusion: Fusion, test: Questions, known: _Known, choices: NDArray[np.int64]
+) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.int64]], dict[str, NDArray[np.float64]]]:
+    """Score the test questions, a block at a time.
+
+    Returns:
+        per row the rank of each answer (Q,); the first ten of each list (Q, 10), -1 where fewer are known; how far each
+        answer is picked out of its `choices` (Q,).
+    """
     ranks: dict[str, list[NDArray[np.float64]]] = {name: [] for name in (*asks, FUSION)}
     lists: dict[str, list[NDArray[np.int64]]] = {name: [] for name in ranks}
+    fill_ins: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ranks}
+    start = 0
     for part in _blocks(test):
         scores = {name: ask(part) for name, ask in asks.items()}
         scores[FUSION] = fusion.combine(scores, known.evidence(part))
         excluded = part.excluded()
+        offered = choices[start : start + len(part)]
         for name, values in scores.items():
             ranks[name].append(metrics.midranks(values, part.targets, excluded))
             lists[name].append(_first(values, part))
-    return {name: np.concatenate(v) for name, v in ranks.items()}, {
-        name: np.concatenate(v) for name, v in lists.items()
-    }
+            fill_ins[name].append(_picked(values, part.targets, offered))
+        start += len(part)
+    return (
+        {name: np.concatenate(found) for name, found in ranks.items()},
+        {name: np.concatenate(found) for name, found in lists.items()},
+        {name: np.concatenate(found) for name, found in fill_ins.items()},
+    )
+
+
+def _picked(scores: NDArray[np.float32], targets: NDArray[np.int64], choices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return 1 where the answer is above all its choices, 1 / ties where level with the best, 0 below; NaN without."""
+    values = np.where(np.isnan(scores), -np.inf, scores)
+    mine = np.take_along_axis(values, targets[:, None], axis=1)
+    others = np.take_along_axis(values, np.maximum(choices, 0), axis=1)
+    found = np.where((others > mine).any(axis=1), 0.0, 1 / (1 + (others == mine).sum(axis=1)))
+    return np.where(choices[:, 0] >= 0, found, np.nan)
 
 
 def _first(scores: NDArray[np.float32], questions: Questions) -> NDArray[np.int64]:

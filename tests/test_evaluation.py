@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import sparse
 
-from peft_combo.data import Dataset, Split, open_dataset, split
-from peft_combo.evaluation import canary, evaluate
-from peft_combo.recipe import Recipe
+from peft_combo.data import Dataset, Interactions, Split, open_dataset, split
+from peft_combo.errors import PeftComboError
+from peft_combo.evaluation import FUSION, Report, canary, evaluate, plot
+from peft_combo.recipe import BundleTask, Recipe
 from peft_combo.scoring import Popularity
+from peft_combo.scoring.base import HistoryScorer
+from peft_combo.tasks.bundle import BundleHead, Questions, completion_ranks
 
 
 @pytest.fixture
@@ -81,3 +89,169 @@ def test_shuffled_titles_tell_nothing(dataset: Dataset, parts: Split) -> None:
     found = canary(dataset, parts)
     assert found.alive
     assert found.right["TF-IDF title"] > 2 * found.chance
+
+
+def with_marked_users(dataset: Dataset) -> Dataset:
+    """Give every owner of a bundle an interaction with each of its items; the weight tells which owner it was."""
+    owners = sorted({owner for owner in dataset.bundles.owners if owner is not None})
+    rows = [
+        (owners.index(owner), int(item))
+        for owner, items in zip(dataset.bundles.owners, dataset.bundles.items, strict=True)
+        if owner is not None
+        for item in items
+    ]
+    users, items = zip(*sorted(set(rows)), strict=True)
+    weights = [1.0 + user / 1000 for user in users]
+    interactions = Interactions.build(owners, users, items, weights=weights)
+    return Dataset.build(dataset.name, dataset.catalog, interactions, dataset.bundles)
+
+
+def test_no_scorer_meets_anything_of_a_held_out_user(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    marked = with_marked_users(dataset)
+    parts = split(marked)
+    fitted: list[Any] = []
+    plain = HistoryScorer.fit
+
+    def fit(self: Any, history: Any, **options: Any) -> Any:
+        fitted.append(history)
+        return plain(self, history, **options)
+
+    monkeypatch.setattr(HistoryScorer, "fit", fit)
+    evaluate(marked, parts)
+
+    held_out = {marked.bundles.owners[row] for row in (*parts.valid, *parts.test, *parts.dropped)}
+    assert marked.interactions is not None
+    telling = {
+        float(np.float32(1.0 + place / 1000))
+        for place, user in enumerate(marked.interactions.user_ids)
+        if user in held_out
+    }
+    training = {tuple(sorted(marked.bundles.items[row].tolist())) for row in parts.train}
+    with_users = 0
+    for history in fitted:
+        whole = sparse.csr_array(history)
+        with_users += whole.shape[0] > len(parts.train)
+        assert not telling & {float(value) for value in whole.data} - {1.0}
+        for row in range(len(parts.train)):
+            assert tuple(sorted(whole.indices[whole.indptr[row] : whole.indptr[row + 1]].tolist())) in training
+    assert len(fitted) > 20
+    assert with_users >= 5  # training users do count, where it helps
+
+
+def head_and_vectors(dataset: Dataset) -> tuple[np.ndarray[Any, Any], BundleHead]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(len(dataset.catalog), 16)).astype(np.float32), BundleHead(16, BundleTask()).eval()
+
+
+def test_every_adapter_has_its_row_and_it_is_what_its_head_says(dataset: Dataset, parts: Split) -> None:
+    vectors, head = head_and_vectors(dataset)
+    report = evaluate(dataset, parts, frozen=vectors, tuned={"one": (vectors, head), "two": (vectors, head)})
+    names = [row.name for row in report.lines]
+    assert names[-5:] == ["frozen BERT", "tuned BERT one", "tuned BERT two", "CEASE-BERT", "fusion"]
+    questions = Questions.leave_one_out(
+        [dataset.bundles.items[row] for row in parts.test], [dataset.bundles.groups[row] for row in parts.test]
+    )
+    expected = float((1 / completion_ranks(head, vectors, questions)).mean())
+    assert report.row("tuned BERT one").values["mrr"] == pytest.approx(expected, rel=1e-6)
+    # An untrained head is the cosine to the mean, so it differs from the frozen row by the setting at most.
+    assert report.row("tuned BERT one").values == report.row("tuned BERT two").values
+    assert canary(dataset, parts, frozen=vectors, tuned={"one": (vectors, head)}).right["tuned BERT one"] < 0.5
+
+
+def test_a_canary_dies_where_the_protocol_tells_the_answers(
+    dataset: Dataset, parts: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_but_a_few(self: Questions) -> list[Any]:
+        return [np.setdiff1d(np.arange(len(dataset.catalog)), [target, 0, 1, 2]) for target in self.targets]
+
+    monkeypatch.setattr(Questions, "excluded", all_but_a_few)
+    assert not canary(dataset, parts).alive
+
+
+def test_lists_are_described(dataset: Dataset, parts: Split) -> None:
+    vectors, _ = head_and_vectors(dataset)
+    report = evaluate(dataset, parts, frozen=np.ones_like(vectors))
+    random, popular = report.row("random").quality, report.row("popularity").quality
+    assert random["coverage"] == 1
+    assert popular["coverage"] < 0.4
+    assert popular["popularity"] > 70 > random["popularity"] > 30
+    assert random["diversity"] == pytest.approx(0, abs=1e-6)  # all vectors are alike
+    assert random["near-duplicates"] == 1
+
+
+def test_a_report_is_json_and_a_table(dataset: Dataset, parts: Split) -> None:
+    report = evaluate(dataset, parts)
+    again = json.loads(json.dumps(report.to_json()))
+    assert [row["name"] for row in again["rows"]] == [row["name"] for row in report.rows()]
+    assert again["split_digest"] == parts.digest
+    first = report.rows()[-1]
+    assert first["name"] == FUSION
+    assert first["ndcg@10 low"] <= first["ndcg@10"] <= first["ndcg@10 high"]
+
+
+@pytest.fixture
+def report(dataset: Dataset, parts: Split) -> Report:
+    return evaluate(replace(dataset, name="<Shop> & Co"), parts)
+
+
+def test_the_chart_needs_nothing_and_is_to_scale(report: Report, tmp_path: Path) -> None:
+    plot(report, tmp_path / "chart.html")
+    text = (tmp_path / "chart.html").read_text()
+    assert "&lt;Shop&gt; &amp; Co" in text
+    widths = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', text)]
+    values = [row.values["ndcg@10"] for row in report.lines]
+    assert len(widths) == len(values)
+    np.testing.assert_allclose(widths, np.array(values) / max(values) * max(widths), atol=0.2)
+
+
+def test_a_png_without_matplotlib_names_the_extra(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(PeftComboError, match=r"peft-combo\[plot\]"):
+        plot(report, tmp_path / "chart.png")
+    with pytest.raises(PeftComboError, match=r"\.html or \.png"):
+        plot(report, tmp_path / "chart.pdf")
+    with pytest.raises(PeftComboError, match=r"ndcg@10 or r@10"):
+        plot(report, tmp_path / "chart.html", "mrr")
+
+
+def test_a_row_that_cannot_be_fitted_is_missing_with_its_reason(
+    dataset: Dataset, parts: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "implicit", None)  # as if it were not there
+    found = evaluate(dataset, parts)
+    assert "ALS" not in [row.name for row in found.lines]
+    assert any(note.startswith("ALS: left out.") and "implicit" in note for note in found.notes)
+
+
+def test_without_held_out_bundles_there_is_nothing_to_evaluate(dataset: Dataset) -> None:
+    with pytest.raises(PeftComboError, match="validation and test"):
+        evaluate(dataset, split(dataset, valid_fraction=0.0))
+
+
+def test_sampling_keeps_whole_bundles(dataset: Dataset, parts: Split) -> None:
+    report = evaluate(dataset, parts, max_questions=12)
+    assert 8 < report.counts["test questions"] <= 12
+    assert any("test:" in note for note in report.notes)
+
+
+def test_blind_guesses_fill_one_blank_in_four(dataset: Dataset, parts: Split) -> None:
+    report = evaluate(dataset, parts, frozen=np.ones((len(dataset.catalog), 4), np.float32))
+    assert report.row("frozen BERT").fill_in == pytest.approx(0.25)  # a tie of four counts a quarter
+    words = report.row("TF-IDF title").fill_in
+    assert words is not None
+    assert words > 0.4
+    for row in report.lines:
+        answers = report.answers.fill_ins[row.name]
+        assert len(answers) == report.counts["test questions"]
+        assert row.fill_in == pytest.approx(np.nanmean(answers))
+
+
+def test_what_a_user_did_before_counts_only_where_users_are_on_both_sides(dataset: Dataset) -> None:
+    marked = with_marked_users(dataset)
+    by_user, by_bundle = evaluate(marked, split(marked, "user")), evaluate(marked, split(marked, "bundle"))
+    assert {"bought before", "users alike"}.isdisjoint(row.name for row in by_user.lines)
+    assert {"bought before", "users alike"} <= {row.name for row in by_bundle.lines}
+    # What a held-out bundle would give away of its owner was taken from the history: no answer was bought before.
+    assert by_bundle.row("bought before").values["r@5"] < 0.05

@@ -1,0 +1,179 @@
+"""How well adapters, their peers and their fusion complete bundles of real data.
+
+    PEFT_COMBO_DATA=PATH OMP_NUM_THREADS=2 python benchmarks/quality.py                 # three splits, about an hour
+    PEFT_COMBO_DATA=PATH OMP_NUM_THREADS=2 python benchmarks/quality.py --quick clothing  # one split, minutes
+
+PATH holds `bundlerec/clothing`, `bundlerec/electronic`, `online_retail` and `polyvore`; `--data-root` says the same.
+For each data set and split: tune an adapter by its recipe (on training bundles; validation chooses the step), then
+`peft_combo.evaluation.evaluate`. The table shows means over the splits; p is of a paired permutation test over the
+questions of all splits together, users being exchanged as a whole. BundleRec and Polyvore are divided by user (for
+Polyvore each outfit stands alone), Online Retail by time, which has one split only. `--set task.temperature=0.07`
+changes every recipe; `--recipe clothing=FILE` takes another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+
+from peft_combo import metrics
+from peft_combo.backbone import Backbone
+from peft_combo.data import open_dataset, split
+from peft_combo.evaluation import FROZEN, FUSION, PEER, Report, canary, evaluate
+from peft_combo.recipe_files import load_recipe
+from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
+from peft_combo.tuning import tune
+
+
+@dataclass(frozen=True)
+class Case:
+    """One data set: its folder below the root, the recipe, what of it is changed, and whom the fusion is to beat."""
+
+    folder: str
+    recipe: str
+    changes: tuple[str, ...]
+    seeds: tuple[int, ...]
+    peers: tuple[str, ...]
+
+
+CASES = {
+    "clothing": Case("bundlerec/clothing", "lora-fashion", ("data.split=user",), (0, 1, 2), (PEER, FROZEN)),
+    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (0, 1, 2), (PEER, FROZEN)),
+    "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", PEER)),
+    "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (0, 1, 2), (FROZEN, "TF-IDF title")),
+}
+COLUMNS = ("r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("PEFT_COMBO_DATA"))
+    parser.add_argument("--quick", action="store_true", help="the first split only")
+    parser.add_argument("--recipe", action="append", default=[], metavar="CASE=RECIPE")
+    parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
+    parser.add_argument("--json", type=Path, help="write all reports here")
+    options = parser.parse_args()
+    if unknown := [name for name in options.cases if name not in CASES]:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    if options.data_root is None:
+        parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
+    recipes = dict(pair.split("=", 1) for pair in options.recipe)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+    written: dict[str, Any] = {}
+    for name in options.cases or CASES:
+        case = CASES[name]
+        folder = Path(options.data_root) / case.folder
+        if not folder.exists():
+            print(f"\n{name}: not measured, there is no {folder}")
+            continue
+        reports = []
+        for seed in case.seeds[:1] if options.quick else case.seeds:
+            changes = (*case.changes, *options.changes)
+            reports.append(one_split(name, recipes.get(name, case.recipe), folder, changes, seed))
+            if options.json:
+                written.setdefault(name, []).append(reports[-1].to_json())
+                options.json.write_text(json.dumps(written, indent=1))
+        show(name, reports, case.peers)
+
+
+def one_split(name: str, recipe_name: str, folder: Path, changes: tuple[str, ...], seed: int) -> Report:
+    """Tune on the training part of one split, and evaluate on its test part."""
+    clock = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        changes = (*changes, f"data.split_seed={seed}", f"store={scratch}/adapters")
+        recipe = load_recipe(recipe_name, changes, data=folder)
+        dataset = open_dataset(recipe.data)
+        parts = split(dataset, recipe.data.split, recipe.data.valid_fraction, recipe.data.test_fraction, seed)
+        result = tune(recipe, run_folder=Path(scratch) / "run")
+        tuned_in = time.perf_counter() - clock
+        backbone = Backbone.load(
+            recipe.backbone.model, pooling=recipe.backbone.pooling, max_length=recipe.backbone.max_length
+        )
+        texts = dataset.catalog.texts(recipe.data.text)
+        vectors = backbone.encode(texts, backbone.attach(result.record))
+        head = BundleHead.from_spec(result.record.manifest.task, load_file(result.record.path / HEAD_FILE))
+    frozen = backbone.encode(texts)
+    tuned = {recipe.adapter.method: (vectors, head)}
+    report = evaluate(dataset, parts, frozen=frozen, tuned=tuned, text=recipe.data.text, seed=seed)
+    alive = canary(dataset, parts, frozen=frozen, tuned=tuned, text=recipe.data.text, seed=seed).alive
+    print(
+        f"{name}, split {seed} ({parts.digest[:12]}): tuned in {tuned_in:.0f} s ({result.chosen}), all in "
+        f"{time.perf_counter() - clock:.0f} s; fusion: {report.fusion.chosen}; canary: "
+        f"{'shuffled texts are at chance' if alive else 'SHUFFLED TEXTS ARE ABOVE CHANCE'}",
+        flush=True,
+    )
+    for note in report.notes:
+        print(f"  {note}")
+    return report
+
+
+def show(name: str, reports: list[Report], peers: tuple[str, ...]) -> None:
+    """Print means over the splits, and what is significant over all their questions."""
+    counts = ", ".join(f"{report.counts['test questions']:,}" for report in reports)
+    print(f"\n{name}: {reports[0].counts['items']:,} items, {counts} test questions; mean of {len(reports)} split(s)")
+    slices = [part for part in ("cold target", "cross-leaf", "cross-slot") if part in reports[0].answers.slices]
+    fill_in = reports[0].row(FUSION).fill_in is not None
+    heads = [*COLUMNS, *(f"{part}" for part in slices), *(["fill-in"] if fill_in else []), "coverage"]
+    print(f"{'':20}" + "".join(f"{head:>12}" for head in heads) + "   setting")
+    rows = [row.name for row in reports[0].lines if all(row.name in report.answers.ranks for report in reports)]
+    for row in rows:
+        lines = [report.row(row) for report in reports]
+        cells = [np.mean([line.values[column] for line in lines]) for column in COLUMNS]
+        cells += [np.mean([line.slices[part].ndcg for line in lines if part in line.slices]) for part in slices]
+        cells += [np.mean([line.fill_in for line in lines if line.fill_in is not None])] if fill_in else []
+        cells += [np.mean([line.quality["coverage"] for line in lines])]
+        setting = " | ".join(dict.fromkeys(line.setting for line in lines))
+        print(f"{row:20}" + "".join(f"{cell:12.4f}" for cell in cells) + f"   {setting}")
+    print("  slices show NDCG@10")
+    for peer in peers:
+        for measure in ("ndcg@10", "r@10"):
+            compare(reports, peer, measure, None)
+        for part in slices:
+            compare(reports, peer, "ndcg@10", part)
+        if fill_in:
+            compare_fill_ins(reports, peer)
+
+
+def compare(reports: list[Report], peer: str, measure: str, part: str | None) -> None:
+    """Print the fusion's lead over a peer, with a 95 % interval and p, over the questions of all splits."""
+    gains, clusters = [], []
+    for report in reports:
+        answers = report.answers
+        keep = slice(None) if part is None else answers.slices[part]
+        mine = metrics.per_query(answers.ranks[FUSION], measure)[keep]
+        gains.append(mine - metrics.per_query(answers.ranks[peer], measure)[keep])
+        clusters.append(answers.clusters[keep])
+    verdict(f"{measure}{'' if part is None else f', {part}'}", peer, np.concatenate(gains), np.concatenate(clusters))
+
+
+def compare_fill_ins(reports: list[Report], peer: str) -> None:
+    """Print the fusion's lead in fill-in-the-blank."""
+    gains = np.concatenate([r.answers.fill_ins[FUSION] - r.answers.fill_ins[peer] for r in reports])
+    clusters = np.concatenate([report.answers.clusters for report in reports])
+    verdict("fill-in", peer, gains[~np.isnan(gains)], clusters[~np.isnan(gains)])
+
+
+def verdict(what: str, peer: str, gains: np.ndarray[Any, Any], clusters: np.ndarray[Any, Any]) -> None:
+    low, high = metrics.bootstrap_interval(gains, clusters)
+    p = metrics.paired_permutation(gains, np.zeros_like(gains), clusters)
+    print(f"  fusion - {peer}, {what}: {gains.mean():+.4f} [{low:+.4f}, {high:+.4f}], p = {p:.4f}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()
