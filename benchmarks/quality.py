@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from peft_combo import metrics
 from peft_combo.backbone import Backbone
-from peft_combo.data import open_dataset, split
+from peft_combo.data import open_dataset, split_as
 from peft_combo.evaluation import FROZEN, FUSION, PEER, Report, canary, evaluate
 from peft_combo.recipe_files import load_recipe
 from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
@@ -98,12 +98,10 @@ def one_split(name: str, recipe_name: str, folder: Path, changes: tuple[str, ...
         changes = (*changes, f"data.split_seed={seed}", f"store={scratch}/adapters")
         recipe = load_recipe(recipe_name, changes, data=folder)
         dataset = open_dataset(recipe.data)
-        parts = split(dataset, recipe.data.split, recipe.data.valid_fraction, recipe.data.test_fraction, seed)
+        parts = split_as(dataset, recipe.data)
         result = tune(recipe, run_folder=Path(scratch) / "run")
         tuned_in = time.perf_counter() - clock
-        backbone = Backbone.load(
-            recipe.backbone.model, pooling=recipe.backbone.pooling, max_length=recipe.backbone.max_length
-        )
+        backbone = Backbone.of(recipe.backbone)
         texts = dataset.catalog.texts(recipe.data.text)
         vectors = backbone.encode(texts, backbone.attach(result.record))
         head = BundleHead.from_spec(result.record.manifest.task, load_file(result.record.path / HEAD_FILE))

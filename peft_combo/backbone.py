@@ -30,6 +30,7 @@ from peft_combo.adapters import AdapterRecord
 from peft_combo.architectures import architecture_of, usable_positions
 from peft_combo.errors import BackboneError, StoreError
 from peft_combo.methods import AttachedAdapter
+from peft_combo.recipe import BackboneConfig
 
 Pooling = Literal["mean", "cls"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -160,6 +161,30 @@ class Backbone:
         elif device is not None:
             backbone.model.to(device)
         return backbone
+
+    @classmethod
+    def of(cls, config: BackboneConfig, device: str | torch.device | None = None) -> Backbone:
+        """Load the encoder a recipe names; see `load`."""
+        return cls.load(
+            config.model,
+            pooling=config.pooling,
+            max_length=config.max_length,
+            quantization=config.quantization,
+            device=device,
+        )
+
+    def stamp(self) -> dict[str, Any]:
+        """Return what a manifest says of the encoder an adapter was tuned on."""
+        return {
+            "model": self.base_name,
+            "fingerprint": self.fingerprint,
+            "model_type": self.model_type,
+            "dim": self.dim,
+            "layers": self.layers,
+            "pooling": self.pooling,
+            "max_length": self.max_length,
+            "quantization": self.quantization,
+        }
 
     @property
     def _config(self) -> Any:

@@ -124,13 +124,7 @@ def embed(
         from peft_combo.vectors import embed as run
 
         texts = open_dataset(loaded.data).catalog.texts(loaded.data.text)
-        config = loaded.backbone
-        backbone = Backbone.load(
-            config.model,
-            pooling=config.pooling,
-            max_length=config.max_length,
-            quantization=config.quantization,
-        )
+        backbone = Backbone.of(loaded.backbone)
         process, processes = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
         watch.stage("Encoding the catalogue", len(set(texts)) // processes)
         count = run(
@@ -163,14 +157,14 @@ def evaluate(
         from peft_combo.adapters import AdapterStore
         from peft_combo.backbone import Backbone
         from peft_combo.bank import AdapterBank
-        from peft_combo.data import open_dataset, split
+        from peft_combo.data import open_dataset, split_as
         from peft_combo.evaluation import evaluate as run
         from peft_combo.evaluation import plot
         from peft_combo.vectors import VectorCache
 
         config = loaded.data
         dataset = open_dataset(config)
-        parts = split(dataset, config.split, config.valid_fraction, config.test_fraction, config.split_seed)
+        parts = split_as(dataset, config)
         opened = AdapterStore(store)
         for reference in adapters or ():
             stamp = opened.open(reference).manifest.data
@@ -180,9 +174,11 @@ def evaluate(
                     f"{parts.digest[:12]}), so it may have learned from these test bundles. Evaluate it with the data "
                     "and the recipe it was tuned with."
                 )
-        encoder = loaded.backbone
-        backbone = Backbone.load(encoder.model, pooling=encoder.pooling, max_length=encoder.max_length)
-        bank, kept, texts = AdapterBank(backbone, opened), VectorCache(cache), dataset.catalog.texts(config.text)
+        bank, kept, texts = (
+            AdapterBank(Backbone.of(loaded.backbone), opened),
+            VectorCache(cache),
+            dataset.catalog.texts(config.text),
+        )
         watch.stage("Encoding the catalogue", len(texts) * (1 + len(adapters or ())))
         frozen = kept.vectors(bank, texts, None, watch.advance)
         tuned = {
@@ -421,7 +417,7 @@ def data_stats(
     as_json: JsonOption = False,
 ) -> None:
     """Describe a dataset in figures, and how it would be split."""
-    from peft_combo.data import describe, open_dataset, split
+    from peft_combo.data import describe, open_dataset, split_as
     from peft_combo.recipe_files import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
@@ -429,7 +425,7 @@ def data_stats(
     figures = describe(dataset, loaded.data.text)
     config = loaded.data
     try:
-        parts = split(dataset, config.split, config.valid_fraction, config.test_fraction, config.split_seed)
+        parts = split_as(dataset, config)
         figures["split"] = {
             "by": config.split, "train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test),
             "dropped": len(parts.dropped), "digest": parts.digest,
@@ -555,7 +551,7 @@ def _recommender(
     from peft_combo.adapters import AdapterStore
     from peft_combo.backbone import Backbone
     from peft_combo.bank import AdapterBank
-    from peft_combo.data import open_dataset, split
+    from peft_combo.data import open_dataset, split_as
     from peft_combo.recommender import BundleRecommender
     from peft_combo.vectors import VectorCache
 
@@ -564,10 +560,8 @@ def _recommender(
         opened.open(adapter)  # a name that is not stored is better told before anything is loaded
     config = recipe.data
     dataset = open_dataset(config)
-    parts = split(dataset, config.split, config.valid_fraction, config.test_fraction, config.split_seed)
-    encoder = recipe.backbone
-    backbone = Backbone.load(encoder.model, pooling=encoder.pooling, max_length=encoder.max_length)
-    bank = AdapterBank(backbone, opened)
+    parts = split_as(dataset, config)
+    bank = AdapterBank(Backbone.of(recipe.backbone), opened)
     watch.stage("Encoding the catalogue", len(dataset.catalog) * (1 if adapter is None else 2))
     return BundleRecommender.fit(
         dataset, parts, bank, adapter, text=config.text, cache=VectorCache(cache), progress=watch.advance

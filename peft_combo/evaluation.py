@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import sparse, stats
 
@@ -36,7 +35,7 @@ from peft_combo.scoring import (
     tfidf_vectors,
 )
 from peft_combo.scoring.base import unit_rows
-from peft_combo.tasks.bundle import BundleHead, Questions
+from peft_combo.tasks.bundle import BundleHead, Questions, completion_scores, target_vectors
 
 PROTOCOL = (
     "Every item of every held-out bundle once the answer, ranked among the whole catalogue without the rest of its "
@@ -362,9 +361,7 @@ def _asked(dataset: Dataset, rows: NDArray[np.int32], limit: int, seed: int, nam
         kept = max(1, int(np.searchsorted(np.cumsum(sizes[order]), limit, side="right")))
         notes.append(f"{name}: {kept:,} of {len(rows):,} bundles were sampled, {limit:,} questions at most")
         rows = rows[np.sort(order[:kept])]
-    return Questions.leave_one_out(
-        [dataset.bundles.items[row] for row in rows], [dataset.bundles.groups[row] for row in rows]
-    )
+    return Questions.of(dataset.bundles, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -466,7 +463,7 @@ def _families(known: _Known, also: Mapping[str, Scorer], owners: set[str], seed:
     dense: dict[str, NDArray[np.float32]] = {}
     for name, (vectors, head) in known.tuned.items():
         families[f"tuned BERT {name}"] = [_Head(vectors, head)]
-        dense[name] = _targets(vectors, head)
+        dense[name] = target_vectors(head, vectors)
     if not dense and known.frozen is not None:
         dense["frozen"] = known.frozen
     if dense:
@@ -488,20 +485,8 @@ def _ask(scorer: Scorer) -> Ask:
 
 
 def _ask_head(vectors: NDArray[np.float32], head: BundleHead) -> Ask:
-    items, targets = torch.from_numpy(np.array(vectors, np.float32)), torch.from_numpy(_targets(vectors, head).T)
-
-    @torch.inference_mode()
-    def ask(questions: Questions) -> NDArray[np.float32]:
-        scores: NDArray[np.float32] = (head.query(items, torch.from_numpy(questions.contexts)) @ targets).numpy()
-        return scores
-
-    return ask
-
-
-@torch.inference_mode()
-def _targets(vectors: NDArray[np.float32], head: BundleHead) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = head.target(torch.from_numpy(np.array(vectors, np.float32))).numpy()
-    return found
+    targets = target_vectors(head, vectors)
+    return lambda questions: completion_scores(head, vectors, targets, questions.contexts)
 
 
 def _best(choices: Sequence[_Setting], valid: Questions) -> tuple[str, Ask, NDArray[np.float32], float]:
@@ -587,10 +572,7 @@ def _first(scores: NDArray[np.float32], questions: Questions) -> NDArray[np.int6
 
 def _blocks(questions: Questions) -> Iterator[Questions]:
     for start in range(0, len(questions), _QUERY_BLOCK):
-        rows = slice(start, start + _QUERY_BLOCK)
-        yield Questions(
-            questions.contexts[rows], questions.targets[rows], questions.clusters[rows], questions.bundles[rows]
-        )
+        yield questions.take(slice(start, start + _QUERY_BLOCK))
 
 
 def _slices(dataset: Dataset, known: _Known, test: Questions) -> dict[str, NDArray[np.bool_]]:

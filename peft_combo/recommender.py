@@ -149,9 +149,7 @@ class BundleRecommender:
             )
 
         bundles = dataset.bundles
-        questions = Questions.leave_one_out(
-            [bundles.items[row] for row in parts.valid], [bundles.groups[row] for row in parts.valid]
-        )
+        questions = Questions.of(bundles, parts.valid)
         history = bundles.to_csr(len(catalog), parts.train)
         evidence = Evidence(questions.contexts, _support(history), _leaves(dataset))
         targets = target_vectors(head, vectors)
@@ -285,16 +283,20 @@ class BundleRecommender:
         """Return the items a user took last, as the context they stand for."""
         if user is None:
             raise DataError("Nothing to go by: give items or a user.")
+        row = self._user_row(user)
+        interactions = self.dataset.interactions
+        assert interactions is not None
+        mine = np.flatnonzero(interactions.users == row)
+        order = mine[np.argsort(np.nan_to_num(interactions.times[mine]), kind="stable")[::-1]]
+        return np.array(list(dict.fromkeys(interactions.items[order].tolist()))[:_HISTORY], np.int64)
+
+    def _user_row(self, user: str) -> int:
         if user not in self._user_rows:
             close = did_you_mean(user, self._user_rows)
             raise DataError(
                 f'No user "{user}" among the {len(self._user_rows):,} of {self.dataset.name}. {close}'.rstrip()
             )
-        interactions = self.dataset.interactions
-        assert interactions is not None
-        mine = np.flatnonzero(interactions.users == self._user_rows[user])
-        order = mine[np.argsort(np.nan_to_num(interactions.times[mine]), kind="stable")[::-1]]
-        return np.array(list(dict.fromkeys(interactions.items[order].tolist()))[:_HISTORY], np.int64)
+        return self._user_rows[user]
 
     def _scores(self, context: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
         n_items = len(self.dataset.catalog)
@@ -317,8 +319,7 @@ class BundleRecommender:
         """Add what the user's neighbours took to fused scores (N,)."""
         if user is None or self._users is None:
             return scores
-        self._taken_last(user)  # says so where the user is not known
-        neighbours, heard = comparable(self._users.score_users([self._user_rows[user]]), evidence, self.fusion.form)
+        neighbours, heard = comparable(self._users.score_users([self._user_row(user)]), evidence, self.fusion.form)
         # Not a weight that was fitted: the same voice as any one scorer. What neighbours cannot say changes nothing.
         return np.where(heard[0], scores + neighbours[0], scores).astype(np.float32)
 

@@ -38,7 +38,7 @@ from peft_combo.adapters import AdapterRecord, AdapterStore
 from peft_combo.architectures import set_dropout, set_training
 from peft_combo.backbone import Backbone
 from peft_combo.checkpoint import Checkpoint, optimizer_state, optimizer_tensors
-from peft_combo.data import Dataset, Split, open_dataset, split
+from peft_combo.data import Dataset, Split, open_dataset, split_as
 from peft_combo.errors import TuningError
 from peft_combo.item_encoder import ItemEncoder
 from peft_combo.methods import AttachedAdapter
@@ -203,19 +203,11 @@ def tune(
             pass  # a store that cannot be written is better known now than after the training
 
     dataset = open_dataset(recipe.data)
-    parts = split(
-        dataset, recipe.data.split, recipe.data.valid_fraction, recipe.data.test_fraction, recipe.data.split_seed
-    )
+    parts = split_as(dataset, recipe.data)
     for note in dataset.notes:
         watch.note(f"{dataset.name}: {note}")
     texts = dataset.catalog.texts(recipe.data.text)
-    backbone = Backbone.load(
-        recipe.backbone.model,
-        pooling=recipe.backbone.pooling,
-        max_length=recipe.backbone.max_length,
-        quantization=recipe.backbone.quantization,
-        device=accelerator.device,
-    )
+    backbone = Backbone.of(recipe.backbone, accelerator.device)
 
     with torch.random.fork_rng(), _stop_asked() as stop:
         batches = _batches(recipe, dataset, parts, texts)
@@ -236,7 +228,7 @@ def tune(
         groups, rates = _parameter_groups(recipe.training, attached, head)
 
         # How good is it without tuning? The untrained head scores like cosine, so this is the frozen encoder.
-        questions = _questions(dataset, parts.valid)
+        questions = Questions.of(dataset.bundles, parts.valid)
         asked = questions.sample(_ASKED_WHILE_TRAINING, recipe.seed)
         clock = time.perf_counter()
         with accelerator.autocast():
@@ -378,12 +370,6 @@ def _batches(recipe: Recipe, dataset: Dataset, parts: Split, texts: Sequence[str
     _, leaves = np.unique(np.array(leaf_names), return_inverse=True)
     bundles = [dataset.bundles.items[row] for row in parts.train]
     return BundleBatches(bundles, duplicates, leaves, recipe.task, recipe.training.batch_size, recipe.seed)
-
-
-def _questions(dataset: Dataset, rows: NDArray[np.int32]) -> Questions:
-    return Questions.leave_one_out(
-        [dataset.bundles.items[row] for row in rows], [dataset.bundles.groups[row] for row in rows]
-    )
 
 
 def _probe(trainee: _Trainee, attached: AttachedAdapter, batches: BundleBatches, recipe: Recipe) -> float:
@@ -744,16 +730,7 @@ def _store(
                 "method": recipe.adapter.method,
                 "stored_as": attached.stored_as,
                 "task": head.spec(),
-                "backbone": {
-                    "model": backbone.base_name,
-                    "fingerprint": backbone.fingerprint,
-                    "model_type": backbone.model_type,
-                    "dim": backbone.dim,
-                    "layers": backbone.layers,
-                    "pooling": backbone.pooling,
-                    "max_length": backbone.max_length,
-                    "quantization": backbone.quantization,
-                },
+                "backbone": backbone.stamp(),
                 "recipe": recipe.model_dump(mode="json"),
                 "data": {
                     "name": dataset.name,

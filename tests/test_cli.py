@@ -62,24 +62,19 @@ def test_every_command_has_a_help_line_and_stands_in_the_readme(name: str) -> No
     assert f"`peft-combo {name}`" in line or f"`{verb}`" in line
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["--help"], ("torch", "numpy", "transformers", "peft", "pydantic", "datasets")),
+        (["recipes", "check", "lora-fashion"], ("torch", "numpy", "transformers", "peft", "datasets")),
+    ],
+)
+def test_help_and_recipe_checks_import_nothing_heavy(arguments: list[str], heavy: tuple[str, ...]) -> None:
     program = (
-        "import sys; sys.argv = ['peft-combo', '--help']\n"
+        f"import sys; sys.argv = {['peft-combo', *arguments]!r}\n"
         "from peft_combo.__main__ import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "heavy = 'torch', 'numpy', 'transformers', 'peft', 'pydantic', 'datasets'\n"
-        "print([name for name in heavy if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("[]")
-
-
-def test_recipes_and_their_checks_import_no_torch() -> None:
-    program = (
-        "import sys; sys.argv = ['peft-combo', 'recipes', 'check', 'lora-fashion']\n"
-        "from peft_combo.__main__ import main\n"
-        "try: main()\nexcept SystemExit: pass\n"
-        "print([name for name in ('torch', 'numpy', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")

@@ -4,7 +4,7 @@ from peft_combo.data.demo import demo_dataset
 from peft_combo.data.fetch import get
 from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset, Interactions
 from peft_combo.data.sources import Source, available, check_source, detect_layout, open_dataset
-from peft_combo.data.splits import Split, split
+from peft_combo.data.splits import Split, split, split_as
 from peft_combo.data.stats import describe
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "get",
     "open_dataset",
     "split",
+    "split_as",
 ]

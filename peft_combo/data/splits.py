@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import TYPE_CHECKING, Literal, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.model import Dataset
 from peft_combo.errors import DataError
+
+if TYPE_CHECKING:
+    from peft_combo.recipe import DataConfig
 
 SplitBy = Literal["user", "bundle", "time"]
 
@@ -100,6 +103,11 @@ def split(
         train_interactions=train_interactions,
         digest=digest.hexdigest(),
     )
+
+
+def split_as(dataset: Dataset, config: DataConfig) -> Split:
+    """Divide the bundles as a recipe says; see `split`."""
+    return split(dataset, config.split, config.valid_fraction, config.test_fraction, config.split_seed)
 
 
 def _by_hash(keys: list[str], valid_fraction: float, test_fraction: float) -> NDArray[np.str_]:

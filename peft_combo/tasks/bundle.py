@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peft_combo import metrics
+from peft_combo.data import Bundles
 from peft_combo.errors import StoreError
 from peft_combo.recipe import BundleTask
 
@@ -295,15 +296,23 @@ class Questions:
             np.array(places, np.int64),
         )  # fmt: skip
 
+    @classmethod
+    def of(cls, bundles: Bundles, rows: NDArray[np.int32]) -> Questions:
+        """Make the questions of these rows of `bundles`, clustered by what a split may not divide."""
+        return cls.leave_one_out([bundles.items[row] for row in rows], [bundles.groups[row] for row in rows])
+
     def __len__(self) -> int:
         return len(self.targets)
+
+    def take(self, rows: slice | NDArray[np.int64]) -> Questions:
+        """Return some of the questions."""
+        return Questions(self.contexts[rows], self.targets[rows], self.clusters[rows], self.bundles[rows])
 
     def sample(self, most: int, seed: int) -> Questions:
         """Return at most so many of the questions, drawn once for a seed."""
         if len(self) <= most:
             return self
-        rows = np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False))
-        return Questions(self.contexts[rows], self.targets[rows], self.clusters[rows], self.bundles[rows])
+        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False)))
 
     def excluded(self) -> list[NDArray[np.int64]]:
         """Return per question the catalogue rows that are no candidates: its context."""
