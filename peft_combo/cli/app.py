@@ -1,0 +1,47 @@
+"""The Typer application, its groups, and the options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peft_combo import __version__
+
+app = typer.Typer(
+    help="Per-category adapters for BERT-like encoders, and the bundle recommender that swaps them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="Recipes: list, show, copy, check, schema.", no_args_is_help=True)
+adapters_app = typer.Typer(help="Stored adapters: list, show, verify, remove.", no_args_is_help=True)
+data_app = typer.Typer(help="Data: list, check, stats, get.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(data_app, name="data")
+
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key: --set training.epochs=2. May be repeated.")
+]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with your data, instead of the recipe's.")]
+StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the adapter store.")]
+CacheOption = Annotated[Path, typer.Option("--cache", help="Folder that keeps encoded catalogues.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"peft-combo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass

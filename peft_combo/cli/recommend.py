@@ -1,0 +1,139 @@
+"""`recommend`: bundles and items for baskets, users and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
+from peft_combo.cli.shown import ConsoleWatch, console_watch, print_json, print_table, words
+
+if TYPE_CHECKING:
+    from peft_combo.recipe import Recipe
+    from peft_combo.recommender import BundleRecommender, Recommendation, Suggestion
+
+
+@app.command()
+def recommend(
+    recipe: RecipeOption,
+    items: Annotated[str | None, typer.Option("--items", help="Item ids every bundle holds: F1,F7.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="User id; with it the bundles suit that user.")] = None,
+    query: Annotated[str | None, typer.Option("--query", help="What is looked for, in words.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="fashion or fashion@v2; default: the recipe's category.")
+    ] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="No adapter: the frozen encoder.")] = False,
+    single: Annotated[bool, typer.Option("--single", help="Single items that complete, instead of bundles.")] = False,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many.")] = 5,
+    slots: Annotated[str | None, typer.Option("--slots", help="Slots every bundle must have: top,shoes.")] = None,
+    without_slots: Annotated[str | None, typer.Option("--without-slots", help="Slots no new item may have.")] = None,
+    budget: Annotated[float | None, typer.Option("--budget", min=0, help="Most a bundle may cost.")] = None,
+    max_price: Annotated[float | None, typer.Option("--max-price", min=0, help="Most a new item may cost.")] = None,
+    season: Annotated[str | None, typer.Option("--season", help="Season of new items.")] = None,
+    category: Annotated[list[str] | None, typer.Option("--category", help='Only under this path: "A > B".')] = None,
+    size: Annotated[int | None, typer.Option("--size", min=1, help="Items in a bundle.")] = None,
+    in_stock: Annotated[bool, typer.Option("--in-stock", help="Only items of which some are left.")] = False,
+    diversity: Annotated[float, typer.Option("--diversity", min=0, max=1, help="0 the best, 1 the most varied.")] = 0.3,
+    substitute: Annotated[bool, typer.Option("--substitute", help="Replace like by like, not complete.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say from what evidence.")] = False,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    store: StoreOption = Path("adapters"),
+    cache: CacheOption = Path("vectors"),
+    as_json: JsonOption = False,
+) -> None:
+    """Recommend bundles, or single items, for items, a user or a text."""
+    from peft_combo.recipe_files import load_recipe
+
+    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    with console_watch() as watch:
+        from peft_combo.composing import Options
+        from peft_combo.constraints import Constraints
+
+        fitted = _recommender(loaded, None if frozen else adapter or loaded.category, store, cache, watch)
+    constraints = Constraints(
+        budget=budget, price_max=max_price, in_stock=in_stock, season=season, categories=tuple(category or ()),
+        size=None if size is None else (size, size),
+    )  # fmt: skip
+    given = words(items) or ()
+    if single:
+        suggestions = fitted.complete(given, user=user, k=k, constraints=constraints)
+        if as_json:
+            print_json([asdict(one) for one in suggestions])
+        else:
+            _print_suggestions(suggestions, explain)
+        return
+    bundles = fitted.compose(
+        given, user=user, query=query, constraints=constraints, required=words(slots), forbidden=words(without_slots),
+        options=Options(k=k, diversity=diversity, mode="substitute" if substitute else "complement"),
+    )  # fmt: skip
+    if as_json:
+        print_json([asdict(one) for one in bundles])
+    else:
+        _print_bundles(bundles, explain)
+
+
+def _recommender(
+    recipe: Recipe, adapter: str | None, store: Path, cache: Path, watch: ConsoleWatch
+) -> BundleRecommender:
+    from peft_combo.adapters import AdapterStore
+    from peft_combo.backbone import Backbone
+    from peft_combo.bank import AdapterBank
+    from peft_combo.data import open_dataset, split_as
+    from peft_combo.recommender import BundleRecommender
+    from peft_combo.vectors import VectorCache
+
+    opened = AdapterStore(store)
+    if adapter is not None:
+        opened.open(adapter)  # a name that is not stored is better told before anything is loaded
+    config = recipe.data
+    dataset = open_dataset(config)
+    parts = split_as(dataset, config)
+    bank = AdapterBank(Backbone.of(recipe.backbone), opened)
+    watch.stage("Encoding the catalogue", len(dataset.catalog) * (1 if adapter is None else 2))
+    return BundleRecommender.fit(
+        dataset, parts, bank, adapter, text=config.text, cache=VectorCache(cache), progress=watch.advance
+    )
+
+
+def _print_suggestions(suggestions: Sequence[Suggestion], explain: bool) -> None:
+    rows = []
+    for one in suggestions:
+        why = ""
+        if explain:
+            shares = ", ".join(f"{name} {share:+.2f}" for name, share in one.shares.items())
+            together = ", ".join(f"{count} bundles with {item}" for item, count in one.together.items())
+            why = "; ".join(filter(None, (shares, together)))
+        price = "" if one.price is None else f"{one.price:.2f}"
+        rows.append((one.item_id, one.title, one.slot or "", price, f"{one.score:.2f}", why))
+    header = ("item", "title", "slot", "price", "score", "why" if explain else "")
+    print_table(header if explain else header[:-1], rows if explain else [row[:-1] for row in rows])
+
+
+def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
+    for place, bundle in enumerate(bundles, 1):
+        price = "" if bundle.price is None else f", {bundle.price:.2f} in all"
+        parts = ", ".join(f"{name} {value:+.2f}" for name, value in bundle.parts.items())
+        print(f"{place}. score {bundle.score:.2f}{price}" + (f" ({parts})" if explain else ""))
+        why = {entry["item"]: entry for entry in bundle.evidence}
+        for item, title, slot in zip(bundle.items, bundle.titles, bundle.slots, strict=True):
+            print(f"   {'+' if item in bundle.added else ' '} {slot:12} {item:12} {title}")
+            if explain and item in why:
+                print(f"     {' ' * 25}{_reasons(why[item])}")
+
+
+def _reasons(entry: Mapping[str, Any]) -> str:
+    reasons = [f"relevance {entry['relevance']:+.2f}, compatibility {entry['compatibility']:+.2f}"]
+    if "together" in entry:
+        reasons.append(f"in {entry['together']['bundles']} bundles with {entry['together']['with']}")
+    if "agrees" in entry:
+        reasons.append("same " + ", ".join(f"{name} {value}" for name, value in entry["agrees"].items()))
+    if "rule" in entry:
+        rule = entry["rule"]
+        share = f"{rule['confidence']:.0%} of bundles with {rule['given']} have {rule['slot']}"
+        reasons.append(f"{share} ({rule['support']} of {rule['of']})")
+    return "; ".join(reasons)
