@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from peft_combo.backbone import Backbone
     from peft_combo.bank import AdapterBank
     from peft_combo.errors import PeftComboError
+    from peft_combo.evaluation import evaluate
     from peft_combo.recipe import Recipe
     from peft_combo.recipe_files import load_recipe
     from peft_combo.recommender import BundleRecommender
+    from peft_combo.recommender_files import load_recommender, save_recommender
     from peft_combo.tuning import TuneResult, tune
 
 __version__ = "0.1.0"
@@ -29,7 +31,10 @@ _HOMES = {
     "PeftComboError": "peft_combo.errors",
     "Recipe": "peft_combo.recipe",
     "TuneResult": "peft_combo.tuning",
+    "evaluate": "peft_combo.evaluation",
     "load_recipe": "peft_combo.recipe_files",
+    "load_recommender": "peft_combo.recommender_files",
+    "save_recommender": "peft_combo.recommender_files",
     "tune": "peft_combo.tuning",
 }
 
@@ -43,7 +48,10 @@ __all__ = [
     "Recipe",
     "TuneResult",
     "__version__",
+    "evaluate",
     "load_recipe",
+    "load_recommender",
+    "save_recommender",
     "tune",
 ]
 

@@ -6,36 +6,40 @@ at once. Sees encoders as the vectors they gave; knows nothing of how adapters a
 
 from __future__ import annotations
 
-import copy
 import html
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse, stats
+from scipy import stats
 
 from peft_combo import metrics
+from peft_combo.categories import Areas
+from peft_combo.contenders import (
+    FROZEN,
+    PEER,
+    RANDOM,
+    TUNED,
+    Fitted,
+    FittedHead,
+    FittedScorer,
+    ItemVectors,
+    Known,
+    Tuned,
+    asked,
+    blocks,
+    families,
+    picked_all,
+)
 from peft_combo.data import Dataset, Split
 from peft_combo.errors import PeftComboError
-from peft_combo.fusion import Evidence, Fusion
-from peft_combo.scoring import (
-    ALS,
-    CEASE,
-    EASE,
-    CoOccurrence,
-    ItemKNN,
-    Popularity,
-    Random,
-    Scorer,
-    TextCosine,
-    UserKNN,
-    tfidf_vectors,
-)
+from peft_combo.fusion import Fusion
+from peft_combo.scoring import Scorer, TextCosine, tfidf_vectors
 from peft_combo.scoring.base import unit_rows
-from peft_combo.tasks.bundle import BundleHead, Questions, completion_scores, target_vectors
+from peft_combo.tasks.bundle import Questions
 
 PROTOCOL = (
     "Every item of every held-out bundle once the answer, ranked among the whole catalogue without the rest of its "
@@ -45,20 +49,12 @@ PROTOCOL = (
     "validation bundles; test bundles are scored once. 95 % intervals by bootstrap over groups; p by paired "
     "permutation of groups, two-sided."
 )
-FUSION, PEER, FROZEN = "fusion", "CEASE-TFIDF", "frozen BERT"
+FUSION = "fusion"
 
 _LIST = 10
 _NEAR_DUPLICATE = 0.95
-_QUERY_BLOCK = 256
 # Scores of the validation questions are held in memory for all rows at once: 1.5e8 float32 are 600 MB.
 _HELD_CELLS = 150_000_000
-# Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
-_CEASE_SETTINGS = ((10.0, 3.0), (1.0, 0.3), (30.0, 10.0))
-_MANY_ITEMS = 6_000
-
-ItemVectors: TypeAlias = "NDArray[np.float32] | sparse.csr_array[Any, tuple[int, int]]"
-Ask: TypeAlias = Callable[[Questions], NDArray[np.float32]]
-Tuned: TypeAlias = Mapping[str, tuple[NDArray[np.float32], BundleHead]]
 
 
 @dataclass(frozen=True)
@@ -194,6 +190,7 @@ def evaluate(
     *,
     frozen: NDArray[np.float32] | None = None,
     tuned: Tuned | None = None,
+    areas: Areas | None = None,
     text: str = "{title}",
     seed: int = 0,
     max_questions: int = 5000,
@@ -205,6 +202,7 @@ def evaluate(
     Args:
         frozen: (N, D) vectors of the encoder without adapter; None leaves its rows out.
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
+        areas: which of them is for which items, see `Areas.of`; adds the row of all of them together.
         text: template of what the word-based rows read.
         seed: of sampling, bootstrap and permutations.
         max_questions: more test questions than so many are sampled, whole bundles at a time.
@@ -221,31 +219,27 @@ def evaluate(
     advance = advance or (lambda name: None)
     n_items = len(dataset.catalog)
     notes: list[str] = []
-    known = _Known.of(dataset, parts, text, frozen, tuned or {})
+    known = Known.of(dataset, parts.train, parts.train_interactions, text, frozen, tuned or {}, areas)
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}
-    families = _families(known, also or {}, owners, seed)
-    wanted = len(families)
-    valid = _asked(dataset, parts.valid, min(2000, max(100, _HELD_CELLS // (wanted * n_items))), seed, "valid", notes)
-    test = _asked(dataset, parts.test, max_questions, seed, "test", notes)
+    found = families(known, owners, seed, also)
+    valid = asked(
+        dataset, parts.valid, min(2000, max(100, _HELD_CELLS // (len(found) * n_items))), seed, "valid", notes
+    )
+    test = asked(dataset, parts.test, max_questions, seed, "test", notes)
 
     # Fit each row in each of its settings, and keep the one that is best on validation.
-    asks: dict[str, Ask] = {}
-    settings: dict[str, str] = {}
-    held: dict[str, NDArray[np.float32]] = {}
-    on_valid: dict[str, float] = {}
-    for name, choices in families.items():
-        try:
-            settings[name], asks[name], held[name], on_valid[name] = _best(choices, valid)
-        except PeftComboError as error:
-            notes.append(f"{name}: left out. {error}")
-        advance(name)
+    picked = picked_all(found, valid, known, seed, advance, notes)
+    asks = {name: one.fitted for name, one in picked.items()}
+    settings = {name: one.setting for name, one in picked.items()}
+    on_valid = {name: one.ndcg for name, one in picked.items()}
 
     # Fuse; the floor of the table has nothing to contribute.
-    candidates = {name: scores for name, scores in held.items() if name != "random"}
+    candidates = {name: one.scores for name, one in picked.items() if name != RANDOM}
     fusion = Fusion.fit(candidates, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
-    held.clear()
+    picked.clear()
+    candidates.clear()
     on_valid[FUSION] = next(line.ndcg for line in fusion.table if line.name == fusion.chosen)
     settings[FUSION] = fusion.chosen
 
@@ -290,219 +284,6 @@ def evaluate(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """All that may be known before a held-out bundle is seen.
-
-    Attributes:
-        history: (B, N) the training bundles. users: (B + U, N), with the training interactions of users below, where
-            the bundles were not made from the same baskets; None where there are none.
-        past: (U, N) what each user took before, of the training interactions alone; user_rows: the row of each user who
-            took anything.
-        support: (N,) training bundles that hold each item.
-        words: (N, V) TF-IDF of single words. categorised: the same with the category path among the words.
-    """
-
-    history: sparse.csr_matrix[Any]
-    users: sparse.csr_matrix[Any] | None
-    past: sparse.csr_matrix[Any]
-    user_rows: dict[str, int]
-    support: NDArray[np.int64]
-    leaves: NDArray[np.int64] | None
-    texts: list[str]
-    words: sparse.csr_array[Any, tuple[int, int]]
-    categorised: sparse.csr_array[Any, tuple[int, int]] | None
-    frozen: NDArray[np.float32] | None
-    tuned: Tuned = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, dataset: Dataset, parts: Split, text: str, frozen: NDArray[np.float32] | None, tuned: Tuned) -> _Known:
-        catalog = dataset.catalog
-        history = dataset.bundles.to_csr(len(catalog), parts.train)
-        users = None
-        past = history[:0]
-        user_rows: dict[str, int] = {}
-        if dataset.interactions is not None and len(parts.train_interactions):
-            past = dataset.interactions.to_csr(len(catalog), parts.train_interactions)
-            active = np.flatnonzero(np.diff(past.indptr))
-            user_rows = {dataset.interactions.user_ids[row]: int(row) for row in active}
-            if (dataset.bundles.baskets < 0).all():
-                users = sparse.csr_matrix(sparse.vstack([history, past[active]]))
-        texts = catalog.texts(text)
-        categorised = None
-        if any(catalog.categories):
-            categorised = tfidf_vectors(catalog.texts(text + " {category}"))
-        return cls(
-            history, users, past, user_rows, np.asarray(history.sum(axis=0)).ravel().astype(np.int64),
-            leaf_numbers(dataset), texts, tfidf_vectors(texts), categorised, frozen, tuned,
-        )  # fmt: skip
-
-    def evidence(self, questions: Questions) -> Evidence:
-        return Evidence(questions.contexts, self.support, self.leaves)
-
-
-def leaf_numbers(dataset: Dataset) -> NDArray[np.int64] | None:
-    """Number the category leaves, or the slots where no item has a category: (N,), -1 for none; None without either."""
-    catalog = dataset.catalog
-    names: Sequence[str | None] = [catalog.leaf(row) for row in range(len(catalog))]
-    if not any(names):
-        names = catalog.slots
-    if not any(names):
-        return None
-    numbers = {name: number for number, name in enumerate(sorted({name for name in names if name}))}
-    return np.array([numbers[name] if name else -1 for name in names], np.int64)
-
-
-def _asked(dataset: Dataset, rows: NDArray[np.int32], limit: int, seed: int, name: str, notes: list[str]) -> Questions:
-    """Make the questions of some bundles, at most about `limit` of them."""
-    sizes = dataset.bundles.sizes[rows]
-    if sizes.sum() > limit:
-        order = np.random.default_rng(seed).permutation(len(rows))
-        kept = max(1, int(np.searchsorted(np.cumsum(sizes[order]), limit, side="right")))
-        notes.append(f"{name}: {kept:,} of {len(rows):,} bundles were sampled, {limit:,} questions at most")
-        rows = rows[np.sort(order[:kept])]
-    return Questions.of(dataset.bundles, rows)
-
-
-@dataclass(frozen=True, eq=False)
-class _Choice:
-    """A scorer in one setting, not yet fitted."""
-
-    setting: str
-    scorer: Scorer
-    history: sparse.csr_matrix[Any]
-    items: ItemVectors | None = None
-
-    def fit(self) -> Ask:
-        # A copy: what a setting learned that is not chosen, for CEASE a matrix of items by items, is forgotten.
-        return _ask(copy.copy(self.scorer).fit(self.history, items=self.items))
-
-
-@dataclass(frozen=True, eq=False)
-class _Head:
-    """An adapter's own head; it comes fitted."""
-
-    vectors: NDArray[np.float32]
-    head: BundleHead
-    setting: str = ""
-
-    def fit(self) -> Ask:
-        return _ask_head(self.vectors, self.head)
-
-
-@dataclass(frozen=True, eq=False)
-class _Past:
-    """What the owner of the question took before, or what users like them took: it reads the user, not the context."""
-
-    known: _Known
-    neighbours: bool
-    setting: str = ""
-
-    def fit(self) -> Ask:
-        past, rows_of = self.known.past, self.known.user_rows
-        taken = sparse.csr_array((np.ones_like(past.data), past.indices, past.indptr), past.shape)
-        alike = UserKNN().fit(taken) if self.neighbours else None
-
-        def ask(questions: Questions) -> NDArray[np.float32]:
-            scores = np.full((len(questions), past.shape[1]), np.nan, np.float32)
-            rows = np.array([rows_of.get(str(group), -1) for group in questions.clusters])
-            met = np.flatnonzero(rows >= 0)
-            if alike is not None:
-                scores[met] = alike.score_users(rows[met])
-            else:
-                scores[met] = np.log1p(np.maximum(past[rows[met]].toarray(), 0))
-            return scores
-
-        return ask
-
-
-_Setting: TypeAlias = _Choice | _Head | _Past
-
-
-def _families(known: _Known, also: Mapping[str, Scorer], owners: set[str], seed: int) -> dict[str, list[_Setting]]:
-    """Name the rows, and for each the settings that validation chooses from; nothing is fitted yet."""
-
-    def counting(scorer: Scorer, setting: str = "") -> list[_Setting]:
-        choices: list[_Setting] = [_Choice(setting, scorer, known.history)]
-        if known.users is not None:
-            choices.append(_Choice(f"{setting} with users".strip(), scorer, known.users))
-        return choices
-
-    def cosine(items: ItemVectors) -> list[_Setting]:
-        return [
-            _Choice("nearest to the mean", TextCosine("mean"), known.history, items),
-            _Choice("nearest to any", TextCosine("max"), known.history, items),
-        ]
-
-    def closed_form(label: str, items: ItemVectors) -> list[_Setting]:
-        grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
-        return [
-            _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}", CEASE(l2, alpha), known.history, items)
-            for l2, alpha in grid
-        ]
-
-    families: dict[str, list[_Setting]] = {
-        "random": [_Choice("", Random(seed), known.history)],
-        "popularity": counting(Popularity()),
-        "co-occurrence": counting(CoOccurrence(), "conditional") + counting(CoOccurrence("lift"), "lift"),
-        "item-kNN": counting(ItemKNN(), "cosine") + counting(ItemKNN(similarity="tfidf"), "tfidf"),
-        "user-kNN": counting(UserKNN()),
-        "EASE": [choice for l2 in (1.0, 10.0, 100.0) for choice in counting(EASE(l2), f"l2 {l2:g}")],
-        "ALS": counting(ALS(seed=seed)),
-        "TF-IDF title": cosine(known.words),
-        PEER: closed_form("words", known.words) + closed_form("words and pairs", tfidf_vectors(known.texts, longest=2)),
-    }
-    if owners & set(known.user_rows):
-        families["bought before"] = [_Past(known, neighbours=False)]
-        families["users alike"] = [_Past(known, neighbours=True)]
-    # CEASE may read the category path as well: a peer should know what we know.
-    if known.categorised is not None:
-        families[PEER] += closed_form("words and category", known.categorised)
-    if known.frozen is not None:
-        families[FROZEN] = cosine(known.frozen)
-    dense: dict[str, NDArray[np.float32]] = {}
-    for name, (vectors, head) in known.tuned.items():
-        families[f"tuned BERT {name}"] = [_Head(vectors, head)]
-        dense[name] = target_vectors(head, vectors)
-    if not dense and known.frozen is not None:
-        dense["frozen"] = known.frozen
-    if dense:
-        families["CEASE-BERT"] = []
-    for name, targets in dense.items():
-        families["CEASE-BERT"] += closed_form(name, targets)
-        for label, words in (("words", known.words), ("words and category", known.categorised)):
-            if words is not None:
-                # Rows are scaled to length 1 there, so each side has half the weight.
-                beside: Any = sparse.hstack([words, sparse.csr_array(targets)], format="csr", dtype=np.float32)
-                families["CEASE-BERT"] += closed_form(f"{name} beside {label}", sparse.csr_array(beside))
-    for name, scorer in also.items():
-        families[name] = [_Choice("", scorer, known.history)]
-    return families
-
-
-def _ask(scorer: Scorer) -> Ask:
-    return lambda questions: scorer.score_baskets(questions.to_csr(len(scorer.support)))
-
-
-def _ask_head(vectors: NDArray[np.float32], head: BundleHead) -> Ask:
-    targets = target_vectors(head, vectors)
-    return lambda questions: completion_scores(head, vectors, targets, questions.contexts)
-
-
-def _best(choices: Sequence[_Setting], valid: Questions) -> tuple[str, Ask, NDArray[np.float32], float]:
-    """Return the setting with the best NDCG@10 on validation, the first of equals: fitted, its scores, that number."""
-    best: tuple[str, Ask, NDArray[np.float32], float] | None = None
-    for choice in choices:
-        ask = choice.fit()
-        scores = np.concatenate([ask(part) for part in _blocks(valid)])
-        ranks = metrics.midranks(scores, valid.targets, valid.excluded())
-        value = float(metrics.per_query(ranks, "ndcg@10").mean())
-        if best is None or value > best[3]:
-            best = choice.setting, ask, scores, value
-    assert best is not None
-    return best
-
-
 def _choices(dataset: Dataset, test: Questions, seed: int) -> NDArray[np.int64]:
     """Draw three wrong answers from the answer's slot (or leaf), none of its bundle: (Q, 3), -1 where there are not."""
     catalog = dataset.catalog
@@ -523,7 +304,7 @@ def _choices(dataset: Dataset, test: Questions, seed: int) -> NDArray[np.int64]:
 
 
 def _tested(
-    asks: Mapping[str, Ask], fusion: Fusion, test: Questions, known: _Known, choices: NDArray[np.int64]
+    asks: Mapping[str, Fitted], fusion: Fusion, test: Questions, known: Known, choices: NDArray[np.int64]
 ) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.int64]], dict[str, NDArray[np.float64]]]:
     """Score the test questions, a block at a time.
 
@@ -535,7 +316,7 @@ def _tested(
     lists: dict[str, list[NDArray[np.int64]]] = {name: [] for name in ranks}
     fill_ins: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ranks}
     start = 0
-    for part in _blocks(test):
+    for part in blocks(test):
         scores = {name: ask(part) for name, ask in asks.items()}
         scores[FUSION] = fusion.combine(scores, known.evidence(part))
         excluded = part.excluded()
@@ -570,21 +351,19 @@ def _first(scores: NDArray[np.float32], questions: Questions) -> NDArray[np.int6
     return np.where(np.isfinite(np.take_along_axis(values, best, axis=1)), best, -1)
 
 
-def _blocks(questions: Questions) -> Iterator[Questions]:
-    for start in range(0, len(questions), _QUERY_BLOCK):
-        yield questions.take(slice(start, start + _QUERY_BLOCK))
-
-
-def _slices(dataset: Dataset, known: _Known, test: Questions) -> dict[str, NDArray[np.bool_]]:
+def _slices(dataset: Dataset, known: Known, test: Questions) -> dict[str, NDArray[np.bool_]]:
     warm = known.support[test.targets] > 0
     sizes = (test.contexts >= 0).sum(axis=1) + 1
     parts = {"warm target": warm, "cold target": ~warm}
     if known.leaves is not None:
         same = np.concatenate(
-            [known.evidence(part).same_leaf()[np.arange(len(part)), part.targets] for part in _blocks(test)]
+            [known.evidence(part).same_leaf()[np.arange(len(part)), part.targets] for part in blocks(test)]
         )
         what = "leaf" if any(dataset.catalog.categories) else "slot"
         parts |= {f"same-{what}": same, f"cross-{what}": ~same}
+    if known.areas is not None:
+        crossing = known.areas.crossing(test.contexts, test.targets)
+        parts |= {"same-category": ~crossing, "cross-category": crossing}
     return parts | {"size 2": sizes == 2, "size 3": sizes == 3, "size 4+": sizes >= 4}
 
 
@@ -672,24 +451,27 @@ def canary(
     A row that does not has seen the answers somewhere else: in the order of the catalogue, in what was excluded, or in
     a history that holds the test bundles.
     """
-    test = _asked(dataset, parts.test, max_questions, seed, "test", [])
+    test = asked(dataset, parts.test, max_questions, seed, "test", [])
     order = np.random.default_rng(seed).permutation(len(dataset.catalog))
     history = dataset.bundles.to_csr(len(dataset.catalog), parts.train)
     vectors: dict[str, ItemVectors] = {"TF-IDF title": tfidf_vectors(dataset.catalog.texts(text))}
     if frozen is not None:
         vectors[FROZEN] = frozen
-    asks: dict[str, tuple[Ask, Ask]] = {}
+    asks: dict[str, tuple[Fitted, Fitted]] = {}
     for name, own in vectors.items():
-        asks[name] = _ask(TextCosine().fit(history, items=own)), _ask(TextCosine().fit(history, items=own[order]))
+        asks[name] = (
+            FittedScorer(TextCosine().fit(history, items=own)),
+            FittedScorer(TextCosine().fit(history, items=own[order])),
+        )
     for name, (own, head) in (tuned or {}).items():
-        asks[f"tuned BERT {name}"] = _ask_head(own, head), _ask_head(own[order], head)
+        asks[f"{TUNED} {name}"] = FittedHead.of(own, head), FittedHead.of(own[order], head)
     sizes = (test.contexts >= 0).sum(axis=1)
     chance = float(np.minimum(1, _LIST / (len(dataset.catalog) - sizes)).mean())
     right, shuffled = {}, {}
     for name, (own_ask, other_ask) in asks.items():
         found = []
         for ask in (own_ask, other_ask):
-            ranks = [metrics.midranks(ask(part), part.targets, part.excluded()) for part in _blocks(test)]
+            ranks = [metrics.midranks(ask(part), part.targets, part.excluded()) for part in blocks(test)]
             found.append(metrics.per_query(np.concatenate(ranks), "r@10"))
         low, _ = metrics.bootstrap_interval(found[1], test.clusters, seed=seed)
         right[name], shuffled[name] = float(found[0].mean()), (float(found[1].mean()), low)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Self, assert_never, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, sparse, special, stats
+from scipy import optimize, sparse, special
 
 from peft_combo import metrics
 
@@ -180,7 +181,7 @@ class Fusion:
             return cls._told(singles[best], best, ranks, best, labels)
         picked = _picked(ranks, fold_of)
 
-        sampled = _candidates(scores, answers, evidence, rng)
+        sampled = sampled_cells(scores, answers, evidence, rng)
         found: dict[str, Self] = {}
 
         def attempt(name: str, form: Form, terms: Sequence[tuple[str, Gate]]) -> str:
@@ -224,7 +225,8 @@ class Fusion:
             for part, heard in self._parts(scores, evidence, block):
                 total += part
                 known |= heard
-            fused[block] = np.where(known, total, np.float32(np.nan))
+            np.copyto(total, np.nan, where=~known)
+            fused[block] = total
         return fused
 
     def shares(self, scores: Scores, evidence: Evidence, query: int, item: int) -> dict[str, float]:
@@ -233,9 +235,26 @@ class Fusion:
         Raises:
             ValueError: a scorer is missing or a shape differs.
         """
+        return self.shares_of(scores, evidence, query, [item])[0]
+
+    def shares_of(self, scores: Scores, evidence: Evidence, query: int, items: ArrayLike) -> list[dict[str, float]]:
+        """Tell what each scorer adds to the fused scores of some items of one question, for all in one pass.
+
+        Args:
+            items: (K,) columns.
+        Returns:
+            K times a share per scorer of `needs`; the sum is the item's fused score, up to rounding.
+        Raises:
+            ValueError: a scorer is missing or a shape differs.
+        """
         _check(scores, evidence, self.needs)
+        columns = np.asarray(items, np.int64)
+        shares: list[dict[str, float]] = [{} for _ in columns]
         parts = self._parts(scores, evidence, slice(query, query + 1))
-        return {name: float(part[0, item]) for name, (part, _) in zip(self.needs, parts, strict=True)}
+        for name, (part, _) in zip(self.needs, parts, strict=True):
+            for own, share in zip(shares, part[0, columns].tolist(), strict=True):
+                own[name] = share
+        return shares
 
     def state(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -277,8 +296,10 @@ class Fusion:
             weight: NDArray[np.float32] = np.zeros((1, 1), np.float32)
             for gate, factor in self.weights.get(name, {}).items():
                 weight = weight + np.float32(factor) * gates.of(gate, values)
-            silent = _silent(heard, here)
-            yield (weight * values + self.silence.get(name, 0.0) * silent).astype(np.float32), heard
+            values *= weight
+            if silence := self.silence.get(name):
+                np.copyto(values, silence, where=_silent(heard, here))
+            yield values, heard
 
     @classmethod
     def _crossed(
@@ -322,15 +343,12 @@ def comparable(
     values[evidence.barred()] = np.nan
     heard = np.isfinite(values)
     if form == "normal":
-        order = stats.rankdata(np.where(heard, values, -np.inf), axis=1)  # mid-ranks, the silent lowest
-        count = heard.sum(axis=1, keepdims=True)
-        place = order - (values.shape[1] - count)
-        quantile = special.ndtri(np.where(heard, (place - 0.5) / np.maximum(count, 1), 0.5))
-        return quantile.astype(np.float32), heard
-    values[~heard] = 0
+        return _quantiles_of_ranks(values, heard), heard
+    np.copyto(values, 0, where=~heard)
     count = np.maximum(heard.sum(axis=1, keepdims=True), 1)
     mean = values.sum(axis=1, keepdims=True, dtype=np.float64) / count
-    values = np.where(heard, values - mean.astype(np.float32), np.float32(0))
+    values -= mean.astype(np.float32)
+    values *= heard
     spread = np.sqrt(np.square(values, dtype=np.float64).sum(axis=1, keepdims=True) / count)
     # Scores that are equal on paper differ in their last bits; that is no opinion.
     alike = spread <= 1e-6 * np.abs(mean) + 1e-30
@@ -339,9 +357,33 @@ def comparable(
         case "z":
             return values, heard
         case "damped":
-            return np.sign(values) * np.log1p(np.abs(values)), heard
+            size = np.abs(values)
+            return np.copysign(np.log1p(size, out=size), values, out=values), heard
         case _:
             assert_never(form)
+
+
+def _quantiles_of_ranks(values: NDArray[np.float32], heard: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return the normal quantile of each mid-rank among what was heard, (q, N); 0 elsewhere."""
+    quantiles = np.zeros_like(values)
+    np.copyto(values, np.inf, where=~heard)  # behind all that was said; NaN would do, at ten times the time to sort
+    for own, known, found in zip(values, heard, quantiles, strict=True):
+        count = int(np.count_nonzero(known))
+        order = np.argsort(own)[:count]
+        ordered = own[order]
+        starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:count])  # of runs of equal scores
+        sizes = np.diff(starts, append=count)
+        found[order] = np.repeat(_quantiles(count)[2 * starts + sizes - 1], sizes)
+    return quantiles
+
+
+@lru_cache(maxsize=4)
+def _quantiles(count: int) -> NDArray[np.float32]:
+    """Return the normal quantiles of 1, 2 ... 2 count - 1 out of 2 count: where mid-ranks, whole and half, can lie.
+
+    Kept, because scorers are asked about one catalogue and speak of the same number of items again and again.
+    """
+    return np.asarray(special.ndtri(np.arange(1, 2 * count) / max(1, 2 * count)), np.float32)
 
 
 class _Gates:
@@ -393,7 +435,7 @@ def _silent(heard: NDArray[np.bool_], evidence: Evidence) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
-class _Candidates:
+class SampledCells:
     """The cells the softmax is taken over, question after question, the answer first.
 
     Attributes:
@@ -405,9 +447,9 @@ class _Candidates:
     columns: NDArray[np.int64]
 
 
-def _candidates(
+def sampled_cells(
     scores: Scores, answers: NDArray[np.int64], evidence: Evidence, rng: np.random.Generator
-) -> _Candidates:
+) -> SampledCells:
     n_questions, n_items = len(answers), len(evidence.item_support)
     depth = min(_HEAD, n_items)
     heads = np.empty((len(scores), n_questions, depth), np.int64)
@@ -422,7 +464,7 @@ def _candidates(
         columns.append(np.append(answer, np.setdiff1d(np.append(heads[:, row], drawn), taken)))
     sizes = np.array([len(part) for part in columns])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-    return _Candidates(starts, np.repeat(np.arange(n_questions), sizes), np.concatenate(columns))
+    return SampledCells(starts, np.repeat(np.arange(n_questions), sizes), np.concatenate(columns))
 
 
 class _Fit:
@@ -433,7 +475,7 @@ class _Fit:
     """
 
     def __init__(
-        self, form: Form, terms: Sequence[tuple[str, Gate]], scores: Scores, evidence: Evidence, sampled: _Candidates
+        self, form: Form, terms: Sequence[tuple[str, Gate]], scores: Scores, evidence: Evidence, sampled: SampledCells
     ) -> None:
         self.form = form
         self._terms = terms
@@ -463,28 +505,10 @@ class _Fit:
 
     def solve(self, chosen: NDArray[np.bool_]) -> tuple[dict[str, dict[Gate, float]], dict[str, float]]:
         """Return weights and silence fitted on the chosen questions: (Q,) bool."""
-        keep = chosen[self._sampled.rows]
-        cells = self._cells[:, keep]
-        sizes = np.diff(np.append(self._sampled.starts, len(self._sampled.rows)))[chosen]
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        precision = self._precision / len(sizes)
-        answers = cells[:, starts]  # (P, Q)
-
-        def loss(theta: NDArray[np.float64], doubt: float) -> tuple[float, NDArray[np.float64]]:
-            logits = theta.astype(np.float32) @ cells  # (P,) @ (P, M)
-            share = np.exp(logits - np.repeat(np.maximum.reduceat(logits, starts), sizes))
-            share /= np.repeat(np.add.reduceat(share, starts), sizes)
-            right = share[starts].astype(np.float64)  # (Q,)
-            trust = (right / (right + doubt + _TINY)).astype(np.float32)
-            value = -np.log(right + doubt + _TINY).mean() + precision @ theta**2 / 2
-            slope = (cells @ (share * np.repeat(trust, sizes)) - answers @ trust) / len(sizes)
-            return float(value), slope.astype(np.float64) + precision * theta
-
-        theta = np.array([_WEIGHT_SPREAD] * len(self._terms) + [0.0] * len(self._silent))
-        for doubt in (0.0, _DOUBT):  # the first is convex, and where the second starts from
-            theta = optimize.minimize(
-                loss, theta, args=(doubt,), jac=True, method="L-BFGS-B", bounds=self._bounds, options={"ftol": 1e-7}
-            ).x
+        theta = conditional_logit(
+            self._cells, self._sampled, chosen, self._precision, self._bounds,
+            np.zeros(len(self._precision)), np.array([_WEIGHT_SPREAD] * len(self._terms) + [0.0] * len(self._silent)),
+        )  # fmt: skip
         weights: dict[str, dict[Gate, float]] = {}
         for (name, gate), value in zip(self._terms, theta, strict=False):
             if value > _NEGLIGIBLE:
@@ -492,6 +516,49 @@ class _Fit:
         silence = dict(zip(self._silent, map(float, theta[len(self._terms) :]), strict=True))
         # A scorer without any weight is not asked at all, so neither is its silence.
         return weights, {name: value for name, value in silence.items() if name in weights}
+
+
+def conditional_logit(
+    cells: NDArray[np.float32],
+    sampled: SampledCells,
+    chosen: NDArray[np.bool_],
+    precision: NDArray[np.float64],
+    bounds: Sequence[tuple[float | None, float | None]],
+    centre: NDArray[np.float64],
+    start: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """Maximise the mean of ln(share of the answer + doubt) under a normal prior; see `Fusion.fit`.
+
+    Args:
+        cells: (P, M), per term what it gives each sampled cell.
+        chosen: (Q,) the questions to fit on.
+        precision, centre: (P,) of the prior, which counts as much as one question. start: (P,) default `centre`.
+    Returns:
+        (P,) one number per term.
+    """
+    kept = cells[:, chosen[sampled.rows]]
+    sizes = np.diff(np.append(sampled.starts, len(sampled.rows)))[chosen]
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+    precision = precision / len(sizes)
+    answers = kept[:, starts]  # (P, Q)
+
+    def loss(theta: NDArray[np.float64], doubt: float) -> tuple[float, NDArray[np.float64]]:
+        logits = theta.astype(np.float32) @ kept  # (P,) @ (P, M)
+        share = np.exp(logits - np.repeat(np.maximum.reduceat(logits, starts), sizes))
+        share /= np.repeat(np.add.reduceat(share, starts), sizes)
+        right = share[starts].astype(np.float64)  # (Q,)
+        trust = (right / (right + doubt + _TINY)).astype(np.float32)
+        away = theta - centre
+        value = -np.log(right + doubt + _TINY).mean() + precision @ away**2 / 2
+        slope = (kept @ (share * np.repeat(trust, sizes)) - answers @ trust) / len(sizes)
+        return float(value), slope.astype(np.float64) + precision * away
+
+    theta = centre if start is None else start
+    for doubt in (0.0, _DOUBT):  # the first is convex, and where the second starts from
+        theta = optimize.minimize(
+            loss, theta, args=(doubt,), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-7}
+        ).x
+    return np.asarray(theta, np.float64)
 
 
 def _ranks(scores: Scores, answers: NDArray[np.int64], evidence: Evidence) -> NDArray[np.float64]:

@@ -118,8 +118,10 @@ class DataConfig(_Section):
     min_item_support: Int = Field(
         default=1, ge=1, le=1_000_000, description="Baskets an item must occur in to be kept (baskets only)."
     )
-    split: Literal["user", "bundle", "time"] = Field(
-        default="user", description="What may not be shared between parts: a user, a bundle, or a stretch of time."
+    split: Literal["user", "bundle", "time", "cold-item"] = Field(
+        default="user",
+        description="What may not be shared between parts: a user, a bundle, a stretch of time; cold-item is user with "
+        "some items that only held-out bundles have.",
     )
     valid_fraction: Real = Field(
         default=0.1, gt=0, lt=1, description="Share of the bundles that chooses epoch and fusion weights."

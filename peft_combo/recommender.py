@@ -1,7 +1,7 @@
 """The bundle recommender: what the tuned encoder knows of texts and what counting knows of behaviour, in one answer.
 
-Owns which scorers there are, how they are fitted without looking at held-out bundles, and the border where outside ids
-become rows and back. Knows nothing of how an adapter was tuned, of files, or of the command line.
+Owns how the contenders are weighed without looking at held-out bundles, how they are fitted anew for serving, and the
+border where outside ids become rows and back. Knows nothing of how an adapter was tuned, or of the command line.
 """
 
 from __future__ import annotations
@@ -14,24 +14,37 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from peft_combo.bank import AdapterBank
+from peft_combo.bank import AdapterBank, LiveAdapter
+from peft_combo.categories import Areas
 from peft_combo.composing import Composer, Composition, Options, co_counts
 from peft_combo.constraints import Constraints
+from peft_combo.contenders import (
+    ALIKE,
+    BY_CATEGORY,
+    RANDOM,
+    TUNED,
+    Fitted,
+    FittedHead,
+    FittedPast,
+    Known,
+    Picked,
+    asked,
+    families,
+    past_of,
+    picked_all,
+)
 from peft_combo.data import Dataset, Split
 from peft_combo.errors import DataError, did_you_mean
-from peft_combo.fusion import Evidence, Fusion, comparable
+from peft_combo.fusion import Fusion, comparable
 from peft_combo.recipe import BundleTask
-from peft_combo.scoring import CEASE, ItemKNN, Popularity, Scorer, TextCosine, UserKNN, tfidf_vectors
 from peft_combo.slots import SlotTemplates
-from peft_combo.tasks.bundle import BundleHead, Questions, completion_scores, target_vectors
+from peft_combo.tasks.bundle import BundleHead, Questions
 from peft_combo.vectors import VectorCache
 
-# CEASE inverts a dense item by item matrix; beyond so many items it no longer fits, and item-kNN speaks for behaviour.
-_CEASE_ITEMS = 20_000
 # A user is described by so many of the items taken last; older ones say more about a past than about a next purchase.
 _HISTORY = 5
-
-TUNED = "tuned text"
+# Validation questions that settings and weights are chosen on.
+_QUESTIONS = 2_000
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,9 @@ class Suggestion:
     Attributes:
         score: fused, comparable within one answer only.
         shares: what each scorer adds to the score; their sum is the score.
-        together: of the given items those that training bundles held together with this one, and how often.
+        together: of the given items those that bundles held together with this one, and how often.
+        because: where it was asked for and there are several given items, what each adds: the score less the score
+            without it.
     """
 
     item_id: str
@@ -51,6 +66,7 @@ class Suggestion:
     score: float
     shares: dict[str, float]
     together: dict[str, int]
+    because: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -80,32 +96,39 @@ class BundleRecommender:
 
     Attributes:
         dataset: what it was fitted on.
+        adapters: the adapters that make item vectors, as they were when it was fitted; none for the frozen encoder.
         fusion: how scorers are weighed, with the validation table behind the choice.
-        adapter: reference of the adapter that makes the item vectors; None for the frozen encoder.
+        settings: of each scorer the fusion needs, the setting that validation picked.
+        serving: the scorers the fusion needs, fitted on all bundles.
+        text_side: judges how well an item goes with a set by its text alone; its name is "" for the frozen encoder.
+        known: what they were fitted on. users: what reads the past of users alike, where the fusion could not weigh it.
+        text: template of the items' texts. split_digest: of the split that settings and weights were chosen on.
+        notes: what was left out, and why.
     """
 
     def __init__(
-        self, dataset: Dataset, bank: AdapterBank, adapter: str | None, head: BundleHead,
-        vectors: NDArray[np.float32], frozen: NDArray[np.float32], scorers: Mapping[str, Scorer], fusion: Fusion,
-        users: UserKNN | None, templates: SlotTemplates, history: Any,
+        self, dataset: Dataset, bank: AdapterBank, adapters: Sequence[LiveAdapter], serving: Mapping[str, Fitted],
+        text_side_name: str, text_side: Fitted, fusion: Fusion, settings: Mapping[str, str], known: Known,
+        users: FittedPast | None, split_digest: str, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        assert known.frozen is not None
         self.dataset = dataset
         self.bank = bank
-        self.adapter = adapter
+        self.adapters = tuple(adapters)
         self.fusion = fusion
-        self.templates = templates
-        self._head, self._vectors, self._frozen = head, vectors, frozen
-        self._targets = target_vectors(head, vectors)
-        self._scorers, self._users = scorers, users
-        self._history: Any = sparse.csc_array(history)
-        self._support = _support(history)
-        self._leaves = _leaves(dataset)
-        self._composer = Composer(dataset.catalog, templates, vectors=frozen, history=history)
-        catalog = dataset.catalog
+        self.settings = dict(settings)
+        self.notes = tuple(notes)
+        self.templates = SlotTemplates.learn(dataset.catalog, dataset.bundles.items)
+        self.serving, self.known, self.users = dict(serving), known, users
+        self.text_side_name, self.text_side = text_side_name, text_side
+        self.text, self.split_digest = known.text, split_digest
+        self._frozen = known.frozen
+        self._history: Any = sparse.csc_array(known.history)
+        self._composer = Composer(dataset.catalog, self.templates, vectors=self._frozen, history=known.history)
         self._user_rows = (
             {} if dataset.interactions is None else {u: r for r, u in enumerate(dataset.interactions.user_ids)}
         )
-        self._prices = [None if np.isnan(price) else float(price) for price in catalog.prices]
+        self._prices = [None if np.isnan(price) else float(price) for price in dataset.catalog.prices]
 
     @classmethod
     def fit(
@@ -113,63 +136,60 @@ class BundleRecommender:
         dataset: Dataset,
         parts: Split,
         bank: AdapterBank,
-        adapter: str | None,
+        adapters: str | Sequence[str] | None,
         *,
         text: str = "{title}",
+        seed: int = 0,
         cache: VectorCache | None = None,
         progress: Callable[[int], None] | None = None,
+        done: Callable[[str], None] | None = None,
     ) -> Self:
-        """Fit scorers on the training bundles and the fusion on the validation bundles, then learn from all bundles.
+        """Choose settings and fusion on the validation bundles, then learn from all bundles.
 
         Weights are fitted while the scorers know training bundles only, as they will meet new ones; for serving the
-        scorers are fitted once more on every bundle there is. Test bundles therefore serve but never choose.
+        scorers are fitted once more on every bundle there is. Test bundles therefore serve but never choose. What is
+        weighed is what `evaluation.evaluate` measures.
 
         Args:
-            adapter: ``"fashion"`` or ``"fashion@v2"``; None for the frozen encoder.
-            text: template of the items' texts; that of the adapter's recipe.
+            adapters: ``"fashion"`` or ``"fashion@v2"``, or several: adapters tuned on one category speak of its items,
+                one tuned on all categories speaks of all (see `categories`). None for the frozen encoder.
+            text: template of the items' texts; that of the adapters' recipe.
             cache: keeps encoded catalogues on disk.
+            progress: told how many texts were encoded. done: told the name of each scorer that is fitted.
         Raises:
-            StoreError: the adapter cannot be had.
-            DataError: no validation bundle to fit the fusion on.
+            StoreError: an adapter cannot be had.
+            DataError: no validation bundle to fit the fusion on, or the adapters do not go together.
         """
-        catalog = dataset.catalog
-        texts = catalog.texts(text)
-
-        def encoded(reference: str | None) -> NDArray[np.float32]:
-            if cache is None:
-                return bank.encode(texts, reference)
-            return cache.vectors(bank, texts, reference, progress)
-
-        frozen = encoded(None)
-        vectors = frozen if adapter is None else encoded(adapter)
-        head = bank.get(adapter).head if adapter is not None else BundleHead(bank.backbone.dim, BundleTask()).eval()
         if not len(parts.valid):
             raise DataError(
                 f"{dataset.name!r} has no validation bundle to weigh the scorers on. Raise data.valid_fraction."
             )
+        side = text_knowledge(dataset, bank, adapters, text, cache, progress)
+        notes = [
+            f"{one.reference} was tuned on another split, so it may have seen the validation bundles and weigh too much"
+            for one in side.live
+            if one.record.manifest.data.split_digest != parts.digest and side.areas is None
+        ]
+        known = Known.of(dataset, parts.train, parts.train_interactions, text, side.frozen, side.tuned, side.areas)
+        valid = asked(dataset, parts.valid, _QUESTIONS, seed, "valid", notes)
+        owners = {dataset.bundles.groups[row] for row in parts.valid}
+        contenders = {name: choices for name, choices in families(known, owners, seed).items() if name != RANDOM}
+        picked = picked_all(contenders, valid, known, seed, done or (lambda name: None), notes)
+        scores = {name: one.scores for name, one in picked.items()}
+        fusion = Fusion.fit(scores, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
+        scores.clear()
 
-        bundles = dataset.bundles
-        questions = Questions.of(bundles, parts.valid)
-        history = bundles.to_csr(len(catalog), parts.train)
-        evidence = Evidence(questions.contexts, _support(history), _leaves(dataset))
-        targets = target_vectors(head, vectors)
-        scorers = _fitted(texts, history, targets)
-        contexts = questions.to_csr(len(catalog))
-        scores = {name: scorer.score_baskets(contexts) for name, scorer in scorers.items()}
-        scores[TUNED] = completion_scores(head, vectors, targets, questions.contexts)
-        fusion = Fusion.fit(scores, questions.targets, evidence, questions.clusters)
-
-        everything = bundles.to_csr(len(catalog))
-        needed = [name for name in scorers if name in fusion.needs]
-        serving = _fitted(texts, everything, targets, needed)
-        users = None
-        if dataset.interactions is not None and (dataset.interactions.users >= 0).any():
-            taken = dataset.interactions.to_csr(len(catalog))
-            users = UserKNN().fit(
-                sparse.csr_array((np.ones_like(taken.data), taken.indices, taken.indptr), taken.shape)
-            )
-        templates = SlotTemplates.learn(catalog, bundles.items)
-        return cls(dataset, bank, adapter, head, vectors, frozen, serving, fusion, users, templates, everything)
+        everything = Known.of(dataset, None, None, text, side.frozen, side.tuned, side.areas)
+        wanted = {name: picked[name].setting for name in fusion.needs}
+        serving = fitted_as(everything, wanted, seed, {name: picked[name].fitted for name in wanted})
+        # What was not weighed, because no validation user was met before, still speaks for a user who is known.
+        weighed = not known.user_rows.keys().isdisjoint(owners)
+        name = best_text(picked)
+        return cls(
+            dataset, bank, side.live, serving, name, picked[name].fitted if name else side.untuned(bank), fusion,
+            wanted, everything, None if weighed or not everything.user_rows else past_of(everything, neighbours=True),
+            parts.digest, notes,
+        )  # fmt: skip
 
     def complete(
         self,
@@ -178,6 +198,7 @@ class BundleRecommender:
         user: str | None = None,
         k: int = 10,
         constraints: Constraints | None = None,
+        explain: bool = False,
     ) -> list[Suggestion]:
         """Return the items that best complete a bundle.
 
@@ -185,22 +206,28 @@ class BundleRecommender:
             items: outside ids of what is there; may be empty where a user is given.
             user: outside id; without items the ones this user took last are the context.
             k: at most so many.
+            explain: also tell what each given item adds; costs one more scoring for each.
         Raises:
             DataError: an id is not known, or there is nothing to go by.
         """
         context = self._rows(items)
         base = context if len(context) else self._taken_last(user)
-        raw, evidence = self._scores(base), self._evidence(base)
-        scores = self._for_user(self.fusion.combine(raw, evidence)[0], evidence, user)
+        questions = self._question(base, user)
+        raw, evidence = self._scores(questions), self.known.evidence(questions)
+        scores = self._for_user(self.fusion.combine(raw, evidence), questions)[0]
         allowed, _ = (constraints or Constraints()).allowed_items(self.dataset.catalog)
-        ranked = np.where(allowed & ~np.isin(np.arange(len(scores)), context), scores, -np.inf)
-        ranked[np.isnan(ranked)] = -np.inf
-        best = np.argsort(-ranked, kind="stable")[:k]
+        allowed = allowed & np.isfinite(scores)
+        allowed[context] = False
+        candidates = np.flatnonzero(allowed)
+        first = candidates[_largest(scores[candidates], k)]
+        because = self._because(base, user, first, scores) if explain and len(base) > 1 else {}
         return [
-            self._suggestion(int(row), float(ranked[row]), self.fusion.shares(raw, evidence, 0, int(row)), base)
-            for row in best
-            if np.isfinite(ranked[row])
-        ]
+            self._suggestion(
+                int(row), float(scores[row]), self.fusion.shares(raw, evidence, 0, int(row)), base,
+                because.get(int(row), {}),
+            )
+            for row in first
+        ]  # fmt: skip
 
     def compose(
         self,
@@ -298,30 +325,48 @@ class BundleRecommender:
             )
         return self._user_rows[user]
 
-    def _scores(self, context: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-        n_items = len(self.dataset.catalog)
-        row = sparse.csr_array(
-            (np.ones(len(context), np.float32), (np.zeros(len(context), int), context)), (1, n_items)
-        )
-        scores = {name: scorer.score_baskets(row) for name, scorer in self._scorers.items()}
-        if TUNED in self.fusion.needs:
-            scores[TUNED] = completion_scores(self._head, self._vectors, self._targets, context[None])
-        return scores
+    def _question(self, context: NDArray[np.int64], user: str | None) -> Questions:
+        if user is not None:
+            self._user_row(user)
+        none = np.zeros(1, np.int64)
+        return Questions(context[None], none, np.array([user or ""]), none)
 
-    def _evidence(self, context: NDArray[np.int64]) -> Evidence:
-        return Evidence(context[None], self._support, self._leaves)
+    def _scores(self, questions: Questions) -> dict[str, NDArray[np.float32]]:
+        return {name: self.serving[name](questions) for name in self.fusion.needs}
+
+    def _fused(self, questions: Questions) -> NDArray[np.float32]:
+        fused = self.fusion.combine(self._scores(questions), self.known.evidence(questions))
+        return self._for_user(fused, questions)
 
     def _relevance(self, context: NDArray[np.int64], user: str | None) -> NDArray[np.float32]:
-        evidence = self._evidence(context)
-        return self._for_user(self.fusion.combine(self._scores(context), evidence)[0], evidence, user)
+        relevance: NDArray[np.float32] = self._fused(self._question(context, user))[0]
+        return relevance
 
-    def _for_user(self, scores: NDArray[np.float32], evidence: Evidence, user: str | None) -> NDArray[np.float32]:
-        """Add what the user's neighbours took to fused scores (N,)."""
-        if user is None or self._users is None:
+    def _for_user(self, scores: NDArray[np.float32], questions: Questions) -> NDArray[np.float32]:
+        """Add what users alike took to fused scores (Q, N), where the fusion could not weigh that itself."""
+        if self.users is None or not any(questions.clusters):
             return scores
-        neighbours, heard = comparable(self._users.score_users([self._user_row(user)]), evidence, self.fusion.form)
+        evidence = self.known.evidence(questions)
+        neighbours, heard = comparable(self.users(questions), evidence, self.fusion.form)
         # Not a weight that was fitted: the same voice as any one scorer. What neighbours cannot say changes nothing.
-        return np.where(heard[0], scores + neighbours[0], scores).astype(np.float32)
+        return np.where(heard, scores + neighbours, scores).astype(np.float32)
+
+    def _because(
+        self, context: NDArray[np.int64], user: str | None, rows: NDArray[np.int64], scores: NDArray[np.float32]
+    ) -> dict[int, dict[str, float]]:
+        """Tell what each item of a context adds to the scores of `rows`: all at once, one question without each."""
+        without = np.stack([np.delete(context, place) for place in range(len(context))])
+        none = np.zeros(len(without), np.int64)
+        less = self._fused(Questions(without, none, np.array([user or ""] * len(without)), none))
+        ids = self.dataset.catalog.item_ids
+        return {
+            int(row): {
+                ids[item]: float(scores[row] - less[place, row])
+                for place, item in enumerate(context)
+                if np.isfinite(less[place, row])
+            }
+            for row in rows
+        }
 
     def _likeness(self, query: str) -> NDArray[np.float32]:
         """Return the cosine of every item with a text, by the frozen encoder: search asks for what is alike."""
@@ -329,19 +374,22 @@ class BundleRecommender:
         return scores
 
     def _beside(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        scores: NDArray[np.float32] = completion_scores(self._head, self._vectors, self._targets, rows[None])[0]
+        none = np.zeros(1, np.int64)
+        scores: NDArray[np.float32] = self.text_side(Questions(rows[None], none, np.array([""]), none))[0]
         return scores
 
-    def _suggestion(self, row: int, score: float, shares: dict[str, float], context: NDArray[np.int64]) -> Suggestion:
+    def _suggestion(
+        self, row: int, score: float, shares: dict[str, float], context: NDArray[np.int64], because: dict[str, float]
+    ) -> Suggestion:
         catalog = self.dataset.catalog
         shares = dict(shares)
         rest = score - sum(shares.values())
         if abs(rest) > 1e-4:
-            shares["user-kNN"] = rest
+            shares[ALIKE] = rest
         slot = catalog.slots[row] or catalog.leaf(row)
         return Suggestion(
             catalog.item_ids[row], catalog.titles[row], slot, self._prices[row], score, shares,
-            self._together(row, context),
+            self._together(row, context), because,
         )  # fmt: skip
 
     def _together(self, row: int, context: NDArray[np.int64]) -> dict[str, int]:
@@ -375,19 +423,73 @@ class BundleRecommender:
         )  # fmt: skip
 
 
-def _fitted(
-    texts: Sequence[str], history: Any, targets: NDArray[np.float32], wanted: Sequence[str] | None = None
-) -> dict[str, Scorer]:
-    """Fit the scorers that know bundles; CEASE has the tuned vectors for extra rows."""
-    makers: dict[str, Callable[[], Scorer]] = {
-        "popularity": lambda: Popularity().fit(history),
-        "item-kNN": lambda: ItemKNN(similarity="tfidf").fit(history),
-        "TF-IDF title": lambda: TextCosine().fit(history, items=tfidf_vectors(texts)),
-    }
-    if len(texts) <= _CEASE_ITEMS:
-        makers["CEASE tuned"] = lambda: CEASE().fit(history, items=targets)
-        makers["CEASE TF-IDF"] = lambda: CEASE().fit(history, items=tfidf_vectors(texts))
-    return {name: make() for name, make in makers.items() if wanted is None or name in wanted}
+def fitted_as(
+    known: Known, settings: Mapping[str, str], seed: int, as_before: Mapping[str, Fitted]
+) -> dict[str, Fitted]:
+    """Fit each scorer in the setting that was picked for it; what does not learn from bundles stays as it was."""
+    found = families(known, set(known.user_rows), seed)
+    fitted: dict[str, Fitted] = {}
+    for name, setting in settings.items():
+        if name == BY_CATEGORY or name.startswith(TUNED):
+            fitted[name] = as_before[name]
+            continue
+        fitted[name] = next(choice for choice in found[name] if choice.setting == setting).fit()
+    return fitted
+
+
+@dataclass(frozen=True, eq=False)
+class TextSide:
+    """What encoders say of a catalogue.
+
+    Attributes:
+        live: the adapters. frozen: (N, D). tuned: per adapter its (N, D) vectors and its head. areas: which adapter is
+            for which items, where some are for a category.
+    """
+
+    live: tuple[LiveAdapter, ...]
+    frozen: NDArray[np.float32]
+    tuned: dict[str, tuple[NDArray[np.float32], BundleHead]]
+    areas: Areas | None
+
+    def untuned(self, bank: AdapterBank) -> Fitted:
+        """Return the frozen encoder as a scorer of completions."""
+        return FittedHead.of(self.frozen, BundleHead(bank.backbone.dim, BundleTask()).eval())
+
+
+def text_knowledge(
+    dataset: Dataset, bank: AdapterBank, adapters: str | Sequence[str] | None, text: str,
+    cache: VectorCache | None, progress: Callable[[int], None] | None,
+) -> TextSide:  # fmt: skip
+    """Encode a catalogue with and without adapters."""
+    references = () if adapters is None else (adapters,) if isinstance(adapters, str) else tuple(adapters)
+    texts = dataset.catalog.texts(text)
+    live = tuple(bank.get(reference) for reference in references)
+    areas = Areas.of(dataset.catalog, {one.reference: one.record.manifest.recipe for one in live})
+
+    def encoded(reference: str | None) -> NDArray[np.float32]:
+        if cache is None:
+            return bank.encode(texts, reference)
+        return cache.vectors(bank, texts, reference, progress)
+
+    tuned = {one.reference: (encoded(one.reference), one.head) for one in live}
+    return TextSide(live, encoded(None), tuned, areas)
+
+
+def best_text(picked: Mapping[str, Picked]) -> str:
+    """Return the name of the tuned scorer that is best on validation; "" where there is none."""
+    tuned = [name for name in picked if name == BY_CATEGORY or name.startswith(TUNED)]
+    return max(tuned, key=lambda name: picked[name].ndcg, default="")
+
+
+def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Return the places of the k largest, best first; of equals the earlier one."""
+    if len(scores) > k:
+        # The k-th largest and all that equal it, so that the order of equals is that of the rows.
+        edge = np.partition(scores, len(scores) - k)[len(scores) - k]
+        places = np.flatnonzero(scores >= edge)
+    else:
+        places = np.arange(len(scores))
+    return places[np.argsort(-scores[places], kind="stable")][:k]
 
 
 def _summed(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32] | None:
@@ -398,15 +500,3 @@ def _summed(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32] | None:
     known = np.any([np.isfinite(part) for part in standard], axis=0)
     total = np.sum([np.nan_to_num(part, nan=0.0) for part in standard], axis=0)
     return np.where(known, total, np.nan).astype(np.float32)
-
-
-def _support(history: Any) -> NDArray[np.int64]:
-    return np.asarray((history != 0).sum(axis=0)).ravel().astype(np.int64)
-
-
-def _leaves(dataset: Dataset) -> NDArray[np.int64] | None:
-    names = [dataset.catalog.leaf(row) for row in range(len(dataset.catalog))]
-    if not any(names):
-        return None
-    known = {name: place for place, name in enumerate(sorted({name for name in names if name}))}
-    return np.array([known.get(name, -1) if name else -1 for name in names], np.int64)

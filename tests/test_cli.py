@@ -254,7 +254,14 @@ def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Calla
     assert code == 0
     assert len(out.splitlines()) == 4
     assert run(*ask, "--query", "w10 w40", "--frozen")[0] == 0
+    (tmp_path / "asked.jsonl").write_text('{"id": 1, "items": ["i0"]}\n{"items": ["i99"]}\n')
+    code, out, err = run(*ask, "--from", "asked.jsonl", "--to", "told.jsonl", "-k", "3")
+    assert (code, out) == (1, "1 of 2 requests answered in told.jsonl\n")
+    assert 'line 2: No item "i99"' in err
+    told = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    assert [len(one["results"]) for one in told] == [3, 0]
     for wrong, expected in (
+        (("--from", "asked.jsonl"), "--from FILE and --to FILE go together"),
         (("--items", "i99"), 'No item "i99"'),
         ((), "Nothing to go by"),
         (("--items", "i0", "--adapter", "tinny"), 'Did you mean "tiny"?'),

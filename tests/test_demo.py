@@ -104,7 +104,7 @@ def test_owners_buy_their_outfits() -> None:
         assert {interactions.user_ids[user] for user in interactions.users[bought]} == {demo.bundles.owners[row]}
 
 
-@pytest.mark.parametrize("by", ["user", "bundle", "time"])
+@pytest.mark.parametrize("by", ["user", "bundle", "time", "cold-item"])
 def test_it_can_be_split(by: str) -> None:
     parts = split(demo_dataset(), by)  # type: ignore[arg-type]
     assert len(parts.train) > 300

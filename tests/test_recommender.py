@@ -17,6 +17,7 @@ from peft_combo.data import Bundles, Dataset, Interactions, Split, open_dataset,
 from peft_combo.errors import DataError
 from peft_combo.recipe import Recipe
 from peft_combo.recommender import BundleRecommender
+from peft_combo.recommender_files import fitted_recommender, load_recommender, save_recommender
 from peft_combo.tuning import tune
 from peft_combo.vectors import VectorCache
 
@@ -135,5 +136,89 @@ def test_test_bundles_choose_nothing(
 
 def test_without_an_adapter_the_frozen_encoder_answers(dataset: Dataset, parts: Split, bank: AdapterBank) -> None:
     frozen = BundleRecommender.fit(dataset, parts, bank, None)
-    assert frozen.adapter is None
+    assert frozen.adapters == ()
     assert frozen.complete(["i0"], k=3)
+
+
+def test_each_given_item_is_credited_with_what_is_lost_without_it(fitted: BundleRecommender) -> None:
+    (first, *_) = fitted.complete(["i0", "i6", "i1"], k=2, explain=True)
+    assert set(first.because) <= {"i0", "i6", "i1"}
+    without = {one.item_id: one.score for one in fitted.complete(["i0", "i6"], k=60)}
+    assert first.because["i1"] == pytest.approx(first.score - without[first.item_id], abs=1e-4)
+    assert fitted.complete(["i0"], k=1, explain=True)[0].because == {}
+
+
+@pytest.fixture
+def several(tiny_recipe: Callable[..., Recipe], bank: AdapterBank, tmp_path: Path) -> AdapterBank:
+    """The bank with an adapter for Style 1 beside the one for everything."""
+    recipe = tiny_recipe(**{"category": "style1", "data.category_filter": "Style 1", "training.epochs": 3})
+    tune(recipe, run_folder=tmp_path / "run1")
+    return bank
+
+
+def test_adapters_of_categories_answer_together(
+    dataset: Dataset, parts: Split, several: AdapterBank, tmp_path: Path
+) -> None:
+    shop = BundleRecommender.fit(dataset, parts, several, ["tiny", "style1"], cache=VectorCache(tmp_path / "vectors"))
+    table = {line.name for line in shop.fusion.table}
+    assert {"tuned by category", "tuned BERT tiny@v1", "tuned BERT style1@v1"} <= table
+    assert len(shop.complete(["i0", "i1"], k=5)) == 5
+    assert shop.compose(["i1"])
+
+
+@pytest.mark.parametrize("adapters", [None, "tiny", ["tiny", "style1"]])
+def test_a_kept_recommender_answers_as_before(
+    adapters: str | list[str] | None, dataset: Dataset, parts: Split, several: AdapterBank, tmp_path: Path
+) -> None:
+    made = BundleRecommender.fit(dataset, parts, several, adapters)
+    save_recommender(made, tmp_path / "kept")
+    again = load_recommender(tmp_path / "kept", dataset, several)
+    assert again.fusion == made.fusion
+    assert again.settings == made.settings
+    for ask in ({"items": ["i0", "i6"]}, {"user": "u3"}):
+        assert again.complete(**ask, k=20) == made.complete(**ask, k=20)
+        assert again.compose(**ask) == made.compose(**ask)
+    save_recommender(again, tmp_path / "kept")  # over itself
+    assert load_recommender(tmp_path / "kept", dataset, several).fusion == made.fusion
+    assert [path.name for path in tmp_path.glob(".kept*")] == []
+
+
+def test_a_kept_recommender_is_refused_for_other_data_or_altered_bytes(
+    dataset: Dataset, parts: Split, bank: AdapterBank, fitted: BundleRecommender, tmp_path: Path
+) -> None:
+    folder = tmp_path / "kept"
+    save_recommender(fitted, folder)
+    other = Dataset.build("tiny", dataset.catalog, None, dataset.bundles)
+    with pytest.raises(DataError, match="was fitted on data with digest"):
+        load_recommender(folder, other, bank)
+    scorer = next(folder.glob("*.safetensors"))
+    content = scorer.read_bytes()
+    scorer.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match="was altered since it was written"):
+        load_recommender(folder, dataset, bank)
+    scorer.write_bytes(content)
+    manifest = folder / "recommender.json"
+    said = manifest.read_text()
+    for text in ("", "[]", "{}", said[:-20], said.replace("scorer-0.safetensors", "../../x.safetensors"), "[" * 10**5):
+        manifest.write_text(text)
+        with pytest.raises(DataError, match=r"damaged|format"):
+            load_recommender(folder, dataset, bank)
+    with pytest.raises(DataError, match="No recommender in"):
+        load_recommender(tmp_path / "nowhere", dataset, bank)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(DataError, match="holds no recommender"):
+        save_recommender(fitted, tmp_path / "mine")
+
+
+def test_what_is_asked_for_again_is_not_fitted_again(
+    dataset: Dataset, parts: Split, bank: AdapterBank, tmp_path: Path
+) -> None:
+    told: list[str] = []
+    first = fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append)
+    assert told
+    told.clear()
+    assert fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).fusion == first.fusion
+    assert told == []
+    next(tmp_path.glob("*/recommender.json")).write_text("{")  # damaged: made anew, not an error
+    assert fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).fusion == first.fusion
+    assert told

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from conftest import shared_data
@@ -63,7 +65,7 @@ def try_split(dataset: Dataset, by: str, seed: int) -> Split | None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(datasets(), st.sampled_from(["user", "bundle", "time"]), st.integers(0, 3))
+@given(datasets(), st.sampled_from(["user", "bundle", "time", "cold-item"]), st.integers(0, 3))
 def test_parts_are_disjoint_and_leak_nothing(dataset: Dataset, by: str, seed: int) -> None:
     parts = try_split(dataset, by, seed)
     if parts is None:
@@ -83,13 +85,23 @@ def test_parts_are_disjoint_and_leak_nothing(dataset: Dataset, by: str, seed: in
     seen = interactions.take(parts.train_interactions)
     seen_users = {interactions.user_ids[user] for user in seen.users if user >= 0}
     held_owners = {dataset.bundles.owners[row] for row in held} - {None}
-    if by == "user":
+    if by in ("user", "cold-item"):
+        held = np.concatenate([parts.valid, parts.test])
+        held_owners = {dataset.bundles.owners[row] for row in held} - {None}
         held_groups = {dataset.bundles.groups[row] for row in np.concatenate([parts.valid, parts.test])}
         assert not held_groups & {dataset.bundles.groups[row] for row in parts.train}
         assert not held_owners & {dataset.bundles.owners[row] for row in parts.train}
         assert not held_owners & seen_users
     if by in ("user", "bundle"):
         assert not set(dataset.bundles.baskets[held].tolist()) - {-1} & set(seen.baskets.tolist())
+    if by == "cold-item":
+        known = {int(item) for row in parts.train for item in dataset.bundles.items[row]} | set(seen.items.tolist())
+        other = set(range(len(dataset.catalog))) - known
+        # What a train row was dropped for is known to no train row and no interaction.
+        groups = {dataset.bundles.groups[row] for row in held}
+        for row in parts.dropped:
+            if dataset.bundles.groups[row] not in groups and item_sets[row] not in in_train:
+                assert item_sets[row] & other
     if by == "bundle":
         pairs = {(interactions.user_ids[u], int(i)) for u, i in zip(seen.users, seen.items, strict=True) if u >= 0}
         given_away = {(dataset.bundles.owners[row], int(item)) for row in held for item in dataset.bundles.items[row]}
@@ -183,6 +195,27 @@ def test_nothing_held_out_when_fractions_are_zero() -> None:
         parts = split(dataset, by, 0.0, 0.0)  # type: ignore[arg-type]
         assert len(parts.train) == 12
         assert parts.train_interactions.tolist() == [0]
+
+
+def test_new_items_are_in_held_out_bundles_alone() -> None:
+    demo = demo_dataset()
+    parts, plain = split(demo, "cold-item"), split(demo, "user")
+    interactions = demo.interactions
+    assert interactions is not None
+
+    def part_of(key: str) -> float:
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+    new = {row for row, item_id in enumerate(demo.catalog.item_ids) if part_of(f"0:item:{item_id}") < 0.05}
+    assert 0.03 < len(new) / len(demo.catalog) < 0.07
+    in_train = {int(item) for row in parts.train for item in demo.bundles.items[row]}
+    assert not new & in_train
+    assert not new & set(interactions.items[parts.train_interactions].tolist())
+    assert new & {int(item) for row in parts.test for item in demo.bundles.items[row]}
+    # Nothing else changes: the parts are those of the split by user, less train bundles with a new item.
+    kept = {row for row in plain.train.tolist() if not new & set(demo.bundles.items[row].tolist())}
+    assert set(parts.train.tolist()) == kept
+    assert set(plain.test.tolist()) <= set(parts.test.tolist())
 
 
 def test_too_few_bundles_say_how_many_are_needed() -> None:

@@ -36,6 +36,7 @@ def evaluate(
         from peft_combo.adapters import AdapterStore
         from peft_combo.backbone import Backbone
         from peft_combo.bank import AdapterBank
+        from peft_combo.categories import Areas, split_problem
         from peft_combo.data import open_dataset, split_as
         from peft_combo.evaluation import evaluate as run
         from peft_combo.evaluation import plot
@@ -46,13 +47,9 @@ def evaluate(
         parts = split_as(dataset, config)
         opened = AdapterStore(store)
         for reference in adapters or ():
-            stamp = opened.open(reference).manifest.data
-            if stamp.split_digest != parts.digest:
-                raise DataError(
-                    f"Adapter {reference} was tuned on another split of {stamp.name} ({stamp.split_digest[:12]}, here "
-                    f"{parts.digest[:12]}), so it may have learned from these test bundles. Evaluate it with the data "
-                    "and the recipe it was tuned with."
-                )
+            manifest = opened.open(reference).manifest
+            if problem := split_problem(manifest, parts, config):
+                raise DataError(problem)
         bank, kept, texts = (
             AdapterBank(Backbone.of(loaded.backbone), opened),
             VectorCache(cache),
@@ -64,9 +61,10 @@ def evaluate(
             reference: (kept.vectors(bank, texts, reference, watch.advance), bank.get(reference).head)
             for reference in adapters or ()
         }
+        recipes = {reference: bank.get(reference).record.manifest.recipe for reference in adapters or ()}
         report = run(
-            dataset, parts, frozen=frozen, tuned=tuned, text=config.text, seed=loaded.seed,
-            advance=lambda name: watch.note(f"measured {name}"),
+            dataset, parts, frozen=frozen, tuned=tuned, areas=Areas.of(dataset.catalog, recipes), text=config.text,
+            seed=loaded.seed, advance=lambda name: watch.note(f"measured {name}"),
         )  # fmt: skip
     if plot_file is not None:
         plot(report, plot_file)
@@ -83,7 +81,9 @@ def _print_report(report: Report) -> None:
         f"{counts['items']:,} items; split {report.split_digest[:12]}"
     )
     slices = [
-        name for name in report.lines[0].slices if name in ("warm target", "cold target", "same-leaf", "cross-leaf")
+        name
+        for name in report.lines[0].slices
+        if name in ("warm target", "cold target", "same-leaf", "cross-leaf", "cross-category")
     ]
     peers = sorted({name for line in report.lines for name in line.p})
     print_table(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
 from peft_combo.cli.shown import ConsoleWatch, console_watch, print_json, print_table, words
+from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
     from peft_combo.recipe import Recipe
@@ -23,8 +24,9 @@ def recommend(
     items: Annotated[str | None, typer.Option("--items", help="Item ids every bundle holds: F1,F7.")] = None,
     user: Annotated[str | None, typer.Option("--user", help="User id; with it the bundles suit that user.")] = None,
     query: Annotated[str | None, typer.Option("--query", help="What is looked for, in words.")] = None,
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", help="fashion or fashion@v2; default: the recipe's category.")
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="fashion or fashion@v2, may be repeated; default: the recipe's category."),
     ] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="No adapter: the frozen encoder.")] = False,
     single: Annotated[bool, typer.Option("--single", help="Single items that complete, instead of bundles.")] = False,
@@ -40,64 +42,87 @@ def recommend(
     diversity: Annotated[float, typer.Option("--diversity", min=0, max=1, help="0 the best, 1 the most varied.")] = 0.3,
     substitute: Annotated[bool, typer.Option("--substitute", help="Replace like by like, not complete.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say from what evidence.")] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Answer a file: a request as a JSON object on each line.")
+    ] = None,
+    target: Annotated[Path | None, typer.Option("--to", help="With --from: .jsonl or .parquet for answers.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
     store: StoreOption = Path("adapters"),
     cache: CacheOption = Path("vectors"),
+    fitted_folder: Annotated[Path, typer.Option("--fitted", help="Folder that keeps fitted recommenders.")] = Path(
+        "fitted"
+    ),
     as_json: JsonOption = False,
 ) -> None:
-    """Recommend bundles, or single items, for items, a user or a text."""
+    """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
     from peft_combo.recipe_files import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    if (source is None) != (target is None):
+        raise DataError("--from FILE and --to FILE go together: requests and where their answers go.")
+    asked = {
+        "items": list(words(items) or ()), "user": user, "query": query, "single": single, "k": k,
+        "slots": _listed(slots), "without_slots": _listed(without_slots), "budget": budget, "max_price": max_price,
+        "season": season, "categories": list(category or ()), "size": size, "in_stock": in_stock,
+        "diversity": diversity, "substitute": substitute, "explain": explain,
+    }  # fmt: skip
     with console_watch() as watch:
-        from peft_combo.composing import Options
-        from peft_combo.constraints import Constraints
+        references = [] if frozen else adapters or [loaded.category]
+        fitted = _recommender(loaded, references, store, cache, fitted_folder, watch)
+        from peft_combo.batch import Request, answer, answer_file, count_requests
 
-        fitted = _recommender(loaded, None if frozen else adapter or loaded.category, store, cache, watch)
-    constraints = Constraints(
-        budget=budget, price_max=max_price, in_stock=in_stock, season=season, categories=tuple(category or ()),
-        size=None if size is None else (size, size),
-    )  # fmt: skip
-    given = words(items) or ()
-    if single:
-        suggestions = fitted.complete(given, user=user, k=k, constraints=constraints)
-        if as_json:
-            print_json([asdict(one) for one in suggestions])
-        else:
-            _print_suggestions(suggestions, explain)
+        if source is not None and target is not None:
+            watch.stage("Answering", count_requests(source))
+            done = answer_file(fitted, source, target, asked, watch.advance)
+    if source is not None:
+        print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
+        if done.errors:
+            line, error = next(iter(done.errors.items()))
+            raise DataError(
+                f"{len(done.errors):,} of {done.requests:,} requests have no answer; {target} says why beside each. "
+                f"The first, line {line}: {error}"
+            )
         return
-    bundles = fitted.compose(
-        given, user=user, query=query, constraints=constraints, required=words(slots), forbidden=words(without_slots),
-        options=Options(k=k, diversity=diversity, mode="substitute" if substitute else "complement"),
-    )  # fmt: skip
+    found = answer(fitted, Request.model_validate(asked))
     if as_json:
-        print_json([asdict(one) for one in bundles])
+        print_json([asdict(one) for one in found])
+    elif single:
+        _print_suggestions(cast("list[Suggestion]", found), explain)
     else:
-        _print_bundles(bundles, explain)
+        _print_bundles(cast("list[Recommendation]", found), explain)
+
+
+def _listed(text: str | None) -> list[str] | None:
+    found = words(text)
+    return None if found is None else list(found)
 
 
 def _recommender(
-    recipe: Recipe, adapter: str | None, store: Path, cache: Path, watch: ConsoleWatch
+    recipe: Recipe, adapters: Sequence[str], store: Path, cache: Path, folder: Path, watch: ConsoleWatch
 ) -> BundleRecommender:
     from peft_combo.adapters import AdapterStore
     from peft_combo.backbone import Backbone
     from peft_combo.bank import AdapterBank
     from peft_combo.data import open_dataset, split_as
-    from peft_combo.recommender import BundleRecommender
+    from peft_combo.recommender_files import fitted_recommender
     from peft_combo.vectors import VectorCache
 
     opened = AdapterStore(store)
-    if adapter is not None:
-        opened.open(adapter)  # a name that is not stored is better told before anything is loaded
+    for reference in adapters:
+        opened.open(reference)  # a name that is not stored is better told before anything is loaded
     config = recipe.data
     dataset = open_dataset(config)
     parts = split_as(dataset, config)
     bank = AdapterBank(Backbone.of(recipe.backbone), opened)
-    watch.stage("Encoding the catalogue", len(dataset.catalog) * (1 if adapter is None else 2))
-    return BundleRecommender.fit(
-        dataset, parts, bank, adapter, text=config.text, cache=VectorCache(cache), progress=watch.advance
-    )
+    watch.stage("Encoding the catalogue", len(dataset.catalog) * (1 + len(adapters)))
+    made = fitted_recommender(
+        folder, dataset, parts, bank, adapters, text=config.text, seed=recipe.seed, cache=VectorCache(cache),
+        progress=watch.advance, done=lambda name: watch.note(f"fitted {name}"),
+    )  # fmt: skip
+    for note in made.notes:
+        watch.note(f"Note: {note}")
+    return made
 
 
 def _print_suggestions(suggestions: Sequence[Suggestion], explain: bool) -> None:
@@ -107,7 +132,8 @@ def _print_suggestions(suggestions: Sequence[Suggestion], explain: bool) -> None
         if explain:
             shares = ", ".join(f"{name} {share:+.2f}" for name, share in one.shares.items())
             together = ", ".join(f"{count} bundles with {item}" for item, count in one.together.items())
-            why = "; ".join(filter(None, (shares, together)))
+            because = ", ".join(f"{share:+.2f} for {item}" for item, share in one.because.items())
+            why = "; ".join(filter(None, (shares, because, together)))
         price = "" if one.price is None else f"{one.price:.2f}"
         rows.append((one.item_id, one.title, one.slot or "", price, f"{one.score:.2f}", why))
     header = ("item", "title", "slot", "price", "score", "why" if explain else "")

@@ -108,6 +108,20 @@ class Catalog:
         path = self.categories[row]
         return path[-1] if path else None
 
+    @cached_property
+    def leaf_numbers(self) -> NDArray[np.int64] | None:
+        """Number of each item's category leaf, or of its slot where no item has a category: (N,), -1 for none.
+
+        None where items have neither.
+        """
+        names: Sequence[str | None] = [self.leaf(row) for row in range(len(self))]
+        if not any(names):
+            names = self.slots
+        if not any(names):
+            return None
+        numbers = {name: number for number, name in enumerate(sorted({name for name in names if name}))}
+        return np.array([numbers[name] if name else -1 for name in names], np.int64)
+
     def texts(self, template: str = "{title}") -> list[str]:
         """Return one text per item, made from `template` over the item's fields, with whitespace normalised.
 

@@ -19,8 +19,11 @@ from peft_combo.errors import DataError
 if TYPE_CHECKING:
     from peft_combo.recipe import DataConfig
 
-SplitBy = Literal["user", "bundle", "time"]
+SplitBy = Literal["user", "bundle", "time", "cold-item"]
 
+# Share of the items that are new in a cold-item split. Every train bundle that holds one is dropped: of baskets of ten,
+# two in five at this share.
+_NEW_ITEMS = 0.05
 # What a part needs to be a part at all: something to learn from, something to measure.
 _MINIMUM = {"train": 2, "valid": 1, "test": 1}
 
@@ -31,7 +34,8 @@ class Split:
 
     Attributes:
         train, valid, test: (n,) int32 ascending rows of the bundles.
-        dropped: held-out rows left out because their very item set occurs in train (or, for validation, in test).
+        dropped: held-out rows left out because their very item set occurs in train (or, for validation, in test); by
+            "cold-item" also train rows that hold a new item.
         train_interactions: (e,) int64 ascending rows of `Dataset.interactions` that a scorer may be fitted on.
         digest: sha256 over the ids of each part, the rows of train_interactions and the parameters.
     """
@@ -55,11 +59,12 @@ def split(
 
     By "user", all bundles of one group (the owner; a bundle without owner stands alone) go to one part. By "bundle",
     each bundle is placed alone, and users may be on both sides. By "time", the latest bundles are held out: those of
-    one moment stay together, so a part may differ from its fraction.
+    one moment stay together, so a part may differ from its fraction. By "cold-item", as by "user", and one item in
+    twenty is new: no bundle or interaction that train may see holds it, which asks for the answers nobody could count.
 
-    Train may see an interaction unless it gives a held-out bundle away: by "user", every interaction of a held-out user
-    is barred; by "bundle", those of a held-out bundle's basket and those of its owner with its items; by "time", those
-    not strictly earlier than the first held-out bundle, and those without a time.
+    Train may see an interaction unless it gives a held-out bundle away: by "user" and "cold-item", every interaction of
+    a held-out user is barred; by "bundle", those of a held-out bundle's basket and those of its owner with its items;
+    by "time", those not strictly earlier than the first held-out bundle, and those without a time.
 
     Args:
         valid_fraction: share meant for validation; 0 leaves it empty.
@@ -72,7 +77,7 @@ def split(
     if min(valid_fraction, test_fraction) < 0 or valid_fraction + test_fraction >= 1:
         raise ValueError(f"fractions must be >= 0 and sum to less than 1, not {valid_fraction} and {test_fraction}")
     match by:
-        case "user":
+        case "user" | "cold-item":
             keys = [f"{seed}:{group}" for group in dataset.bundles.groups]
             in_part = _by_hash(keys, valid_fraction, test_fraction)
         case "bundle":
@@ -82,11 +87,16 @@ def split(
             in_part = _by_time(dataset, valid_fraction, test_fraction)
         case _:
             assert_never(by)
-    dropped = _repeated(dataset, in_part)
+    new_items = np.zeros(len(dataset.catalog), bool)
+    if by == "cold-item":
+        new_items = _positions([f"{seed}:item:{item_id}" for item_id in dataset.catalog.item_ids]) < _NEW_ITEMS
+        holds_new = np.array([bool(new_items[rows].any()) for rows in dataset.bundles.items], bool)
+        in_part = np.where((in_part == "train") & holds_new, "dropped", in_part)
+    dropped = _repeated(dataset, in_part) | (in_part == "dropped")
     parts = {name: np.flatnonzero((in_part == name) & ~dropped).astype(np.int32) for name in _MINIMUM}
     _refuse_small(dataset, by, parts, {"train": 1.0, "valid": valid_fraction, "test": test_fraction})
     # Barred by all that was held out: the owner of a dropped bundle is a held-out user all the same.
-    train_interactions = _visible(dataset, by, in_part != "train")
+    train_interactions = _visible(dataset, by, (in_part != "train") & (in_part != "dropped"), new_items)
     digest = hashlib.sha256(f"peft-combo split 1\n{by} {valid_fraction!r} {test_fraction!r} {seed}\n".encode())
     for name, rows in parts.items():
         digest.update(f"{name} {len(rows)}\n".encode())
@@ -112,15 +122,19 @@ def split_as(dataset: Dataset, config: DataConfig) -> Split:
 
 def _by_hash(keys: list[str], valid_fraction: float, test_fraction: float) -> NDArray[np.str_]:
     """Return the part of each key: its sha256 as a number in [0, 1) against the fractions."""
-    positions = np.array(
+    positions = _positions(keys)
+    return np.where(
+        positions < test_fraction, "test", np.where(positions < test_fraction + valid_fraction, "valid", "train")
+    )
+
+
+def _positions(keys: list[str]) -> NDArray[np.float64]:
+    return np.array(
         [
             int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
             for key in keys
         ],
         dtype=np.float64,
-    )
-    return np.where(
-        positions < test_fraction, "test", np.where(positions < test_fraction + valid_fraction, "valid", "train")
     )
 
 
@@ -179,8 +193,10 @@ def _refuse_small(
     )
 
 
-def _visible(dataset: Dataset, by: SplitBy, held_out: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return the interactions that give nothing of the held-out bundles away."""
+def _visible(
+    dataset: Dataset, by: SplitBy, held_out: NDArray[np.bool_], new_items: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Return the interactions that give nothing of the held-out bundles away and hold no new item."""
     interactions, bundles = dataset.interactions, dataset.bundles
     if interactions is None:
         return np.empty(0, np.int64)
@@ -188,7 +204,7 @@ def _visible(dataset: Dataset, by: SplitBy, held_out: NDArray[np.bool_]) -> NDAr
     user_place = {user: place for place, user in enumerate(interactions.user_ids)}
     of_held_basket = (interactions.baskets >= 0) & np.isin(interactions.baskets, bundles.baskets[held_rows])
     match by:
-        case "user":
+        case "user" | "cold-item":
             owners = {bundles.owners[row] for row in held_rows} | {bundles.groups[row] for row in held_rows}
             barred_users = [user_place[owner] for owner in owners if owner in user_place]
             barred = of_held_basket | np.isin(interactions.users, barred_users)
@@ -208,4 +224,4 @@ def _visible(dataset: Dataset, by: SplitBy, held_out: NDArray[np.bool_]) -> NDAr
             barred = ~(interactions.times < first_held)
         case _:
             assert_never(by)
-    return np.flatnonzero(~barred).astype(np.int64)
+    return np.flatnonzero(~barred & ~new_items[interactions.items]).astype(np.int64)
