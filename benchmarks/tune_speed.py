@@ -36,10 +36,10 @@ import torch
 from torch import nn
 
 from peft_combo import methods
+from peft_combo.adapter_configs import LoraAdapter
 from peft_combo.architectures import layers_of, set_dropout, set_training
 from peft_combo.backbone import Backbone, length_sorted_chunks
 from peft_combo.item_encoder import ItemEncoder
-from peft_combo.recipe import LoraAdapter
 from peft_combo.recipe_files import load_recipe
 
 BATCH = 192  # distinct items in a batch of lora-fashion: 32 bundles and 64 extra negatives

@@ -25,8 +25,9 @@ class Architecture:
     Attributes:
         layers: path of the ``ModuleList`` of layers.
         query_value: modules of a layer that make queries and values (fused projections count).
-        attention: all linear modules of a layer's attention.
-        ffn: the linear modules of a layer's feed-forward part.
+        key_value: modules of a layer that make keys and values, the keys first.
+        attention: all linear modules of a layer's attention, the one that leads back into the layer last.
+        ffn: the linear modules of a layer's feed-forward part, in the order they are passed.
         embeddings: path of the module that turns token ids into the first hidden states.
         between: modules between the embeddings and the first layer, skipped by an upper view.
         after: modules behind the last layer, skipped by a lower view.
@@ -37,6 +38,7 @@ class Architecture:
 
     layers: str
     query_value: tuple[str, ...]
+    key_value: tuple[str, ...]
     attention: tuple[str, ...]
     ffn: tuple[str, ...]
     embeddings: str = "embeddings"
@@ -49,6 +51,7 @@ class Architecture:
 _BERT = Architecture(
     layers="encoder.layer",
     query_value=("attention.self.query", "attention.self.value"),
+    key_value=("attention.self.key", "attention.self.value"),
     attention=("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
     ffn=("intermediate.dense", "output.dense"),
     between=("embeddings_project",),
@@ -66,12 +69,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "distilbert": Architecture(
         layers="transformer.layer",
         query_value=("attention.q_lin", "attention.v_lin"),
+        key_value=("attention.k_lin", "attention.v_lin"),
         attention=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
         ffn=("ffn.lin1", "ffn.lin2"),
     ),
     "modernbert": Architecture(
         layers="layers",
         query_value=("attn.Wqkv",),
+        key_value=("attn.Wqkv",),
         attention=("attn.Wqkv", "attn.Wo"),
         ffn=("mlp.Wi", "mlp.Wo"),
         after=("final_norm",),
@@ -79,12 +84,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpnet": Architecture(
         layers="encoder.layer",
         query_value=("attention.attn.q", "attention.attn.v"),
+        key_value=("attention.attn.k", "attention.attn.v"),
         attention=("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
         ffn=("intermediate.dense", "output.dense"),
     ),
     "albert": Architecture(
         layers="encoder.albert_layer_groups.0.albert_layers",
         query_value=("attention.query", "attention.value"),
+        key_value=("attention.key", "attention.value"),
         attention=("attention.query", "attention.key", "attention.value", "attention.dense"),
         ffn=("ffn", "ffn_output"),
         splittable=False,
@@ -92,6 +99,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deberta-v2": Architecture(
         layers="encoder.layer",
         query_value=("attention.self.query_proj", "attention.self.value_proj"),
+        key_value=("attention.self.key_proj", "attention.self.value_proj"),
         attention=(
             "attention.self.query_proj",
             "attention.self.key_proj",
@@ -163,10 +171,6 @@ def target_modules(model: nn.Module, targets: TargetSet | Sequence[str], top_lay
             names = architecture.attention + architecture.ffn
         case _:
             names = tuple(targets)
-    if top_layers is not None and top_layers > len(layers):
-        raise BackboneError(
-            f"adapter.top_layers: expected at most {len(layers)} (the encoder has so many layers), found {top_layers}."
-        )
     known = [name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear)]
     for name in names:
         # ModernBERT's first layer lacks a norm but no linear module, so one layer speaks for all.
@@ -175,8 +179,41 @@ def target_modules(model: nn.Module, targets: TargetSet | Sequence[str], top_lay
                 f'adapter.targets: no linear module "{name}" in a layer of {model_type(model)}. '
                 f"Found: {', '.join(known)}. {did_you_mean(name, known)}".rstrip()
             )
-    first = 0 if top_layers is None else len(layers) - top_layers
+    first = first_of_top(model, top_layers)
     return [f"{architecture.layers}.{index}.{name}" for index in range(first, len(layers)) for name in names]
+
+
+def first_of_top(model: nn.Module, top_layers: int | None) -> int:
+    """Return the index of the lowest of the last `top_layers` layers; 0 for None.
+
+    Raises:
+        BackboneError: the encoder has fewer layers.
+    """
+    depth = len(layers_of(model))
+    if top_layers is not None and top_layers > depth:
+        raise BackboneError(
+            f"adapter.top_layers: expected at most {depth} (the encoder has so many layers), found {top_layers}."
+        )
+    return 0 if top_layers is None else depth - top_layers
+
+
+def modules_of_top(model: nn.Module, top_layers: int | None) -> dict[str, nn.Module]:
+    """Return, by full name, the modules in the last `top_layers` layers and behind them; for None all there are.
+
+    Raises:
+        BackboneError: the encoder has fewer layers.
+    """
+    first = first_of_top(model, top_layers)
+    if top_layers is None:
+        return dict(model.named_modules())
+    architecture = architecture_of(model)
+    reached = [f"{architecture.layers}.{index}" for index in range(first, len(layers_of(model)))]
+    reached += architecture.after
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(name == place or name.startswith(f"{place}.") for place in reached)
+    }
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -188,7 +225,7 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         if type(module).__module__.startswith("bitsandbytes"):
-            memo[id(module)] = module  # its quantised state lives outside parameters and is only ever read
+            memo[id(module)] = _twin(module)  # its quantised state lives outside parameters and is only ever read
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
     return copy.deepcopy(model, memo)
@@ -233,11 +270,18 @@ def upper_view(model: nn.Module, cut: int) -> nn.Module:
 def _with_child(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
     """Return a shallow copy of `module` in which the module at `path` is `child`; all else is shared."""
     name, _, rest = path.partition(".")
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
+    twin = _twin(module)
     inner = twin._modules[name]
     assert inner is not None
     twin._modules[name] = _with_child(inner, rest, child) if rest else child
+    return twin
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Return a shallow copy of `module`: the same children and tensors, either of which can be set in it alone."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    twin._parameters = dict(module._parameters)
     return twin
 
 
@@ -253,9 +297,9 @@ def set_training(model: nn.Module, cut: int, training: bool) -> None:
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """Set the encoder's own dropout (hidden and attention) to `rate`; LoRA's dropout is not touched."""
+    """Set the encoder's own dropout (hidden and attention) to `rate`; an adapter's dropout is not touched."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+        if isinstance(module, nn.Dropout) and not any(own in name for own in ("lora_dropout", "vera_dropout")):
             module.p = rate
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = rate  # ModernBERT hands a number to its attention instead

@@ -8,39 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import string
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
+from pydantic import Field, Strict, StringConstraints, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
+
+from peft_combo.adapter_configs import (
+    AdapterConfig,
+    FullTuning,
+    LohaAdapter,
+    LokrAdapter,
+    LoraAdapter,
+    PrefixAdapter,
+    PromptAdapter,
+    PTuningAdapter,
+    TopLayers,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
-
 from peft_combo.errors import Fault, RecipeError, did_you_mean
+from peft_combo.recipe_fields import Bool, Int, Real, Section, Text, fault, shown
 
-# True is not an integer and "8" is not one either; a whole number is a fine real number (strict floats take 1 as 1.0).
-Int = Annotated[int, Strict()]
-Real = Annotated[float, Strict()]
-Bool = Annotated[bool, Strict()]
-# Control characters would travel into paths, manifests and terminals.
-Text = Annotated[
-    str,
-    Strict(),
-    StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$"),
-    Field(json_schema_extra={"patternErrorMessage": "one line of text"}),
-]
 Name = Annotated[
     str,
     Strict(),
@@ -52,15 +42,9 @@ Name = Annotated[
     ),
 ]
 Metric = Literal["r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr"]
-TargetSet = Literal["attention", "attention+ffn", "query+value"]
 
 
-class _Section(BaseModel):
-    # Defaults are validated too, so that a check across two fields also sees the one that was not given.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-
-class BackboneConfig(_Section):
+class BackboneConfig(Section):
     """The frozen encoder and how a text becomes one vector."""
 
     model: Text = Field(
@@ -81,7 +65,7 @@ class BackboneConfig(_Section):
     )
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where items, bundles and interactions come from, and how they are divided."""
 
     source: Literal["demo", "folder", "bundlerec", "completejourney"] = Field(
@@ -134,7 +118,7 @@ class DataConfig(_Section):
     def _path_suits_source(cls, path: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
         if path is not None and source in ("demo", "completejourney"):
-            raise _fault(f"source {source} takes no path.", "Set data.source to folder or bundlerec, or drop the path.")
+            raise fault(f"source {source} takes no path.", "Set data.source to folder or bundlerec, or drop the path.")
         return path
 
     @field_validator("text")
@@ -144,11 +128,11 @@ class DataConfig(_Section):
         try:
             parts = list(string.Formatter().parse(text))
         except ValueError:
-            raise _fault(f"{expected}, found {shown(text)}.", "Braces come in pairs.") from None
+            raise fault(f"{expected}, found {shown(text)}.", "Braces come in pairs.") from None
         fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
         # Plain names only: "{title.__class__}" and "{title:>9999999}" reach further than a template should.
         if not fields or any(spec or conversion or not name.isidentifier() for name, spec, conversion in fields):
-            raise _fault(f"{expected}, found {shown(text)}.", "It needs at least one {column}, and plain names only.")
+            raise fault(f"{expected}, found {shown(text)}.", "It needs at least one {column}, and plain names only.")
         return text
 
     @field_validator("departments")
@@ -156,7 +140,7 @@ class DataConfig(_Section):
     def _departments_suit_source(cls, departments: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         source = info.data.get("source")
         if departments and source not in (None, "completejourney"):
-            raise _fault(f"source {source} has no departments.", "Use data.category_filter, or drop them.")
+            raise fault(f"source {source} has no departments.", "Use data.category_filter, or drop them.")
         return departments
 
     @field_validator("max_bundle_size")
@@ -164,7 +148,7 @@ class DataConfig(_Section):
     def _sizes_in_order(cls, largest: int, info: ValidationInfo) -> int:
         smallest = info.data.get("min_bundle_size")
         if smallest is not None and largest < smallest:
-            raise _fault(f"expected at least data.min_bundle_size, which is {smallest}, found {largest}.")
+            raise fault(f"expected at least data.min_bundle_size, which is {smallest}, found {largest}.")
         return largest
 
     @field_validator("test_fraction")
@@ -172,143 +156,14 @@ class DataConfig(_Section):
     def _something_left_to_train_on(cls, test: float, info: ValidationInfo) -> float:
         valid = info.data.get("valid_fraction")
         if valid is not None and valid + test >= 1:
-            raise _fault(
+            raise fault(
                 f"expected less than 1 together with data.valid_fraction, found {valid:g} + {test:g}.",
                 "The rest is what the run trains on.",
             )
         return test
 
 
-def _target_list(value: object) -> object:
-    # A union of a choice and a list would be reported once per member; this says it once.
-    names = get_args(TargetSet)
-    expected = f"expected one of {', '.join(names)}, or a list of module names"
-    if isinstance(value, str) and value not in names:
-        raise _fault(f"{expected}; found {shown(value)}.", did_you_mean(value, names))
-    if not isinstance(value, str | list | tuple) or not value:
-        raise _fault(f"{expected}; found {shown(value)}.")
-    for entry in value:
-        if not isinstance(entry, str) or not entry or not entry.isprintable():
-            raise _fault(f"{expected}; found {shown(entry)} in the list.")
-    return value
-
-
-Targets = Annotated[TargetSet | tuple[Text, ...], BeforeValidator(_target_list)]
-_TARGETS = (
-    "Linear layers that get an adapter: query+value, attention (query, key, value, output), attention+ffn, "
-    "or a list of module names."
-)
-_TOP_LAYERS = (
-    "Adapt only this many layers nearest the output, counted from the top; null adapts all. The layers below then "
-    "give the same states at every step and can be computed once."
-)
-
-
-class LoraAdapter(_Section):
-    """A low-rank update beside frozen weights. Hu et al. 2021, LoRA."""
-
-    method: Literal["lora"] = "lora"
-    rank: Int = Field(default=8, ge=1, le=1024, description="Rank of each update.")
-    alpha: Real = Field(default=16.0, gt=0, le=4096, description="Scale; the update is multiplied by alpha / rank.")
-    dropout: Real = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Dropout on the input of each update; on a CPU it costs a third of the step.",
-    )
-    targets: Targets = Field(default="attention+ffn", description=_TARGETS)
-    top_layers: Int | None = Field(default=None, ge=1, le=256, description=_TOP_LAYERS)
-    rslora: Bool = Field(
-        default=False, description="Scale by alpha / sqrt(rank) instead, which keeps high ranks learning."
-    )
-
-
-class AdaloraAdapter(_Section):
-    """LoRA whose rank is moved to the layers that use it. Zhang et al. 2023, AdaLoRA."""
-
-    method: Literal["adalora"] = "adalora"
-    initial_rank: Int = Field(default=12, ge=1, le=1024, description="Rank of each update at the start.")
-    target_rank: Int = Field(default=8, ge=1, le=1024, description="Mean rank of the updates at the end.")
-    alpha: Real = Field(default=16.0, gt=0, le=4096, description="Scale of the update.")
-    dropout: Real = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Dropout on the input of each update; on a CPU it costs a third of the step.",
-    )
-    targets: Targets = Field(default="attention+ffn", description=_TARGETS)
-    top_layers: Int | None = Field(default=None, ge=1, le=256, description=_TOP_LAYERS)
-    warmup_fraction: Real = Field(
-        default=0.1, ge=0, lt=1, description="Share of the optimizer steps at the initial rank (t_i in the paper)."
-    )
-    final_fraction: Real = Field(
-        default=0.3, ge=0, lt=1, description="Share of the optimizer steps at the end with the ranks fixed (t_f)."
-    )
-    allocate_every: Int = Field(
-        default=10, ge=1, le=100_000, description="Optimizer steps between two allocations (Delta T)."
-    )
-    beta1: Real = Field(default=0.85, ge=0, lt=1, description="Smoothing of the importance of a rank.")
-    beta2: Real = Field(default=0.85, ge=0, lt=1, description="Smoothing of the uncertainty of that importance.")
-    orthogonal_weight: Real = Field(
-        default=0.5, ge=0, le=100, description="Weight of the penalty that keeps P and Q orthogonal (gamma)."
-    )
-
-    @field_validator("target_rank")
-    @classmethod
-    def _rank_only_falls(cls, target: int, info: ValidationInfo) -> int:
-        initial = info.data.get("initial_rank")
-        if initial is not None and target > initial:
-            raise _fault(f"expected at most adapter.initial_rank, which is {initial}, found {target}.")
-        return target
-
-    @field_validator("final_fraction")
-    @classmethod
-    def _some_steps_allocate(cls, final: float, info: ValidationInfo) -> float:
-        warmup = info.data.get("warmup_fraction")
-        if warmup is not None and warmup + final >= 1:
-            raise _fault(
-                f"expected less than 1 together with adapter.warmup_fraction, found {warmup:g} + {final:g}.",
-                "The ranks are allocated in the steps between the two.",
-            )
-        return final
-
-
-class PrefixAdapter(_Section):
-    """Trained keys and values before every layer's own. Li and Liang 2021, Prefix-Tuning."""
-
-    method: Literal["prefix"] = "prefix"
-    length: Int = Field(default=8, ge=1, le=512, description="Prefix positions; they count against the model's limit.")
-    projection: Bool = Field(
-        default=False, description="Make the prefix with a small MLP while training, as the paper does for stability."
-    )
-    projection_size: Int = Field(default=256, ge=1, le=8192, description="Width of that MLP; unused without it.")
-
-
-class HeadOnly(_Section):
-    """No adapter: the head alone learns, over the frozen encoder. The control for every other method."""
-
-    method: Literal["head"] = "head"
-
-
-class TopLayers(_Section):
-    """The encoder's own top layers are trained; the rest stays frozen."""
-
-    method: Literal["top-layers"] = "top-layers"
-    layers: Int = Field(default=2, ge=1, le=256, description="Layers trained, counted from the output.")
-
-
-class FullTuning(_Section):
-    """Every weight of the encoder is trained. The costly reference."""
-
-    method: Literal["full"] = "full"
-
-
-AdapterConfig = Annotated[
-    LoraAdapter | AdaloraAdapter | PrefixAdapter | HeadOnly | TopLayers | FullTuning, Field(discriminator="method")
-]
-
-
-class BundleTask(_Section):
+class BundleTask(Section):
     """Learn which items belong with the rest of a bundle."""
 
     kind: Literal["bundle"] = "bundle"
@@ -346,14 +201,14 @@ class BundleTask(_Section):
 TaskConfig = BundleTask
 
 
-class EarlyStopping(_Section):
+class EarlyStopping(Section):
     """Stop when the validation metric has not improved for a while, and keep the best state."""
 
     metric: Metric = Field(default="ndcg@10", description="Validation metric; higher is better.")
     patience: Int = Field(default=3, ge=1, le=1000, description="Evaluations without improvement before stopping.")
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How the trainable weights are moved."""
 
     epochs: Int = Field(default=10, ge=1, le=1000, description="Passes over the training bundles.")
@@ -364,7 +219,9 @@ class TrainingConfig(_Section):
         default=1, ge=1, le=4096, description="Micro-batches per optimizer step; it divides the batch size."
     )
     optimizer: Literal["adamw", "sgd", "adafactor"] = Field(default="adamw", description="Optimizer.")
-    learning_rate: Real = Field(default=1e-3, gt=0, le=10, description="Peak learning rate of the adapter.")
+    learning_rate: Real = Field(
+        default=1e-3, gt=0, le=10, description="Peak learning rate of the adapter; left out, the method's own."
+    )
     head_learning_rate: Real | None = Field(
         default=None, gt=0, le=10, description="Peak learning rate of the head; null takes the adapter's."
     )
@@ -402,11 +259,11 @@ class TrainingConfig(_Section):
     def _divides_the_batch(cls, accumulation: int, info: ValidationInfo) -> int:
         batch = info.data.get("batch_size")
         if batch is not None and batch % accumulation:
-            raise _fault(f"expected a divisor of training.batch_size, which is {batch}, found {accumulation}.")
+            raise fault(f"expected a divisor of training.batch_size, which is {batch}, found {accumulation}.")
         return accumulation
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run, complete: validating what it dumps gives an equal recipe."""
 
     name: Name = Field(description="Name of the recipe; the file's name where the file does not say.")
@@ -419,24 +276,60 @@ class Recipe(_Section):
     training: TrainingConfig = Field(default=TrainingConfig(), description="How it is trained.")
     store: Text = Field(default="adapters", description="Folder of the adapter store.")
 
+    @property
+    def metric(self) -> str:
+        """The validation metric that early stopping watches and a head's settings are chosen for."""
+        return self.training.early_stopping.metric if self.training.early_stopping else "ndcg@10"
+
     @field_validator("adapter")
     @classmethod
     def _adapter_suits_backbone(cls, adapter: AdapterConfig, info: ValidationInfo) -> AdapterConfig:
         backbone = info.data.get("backbone")
         if not isinstance(backbone, BackboneConfig):
             return adapter
-        if isinstance(adapter, PrefixAdapter) and adapter.length >= backbone.max_length:
-            raise _fault(
+        bits = backbone.quantization
+        if (
+            isinstance(adapter, PrefixAdapter | PromptAdapter | PTuningAdapter)
+            and adapter.length >= backbone.max_length
+        ):
+            raise fault(
                 f"expected less than backbone.max_length, which is {backbone.max_length}, found {adapter.length}.",
                 where="adapter.length",
             )
-        if isinstance(adapter, TopLayers | FullTuning) and backbone.quantization != "none":
-            raise _fault(
-                f"{adapter.method} trains the encoder's own weights, which {backbone.quantization} ones do not allow.",
+        if isinstance(adapter, TopLayers | FullTuning) and bits != "none":
+            raise fault(
+                f"{adapter.method} trains the encoder's own weights, which {bits} ones do not allow.",
                 "Set backbone.quantization to none, or take a method that leaves them frozen (lora, adalora, prefix).",
                 where="adapter.method",
             )
+        if isinstance(adapter, LoraAdapter) and adapter.pissa and bits != "none":
+            raise fault(
+                f"pissa starts from the singular vectors of the weights, which {bits} ones do not show.",
+                "Set backbone.quantization to none, or adapter.pissa to false.",
+                where="adapter.pissa",
+            )
+        if isinstance(adapter, LoraAdapter) and adapter.dora and bits == "8bit":
+            raise fault(
+                "dora reads the weights at every step, and 8bit ones lose their scales by that.",
+                "Set backbone.quantization to 4bit or none, or adapter.dora to false.",
+                where="adapter.dora",
+            )
+        if isinstance(adapter, LohaAdapter | LokrAdapter) and bits == "4bit":
+            raise fault(
+                f"{adapter.method} takes its shape from the stored weights, and 4bit ones are stored packed.",
+                "Set backbone.quantization to 8bit or none, or take lora.",
+                where="adapter.method",
+            )
         return adapter
+
+    @field_validator("training")
+    @classmethod
+    def _rate_of_the_method(cls, training: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        """A rate that is not given is the method's own: scales, prompts and whole layers bear very different ones."""
+        adapter = info.data.get("adapter")
+        if adapter is None or "learning_rate" in training.model_fields_set:
+            return training
+        return training.model_copy(update={"learning_rate": adapter.default_learning_rate})
 
     def digest(self) -> str:
         """Return the sha256 of the recipe as canonical JSON: equal recipes have equal digests, on any machine."""
@@ -477,10 +370,6 @@ def parse_recipe(raw: Mapping[str, object], title: str = "The recipe does not ho
 
 # How a violation reads. pydantic says what it refused and where; what was expected is read off the JSON schema, so a
 # range is stated once, in the field, and a wrong type and a wrong range get the same full sentence.
-
-
-def _fault(problem: str, remedy: str = "", where: str = "") -> PydanticCustomError:
-    return PydanticCustomError("fault", "{problem}", {"problem": problem, "remedy": remedy, "where": where})
 
 
 def _told(details: ErrorDetails) -> Fault:
@@ -621,34 +510,6 @@ def _range(node: Mapping[str, Any]) -> str:
     return f"{low} to {node['maximum']}" if low.startswith("from") else f"{low} and at most {node['maximum']}"
 
 
-def shown(value: object) -> str:
-    """Return a value the way a recipe would write it, short enough for one line."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case str():
-            text = printable(json.dumps(value, ensure_ascii=False))
-        case int():
-            # Python refuses to print integers of thousands of digits.
-            text = str(value) if value.bit_length() < 256 else "an integer of very many digits"
-        case float():
-            text = repr(value) if math.isfinite(value) else f".{value}".replace(".-", "-.")
-        case Mapping():
-            return "a mapping"
-        case list() | tuple():
-            return "an empty list" if not value else "a list"
-        case _:
-            return f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:76]}..."
-
-
 def dotted(step: int | str) -> str:
     """Return one step of a dotted path; a key that would blur the path is quoted and cut."""
     return str(step) if isinstance(step, int) or re.fullmatch(r"[\w-]{1,64}", step) else shown(step)
-
-
-def printable(text: str) -> str:
-    """Make a text printable whatever it holds: half a surrogate pair or an escape code would not be."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from peft_combo.errors import Fault, RecipeError, did_you_mean
-from peft_combo.recipe import Recipe, dotted, parse_recipe, printable, recipe_schema, shown
+from peft_combo.recipe import Recipe, dotted, parse_recipe, recipe_schema
+from peft_combo.recipe_fields import printable, shown
 
 _PACKAGE = Path(__file__).resolve().parent
 # A recipe is a page of text. The limits keep a wrong or hostile file from costing more than its error message.

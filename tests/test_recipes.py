@@ -8,28 +8,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, assert_never, get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
+from conftest import REPOSITORY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from peft_combo.errors import Fault, RecipeError
-from peft_combo.recipe import (
+from peft_combo.adapter_configs import (
     AdaloraAdapter,
     AdapterConfig,
-    FullTuning,
-    HeadOnly,
     LoraAdapter,
     PrefixAdapter,
-    Recipe,
-    TopLayers,
-    key_paths,
-    parse_recipe,
-    recipe_schema,
+    TokensAdapter,
 )
+from peft_combo.errors import Fault, RecipeError
+from peft_combo.recipe import Recipe, key_paths, parse_recipe, recipe_schema
 from peft_combo.recipe_files import (
     check,
     copy_recipe,
@@ -178,7 +174,7 @@ def test_the_faults_of_a_recipe_are_all_reported_each_with_its_path() -> None:
         ({"category": "Toys & Games"}, "category: expected a name of lower-case letters"),
         ({"category": "toys\n"}, "category: expected a name of lower-case letters"),
         ({"category": "../toys"}, "category: expected a name of lower-case letters"),
-        ({"adapter": {}}, "adapter.method: expected one of lora, adalora, prefix, head, top-layers, full; found noth"),
+        ({"adapter": {}}, "bitfit, head, top-layers, full; found nothing."),
         ({"adapter": 3}, "adapter: expected a mapping of keys to values, found 3."),
         ({"adapter": {"method": ["lora"]}}, "adapter.method: expected one of lora, adalora,"),
         ({"adapter": {"method": "lora", "targets": [3]}}, "adapter.targets: expected one of attention,"),
@@ -195,8 +191,8 @@ def test_a_fault_says_what_was_expected_and_what_was_found(changes: dict[str, An
 def test_a_wrong_method_is_answered_with_the_nearest() -> None:
     told = complaint(adapter={"method": "lorra"})
     assert told == (
-        "adapter.method: expected one of lora, adalora, prefix, head, top-layers, full; "
-        'found "lorra". Did you mean "lora"?'
+        "adapter.method: expected one of lora, adalora, vera, loha, lokr, randlora, oft, ia3, bottleneck, prefix, "
+        'prompt, p-tuning, tokens, layer-norm, bitfit, head, top-layers, full; found "lorra". Did you mean "lora"?'
     )
 
 
@@ -231,6 +227,28 @@ def test_a_whole_number_is_a_fine_real_number() -> None:
             {"adapter": {"method": "full"}, "backbone": {"quantization": "8bit"}},
             "adapter.method: full trains the encod",
         ),
+        (
+            {"adapter": {"method": "p-tuning", "length": 64}},
+            "adapter.length: expected less than backbone.max_length, whi",
+        ),
+        (
+            {"adapter": {"method": "lora", "pissa": True}, "backbone": {"quantization": "4bit"}},
+            "adapter.pissa: pissa starts from the singular vectors",
+        ),
+        (
+            {"adapter": {"method": "lora", "dora": True}, "backbone": {"quantization": "8bit"}},
+            "adapter.dora: dora reads the weights",
+        ),
+        (
+            {"adapter": {"method": "loha"}, "backbone": {"quantization": "4bit"}},
+            "adapter.method: loha takes its shape from the stored weights",
+        ),
+        ({"adapter": {"method": "lora", "pissa": True, "dora": True}}, "adapter.pissa: pissa and dora exclude each"),
+        (
+            {"adapter": {"method": "lora", "freeze_a": True, "plus_ratio": 2}},
+            "adapter.freeze_a: freeze_a and plus_ratio exclude each",
+        ),
+        ({"adapter": {"method": "tokens"}}, "adapter.words: expected a list, each entry one line of text, found noth"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(changes: dict[str, Any], told: str) -> None:
@@ -290,16 +308,28 @@ def test_data_given_to_a_recipe_without_a_folder_makes_it_one_with_a_folder() ->
     assert food.data.min_bundle_size == load_recipe("lora-food").data.min_bundle_size
 
 
-def test_the_union_of_adapters_is_closed() -> None:
-    def method(adapter: AdapterConfig) -> str:
-        match adapter:
-            case LoraAdapter() | AdaloraAdapter() | PrefixAdapter() | HeadOnly() | TopLayers() | FullTuning():
-                return adapter.method
-            case _:
-                assert_never(adapter)
+METHOD_CLASSES = get_args(get_args(AdapterConfig)[0])
 
-    union = get_args(get_args(AdapterConfig)[0])
-    assert [method(member()) for member in union] == ["lora", "adalora", "prefix", "head", "top-layers", "full"]
+
+def test_a_method_takes_its_own_learning_rate_where_the_recipe_names_none() -> None:
+    rates = {}
+    for kind in METHOD_CLASSES:
+        words = {"words": ["linen"]} if kind is TokensAdapter else {}
+        method = kind.model_fields["method"].default
+        recipe = parse_recipe({**SMALLEST, "adapter": {"method": method, **words}})
+        rates[method] = recipe.training.learning_rate
+        assert rates[method] == kind.default_learning_rate
+        assert "Learning rate: " in kind.__doc__ or method == "head"
+        assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+    assert rates["full"] < rates["top-layers"] < rates["lora"] < rates["ia3"]
+    given = parse_recipe({**SMALLEST, "adapter": {"method": "full"}, "training": {"learning_rate": 1e-3}})
+    assert given.training.learning_rate == 1e-3
+    assert load_recipe("lora-food").training.learning_rate == 1e-3
+
+
+def test_every_method_has_a_page() -> None:
+    pages = {path.stem for path in (REPOSITORY / "docs" / "methods").glob("*.md")}
+    assert pages == {kind.model_fields["method"].default for kind in METHOD_CLASSES}
 
 
 # YAML.
