@@ -1,156 +1,65 @@
 """The adapter store: a folder of tuned adapters, versioned per category.
 
-Owns where adapters lie, what they are called, what their manifest says and whether their bytes are still the ones that
-were written. Knows files and names; knows nothing of torch, of PEFT or of what the weights mean.
+Owns where adapters lie, which of them a reference means, what goes when room is needed, and whether their bytes are
+still the ones that were written. Knows files and names; knows nothing of torch, of PEFT or of what the weights mean.
 
     adapters/
       fashion/v1/  adapter_config.json  adapter_model.safetensors  head.safetensors  README.md  manifest.json
       fashion/v2/  ...
+      .aliases/    fashion@prod.json: where an alias points, and where it pointed before
       .taken/      one empty file per version number ever handed out, so that no number is used twice
+      .lock        held by whoever moves an alias or takes a version out
       .draft-*     a version that is being written; readers do not see it
+      .trash-*     a version that was taken out and is being deleted
 
-A version appears by one rename, after its manifest was written last and everything reached the disk. So whoever sees
-`manifest.json` sees a complete version, and a writer that dies leaves nothing but a draft for the next writer to clear.
+A version appears by one rename, after its manifest was written last and everything reached the disk, and goes by one
+rename. So whoever sees `manifest.json` sees a complete version, and a writer that dies leaves nothing but a draft or
+trash for the next writer to clear. Reading and adding versions take no lock.
 """
 
 from __future__ import annotations
 
 import builtins
-import errno
-import hashlib
-import io
-import json
-import os
-import re
-import secrets
-import shutil
-import socket
-import stat
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from peft_combo.aliases import FOLDER as ALIASES
+from peft_combo.aliases import Alias, AliasFolder, Move, new_alias
+from peft_combo.drafts import Draft, clear_leftovers, drafting, leftovers
 from peft_combo.errors import Fault, StoreError, did_you_mean, nearest
-from peft_combo.manifest import (
-    CARD,
-    FORMAT,
-    MANIFEST,
-    MANIFEST_LIMIT,
-    BackboneStamp,
-    DataStamp,
-    FileEntry,
-    JsonObject,
-    Manifest,
-    model_card,
-    name_problem,
-    parse_manifest,
-    said_by_writer,
-    shown,
-    validated_manifest,
-)
+from peft_combo.manifest import CARD, MANIFEST, BackboneStamp, DataStamp, Manifest, model_card, shown
+from peft_combo.references import CATEGORY, VERSION, Reference, Version, check_alias, check_category, parse_reference
+from peft_combo.store_files import content_problem, discard, entries, explained, locked, outside, size_of
+from peft_combo.versions import AdapterRecord, VersionFolders, read_manifest, spaced, unusable
 
 __all__ = [
     "AdapterRecord",
     "AdapterStore",
+    "Alias",
     "BackboneStamp",
     "DataStamp",
     "Draft",
+    "Garbage",
     "Manifest",
+    "Move",
     "Reference",
+    "Version",
     "model_card",
     "parse_reference",
 ]
 
-_CATEGORY = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_REFERENCE = re.compile(r"([a-z0-9][a-z0-9_-]{0,63})(?:@([a-z0-9][a-z0-9._-]{0,63}))?")
-_VERSION = re.compile(r"v([1-9][0-9]{0,8})")
-_TAKEN = ".taken"
-_DRAFT = ".draft-"
-_TRASH = ".trash-"
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-_ABANDONED = 24 * 3600.0  # seconds after which a draft of another machine, whose processes we cannot see, is cleared
-
-_live_drafts: set[str] = set()  # of this process: a draft with our pid that is not here belongs to a dead namesake
+KEPT_VERSIONS = 3
+"""How many of the newest versions of a category `AdapterStore.collect` keeps unless told otherwise."""
 
 
-class Reference(NamedTuple):
-    """A category and the version wanted of it; None is the latest."""
+class Garbage(NamedTuple):
+    """What `AdapterStore.collect` takes out: a version (`fashion@v1`), or what a dead writer left, and its bytes."""
 
-    category: str
-    version: int | None
-
-
-@dataclass(frozen=True)
-class AdapterRecord:
-    """One stored version. `AdapterStore.open` hands it out after checking every byte."""
-
-    category: str
-    version: int
-    path: Path
-    manifest: Manifest
-
-    @property
-    def reference(self) -> str:
-        return f"{self.category}@v{self.version}"
-
-    @property
-    def digest(self) -> str:
-        """Identity of the artefact: sha256 over names, sizes and digests of its files.
-
-        The model card is one of them and states pooling, length and data, so two artefacts that encode differently
-        have different digests; whatever was computed with an adapter can be cached under this.
-        """
-        files = {name: entry.model_dump() for name, entry in self.manifest.files.items()}
-        return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-    def file(self, name: str) -> Path:
-        """Return the path of a listed file.
-
-        Raises:
-            StoreError: the manifest does not list it.
-        """
-        if name not in self.manifest.files:
-            hint = did_you_mean(name, self.manifest.files)
-            stored = ", ".join(sorted(self.manifest.files))
-            raise StoreError(f'Adapter {self.reference} has no file "{shown(name)}". Stored: {stored}.{_spaced(hint)}')
-        return self.path / name
-
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a listed file, checked again against the manifest as they are read.
-
-        Raises:
-            StoreError: the manifest does not list the file, or it has changed since.
-        """
-        path, entry = self.file(name), self.manifest.files[name]
-        with _explained(f"read {name} of {self.reference}", self.path), _open_regular(path) as file:
-            content = file.read(entry.bytes + 1)
-        if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise StoreError(_unusable(self.reference, self.path, Fault(name, "was altered since it was stored.")))
-        return content
-
-    def check_backbone(self, fingerprint: str, model: str) -> None:
-        """Refuse an encoder other than the one this adapter was tuned on.
-
-        PEFT loads an adapter onto any base of the same shape without a word, and answers wrongly ever after.
-
-        Raises:
-            StoreError: the fingerprints differ.
-        """
-        stamp = self.manifest.backbone
-        if fingerprint == stamp.fingerprint:
-            return
-        raise StoreError(
-            f"Adapter {self.reference} was tuned on {shown(stamp.model)} (fingerprint {_short(stamp.fingerprint)}), "
-            f"the loaded backbone is {shown(model)} (fingerprint {_short(fingerprint)}). Load {shown(stamp.model)}, "
-            f"or tune {self.category} again on {shown(model)}."
-        )
-
-
-# --- the store --------------------------------------------------------------------------------------------------------
+    name: str
+    bytes: int
 
 
 class AdapterStore:
@@ -164,6 +73,8 @@ class AdapterStore:
         if "\0" in str(path):
             raise StoreError("The path of an adapter store cannot contain a NUL character.")
         self.path = Path(path)
+        self._versions = VersionFolders(self.path)
+        self._aliases = AliasFolder(self.path)
 
     def __repr__(self) -> str:
         return f"AdapterStore({str(self.path)!r})"
@@ -174,27 +85,55 @@ class AdapterStore:
         """Find one version and check its manifest and every listed file against the bytes on disk.
 
         Args:
-            reference: `fashion` for the latest version, `fashion@v2` for one version.
+            reference: `fashion` for the latest version, `fashion@v2` for one version, `fashion@prod` for the one an
+                alias points to.
         Raises:
-            StoreError: no such category or version, or the version is incomplete, altered or from a newer format.
+            StoreError: no such category, version or alias, or the version is incomplete, altered or from a newer
+                format.
         """
-        category, version = self._find(reference)
-        with _explained(f"read {category}@v{version}", self.path):
-            manifest, faults = self._inspect(category, version)
-        if manifest is None or faults:
-            raise self._unusable(f"{category}@v{version}", faults)
-        return AdapterRecord(category, version, self._folder(category, version), manifest)
+        found = self.resolve(reference)
+        while True:
+            with explained(f"read {found}", self.path):
+                manifest, faults = self._versions.inspect(*found)
+            if manifest is not None and not faults:
+                return AdapterRecord(*found, self._versions.folder(*found), manifest)
+            # What an alias or a category meant may have been taken out since: then it means another version by now.
+            before, found = found, self.resolve(reference)
+            if found == before:
+                raise self._unusable(str(found), faults)
+
+    def resolve(self, reference: str) -> Version:
+        """Return the version a reference means at this moment, without looking into it.
+
+        Raises:
+            StoreError: no such category, version or alias, or the alias points to what is gone.
+        """
+        wanted = parse_reference(reference)
+        category = wanted.category
+        with explained(f"read {reference}", self.path):
+            if wanted.alias is not None:
+                return Version(category, self._target(category, wanted.alias))
+            complete = self._versions.complete(category)
+            if wanted.version is None:
+                if not complete:
+                    raise self._unknown_category(category)
+                return Version(category, complete[-1])
+            # Asked for by number, an incomplete version is found too, so that the answer says what it lacks.
+            present = self._stored(category)
+            if wanted.version not in present:
+                raise self._unknown_version(wanted, complete or present)
+            return Version(category, wanted.version)
 
     def categories(self) -> tuple[str, ...]:
         """Return the categories that have at least one complete version, sorted."""
-        with _explained("read", self.path):
-            return tuple(name for name in _entries(self.path) if _CATEGORY.fullmatch(name) and self._complete(name))
+        with explained("read", self.path):
+            return self._versions.categories()
 
     def versions(self, category: str) -> tuple[int, ...]:
         """Return the complete versions of a category, oldest first; none for a category that is not stored."""
-        _check_category(category)
-        with _explained("read", self.path):
-            return self._complete(category)
+        check_category(category)
+        with explained("read", self.path):
+            return self._versions.complete(category)
 
     def latest(self, category: str) -> int:
         """Return the newest complete version of a category.
@@ -202,7 +141,7 @@ class AdapterStore:
         Raises:
             StoreError: the category is not stored.
         """
-        return self._find(_check_category(category))[1]
+        return self.resolve(check_category(category)).version
 
     # writing
 
@@ -216,34 +155,8 @@ class AdapterStore:
         Raises:
             StoreError: the name is not one, or the disk refuses.
         """
-        _check_category(category)
-        doing = f"write an adapter for {category}"
-        with _explained(doing, self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):  # someone else's leftovers must not stop this writer
-                self._clear_leftovers()
-            folder = self.path / f"{_DRAFT}{category}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
-            _live_drafts.add(folder.name)
-            try:
-                folder.mkdir()
-            except OSError:
-                _live_drafts.discard(folder.name)
-                raise
-        draft = Draft(self, category, folder)
-        try:
+        with drafting(self._versions, check_category(category)) as draft:
             yield draft
-        except Exception as error:
-            # safetensors wraps the system's error in a type of its own, so its text has to be asked too.
-            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-                raise _refusal(doing, self.path, error) from error
-            if "No space left on device" in str(error) and not isinstance(error, StoreError):
-                raise _refusal(doing, self.path, OSError(errno.ENOSPC, "No space left on device")) from error
-            raise
-        finally:
-            draft.closed = True
-            if draft.record is None:
-                shutil.rmtree(folder, ignore_errors=True)
-            _live_drafts.discard(folder.name)
 
     def remove(self, reference: str, *, all: bool = False) -> tuple[str, ...]:
         """Take one version out (`fashion@v2`), or a whole category (`fashion`, `all=True`), whole or broken.
@@ -253,42 +166,200 @@ class AdapterStore:
         Returns:
             The references that went.
         Raises:
-            StoreError: nothing such is stored, or the form does not say how much is meant.
+            StoreError: nothing such is stored, an alias points to it, or the form does not say how much is meant.
         """
-        category, selector = _split(reference)
-        if selector is None and not all:
+        wanted = parse_reference(reference)
+        category, version = wanted.category, wanted.version
+        if wanted.alias is not None:
+            raise StoreError(
+                f'"{reference}" is an alias, not a version. Remove the alias with: peft-combo adapters unalias '
+                f"{reference}; a version is named by its number, as in {category}@v1."
+            )
+        if version is None and not all:
             raise StoreError(
                 f'"{category}" names every version of the category. '
                 f"Name one to remove ({category}@v1), or remove all versions with --all (in Python: all=True)."
             )
-        if selector is not None and all:
+        if version is not None and all:
             raise StoreError(f'"{reference}" names one version, so it cannot go with --all; name the category alone.')
-        with _explained(f"remove {reference}", self.path):
-            present = self._present(category)
-            if not present:
-                raise self._unknown_category(category)
-            if selector is None:
-                gone, target = present, self.path / category
-            else:
-                version = _version_number(selector)
-                if version is None or version not in present:
-                    raise self._unknown_version(category, selector, present)
-                if problem := self._outside(category):
-                    raise StoreError(f"Cannot remove {reference}: {self.path / category} {problem}")
-                gone, target = (version,), self._folder(category, version)
-            self._take(category, max(gone))  # a version that was copied in by hand never took its number
-            trash = self.path / f"{_TRASH}{secrets.token_hex(8)}"
-            os.rename(target, trash)
-            _discard(trash)
-            if selector is not None:
-                with suppress(OSError):  # not empty, or a writer was quicker: either way it stays
-                    (self.path / category).rmdir()
-        return tuple(f"{category}@v{version}" for version in gone)
+        with explained(f"remove {reference}", self.path):
+            self._stored(category)  # what is not there is refused before anything is written
+            with self._changing():
+                present = self._stored(category)
+                if version is None:
+                    gone, target = present, self.path / category
+                elif version not in present:
+                    raise self._unknown_version(wanted, present)
+                else:
+                    if problem := outside(self.path, category):
+                        raise StoreError(f"Cannot remove {reference}: {self.path / category} {problem}")
+                    gone, target = (version,), self._versions.folder(category, version)
+                self._refuse_if_pointed_to(reference, category, gone)
+                trash = self._versions.take_out(target, category, max(gone))
+                if version is not None:
+                    with suppress(OSError):  # not empty, or a writer was quicker: either way it stays
+                        (self.path / category).rmdir()
+            discard(trash)
+        return tuple(f"{category}@v{number}" for number in gone)
 
     def clean(self) -> int:
         """Remove what dead writers and interrupted removals left behind; return how many folders went."""
-        with _explained("clean", self.path):
-            return self._clear_leftovers()
+        with explained("clean", self.path):
+            return clear_leftovers(self.path)
+
+    def collect(
+        self, keep: int = KEPT_VERSIONS, older_than: timedelta | None = None, *, dry_run: bool = False
+    ) -> tuple[Garbage, ...]:
+        """Take out old versions that nobody needs, and what dead writers left.
+
+        Of each category stay: the `keep` newest versions that open, those an alias points to or would roll back to,
+        and those that do not open, which are for `verify` to tell of and for a person to decide on. Each of the rest
+        goes by one rename, whole or not at all.
+
+        Args:
+            older_than: take out only versions made longer ago than this.
+            dry_run: change nothing.
+        Returns:
+            What went, or would go.
+        Raises:
+            StoreError: an alias does not read, so that what it points to is not known; nothing goes then.
+        """
+        if keep < 1:
+            raise StoreError(f"gc: expected to keep at least 1 version of each category, found {keep}.")
+        with explained("collect garbage", self.path):
+            left = [(path, Garbage(path.name, size_of(path))) for path in leftovers(self.path)]
+            if dry_run:
+                return (*(garbage for _, _, garbage in self._garbage(keep, older_than)), *(g for _, g in left))
+            old, trash = [], []
+            with self._changing():
+                for category, version, garbage in self._garbage(keep, older_than):
+                    trash.append(self._versions.take_out(self._versions.folder(category, version), category, version))
+                    old.append(garbage)
+            for path in (*trash, *(path for path, _ in left)):
+                discard(path)
+        return (*old, *(garbage for _, garbage in left))
+
+    def _garbage(self, keep: int, older_than: timedelta | None) -> Iterator[tuple[str, int, Garbage]]:
+        needed = set()
+        for alias in self.aliases():
+            needed |= {(alias.category, alias.version), (alias.category, alias.before)}
+        for category in self.categories():
+            if outside(self.path, category):
+                continue
+            sound = 0
+            for version in reversed(self._versions.complete(category)):
+                manifest, faults = self._versions.inspect(category, version)
+                if manifest is None or faults:
+                    continue
+                sound += 1
+                young = older_than is not None and datetime.now(UTC) - manifest.created < older_than
+                if sound > keep and not young and (category, version) not in needed:
+                    size = size_of(self._versions.folder(category, version))
+                    yield category, version, Garbage(f"{category}@v{version}", size)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Let nobody else move an alias or take out a version meanwhile; where there is no store, there is nobody."""
+        if not self.path.is_dir():
+            yield
+            return
+        with locked(self.path):
+            yield
+
+    # aliases
+
+    def alias(self, reference: str, name: str) -> Alias:
+        """Let an alias point to a version: `store.alias("fashion@v3", "prod")`; it is made if it is new.
+
+        Args:
+            reference: a version, or what means one now: a category for its latest, another alias for its version.
+        Raises:
+            StoreError: the version is not there or damaged, or the name cannot be an alias.
+        """
+        category = parse_reference(reference).category
+        check_alias(name)
+        with explained(f"set {category}@{name}", self.path), self._changing():
+            version = self.open(reference).version
+            alias = self._read_alias(category, name)
+            if alias is not None and alias.version == version:
+                return alias
+            alias = new_alias(category, name, version) if alias is None else alias.moved(version)
+            self._aliases.write(alias)
+        return alias
+
+    def rollback(self, reference: str) -> Alias:
+        """Let an alias point to what it pointed to before its last move; see `Alias.before`.
+
+        Raises:
+            StoreError: there is no such alias, nothing before, or the version before is gone or damaged.
+        """
+        with explained(f"roll {reference} back", self.path), self._changing():
+            alias = self.alias_at(reference)
+            before = alias.before
+            set_it = f"Set it with: peft-combo adapters alias {alias.category}@vN {alias.name}"
+            if before is None:
+                raise StoreError(f"{reference} points to v{alias.version} and to nothing before that. {set_it}")
+            present = self._versions.present(alias.category)
+            if before not in present:
+                stored = ", ".join(f"v{version}" for version in present)
+                raise StoreError(
+                    f"{reference} pointed to v{before} before v{alias.version}, and v{before} was removed. "
+                    f"Stored: {stored}. {set_it}"
+                )
+            self.open(f"{alias.category}@v{before}")
+            alias = alias.moved(before, rollback=True)
+            self._aliases.write(alias)
+        return alias
+
+    def unalias(self, reference: str) -> Alias:
+        """Remove an alias and its history; the version it points to stays. Return what it was.
+
+        Raises:
+            StoreError: there is no such alias.
+        """
+        with explained(f"remove {reference}", self.path), self._changing():
+            alias = self.alias_at(reference)
+            self._aliases.drop(alias)
+        return alias
+
+    def aliases(self, category: str | None = None) -> tuple[Alias, ...]:
+        """Return the aliases of a category, or of the whole store, by name.
+
+        Raises:
+            StoreError: one of them does not read.
+        """
+        if category is not None:
+            check_category(category)
+        with explained("read", self.path):
+            found = []
+            for name in self._aliases.names(category):
+                alias = self._read_alias(name.category, name.alias or "")
+                if alias is not None:  # else it went between the two lines
+                    found.append(alias)
+            return tuple(found)
+
+    def alias_at(self, reference: str) -> Alias:
+        """Return one alias, `fashion@prod`, with its history.
+
+        Raises:
+            StoreError: there is no such alias, or it does not read.
+        """
+        wanted = parse_reference(reference)
+        if wanted.alias is None:
+            raise StoreError(f'"{reference}" is not an alias. Name one, as in {wanted.category}@prod.')
+        with explained(f"read {reference}", self.path):
+            return self._alias(wanted.category, wanted.alias)
+
+    def _refuse_if_pointed_to(self, reference: str, category: str, gone: tuple[int, ...]) -> None:
+        holding = [alias for alias in self.aliases(category) if alias.version in gone or reference == category]
+        if holding:
+            names = ", ".join(f"{alias.reference} (v{alias.version})" for alias in holding)
+            one = holding[0]
+            raise StoreError(
+                f"Cannot remove {reference}: {names} point{'s' if len(holding) == 1 else ''} to it. Move it first "
+                f"(peft-combo adapters alias {category}@vN {one.name}) or remove it "
+                f"(peft-combo adapters unalias {one.reference})."
+            )
 
     # checking
 
@@ -301,178 +372,131 @@ class AdapterStore:
         Raises:
             StoreError: the reference names nothing that is stored.
         """
-        with _explained("verify", self.path):
+        with explained("verify", self.path):
             if reference is None:
                 return self._verify_store()
-            category, selector = _split(reference)
-            present = self._present(category)
-            if not present:
-                raise self._unknown_category(category)
-            if selector is None:
-                return self._verify_category(category)
-            version = _version_number(selector)
-            if version is None or version not in present:
-                raise self._unknown_version(category, selector, present)
-            return self._verify_version(category, version)
+            wanted = parse_reference(reference)
+            category = wanted.category
+            if wanted.alias is not None:
+                return self._verify_version(category, self._target(category, wanted.alias))
+            present = self._stored(category)
+            if wanted.version is None:
+                return self._verify_category(category) + self._verify_aliases(category)
+            if wanted.version not in present:
+                raise self._unknown_version(wanted, present)
+            return self._verify_version(category, wanted.version)
 
     def _verify_store(self) -> list[Fault]:
         faults: list[Fault] = []
-        for name in _entries(self.path):
+        for name in entries(self.path):
             if name.startswith(".") or name == CARD:
                 continue
-            if not _CATEGORY.fullmatch(name) or not (self.path / name).is_dir():
+            if not CATEGORY.fullmatch(name) or not (self.path / name).is_dir():
                 faults.append(Fault(shown(name), "is not the folder of a category.", "Move it out of the store."))
             else:
                 faults += self._verify_category(name)
-        return faults
+        strays = (f"{ALIASES}/{shown(name)}" for name in self._aliases.strays())
+        faults += [Fault(where, "is not an alias.", "Nobody reads it; delete it.") for where in strays]
+        return faults + self._verify_aliases(None)
 
     def _verify_category(self, category: str) -> list[Fault]:
-        if problem := self._outside(category):
+        if problem := outside(self.path, category):
             return [Fault(category, problem)]
         faults: list[Fault] = []
-        for name in _entries(self.path / category):
+        for name in entries(self.path / category):
             if name.startswith("."):
                 continue
-            if match := _VERSION.fullmatch(name):
+            if match := VERSION.fullmatch(name):
                 faults += self._verify_version(category, int(match[1]))
             else:
                 where = f"{category}/{shown(name)}"
                 faults.append(Fault(where, "is not a version (v1, v2, ...).", "Move it out of the store."))
         return faults
 
+    def _verify_aliases(self, category: str | None) -> list[Fault]:
+        faults: list[Fault] = []
+        for name in self._aliases.names(category):
+            alias, found = self._aliases.read(name.category, name.alias or "")
+            faults += found
+            if alias is not None and alias.version not in self._versions.present(alias.category):
+                faults.append(Fault(alias.reference, f"points to v{alias.version}, which is not there.", _move(alias)))
+        return faults
+
     def _verify_version(self, category: str, version: int) -> list[Fault]:
-        manifest, faults = self._inspect(category, version)
-        folder, reference = self._folder(category, version), f"{category}@v{version}"
+        manifest, faults = self._versions.inspect(category, version)
+        folder, reference = self._versions.folder(category, version), f"{category}@v{version}"
         if manifest is not None:
             bad = {fault.where for fault in faults}
             for name in manifest.files:
-                if name not in bad and (problem := _content_problem(folder / name)):
+                if name not in bad and (problem := content_problem(folder / name)):
                     faults.append(Fault(name, problem, "It was stored like this; tune again."))
-            for name in _entries(folder):
+            for name in entries(folder):
                 if name != MANIFEST and name not in manifest.files:
                     faults.append(Fault(shown(name), "is not listed in the manifest.", "Nobody reads it; delete it."))
         return [Fault(f"{reference}: {fault.where}", fault.problem, fault.remedy) for fault in faults]
 
-    def _inspect(self, category: str, version: int) -> tuple[Manifest | None, list[Fault]]:
-        """Read a manifest and compare its files with the disk: what `open` refuses and `verify` reports."""
-        folder = self._folder(category, version)
-        if problem := self._outside(f"{category}/v{version}"):
-            return None, [Fault(folder.name, problem)]
-        manifest, faults = _read_manifest(folder / MANIFEST)
-        if manifest is None:
-            return None, faults
-        if (manifest.category, manifest.version) != (category, version):
-            problem = f"was written as {manifest.reference}."
-            faults.append(Fault(MANIFEST, problem, "Give the folder its old name back, or tune again."))
-        for name, entry in manifest.files.items():
-            if problem := _file_problem(folder / name, entry):
-                faults.append(Fault(name, problem, "Restore it from a copy, or tune again."))
-        return manifest, faults
-
     # names and numbers
 
-    def _find(self, reference: str) -> tuple[str, int]:
-        """Turn a reference into a category and a version that is there."""
-        category, selector = _split(reference)
-        with _explained(f"read {reference}", self.path):
-            complete = self._complete(category)
-            if selector is None:
-                if not complete:
-                    raise self._unknown_category(category)
-                return category, complete[-1]
-            # Asked for by number, an incomplete version is found too, so that the answer says what it lacks.
-            present = self._present(category)
-            version = _version_number(selector)
-            if not present:
-                raise self._unknown_category(category)
-            if version is None or version not in present:
-                raise self._unknown_version(category, selector, complete or present)
-            return category, version
+    def _stored(self, category: str) -> tuple[int, ...]:
+        present = self._versions.present(category)
+        if not present:
+            raise self._unknown_category(category)
+        return present
 
-    def _folder(self, category: str, version: int) -> Path:
-        return self.path / category / f"v{version}"
+    def _target(self, category: str, name: str) -> int:
+        version = None
+        while True:
+            alias = self._alias(category, name)
+            if alias.version in self._versions.present(category):
+                return alias.version
+            if alias.version == version:
+                raise self._dangling(alias)
+            version = alias.version  # look again: it may have moved, and the version gone, between the two lines
 
-    def _present(self, category: str) -> tuple[int, ...]:
-        """Every number in use by a folder entry, complete or not, ascending."""
-        try:
-            names = _entries(self.path / category)
-        except NotADirectoryError:  # a stray file under the name of a category
-            return ()
-        return tuple(sorted(int(match[1]) for name in names if (match := _VERSION.fullmatch(name))))
+    def _alias(self, category: str, name: str) -> Alias:
+        alias = self._read_alias(category, name)
+        if alias is None:
+            self._stored(category)
+            raise self._unknown_alias(category, name)
+        return alias
 
-    def _complete(self, category: str) -> tuple[int, ...]:
-        return tuple(
-            version for version in self._present(category) if (self._folder(category, version) / MANIFEST).exists()
-        )
-
-    def _outside(self, relative: str) -> str:
-        """Say what is wrong with a folder that is no folder, or that a link takes out of the store."""
-        folder = self.path / relative
-        try:
-            if not folder.resolve(strict=True).is_relative_to(self.path.resolve()):
-                return "is a link that leads out of the store."
-        except (OSError, RuntimeError):  # RuntimeError: a loop of links, up to Python 3.12
-            return "cannot be followed (a broken link, or a loop of links)."
-        return "" if folder.is_dir() else "is a file, expected a folder."
-
-    def _next_number(self, category: str) -> int:
-        """Claim a number that nobody has had: making a file is the one step only one process can win.
-
-        A counter that is read, raised and written back hands the same number out twice when two writers and a removal
-        interleave. Where the claims are lost, the numbers of what exists still count.
-        """
-        claims = self._claims()
-        taken = [int(match[1]) for name in _entries(claims) if (match := _claim(category).fullmatch(name))]
-        number = 1 + max((*taken, *self._present(category)), default=0)
-        while not self._take(category, number):
-            number += 1
-        return number
-
-    def _take(self, category: str, number: int) -> bool:
-        claims = self._claims()
-        try:
-            os.close(os.open(claims / f"{category}@v{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        except FileExistsError:
-            return False
-        return True
-
-    def _claims(self) -> Path:
-        claims = self.path / _TAKEN
-        claims.mkdir(exist_ok=True)
-        if problem := self._outside(_TAKEN):
-            raise StoreError(f"Cannot hand out a version number in {self.path}/: {claims} {problem}")
-        return claims
-
-    def _clear_leftovers(self) -> int:
-        cleared = 0
-        for name in _entries(self.path):
-            leftover = self.path / name
-            if name.startswith(_TRASH) or (name.startswith(_DRAFT) and _is_stale(leftover)):
-                _discard(leftover)
-                cleared += not os.path.lexists(leftover)
-        return cleared
+    def _read_alias(self, category: str, name: str) -> Alias | None:
+        alias, faults = self._aliases.read(category, name)
+        if faults:
+            raise StoreError.from_faults(f"An alias in {self.path}/ does not read:", faults)
+        return alias
 
     # refusals
 
     def _unknown_category(self, category: str) -> StoreError:
-        stored = [name for name in _entries(self.path) if _CATEGORY.fullmatch(name) and self._complete(name)]
+        stored = self._versions.categories()
         listed = ", ".join(stored) if stored else "nothing yet"
         return StoreError(
             f'No adapter for category "{category}" in {self.path}/. '
-            f"Stored: {listed}.{_spaced(did_you_mean(category, stored))}\n"
+            f"Stored: {listed}.{spaced(did_you_mean(category, stored))}\n"
             f"Train one with: peft-combo tune --recipe lora-{nearest(category, stored) or category}"
         )
 
-    def _unknown_version(self, category: str, selector: str, stored: Iterable[int]) -> StoreError:
-        names = [f"v{version}" for version in stored]
+    def _unknown_version(self, wanted: Reference, stored: Iterable[int]) -> StoreError:
+        category, names = wanted.category, [f"v{version}" for version in stored]
         return StoreError(
-            f'No version "{selector}" of {category} in {self.path}/. Stored: {", ".join(names)}. '
+            f'No version "v{wanted.version}" of {category} in {self.path}/. Stored: {", ".join(names)}. '
             f"Name one as {category}@{names[-1]}, or the latest as {category}."
         )
 
+    def _unknown_alias(self, category: str, name: str) -> StoreError:
+        names = [one.alias or "" for one in self._aliases.names(category)]
+        return StoreError(
+            f'No alias "{name}" of {category} in {self.path}/. Aliases: {", ".join(names) or "none"}.'
+            f"{spaced(did_you_mean(name, names))} Set it with: peft-combo adapters alias {category} {name}"
+        )
+
+    def _dangling(self, alias: Alias) -> StoreError:
+        return StoreError(f"{alias.reference} points to v{alias.version}, which is not in {self.path}/. {_move(alias)}")
+
     def _unusable(self, reference: str, faults: list[Fault]) -> StoreError:
         if len(faults) == 1:
-            return StoreError(_unusable(reference, self.path, faults[0]), faults)
+            return StoreError(unusable(reference, self.path, faults[0]), faults)
         return StoreError.from_faults(f"Adapter {reference} in {self.path}/ cannot be used:", faults)
 
     # Last, because its name hides the builtin from annotations further down.
@@ -483,344 +507,17 @@ class AdapterStore:
         A version with a broken manifest is left out; `verify` tells what is wrong with it.
         """
         records = []
-        with _explained("read", self.path):
+        with explained("read", self.path):
             for category in self.categories():
-                for version in self._complete(category):
-                    folder = self._folder(category, version)
-                    if self._outside(f"{category}/v{version}"):
+                for version in self._versions.complete(category):
+                    folder = self._versions.folder(category, version)
+                    if outside(self.path, f"{category}/v{version}"):
                         continue
-                    manifest, _ = _read_manifest(folder / MANIFEST)
+                    manifest, _ = read_manifest(folder / MANIFEST)
                     if manifest is not None and (manifest.category, manifest.version) == (category, version):
                         records.append(AdapterRecord(category, version, folder, manifest))
         return records
 
 
-class Draft:
-    """A version being written: put files into `path`, then `commit`.
-
-    Files lie flat in the folder; their names are letters, digits, `.`, `_` and `-`. `README.md` and `manifest.json`
-    are the store's own: whatever a library writes under these names is replaced.
-    """
-
-    def __init__(self, store: AdapterStore, category: str, path: Path) -> None:
-        self.path = path
-        self.category = category
-        self.record: AdapterRecord | None = None
-        self.closed = False
-        self._store = store
-
-    def commit(self, fields: Mapping[str, Any]) -> AdapterRecord:
-        """Make the draft the next version of its category.
-
-        Args:
-            fields: the `Manifest` fields `method, stored_as, task, backbone, recipe, data, metrics, versions`. Plain
-                values, numpy scalars and pydantic models; a number that is not finite is stored as null, because JSON
-                has no word for it. Format, version, time and file list are the store's to say.
-        Raises:
-            StoreError: a field or file is missing or not allowed, or the disk refuses; nothing is visible then.
-        """
-        if self.record is not None:
-            raise StoreError(f"This draft is stored already, as {self.record.reference}. Open another with writing().")
-        if self.closed:
-            raise StoreError("This draft is closed: commit inside the `with store.writing(...)` block.")
-        store, category = self._store, self.category
-        with _explained(f"write an adapter for {category}", store.path):
-            faults: list[Fault] = []
-            entries = _list_draft(self.path, faults)
-            said = said_by_writer(fields, category, faults)
-            if faults:
-                raise StoreError.from_faults(f"The adapter for {category} cannot be stored:", faults)
-            for attempt in range(1000):
-                version = store._next_number(category)
-                manifest = self._seal(said, version, entries)
-                folder = store._folder(category, version)
-                folder.parent.mkdir(exist_ok=True)
-                if attempt == 0 and (problem := store._outside(category)):
-                    raise StoreError(f"Cannot write {folder.parent}/: it {problem}")
-                try:
-                    os.rename(self.path, folder)
-                except OSError as error:
-                    # Someone put a folder under our number, or removed the emptied category between two lines.
-                    lost_race = error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.ENOENT)
-                    if lost_race and self.path.is_dir():
-                        continue
-                    raise
-                break
-            else:
-                raise StoreError(f"Cannot write an adapter for {category} in {store.path}/: no free version number.")
-        for parent in (folder.parent, store.path):
-            with suppress(OSError):  # the version is complete and visible; only its survival of a power cut is at stake
-                _sync(parent)
-        self.record = AdapterRecord(category, version, folder, manifest)
-        return self.record
-
-    def _seal(self, said: JsonObject, version: int, entries: Mapping[str, FileEntry]) -> Manifest:
-        """Write card and manifest for this number and bring all of it to the disk; the manifest is last."""
-        values: dict[str, Any] = {
-            **said,
-            "format": FORMAT,
-            "category": self.category,
-            "version": version,
-            "created": datetime.now(UTC).replace(microsecond=0),
-        }
-        without_card = validated_manifest({**values, "files": dict(entries)}, self.category)
-        card = model_card(without_card).encode()
-        _write(self.path / CARD, card)
-        listed = {**entries, CARD: FileEntry(sha256=hashlib.sha256(card).hexdigest(), bytes=len(card))}
-        manifest = without_card.model_copy(update={"files": dict(sorted(listed.items()))})
-        content = json.dumps(manifest.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
-        if len(content) > MANIFEST_LIMIT:
-            fault = Fault(
-                MANIFEST, f"would have {len(content)} bytes, the limit is {MANIFEST_LIMIT}.", "Say less in it."
-            )
-            raise StoreError.from_faults(f"The adapter for {self.category} cannot be stored:", [fault])
-        if parse_manifest(content) != (manifest, []):  # what is written must be what a reader gets
-            raise StoreError(f"The adapter for {self.category} cannot be stored: its manifest does not read back.")
-        for name in entries:
-            _publish(self.path / name, mode=self.path.stat().st_mode & 0o666)
-        _write(self.path / MANIFEST, content)
-        _sync(self.path)
-        return manifest
-
-
-# --- references and names ---------------------------------------------------------------------------------------------
-
-
-def parse_reference(reference: str) -> Reference:
-    """Read `fashion` or `fashion@v2`.
-
-    Raises:
-        StoreError: it is neither.
-    """
-    category, selector = _split(reference)
-    if selector is None:
-        return Reference(category, None)
-    version = _version_number(selector)
-    if version is None:
-        raise StoreError(f'"{selector}" is not a version. Expected v1, v2, ... as in {category}@v1.')
-    return Reference(category, version)
-
-
-def _split(reference: str) -> tuple[str, str | None]:
-    """Category and selector. The selector is a version today; the grammar has room for names such as `prod`."""
-    match = _REFERENCE.fullmatch(reference)
-    if match is None:
-        raise StoreError(
-            f'"{shown(reference)}" does not name an adapter. Expected a category (fashion) or one of its versions '
-            "(fashion@v2), where a category has lower-case letters, digits, _ and -, at most 64."
-        )
-    return match[1], match[2]
-
-
-def _check_category(category: str) -> str:
-    if not _CATEGORY.fullmatch(category):
-        raise StoreError(
-            f'"{shown(category)}" cannot be a category. Expected 1 to 64 lower-case letters, digits, _ and -, '
-            "beginning with a letter or digit, such as home-kitchen."
-        )
-    return category
-
-
-def _version_number(selector: str) -> int | None:
-    match = _VERSION.fullmatch(selector)
-    return int(match[1]) if match else None
-
-
-def _claim(category: str) -> re.Pattern[str]:
-    return re.compile(f"{category}@{_VERSION.pattern}")
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _read_manifest(path: Path) -> tuple[Manifest | None, list[Fault]]:
-    remedy = "Restore it from a copy, or remove this version."
-    try:
-        with _open_regular(path) as file:
-            return parse_manifest(file.read(MANIFEST_LIMIT + 1))
-    except FileNotFoundError:
-        return None, [Fault(MANIFEST, "is missing, so this version is incomplete.", remedy)]
-    except OSError as error:
-        return None, [Fault(MANIFEST, f"cannot be read ({error.strerror or error}).", remedy)]
-
-
-def _entries(folder: Path) -> tuple[str, ...]:
-    """Names in a folder, sorted; none where it does not exist."""
-    try:
-        return tuple(sorted(os.listdir(folder)))
-    except FileNotFoundError:
-        return ()
-
-
-def _list_draft(folder: Path, faults: list[Fault]) -> dict[str, FileEntry]:
-    """Size and digest of every file a writer put into its draft, the store's own two left out."""
-    entries = {}
-    for name in _entries(folder):
-        path = folder / name
-        if name in (CARD, MANIFEST) and path.is_file() and not path.is_symlink():
-            path.unlink()
-            continue
-        problem = name_problem(name)
-        if not problem and not stat.S_ISREG(path.lstat().st_mode):
-            problem = "is not a plain file; an adapter is a flat folder of files."
-        problem = problem or _content_problem(path)
-        if problem:
-            faults.append(Fault(shown(name), problem))
-            continue
-        with _open_regular(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            entries[name] = FileEntry(sha256=digest, bytes=os.fstat(file.fileno()).st_size)
-    if not entries and not faults:
-        faults.append(Fault("files", "the draft is empty.", "Write the weights into draft.path before the commit."))
-    return entries
-
-
-def _file_problem(path: Path, entry: FileEntry) -> str:
-    """Say how a file differs from what the manifest says of it; empty where it does not."""
-    try:
-        with _open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != entry.bytes:
-                return f"was altered: expected {entry.bytes} bytes, found {size}."
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                return "was altered: its sha256 is not the one in the manifest."
-    except FileNotFoundError:
-        return "is missing."
-    except OSError as error:
-        return f"cannot be read ({error.strerror or error})."
-    return ""
-
-
-def _content_problem(path: Path) -> str:
-    """Say why a tensors or JSON file does not read; empty where it does. Only headers of tensors are looked at."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="numpy") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            return f"is not a readable safetensors file ({shown(str(error))})."
-    elif path.suffix == ".json":
-        try:
-            json.loads(path.read_bytes())
-        except (ValueError, RecursionError, OSError) as error:
-            return f"is not readable JSON ({shown(str(error))})."
-    return ""
-
-
-def _open_regular(path: Path) -> io.BufferedReader:
-    """Open a plain file for reading: no link, and no pipe to wait on."""
-    flags = os.O_RDONLY
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
-        flags |= getattr(os, name, 0)
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "it is a link, expected a plain file", str(path)) from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
-    return os.fdopen(descriptor, "rb")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(path: Path, mode: int) -> None:
-    """Bring a file the writer left to the disk, and give it the mode the folder has.
-
-    safetensors makes its files readable by their owner alone, whatever the umask says; a server under another account
-    has to read them too.
-    """
-    path.chmod(mode)
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _discard(path: Path) -> None:
-    # rmtree opens what it is given, and on a pipe it would wait there for ever.
-    with suppress(FileNotFoundError):
-        if stat.S_ISDIR(path.lstat().st_mode):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
-
-
-def _is_stale(draft: Path) -> bool:
-    """Whether the process that made a draft is gone."""
-    parts = draft.name.removeprefix(_DRAFT).split(".")
-    if len(parts) == 4 and parts[1] == _HOST and parts[2].isascii() and parts[2].isdigit() and os.name != "nt":
-        pid = int(parts[2][:9])
-        if pid == os.getpid():
-            return draft.name not in _live_drafts
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:  # alive, and not ours
-            return False
-        return False
-    with suppress(OSError):
-        return time.time() - draft.lstat().st_mtime > _ABANDONED
-    return False
-
-
-# --- how refusals read ------------------------------------------------------------------------------------------------
-
-_DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
-
-
-@contextmanager
-def _explained(doing: str, store: Path) -> Iterator[None]:
-    """Turn what the system says about the store's files into one readable line."""
-    try:
-        yield
-    except OSError as error:
-        raise _refusal(doing, store, error) from error
-
-
-def _refusal(doing: str, store: Path, error: OSError) -> StoreError:
-    elsewhere = "or name another store with --set store=FOLDER."
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            said = f"the disk is full. Free some space, {elsewhere}"
-        case errno.EROFS | errno.EACCES | errno.EPERM:
-            said = f"permission denied ({error.strerror}). Change the permissions, {elsewhere}"
-        case errno.EEXIST | errno.ENOTDIR:
-            found = error.filename if isinstance(error.filename, str) else store
-            said = f"expected a folder, found a file at {shown(str(found))}. Move it away, {elsewhere}"
-        case _:
-            said = f"{error.strerror or error}. Look after the disk, {elsewhere}"
-    return StoreError(f"Cannot {doing} in {shown(str(store))}/: {said}")
-
-
-def _unusable(reference: str, store: Path, fault: Fault) -> str:
-    return f"Adapter {reference} in {store}/ cannot be used: {fault}"
-
-
-def _short(fingerprint: str) -> str:
-    return shown(fingerprint if len(fingerprint) <= 12 else fingerprint[:12] + "…")
-
-
-def _spaced(text: str) -> str:
-    return f" {text}" if text else ""
+def _move(alias: Alias) -> str:
+    return f"Move it with: peft-combo adapters alias {alias.category} {alias.name}"

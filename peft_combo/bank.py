@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_in
 from torch import Tensor, nn
 
-from peft_combo.adapters import AdapterRecord, AdapterStore, parse_reference
+from peft_combo.adapters import AdapterRecord, AdapterStore, Version, parse_reference
 from peft_combo.backbone import Backbone
 from peft_combo.errors import StoreError
 from peft_combo.methods import AttachedAdapter
@@ -75,7 +75,7 @@ class AdapterBank:
         self.limit_bytes = int(min(limit_mib, 2.0**40) * 2**20)
         self._lock = threading.Lock()  # over the next two; held for look-ups only, never while something loads
         self._live: OrderedDict[str, LiveAdapter] = OrderedDict()  # by reference with version, longest unused first
-        self._current: dict[str, int] = {}  # category -> the version it means
+        self._current: dict[str, Version] = {}  # category or alias -> the version it means
         # One lock per version that is being loaded; it goes when no thread uses it any more.
         self._gates: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
         self._refreshing = threading.Lock()
@@ -96,42 +96,49 @@ class AdapterBank:
         """Return an adapter, loaded if it is not in memory.
 
         Args:
-            reference: ``fashion@v2``, or ``fashion`` for the version that was the latest when the category was first
-                asked for; only `refresh` moves on to a newer one.
+            reference: ``fashion@v2``; ``fashion`` for the version that was the latest when the category was first
+                asked for, ``fashion@prod`` for the one the alias pointed to then. Only `refresh` moves on from there.
         Raises:
             StoreError: not stored, damaged, or tuned on another backbone.
             BackboneError: a prefix leaves too few of the encoder's positions for text.
         """
-        category, version = parse_reference(reference)
-        if version is not None:
-            return self._version(category, version)
+        wanted = parse_reference(reference)
+        if wanted.version is not None:
+            return self._version(Version(wanted.category, wanted.version))
         with self._lock:
-            current = self._current.get(category)
+            current = self._current.get(reference)
         if current is not None:
-            return self._version(category, current)
-        live = self._version(category, self.store.latest(category))
+            return self._version(current)
+        live = self._meant(reference)
         with self._lock:
-            current = self._current.setdefault(category, live.record.version)
-        # A refresh may have been quicker with a newer version: then that is what the category means.
-        return live if current == live.record.version else self._version(category, current)
+            current = self._current.setdefault(reference, Version(live.record.category, live.record.version))
+        # A refresh may have been quicker with a newer version: then that is what the name means.
+        return live if str(current) == live.reference else self._version(current)
 
-    def refresh(self, category: str) -> LiveAdapter:
-        """Load the newest version of a category beside the one in use, then let the category mean the new one.
+    def refresh(self, reference: str) -> LiveAdapter:
+        """Load what a category or an alias means by now beside the version in use, then let the name mean the new one.
 
         Requests under way finish with the adapter they hold; later ones get the new one. Where the new one cannot be
         loaded, the old one stays in use.
 
+        Args:
+            reference: ``fashion`` goes to the newest version, ``fashion@prod`` to the one the alias points to.
         Raises:
-            StoreError: not stored, damaged, or tuned on another backbone.
+            StoreError: not stored, damaged, tuned on another backbone, or one version, which never means another.
         """
+        wanted = parse_reference(reference)
+        if wanted.version is not None:
+            raise StoreError(
+                f'"{reference}" is one version and stays it. Refresh the category ({wanted.category}) or an alias '
+                f"({wanted.category}@prod)."
+            )
         with self._refreshing:  # in turn, so that of two the one that looked later also has the last word
-            live = self._version(category, self.store.latest(category))
+            live = self._meant(reference)
             with self._lock:
-                before = self._current.get(category)
-                self._current[category] = live.record.version
-                old = f"{category}@v{before}"
-                if before != live.record.version and old in self._live:
-                    self._live.move_to_end(old, last=False)
+                before = self._current.get(reference)
+                self._current[reference] = Version(live.record.category, live.record.version)
+                if before not in self._current.values() and str(before) in self._live:
+                    self._live.move_to_end(str(before), last=False)
         return live
 
     def encode(self, texts: Sequence[str], reference: str | None) -> NDArray[np.float32]:
@@ -172,8 +179,20 @@ class AdapterBank:
             vectors[places] = self.backbone.encode(own, None if live is None else live.attached)
         return vectors
 
-    def _version(self, category: str, version: int) -> LiveAdapter:
-        key = f"{category}@v{version}"
+    def _meant(self, reference: str) -> LiveAdapter:
+        """Load what a category or an alias means at this moment."""
+        found = self.store.resolve(reference)
+        while True:
+            try:
+                return self._version(found)
+            except StoreError:
+                # It may have moved on, and its version been taken out, between the two lines.
+                before, found = found, self.store.resolve(reference)
+                if found == before:
+                    raise
+
+    def _version(self, version: Version) -> LiveAdapter:
+        key = str(version)
         live = self._kept(key)
         if live is not None:
             return live

@@ -93,10 +93,11 @@ def split_problem(manifest: Manifest, parts: Split, config: DataConfig) -> str:
     """Say why an adapter must not be measured on these test bundles; "" where it never saw them.
 
     One tuned on the very split did not. One tuned on a category of the same data did not either, where the rule, the
-    fractions and the seed of its split were the same: users and bundles fall into parts by a hash of their names.
+    fractions and the seed of its split were the same: users and bundles fall into parts by a hash of their names. What
+    an imported one saw is not known, which is no reason to refuse it.
     """
     stamp, then = manifest.data, manifest.recipe.get("data")
-    if stamp.split_digest == parts.digest:
+    if stamp.split_digest == parts.digest or manifest.imported is not None:
         return ""
     rule = ("source", "path", "split", "valid_fraction", "test_fraction", "split_seed")
     now = config.model_dump(mode="json")

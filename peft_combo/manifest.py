@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import metadata
 from typing import Annotated, Any, NoReturn, TypeGuard
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
@@ -71,6 +73,25 @@ class DataStamp(BaseModel):
     split_digest: Text
 
 
+UNKNOWN_DATA = DataStamp.model_validate(dict.fromkeys(("name", "digest", "split_digest"), "not known"))
+"""What an imported adapter says of its data."""
+
+
+class ImportStamp(_Frozen):
+    """Where an adapter came from that was not tuned here; what it was tuned on is not known then.
+
+    Attributes:
+        folder: name of the folder it was read from, without its path.
+        sha256: of the weights file as it was found.
+        base_model, peft_version: what its `adapter_config.json` said; nothing was looked up under these names.
+    """
+
+    folder: Text
+    sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+    base_model: Text | None
+    peft_version: Text | None
+
+
 class Manifest(_Frozen):
     """Everything a version says about itself. Content of `manifest.json`.
 
@@ -80,6 +101,7 @@ class Manifest(_Frozen):
         metrics: `before` and `after` (metric -> number), `baselines` (name -> metric -> number), and `protocol`, which
             says how they were measured. A number may also be `{"value": v, "low": l, "high": h}`; null is not known.
         versions: package -> version at the time of tuning.
+        imported: where it came from, if it was not tuned here. `recipe` is empty then, and `data` is `UNKNOWN_DATA`.
         files: name -> what it was when written; the manifest itself is not listed.
     """
 
@@ -94,6 +116,7 @@ class Manifest(_Frozen):
     data: DataStamp
     metrics: JsonObject
     versions: dict[str, str]
+    imported: ImportStamp | None = None
     created: AwareDatetime
     files: dict[str, FileEntry]
 
@@ -124,15 +147,9 @@ def name_problem(name: str) -> str:
 def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Fault]]:
     """Read the bytes of a manifest: the manifest, or everything that is wrong with it."""
     remedy = "Restore it from a copy, or remove this version."
-    if len(content) > MANIFEST_LIMIT:
-        return None, [Fault(MANIFEST, f"is larger than {MANIFEST_LIMIT} bytes.", remedy)]
-    try:
-        raw = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "too deeply nested" if isinstance(error, RecursionError) else shown(str(error))
-        return None, [Fault(MANIFEST, f"is not JSON ({reason}).", remedy)]
-    if not isinstance(raw, dict):
-        return None, [Fault(MANIFEST, f"expected a JSON object, found {type(raw).__name__}.", remedy)]
+    raw, faults = json_object(content, MANIFEST, MANIFEST_LIMIT, remedy)
+    if raw is None:
+        return None, faults
     written = raw.get("format")
     if type(written) is int and written > FORMAT:
         problem = f"has format {shown(str(written))}, written by a newer peft-combo; this one reads up to {FORMAT}."
@@ -140,7 +157,21 @@ def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Fault]]:
     try:
         return Manifest.model_validate(raw), []
     except ValidationError as error:
-        return None, [Fault(f"{MANIFEST}: {f.where}", f.problem, remedy) for f in _faults_of(error)]
+        return None, [Fault(f"{MANIFEST}: {f.where}", f.problem, remedy) for f in faults_of(error)]
+
+
+def json_object(content: bytes, where: str, limit: int, remedy: str) -> tuple[dict[str, Any] | None, list[Fault]]:
+    """Read bytes from elsewhere as one JSON object of at most `limit` bytes: the object, or what is wrong with it."""
+    if len(content) > limit:
+        return None, [Fault(where, f"is larger than {limit} bytes.", remedy)]
+    try:
+        raw = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else shown(str(error))
+        return None, [Fault(where, f"is not JSON ({reason}).", remedy)]
+    if not isinstance(raw, dict):
+        return None, [Fault(where, f"expected a JSON object, found {type(raw).__name__}.", remedy)]
+    return raw, []
 
 
 def _refuse_constant(word: str) -> NoReturn:
@@ -152,10 +183,11 @@ def validated_manifest(values: Mapping[str, Any], category: str) -> Manifest:
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
-        raise StoreError.from_faults(f"The adapter for {category} cannot be stored:", _faults_of(error)) from error
+        raise StoreError.from_faults(f"The adapter for {category} cannot be stored:", faults_of(error)) from error
 
 
-def _faults_of(error: ValidationError) -> list[Fault]:
+def faults_of(error: ValidationError) -> list[Fault]:
+    """Return what pydantic refused, in our form."""
     faults = []
     for detail in error.errors(include_url=False, include_context=False):
         where = ".".join(shown(str(part)) for part in detail["loc"]) or "manifest"
@@ -179,8 +211,20 @@ def said_by_writer(fields: Mapping[str, Any], category: str, faults: list[Fault]
             faults.append(Fault(shown(name), "is not a field of the manifest.", did_you_mean(name, wanted)))
         else:
             said[name] = _plain(value, name, faults)
-    faults.extend(Fault(name, "is missing.") for name in wanted if name not in fields)
+    required = (name for name in wanted if Manifest.model_fields[name].is_required())
+    faults.extend(Fault(name, "is missing.") for name in required if name not in fields)
     return said
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that what an adapter computes depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("peft-combo", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            found[package] = "unknown"
+    return found
 
 
 def _plain(value: Any, where: str, faults: list[Fault], depth: int = 0) -> JsonValue:
@@ -220,7 +264,7 @@ def model_card(manifest: Manifest) -> str:
 
     It opens with the front matter model hubs read. The recipe is left to the manifest, since it may hold local paths.
     """
-    backbone, data = manifest.backbone, manifest.data
+    backbone, data, imported = manifest.backbone, manifest.data, manifest.imported
     with_peft = "adapter_config.json" in manifest.files
     front = [
         "---",
@@ -245,14 +289,15 @@ def model_card(manifest: Manifest) -> str:
         "Data": data.name,
         "Data digest": data.digest,
         "Split digest": data.split_digest,
+        **({} if imported is None else _origin(imported)),
         "Created": manifest.created.isoformat(),
         "Versions": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())) or "not said",
     }
     body = [
         f"# {manifest.reference}",
         "",
-        f"A {_cell(manifest.method)} adapter for the category `{manifest.category}`, tuned with peft-combo "
-        "for bundle recommendation.",
+        f"A {_cell(manifest.method)} adapter for the category `{manifest.category}`, "
+        f"{'tuned with' if imported is None else 'imported into'} peft-combo for bundle recommendation.",
         "",
         "## How it was made",
         "",
@@ -260,17 +305,27 @@ def model_card(manifest: Manifest) -> str:
         "|---|---|",
         *(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
         "",
-        "The whole recipe is in `manifest.json`.",
+        "The whole recipe is in `manifest.json`."
+        if imported is None
+        else "It was tuned elsewhere: what it learned from, and whether it saw these bundles, is not known.",
         "",
         "## How good it is",
         "",
-        *_metrics_table(manifest.metrics),
+        *(_metrics_table(manifest.metrics) if manifest.metrics or imported is None else ["Not measured."]),
         "",
         "## How to load it",
         "",
         *_loading(manifest, with_peft),
     ]
     return "\n".join((*front, "", *body)) + "\n"
+
+
+def _origin(imported: ImportStamp) -> dict[str, str]:
+    return {
+        "Imported from": f"{imported.folder} (sha256 of its weights {imported.sha256})",
+        "Base model, by its own account": imported.base_model or "not said",
+        "Written by": f"PEFT {imported.peft_version}" if imported.peft_version else "not said",
+    }
 
 
 def _metrics_table(metrics: JsonObject) -> list[str]:

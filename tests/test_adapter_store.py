@@ -274,10 +274,14 @@ def test_the_card_of_an_adapter_without_peft_files_does_not_promise_peft(store: 
 
 
 def test_references_are_read_or_refused() -> None:
-    assert parse_reference("home_kitchen-2") == ("home_kitchen-2", None)
-    assert parse_reference("fashion@v12") == ("fashion", 12)
+    assert parse_reference("home_kitchen-2") == ("home_kitchen-2", None, None)
+    assert parse_reference("fashion@v12") == ("fashion", 12, None)
+    assert parse_reference("fashion@prod.2-b") == ("fashion", None, "prod.2-b")
+    for text in ("home_kitchen-2", "fashion@v12", "fashion@prod"):
+        assert str(parse_reference(text)) == text
     for wrong in ("", "Fashion", "fashion@", "@v1", "fashion@v0", "fashion@v01", "fashion@2", "a/b", "..", "fashion\n",
-                  "-x", ".x", "fashion@v١", "x" * 65, "fashion@v1@v2", "a\0b", "fashion@prod"):  # fmt: skip
+                  "-x", ".x", "fashion@v١", "x" * 65, "fashion@v1@v2", "a\0b", "fashion@latest",
+                  "fashion@v", "fashion@.prod", "fashion@Prod", "fashion@p/q", "fashion@" + "x" * 65):  # fmt: skip
         with pytest.raises(StoreError):
             parse_reference(wrong)
 

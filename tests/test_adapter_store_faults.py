@@ -73,7 +73,7 @@ def test_an_unknown_version_is_answered_with_the_stored_ones(store: AdapterStore
         text = refusal(lambda act=act: act("fashion@v3"))  # type: ignore[misc]
         assert 'No version "v3" of fashion' in text
         assert "Stored: v1, v2." in text
-    assert 'No version "prod"' in refusal(lambda: store.open("fashion@prod"))
+    assert 'No alias "prod" of fashion' in refusal(lambda: store.open("fashion@prod"))
 
 
 def test_only_listed_files_are_handed_out(store: AdapterStore) -> None:

@@ -15,21 +15,21 @@ from conftest import build_encoder
 from safetensors.torch import save_file
 
 from peft_combo import methods
-from peft_combo.adapters import AdapterRecord, AdapterStore
-from peft_combo.architectures import bytes_of
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank, LiveAdapter
-from peft_combo.errors import StoreError
-from peft_combo.recipe import (
+from peft_combo.adapter_configs import (
     AdaloraAdapter,
     AdapterConfig,
-    BundleTask,
     FullTuning,
     HeadOnly,
     LoraAdapter,
     PrefixAdapter,
     TopLayers,
 )
+from peft_combo.adapters import AdapterRecord, AdapterStore, Version
+from peft_combo.architectures import bytes_of
+from peft_combo.backbone import Backbone
+from peft_combo.bank import AdapterBank, LiveAdapter
+from peft_combo.errors import StoreError
+from peft_combo.recipe import BundleTask
 from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
 
 METHODS: dict[str, AdapterConfig] = {
@@ -401,6 +401,49 @@ def test_a_category_means_the_same_version_until_it_is_refreshed(backbone: Backb
     assert bank.refresh("food").reference == "food@v2"
 
 
+def test_an_alias_means_the_same_version_until_it_is_refreshed_and_then_where_it_points(
+    backbone: Backbone, store: AdapterStore
+) -> None:
+    for seed in range(3):
+        store_adapter(store, backbone, "food", seed=seed)
+    store.alias("food@v1", "prod")
+    bank = AdapterBank(backbone, store)
+    old = bank.get("food@prod")
+    assert (old.reference, bank.get("food").reference) == ("food@v1", "food@v3")
+    assert bank.get("food@v1") is old  # the same object: one version is loaded once, whatever it is called
+    store.alias("food@v2", "prod")
+    assert bank.get("food@prod") is old
+    assert bank.refresh("food@prod").reference == "food@v2"
+    assert (bank.get("food@prod").reference, bank.get("food").reference) == ("food@v2", "food@v3")
+    store.rollback("food@prod")
+    assert bank.refresh("food@prod") is old
+    assert bank.encode(TEXTS, "food@prod").tobytes() == bank.encode(TEXTS, "food@v1").tobytes()
+    with pytest.raises(StoreError, match="is one version and stays it"):
+        bank.refresh("food@v2")
+    with pytest.raises(StoreError, match='No alias "prd" of food'):
+        bank.get("food@prd")
+
+
+def test_a_load_that_meets_a_promotion_and_a_removal_gets_what_the_alias_points_to_by_then(
+    backbone: Backbone, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(2):
+        store_adapter(store, backbone, "food", seed=seed)
+    store.alias("food@v1", "prod")
+    bank = AdapterBank(backbone, store)
+    resolve = store.resolve
+
+    def slow(reference: str) -> Version:
+        version = resolve(reference)
+        monkeypatch.setattr(store, "resolve", resolve)
+        store.alias("food@v2", "prod")
+        store.remove("food@v1")
+        return version
+
+    monkeypatch.setattr(store, "resolve", slow)
+    assert bank.get("food@prod").reference == "food@v2"
+
+
 def test_an_evicted_adapter_comes_back_as_the_same_version(backbone: Backbone, store: AdapterStore) -> None:
     for category in ("food", "toys"):
         store_adapter(store, backbone, category)
@@ -494,14 +537,14 @@ def test_a_first_request_that_meets_a_refresh_gets_the_newer_version(
 ) -> None:
     store_adapter(store, backbone, "food", seed=0)
     bank = AdapterBank(backbone, store)
-    latest = store.latest
+    resolve = store.resolve
 
-    def slow(category: str) -> int:
-        version = latest(category)
-        monkeypatch.setattr(store, "latest", latest)
+    def slow(reference: str) -> Version:
+        version = resolve(reference)
+        monkeypatch.setattr(store, "resolve", resolve)
         store_adapter(store, backbone, "food", seed=1)
         bank.refresh("food")
         return version
 
-    monkeypatch.setattr(store, "latest", slow)
+    monkeypatch.setattr(store, "resolve", slow)
     assert bank.get("food").reference == "food@v2"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,10 +18,17 @@ def adapters_list(store: StoreOption = Path("adapters"), as_json: JsonOption = F
     """List the stored adapters."""
     from peft_combo.adapters import AdapterStore
 
-    records = AdapterStore(store).list()
+    opened = AdapterStore(store)
+    records = opened.list()
     if as_json:
         print_json([record.manifest.model_dump(mode="json") for record in records])
         return
+    names: dict[str, list[str]] = {}
+    try:
+        for alias in opened.aliases():
+            names.setdefault(alias.target, []).append(alias.name)
+    except StoreError as error:  # what is stored can be listed all the same
+        print(error, file=sys.stderr)
     rows = []
     for record in records:
         manifest = record.manifest
@@ -29,19 +36,20 @@ def adapters_list(store: StoreOption = Path("adapters"), as_json: JsonOption = F
         size = sum(entry.bytes for entry in manifest.files.values())
         rows.append(
             (
-                record.reference, manifest.method, manifest.backbone.model, manifest.data.name,
-                f"{before} -> {after}", f"{size / 2**20:.1f} MiB", f"{manifest.created:%Y-%m-%d %H:%M}",
+                record.reference, ", ".join(names.get(record.reference, ())), manifest.method, manifest.backbone.model,
+                manifest.data.name, f"{before} -> {after}" if manifest.metrics else "not measured", _mebibytes(size),
+                f"{manifest.created:%Y-%m-%d %H:%M}",
             )
         )  # fmt: skip
     if rows:
-        print_table(("adapter", "method", "backbone", "data", "NDCG@10", "size", "made (UTC)"), rows)
+        print_table(("adapter", "aliases", "method", "backbone", "data", "NDCG@10", "size", "made (UTC)"), rows)
     else:
         print(f"No adapters in {store}. Make one with: peft-combo tune --recipe lora-fashion", file=sys.stderr)
 
 
 @adapters_app.command("show")
 def adapters_show(
-    adapter: Annotated[str, typer.Argument(help="fashion (its latest version) or fashion@v2.")],
+    adapter: Annotated[str, typer.Argument(help="fashion (its latest version), fashion@v2 or fashion@prod.")],
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
@@ -57,7 +65,9 @@ def adapters_show(
 
 @adapters_app.command("verify")
 def adapters_verify(
-    adapter: Annotated[str | None, typer.Argument(help="fashion, fashion@v2, or nothing for the whole store.")] = None,
+    adapter: Annotated[
+        str | None, typer.Argument(help="fashion, fashion@v2, fashion@prod, or nothing for the whole store.")
+    ] = None,
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Check every file of the store against its manifest."""
@@ -70,9 +80,111 @@ def adapters_verify(
     print_faults("", opened.verify(adapter), fine=f"{checked}: every file is as it was written.")
 
 
+@adapters_app.command("import")
+def adapters_import(
+    folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained() wrote: a LoRA or a prefix.")],
+    category: Annotated[str, typer.Option("--category", help="Category to store it under.")],
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="The encoder it was tuned on: embedded, a hub id or a folder.")
+    ] = "embedded",
+    pooling: Annotated[
+        Literal["mean", "cls"], typer.Option("--pooling", help="How a text becomes one vector.")
+    ] = "mean",
+    max_length: Annotated[int, typer.Option("--max-length", min=4, help="Tokens per text.")] = 64,
+    store: StoreOption = Path("adapters"),
+) -> None:
+    """Check a PEFT adapter from elsewhere and store it. PEFT opens what is stored: there is no export."""
+    from peft_combo.adapters import AdapterStore
+    from peft_combo.backbone import Backbone
+    from peft_combo.importing import import_adapter
+
+    encoder = Backbone.load(backbone, pooling=pooling, max_length=max_length)
+    record = import_adapter(folder, category, encoder, AdapterStore(store))
+    print(f"Stored {record.reference} in {record.path}; not measured.")
+    print(f"Measure it with: peft-combo evaluate --recipe NAME --adapter {record.reference}")
+
+
+@adapters_app.command("alias")
+def adapters_alias(
+    adapter: Annotated[
+        str, typer.Argument(help="fashion@v3; fashion for its latest; fashion@staging for its version.")
+    ],
+    name: Annotated[str, typer.Argument(help="A word such as prod.")],
+    store: StoreOption = Path("adapters"),
+) -> None:
+    """Let an alias point to a version; fashion@prod then stands for it everywhere."""
+    from peft_combo.adapters import AdapterStore
+
+    alias = AdapterStore(store).alias(adapter, name)
+    print(f"{alias.reference} -> v{alias.version}")
+
+
+@adapters_app.command("aliases")
+def adapters_aliases(
+    of: Annotated[str | None, typer.Argument(help="A category, or fashion@prod for its whole history.")] = None,
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """List where aliases point, and where one pointed before."""
+    from peft_combo.adapters import AdapterStore, parse_reference
+
+    wanted = None if of is None else parse_reference(of)
+    if wanted is not None and wanted.version is not None:
+        raise StoreError(f'"{of}" is a version. Name a category ({wanted.category}) or an alias.')
+    opened = AdapterStore(store)
+    if of is not None and wanted is not None and wanted.alias is not None:
+        alias = opened.alias_at(of)
+        if as_json:
+            print_json(alias.model_dump(mode="json"))
+            return
+        print_table(
+            (alias.reference, "since (UTC)", ""),
+            [(f"v{m.version}", f"{m.at:%Y-%m-%d %H:%M:%S}", "rolled back" if m.rollback else "") for m in alias.moves],
+        )
+        return
+    found = opened.aliases(None if wanted is None else wanted.category)
+    if as_json:
+        print_json([alias.model_dump(mode="json") for alias in found])
+    elif found:
+        print_table(
+            ("alias", "points to", "since (UTC)", "before that"),
+            [
+                (
+                    alias.reference, f"v{alias.version}", f"{alias.moves[-1].at:%Y-%m-%d %H:%M:%S}",
+                    "" if alias.before is None else f"v{alias.before}",
+                )
+                for alias in found
+            ],
+        )  # fmt: skip
+    else:
+        print(f"No aliases in {store}. Set one with: peft-combo adapters alias fashion prod", file=sys.stderr)
+
+
+@adapters_app.command("rollback")
+def adapters_rollback(
+    alias: Annotated[str, typer.Argument(help="fashion@prod.")], store: StoreOption = Path("adapters")
+) -> None:
+    """Let an alias point to what it pointed to before."""
+    from peft_combo.adapters import AdapterStore
+
+    moved = AdapterStore(store).rollback(alias)
+    print(f"{moved.reference} -> v{moved.version}, back from v{moved.moves[-2].version}")
+
+
+@adapters_app.command("unalias")
+def adapters_unalias(
+    alias: Annotated[str, typer.Argument(help="fashion@prod.")], store: StoreOption = Path("adapters")
+) -> None:
+    """Remove an alias; the version it points to stays."""
+    from peft_combo.adapters import AdapterStore
+
+    gone = AdapterStore(store).unalias(alias)
+    print(f"removed {gone.reference}, which pointed to v{gone.version}")
+
+
 @adapters_app.command("remove")
 def adapters_remove(
-    adapter: Annotated[str, typer.Argument(help="fashion@v2; or fashion with --all.")],
+    adapter: Annotated[str, typer.Argument(help="fashion@v2; or fashion with --all. Not while an alias points to it.")],
     everything: Annotated[bool, typer.Option("--all", help="Remove every version of the category.")] = False,
     store: StoreOption = Path("adapters"),
 ) -> None:
@@ -81,3 +193,37 @@ def adapters_remove(
 
     for reference in AdapterStore(store).remove(adapter, all=everything):
         print(f"removed {reference}")
+
+
+@adapters_app.command("gc")
+def adapters_gc(
+    keep: Annotated[
+        int | None, typer.Option("--keep", help="Newest versions to keep of each category; default 3.")
+    ] = None,
+    older_than: Annotated[
+        float | None, typer.Option("--older-than", help="Only versions made more than so many days ago.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and change nothing.")] = False,
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Remove old versions and what dead writers left; never what an alias points to or would roll back to."""
+    from datetime import timedelta
+
+    from peft_combo.adapters import KEPT_VERSIONS, AdapterStore
+
+    if older_than is not None and not 0 <= older_than <= 100_000:
+        raise StoreError(f"--older-than: expected a number of days from 0 to 100000, found {older_than}.")
+    age = None if older_than is None else timedelta(days=older_than)
+    gone = AdapterStore(store).collect(KEPT_VERSIONS if keep is None else keep, age, dry_run=dry_run)
+    if as_json:
+        print_json([garbage._asdict() for garbage in gone])
+        return
+    for garbage in gone:
+        print(f"{'would remove' if dry_run else 'removed'} {garbage.name} ({_mebibytes(garbage.bytes)})")
+    total = _mebibytes(sum(garbage.bytes for garbage in gone))
+    print(f"{total} {'would be freed' if dry_run else 'freed'}" if gone else "Nothing to remove.")
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -16,7 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 recipes_app = typer.Typer(help="Recipes: list, show, copy, check, schema.", no_args_is_help=True)
-adapters_app = typer.Typer(help="Stored adapters: list, show, verify, remove.", no_args_is_help=True)
+adapters_app = typer.Typer(help="Stored adapters: what there is, aliases, import, export, gc.", no_args_is_help=True)
 data_app = typer.Typer(help="Data: list, check, stats, get.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapters_app, name="adapters")

@@ -50,6 +50,8 @@ def evaluate(
             manifest = opened.open(reference).manifest
             if problem := split_problem(manifest, parts, config):
                 raise DataError(problem)
+            if manifest.imported is not None:
+                watch.note(f"{reference} was imported: whether it has learned from these test bundles is not known.")
         bank, kept, texts = (
             AdapterBank(Backbone.of(loaded.backbone), opened),
             VectorCache(cache),
