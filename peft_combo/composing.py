@@ -10,19 +10,21 @@ The objective of a bundle B, of which C was given and A = B without C is added, 
     slots           weight * log P(slots of B)                     `SlotTemplates.log_probability`; 0 for substitutes
     redundancy     -weight * mean over i in A of max cosine(i, j)  over the other items j of B; no less than 0
 
-r and c are made comparable first: z-scores over all items the scorer knows, then arcsinh, which is linear near 0 and
-logarithmic in the tails, so that one huge score cannot outweigh all else. Items the scorer cannot speak of (NaN or
-infinite) get the lowest known score. Nothing depends on the order in which items were added.
+r and c are made comparable first: z-scores over the items the scorer knows, all of them for r and a fixed sample of the
+catalogue for c (all where there are at most `_SAMPLE`), then arcsinh, which is linear near 0 and logarithmic in the
+tails, so that one huge score cannot outweigh all else. Items the scorer cannot speak of (NaN or infinite) get the
+lowest known score. Nothing depends on the order in which items were added.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -36,12 +38,16 @@ from peft_combo.scoring.base import SparseRows
 from peft_combo.slots import SlotRule, SlotTemplates, Template
 
 Rows: TypeAlias = "NDArray[np.int64]"
-Compatibility: TypeAlias = Callable[[Rows], "NDArray[np.floating[Any]]"]  # a set's rows (m,) -> (N,), NaN cannot say
+Compatibility: TypeAlias = Callable[[Sequence[Rows], Rows], "NDArray[np.floating[Any]]"]
+"""Scores of items beside sets: S sets, each of ascending distinct rows (m,) with m >= 1, and candidate rows (C,), any
+order, may repeat -> (S, C), NaN where it cannot say. The score of a row depends on the set and the row only."""
 Mode = Literal["complement", "substitute"]
 
 _PLAUSIBLE = 6.0  # templates e^6 times less probable than the best are filled only where the others yield nothing
 _TRIES = 50_000  # steps of the last, exhaustive look for a bundle before we say there is none
 _SPARE = 64  # bundles that look collects at most
+_SAMPLE = 2048  # items the mean and deviation of c are taken over; both are then known to 2 % of the deviation
+_SETS = 256  # sets the scorer is asked about at once
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,9 @@ class Options:
         seed: breaks ties; nothing else is random.
         beam: partial bundles kept per step.
         per_slot: items tried per slot and partial bundle.
+        shortlist: items per slot the beam looks at, chosen by relevance and by compatibility with the context (with the
+            first items taken, where there is neither); under a budget as many again from the cheaper ones. A slot of no
+            more items is looked at whole.
         plans: templates tried.
         exact_limit: every possible bundle is looked at where there are at most so many sets of allowed items.
     """
@@ -86,11 +95,12 @@ class Options:
     seed: int = 0
     beam: int = 16
     per_slot: int = 12
+    shortlist: int = 256
     plans: int = 32
     exact_limit: int = 2_000
 
     def __post_init__(self) -> None:
-        for name in ("k", "beam", "per_slot", "plans"):
+        for name in ("k", "beam", "per_slot", "shortlist", "plans"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} must be at least 1, found {getattr(self, name)}.")
         if not 0 <= self.diversity <= 1:
@@ -184,8 +194,34 @@ class Composer:
         self._slot_of = templates.slots_of(catalog)
         by_slot_and_price = np.lexsort((self._shelf.cents, self._slot_of))
         ends = np.searchsorted(self._slot_of[by_slot_and_price], np.arange(len(templates.names) + 1))
+        self._sample = np.sort(np.random.default_rng(0).permutation(len(catalog))[:_SAMPLE])
         # Per slot its rows, cheapest first, so that whatever a budget still allows is a head of the list.
         self._rows_of = [by_slot_and_price[start:stop] for start, stop in itertools.pairwise(ends.tolist())]
+
+    def with_templates(self, templates: SlotTemplates) -> Composer:
+        """Return a composer of the same catalogue under templates of the same slots, as `with_rules` gives them.
+
+        What was made of the catalogue is shared, so this costs nothing.
+
+        Raises:
+            ValueError: the templates have other slots.
+        """
+        if (templates.names, templates.paths) != (self.templates.names, self.templates.paths):
+            raise ValueError(f"templates must have the slots {self.templates.names}, found {templates.names}.")
+        other = copy.copy(self)
+        other.templates = templates
+        return other
+
+    def allowed_items(self, constraints: Constraints) -> NDArray[np.bool_]:
+        """Which items may be added, (N,); `Constraints.allowed_items` without reading the catalogue anew.
+
+        Raises:
+            DataError: the catalogue has no such attribute, value or category.
+            ValueError: a row to exclude is not of the catalogue.
+        """
+        checks = self._shelf.checks(constraints)
+        allowed: NDArray[np.bool_] = np.logical_and.reduce([np.ones(len(self.catalog), bool), *checks.values()])
+        return allowed
 
     def compose(
         self,
@@ -199,13 +235,13 @@ class Composer:
         """Complete the context, or make bundles from nothing, best first.
 
         Exhaustive where there are few enough sets of allowed items (`Options.exact_limit`); else a beam search through
-        the most probable templates, whose finished bundles are scored anew with the objective.
+        the most probable templates, over a shortlist of the items of each slot (`Options.shortlist`), whose finished
+        bundles are scored anew with the objective.
 
         Args:
             context: distinct rows that every bundle keeps; may be empty.
             relevance: (N,) scores, higher is better; None for none.
-            compatibility: called with the ascending rows (m,) of a set, m >= 1, gives (N,) scores of all items beside
-                it, the same for the same set; None for none.
+            compatibility: scores of items beside sets, asked for once a step; None for none.
             constraints: hard; all bundles keep to them.
             options: see there.
         Returns:
@@ -293,14 +329,14 @@ class Composer:
     def _scene(self, relevance: ArrayLike | None, compatibility: Compatibility | None, options: Options) -> _Scene:
         n = len(self.catalog)
         return _Scene(
-            relevance=None if relevance is None else _Comparable(_scores(relevance, n, "relevance")),
+            relevance=None if relevance is None else _scores(relevance, (n,), "relevance"),
             compatibility=compatibility,
             options=options,
             templates=self.templates,
             slot_of=self._slot_of,
             vectors=self.vectors,
             titles=self._shelf.titles,
-            order=np.random.default_rng(options.seed).permutation(n),
+            sample=self._sample,
         )
 
     def _request(
@@ -318,7 +354,8 @@ class Composer:
         allowed[list(context)] = False
         required = {slot for slot in self.templates.required if f'required slot "{self._name(slot)}"' not in without}
         forbidden = {slot for slot in self.templates.forbidden if f'forbidden slot "{self._name(slot)}"' not in without}
-        allowed &= ~np.isin(self._slot_of, list(forbidden))
+        if forbidden:
+            allowed &= ~np.isin(self._slot_of, list(forbidden))
         for row in context:
             if (slot := int(self._slot_of[row])) in forbidden:
                 raise DataError(
@@ -531,7 +568,7 @@ def co_counts(history: SparseRows, item: int, context: Sequence[int] | Rows) -> 
     """Count the rows of the history that hold both an item and each item of the context.
 
     Args:
-        history: (B, N) training bundles; a CSC matrix answers fastest, others are converted first.
+        history: (B, N) training bundles, no cell stored twice; CSC answers fastest, others are converted first.
         item: a column.
         context: columns (m,).
     Returns:
@@ -540,7 +577,7 @@ def co_counts(history: SparseRows, item: int, context: Sequence[int] | Rows) -> 
     columns: Any = sparse.csc_array(history)
     holders = columns.indices[columns.indptr[item] : columns.indptr[item + 1]]
     counts = [
-        np.intersect1d(holders, columns.indices[columns.indptr[other] : columns.indptr[other + 1]]).size
+        np.intersect1d(holders, columns.indices[columns.indptr[other] : columns.indptr[other + 1]], True).size
         for other in np.asarray(context, np.int64).tolist()
     ]
     return np.array(counts, np.int64)
@@ -607,26 +644,36 @@ class _Request:
         return sum(math.comb(n, size) for size in range(max(1, self.low), min(self.high, n) + 1))
 
 
-class _Comparable:
-    """Scores of all items, comparable between scorers; see the module for how."""
+class _Scale:
+    """What makes scores comparable between scorers, taken from a sample of them, (S, N); see the module for how."""
 
-    def __init__(self, raw: NDArray[np.floating[Any]]) -> None:
-        known = np.isfinite(raw)
-        self._raw = raw
-        self._whole = bool(known.all())
-        values = (raw if self._whole else raw[known]).astype(np.float64, copy=False)
-        self._mean = float(values.mean()) if values.size else 0.0
-        spread = float(values.std()) if values.size else 0.0
+    def __init__(self, sample: NDArray[np.floating[Any]]) -> None:
+        values = sample.astype(np.float64)
+        known = np.isfinite(values)
+        count = np.maximum(known.sum(axis=1, keepdims=True), 1)
+        self._lowest = np.where(known, values, np.inf).min(axis=1, keepdims=True, initial=np.inf)
+        self._lowest[np.isinf(self._lowest)] = 0
+        values[~known] = 0
+        self._mean = values.sum(axis=1, keepdims=True) / count
+        spread = np.sqrt(np.square(values - self._mean).sum(axis=1, keepdims=True, where=known) / count)
         # Equal scores say nothing; their standard deviation is only nearly 0 in floating point.
-        self._scale = 0.0 if spread <= 1e-9 * max(1.0, abs(self._mean)) else 1 / spread
-        self._lowest = float(values.min()) if values.size else 0.0
+        alike = spread <= 1e-9 * np.maximum(1.0, np.abs(self._mean))
+        self._factor = np.where(alike, 0, 1 / np.where(alike, 1, spread))
 
-    def at(self, rows: Rows) -> NDArray[np.float64]:
-        values = self._raw[rows].astype(np.float64)
-        if not self._whole:
-            values[~np.isfinite(values)] = self._lowest
-        comparable: NDArray[np.float64] = np.arcsinh((values - self._mean) * self._scale)
+    def of(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """(S, C) -> (S, C)."""
+        values = scores.astype(np.float64)
+        values = np.where(np.isfinite(values), values, self._lowest)
+        comparable: NDArray[np.float64] = np.arcsinh((values - self._mean) * self._factor)
         return comparable
+
+
+@lru_cache(maxsize=4)
+def _order(n: int, seed: int) -> Rows:
+    """Return the rows' places in a random order, (n,); kept, for requests rarely bring a seed of their own."""
+    order = np.random.default_rng(seed).permutation(n)
+    order.flags.writeable = False
+    return order
 
 
 @dataclass(frozen=True)
@@ -649,37 +696,52 @@ class _Scene:
     def __init__(
         self,
         *,
-        relevance: _Comparable | None,
+        relevance: NDArray[np.floating[Any]] | None,
         compatibility: Compatibility | None,
         options: Options,
         templates: SlotTemplates,
         slot_of: NDArray[np.int32],
         vectors: NDArray[np.float32] | None,
         titles: NDArray[np.int64],
-        order: NDArray[np.int64],
+        sample: Rows,
     ) -> None:
         self.options = options
         self.slot_of = slot_of
-        self.order = order
+        self.order = _order(len(slot_of), options.seed)
         self._relevance = relevance
         self._compatibility = compatibility
         self._templates = templates
         self._vectors = vectors
         self._titles = titles
-        self._known: dict[tuple[tuple[int, ...], int], float] = {}  # (set, item) -> compatibility
+        self._sample = sample
 
     def relevance_of(self, rows: Rows) -> NDArray[np.float64]:
-        return np.zeros(len(rows)) if self._relevance is None else self._relevance.at(rows)
+        if self._relevance is None:
+            return np.zeros(len(rows))
+        comparable: NDArray[np.float64] = self._relevance_scale.of(self._relevance[None, rows])[0]
+        return comparable
 
-    def beside(self, items: Iterable[int]) -> _Comparable | None:
-        """Ask the scorer for all items beside a set; None where there is no scorer or no set."""
-        rows = np.array(sorted(items), np.int64)
+    @cached_property
+    def _relevance_scale(self) -> _Scale:
+        assert self._relevance is not None
+        return _Scale(self._relevance[None])
+
+    def beside(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
+        """Ask the scorer for items beside sets, (S, C); 0 where there is no scorer or a set is empty."""
+        found = np.zeros((len(sets), len(rows)))
+        asked = [(place, np.array(sorted(one), np.int64)) for place, one in enumerate(sets) if one]
         if self._compatibility is None or not len(rows):
-            return None
-        return _Comparable(_scores(self._compatibility(rows), len(self.slot_of), "compatibility"))
+            return found
+        both = np.concatenate([rows, self._sample])
+        for start in range(0, len(asked), _SETS):
+            places, some = zip(*asked[start : start + _SETS], strict=True)
+            scores = _scores(self._compatibility(some, both), (len(some), len(both)), "compatibility")
+            found[list(places)] = _Scale(scores[:, len(rows) :]).of(scores[:, : len(rows)])
+        return found
 
-    def remember(self, items: Iterable[int], row: int, compatibility: float) -> None:
-        self._known[tuple(sorted(items)), row] = compatibility
+    def tells(self, sets: Sequence[Iterable[int]]) -> bool:
+        """Whether anything is known of what to put beside these sets."""
+        return self._relevance is not None or (self._compatibility is not None and all(sets))
 
     def judge(self, context: tuple[int, ...], bundles: Sequence[tuple[int, ...]]) -> list[_Judged]:
         """Compute the objective of bundles given by their added rows; each set is asked for once."""
@@ -688,20 +750,23 @@ class _Scene:
         for added in bundles:
             whole = sorted((*context, *added))
             for row in added:
-                others = tuple(other for other in whole if other != row)
-                if (others, row) not in self._known:
-                    asked.setdefault(others, []).append(row)
-        for others, rows in asked.items():
-            scores = self.beside(others)
-            values = np.zeros(len(rows)) if scores is None else scores.at(np.array(rows, np.int64))
-            self._known.update({(others, row): float(value) for row, value in zip(rows, values, strict=True)})
-        return [self._judge(context, added) for added in bundles]
+                asked.setdefault(tuple(other for other in whole if other != row), []).append(row)
+        rows = np.unique(np.array([row for added in bundles for row in added], np.int64))
+        beside = self.beside(list(asked), rows)
+        known = {
+            (others, row): float(value)
+            for (others, wanted), values in zip(asked.items(), beside, strict=True)
+            for row, value in zip(wanted, values[np.searchsorted(rows, wanted)], strict=True)
+        }
+        return [self._judge(context, added, known) for added in bundles]
 
-    def _judge(self, context: tuple[int, ...], added: tuple[int, ...]) -> _Judged:
+    def _judge(
+        self, context: tuple[int, ...], added: tuple[int, ...], known: dict[tuple[tuple[int, ...], int], float]
+    ) -> _Judged:
         weights, n = self.options.weights, len(added)
         whole = sorted((*context, *added))
         relevance = weights.relevance / n * self.relevance_of(np.array(added, np.int64))
-        beside = [self._known[tuple(other for other in whole if other != row), row] for row in added]
+        beside = [known[tuple(other for other in whole if other != row), row] for row in added]
         compatibility = weights.compatibility / n * np.array(beside)
         return _Judged(
             added=added,
@@ -741,7 +806,7 @@ class _Scene:
         limit = self.options.near_duplicate
         if limit is None or not others:
             return np.zeros(len(rows), bool)
-        same = np.isin(self._titles[rows], self._titles[list(others)])
+        same = _among(self._titles[rows], self._titles[list(others)])
         if self._vectors is not None:
             same |= (self._vectors[rows] @ self._vectors[list(others)].T > limit).any(axis=1)
         return same
@@ -807,15 +872,57 @@ def _beam(request: _Request, scene: _Scene, plans: Sequence[tuple[Template, floa
     how = scene.options
     states = [_Partial((), _tree(request, plans), 0, 0.0, 0.0)]
     finished: list[tuple[float, _Partial]] = []
+    wide = set().union(*(slots for slots, _ in plans))  # slots whose every item is still looked at
     while states:
+        sets = [(*request.context, *state.added) for state in states]
+        slots = wide | set().union(*(state.node.children for state in states))
+        gains = _gains(request, scene, sets, sorted(slots))
+        if wide and scene.tells(sets):
+            request, gains = _shortlisted(request, scene, gains)
+            wide = set()
         grown: list[_Partial] = []
-        for state in states:
-            grown += _extensions(request, scene, state)
+        for place, (state, held) in enumerate(zip(states, sets, strict=True)):
+            own = {slot: gains[slot][place] for slot in state.node.children}
+            grown += _extensions(request, scene, state, held, own)
         ends = [(state, state.node.log_probability) for state in grown]
         finished += [(state.estimate(log, how.weights), state) for state, log in ends if log is not None]
         states = _kept([state for state in grown if state.node.children], scene)
     finished.sort(key=lambda one: (-one[0], scene.tie_break(one[1].added)))
     return [state.added for _, state in _varied(finished, max(how.beam, 3 * how.k), how)]
+
+
+def _gains(
+    request: _Request, scene: _Scene, sets: Sequence[tuple[int, ...]], slots: Sequence[int]
+) -> dict[int, NDArray[np.float64]]:
+    """Per slot what each item of its shelf would add beside each set: (S, items of the shelf)."""
+    weights, shelves = scene.options.weights, [request.shelves[slot] for slot in slots]
+    rows = np.concatenate([np.empty(0, np.int64), *shelves])
+    gains = weights.relevance * scene.relevance_of(rows) + weights.compatibility * scene.beside(sets, rows)
+    ends = np.cumsum([len(shelf) for shelf in shelves])[:-1]
+    return dict(zip(slots, np.split(gains, ends, axis=1), strict=True))
+
+
+def _shortlisted(
+    request: _Request, scene: _Scene, gains: dict[int, NDArray[np.float64]]
+) -> tuple[_Request, dict[int, NDArray[np.float64]]]:
+    """Keep of each shelf the items that add most beside any of the sets, and what they add."""
+    shelves, limit = list(request.shelves), scene.options.shortlist
+    for slot, values in gains.items():
+        rows = request.shelves[slot]
+        if len(rows) <= limit:
+            continue
+        best, kept = values.max(axis=0), np.zeros(len(rows), bool)
+        kept[scene.best(rows, best, limit)] = True
+        # What a bundle can spend on the slot is not known yet, so the best of the cheaper half, quarter ... come too;
+        # of the last part all.
+        stop = len(rows) // 2 if request.left is not None else 0
+        while stop:
+            share = max(limit // 8, 1)
+            kept[scene.best(rows[:stop], best[:stop], share)] = True
+            stop = 0 if stop <= share else stop // 2
+        shelves[slot] = rows[kept]
+        gains[slot] = values[:, kept]
+    return replace(request, shelves=shelves), gains
 
 
 def _tree(request: _Request, plans: Sequence[tuple[Template, float]]) -> _Node:
@@ -847,28 +954,28 @@ def _lowest_prices(request: _Request, path: list[int]) -> list[int]:
     return prices[::-1]
 
 
-def _extensions(request: _Request, scene: _Scene, state: _Partial) -> Iterator[_Partial]:
-    """The partial bundle with one item more, for the best items of every slot that may follow."""
-    if not state.node.children:
-        return
-    weights, held = scene.options.weights, (*request.context, *state.added)
-    beside = scene.beside(held)
+def _extensions(
+    request: _Request, scene: _Scene, state: _Partial, held: tuple[int, ...], gains: dict[int, NDArray[np.float64]]
+) -> Iterator[_Partial]:
+    """The partial bundle with one item more, for the best items of every slot that may follow.
+
+    Args:
+        held: the rows of the context and those added.
+        gains: per such slot what each item of the shelf adds beside them.
+    """
     for slot, node in state.node.children.items():
-        rows = request.shelves[slot]
+        rows, own = request.shelves[slot], gains[slot]
         if request.left is not None:
             affordable = request.left - state.cents - int(node.rest)
             rows = rows[: np.searchsorted(request.cents[rows], affordable, side="right")]
         if not len(rows):
             continue
-        compatibility = np.zeros(len(rows)) if beside is None else beside.at(rows)
-        gains = weights.relevance * scene.relevance_of(rows) + weights.compatibility * compatibility
-        places = _distinct_best(scene, rows, gains, held)
+        places = _distinct_best(scene, rows, own[: len(rows)], held)
         likeness = scene.likeness(rows[places], held)
         for place, like in zip(places.tolist(), likeness.tolist(), strict=True):
             row = int(rows[place])
-            scene.remember(held, row, float(compatibility[place]))
             cents = state.cents + (int(request.cents[row]) if request.left is not None else 0)
-            yield _Partial((*state.added, row), node, cents, state.gain + float(gains[place]), state.likeness + like)
+            yield _Partial((*state.added, row), node, cents, state.gain + float(own[place]), state.likeness + like)
 
 
 def _distinct_best(scene: _Scene, rows: Rows, gains: NDArray[np.float64], held: tuple[int, ...]) -> NDArray[np.intp]:
@@ -877,7 +984,7 @@ def _distinct_best(scene: _Scene, rows: Rows, gains: NDArray[np.float64], held: 
     looked_at = 2 * wanted
     while True:
         places = scene.best(rows, gains, looked_at)
-        taken = np.isin(rows[places], held) | scene.duplicates(rows[places], held)
+        taken = _among(rows[places], np.array(held, np.int64)) | scene.duplicates(rows[places], held)
         if len(places) == len(rows) or np.count_nonzero(~taken) >= wanted:
             return places[~taken][:wanted]
         looked_at *= 4
@@ -974,11 +1081,17 @@ def _spread(ranked: list[_Judged], how: Options, scene: _Scene) -> list[_Judged]
     return [ranked[place] for place in chosen]
 
 
-def _scores(values: ArrayLike, n: int, name: str) -> NDArray[np.floating[Any]]:
+def _scores(values: ArrayLike, shape: tuple[int, ...], name: str) -> NDArray[np.floating[Any]]:
     scores: NDArray[np.floating[Any]] = np.asarray(values)
-    if scores.shape != (n,) or not np.issubdtype(scores.dtype, np.floating):
-        raise ValueError(f"{name} must be ({n},) floating point scores, found {scores.shape} {scores.dtype}.")
+    if scores.shape != shape or not np.issubdtype(scores.dtype, np.floating):
+        raise ValueError(f"{name} must be {shape} floating point scores, found {scores.shape} {scores.dtype}.")
     return scores
+
+
+def _among(values: Rows, few: Rows) -> NDArray[np.bool_]:
+    """`np.isin` for a handful of numbers, where its sorting is most of the time."""
+    among: NDArray[np.bool_] = (values[:, None] == few).any(axis=1)
+    return among
 
 
 def _span(low: int, high: int) -> str:

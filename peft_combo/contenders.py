@@ -176,6 +176,12 @@ class FittedHead:
     def __call__(self, questions: Questions) -> NDArray[np.float32]:
         return completion_scores(self.head, self.vectors, self.targets, questions.contexts)
 
+    def among(self, questions: Questions, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Score some items only: (C,) rows -> (Q, C). Few are gathered first, of many all are scored as they lie."""
+        if 4 * len(rows) >= len(self.targets):
+            return self(questions)[:, rows]
+        return completion_scores(self.head, self.vectors, self.targets[rows], questions.contexts)
+
 
 @dataclass(frozen=True, eq=False)
 class FittedCategories:

@@ -6,7 +6,7 @@ scorers as arrays with names: not how they score, nor what an item is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self, assert_never, cast, get_args
@@ -220,14 +220,24 @@ class Fusion:
         _check(scores, evidence, self.needs)
         fused = np.empty((len(evidence.contexts), len(evidence.item_support)), np.float32)
         for block in _blocks(*fused.shape):
-            known = np.zeros(fused[block].shape, bool)
-            total = np.zeros(fused[block].shape, np.float32)
-            for part, heard in self._parts(scores, evidence, block):
-                total += part
-                known |= heard
-            np.copyto(total, np.nan, where=~known)
-            fused[block] = total
+            fused[block] = _total(fused[block].shape, self._parts(scores, evidence, block))
         return fused
+
+    def explained(
+        self, scores: Scores, evidence: Evidence
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        """Fuse scores and tell what each scorer adds, in one pass; it all stays in memory, so for few questions.
+
+        Returns:
+            What `combine` gives, and per scorer of `needs` its (Q, N) share; the shares add up to the fused score, up
+            to rounding, wherever there is one.
+        Raises:
+            ValueError: a scorer is missing or a shape differs.
+        """
+        _check(scores, evidence, self.needs)
+        parts = list(self._parts(scores, evidence, slice(None)))
+        fused = _total((len(evidence.contexts), len(evidence.item_support)), parts)
+        return fused, {name: part for name, (part, _) in zip(self.needs, parts, strict=True)}
 
     def shares(self, scores: Scores, evidence: Evidence, query: int, item: int) -> dict[str, float]:
         """Tell what each scorer adds to one fused score; the sum is the score, up to rounding.
@@ -235,26 +245,9 @@ class Fusion:
         Raises:
             ValueError: a scorer is missing or a shape differs.
         """
-        return self.shares_of(scores, evidence, query, [item])[0]
-
-    def shares_of(self, scores: Scores, evidence: Evidence, query: int, items: ArrayLike) -> list[dict[str, float]]:
-        """Tell what each scorer adds to the fused scores of some items of one question, for all in one pass.
-
-        Args:
-            items: (K,) columns.
-        Returns:
-            K times a share per scorer of `needs`; the sum is the item's fused score, up to rounding.
-        Raises:
-            ValueError: a scorer is missing or a shape differs.
-        """
-        _check(scores, evidence, self.needs)
-        columns = np.asarray(items, np.int64)
-        shares: list[dict[str, float]] = [{} for _ in columns]
-        parts = self._parts(scores, evidence, slice(query, query + 1))
-        for name, (part, _) in zip(self.needs, parts, strict=True):
-            for own, share in zip(shares, part[0, columns].tolist(), strict=True):
-                own[name] = share
-        return shares
+        one = {name: scores[name][query : query + 1] for name in scores}
+        _, parts = self.explained(one, evidence.take(slice(query, query + 1)))
+        return {name: float(part[0, item]) for name, part in parts.items()}
 
     def state(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -384,6 +377,18 @@ def _quantiles(count: int) -> NDArray[np.float32]:
     Kept, because scorers are asked about one catalogue and speak of the same number of items again and again.
     """
     return np.asarray(special.ndtri(np.arange(1, 2 * count) / max(1, 2 * count)), np.float32)
+
+
+def _total(
+    shape: tuple[int, ...], parts: Iterable[tuple[NDArray[np.float32], NDArray[np.bool_]]]
+) -> NDArray[np.float32]:
+    """Add up what scorers say; NaN where none was heard."""
+    total, known = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    for part, heard in parts:
+        total += part
+        known |= heard
+    np.copyto(total, np.nan, where=~known)
+    return total
 
 
 class _Gates:

@@ -214,16 +214,16 @@ class BundleRecommender:
         base = context if len(context) else self._taken_last(user)
         questions = self._question(base, user)
         raw, evidence = self._scores(questions), self.known.evidence(questions)
-        scores = self._for_user(self.fusion.combine(raw, evidence), questions)[0]
-        allowed, _ = (constraints or Constraints()).allowed_items(self.dataset.catalog)
-        allowed = allowed & np.isfinite(scores)
+        fused, parts = self.fusion.explained(raw, evidence)
+        scores = self._for_user(fused, questions)[0]
+        allowed = self._composer.allowed_items(constraints or Constraints()) & np.isfinite(scores)
         allowed[context] = False
         candidates = np.flatnonzero(allowed)
         first = candidates[_largest(scores[candidates], k)]
         because = self._because(base, user, first, scores) if explain and len(base) > 1 else {}
         return [
             self._suggestion(
-                int(row), float(scores[row]), self.fusion.shares(raw, evidence, 0, int(row)), base,
+                int(row), float(scores[row]), {name: float(part[0, row]) for name, part in parts.items()}, base,
                 because.get(int(row), {}),
             )
             for row in first
@@ -263,7 +263,7 @@ class BundleRecommender:
         composer = self._composer
         if required is not None or forbidden is not None:
             edited = self.templates.with_rules(required=required, forbidden=forbidden)
-            composer = Composer(self.dataset.catalog, edited, vectors=self._frozen, history=self._history)
+            composer = composer.with_templates(edited)
         found = composer.compose(
             context, relevance=_summed(parts), compatibility=self._beside, constraints=constraints, options=options
         )
@@ -373,10 +373,15 @@ class BundleRecommender:
         scores: NDArray[np.float32] = self._frozen @ self.bank.encode([query], None)[0]  # (N, D) @ (D,) -> (N,)
         return scores
 
-    def _beside(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        none = np.zeros(1, np.int64)
-        scores: NDArray[np.float32] = self.text_side(Questions(rows[None], none, np.array([""]), none))[0]
-        return scores
+    def _beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        contexts = np.full((len(sets), max(map(len, sets))), -1, np.int64)
+        for own, one in zip(contexts, sets, strict=True):
+            own[: len(one)] = one
+        none = np.zeros(len(sets), np.int64)
+        questions = Questions(contexts, none, np.full(len(sets), ""), none)
+        if isinstance(self.text_side, FittedHead):
+            return self.text_side.among(questions, rows)
+        return self.text_side(questions)[:, rows]
 
     def _suggestion(
         self, row: int, score: float, shares: dict[str, float], context: NDArray[np.int64], because: dict[str, float]

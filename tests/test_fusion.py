@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import special, stats
 
 from peft_combo import metrics
 from peft_combo.fusion import BEST_SINGLE, Evidence, Form, Fusion, comparable
@@ -145,6 +146,9 @@ def test_shares_add_up_to_the_fused_score(form: Form) -> None:
             shares = fusion.shares(scores, world.evidence, query, item)
             assert set(shares) == {"a", "b"}
             assert sum(shares.values()) == pytest.approx(fused[query, item], abs=1e-5)
+            again, parts = fusion.explained(scores, world.evidence)
+            np.testing.assert_array_equal(again, fused)
+            assert {name: part[query, item] for name, part in parts.items()} == pytest.approx(shares, abs=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -185,6 +189,47 @@ def test_forms_forget_where_a_scorer_has_its_zero_and_its_unit(form: Form) -> No
     np.testing.assert_array_equal(np.argsort(values[0, mine]), np.argsort(scores[0, mine]))
     if form != "damped":
         assert values[0, mine].mean() == pytest.approx(0, abs=1e-5)
+
+
+def written_out(scores: NDArray[np.float32], context: NDArray[np.int64], form: Form) -> NDArray[np.float64]:
+    """The forms as their definitions read, one question at a time and in float64."""
+    values = scores.astype(np.float64)
+    values[context[context >= 0]] = np.nan
+    known = np.isfinite(values)
+    own, found = values[known], np.zeros(len(values))
+    if form == "normal":
+        found[known] = special.ndtri((stats.rankdata(own) - 0.5) / len(own))
+        return found
+    z = (own - own.mean()) / own.std()
+    found[known] = z if form == "z" else np.sign(z) * np.log1p(np.abs(z))
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_are_what_their_definitions_say(form: Form) -> None:
+    world = World(0, 40, 2_000)
+    scores = world.scorer(1.0) * 3 + 20
+    scores[::2] = np.round(scores[::2])  # many ties
+    scores[:, ::3] = np.nan
+    scores[:20, 1] = np.inf
+    before = scores.copy()
+    values, heard = comparable(scores, world.evidence, form)
+    np.testing.assert_array_equal(scores, before)
+    for row, context in enumerate(world.contexts):
+        # float32 keeps 7 digits of scores around 20, whose deviation is 3.
+        np.testing.assert_allclose(values[row], written_out(scores[row], context, form), atol=5e-6)
+    expected = np.isfinite(scores)
+    expected[world.evidence.barred()] = False
+    np.testing.assert_array_equal(heard, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_known_score_and_none_at_all_say_nothing(form: Form) -> None:
+    scores = np.full((2, 5), np.nan, np.float32)
+    scores[0, 2] = 7
+    values, heard = comparable(scores, Evidence(np.full((2, 1), -1), np.ones(5, np.int64)), form)
+    assert not values.any()
+    assert np.argwhere(heard).tolist() == [[0, 2]]
 
 
 def test_equal_scores_are_no_opinion() -> None:

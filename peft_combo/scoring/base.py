@@ -328,7 +328,7 @@ def silenced(
 ) -> NDArray[np.float32]:
     """Write NaN into rows and columns of which nothing is known; (Q, N), (Q,), (N,)."""
     if columns_known is not None:
-        scores[:, ~columns_known] = np.nan
+        np.copyto(scores, np.nan, where=~columns_known)
     if rows_known is not None:
         scores[~rows_known] = np.nan
     return scores

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
@@ -157,6 +158,19 @@ class TextVectors(Learned):
 
     vectors: Vectors
 
+    @cached_property
+    def has_text(self) -> NDArray[np.bool_]:
+        """(N,) which items have one; kept, for it takes as long as to score them."""
+        return has_vector(self.vectors)
+
+    def cosines(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Cosine of every item with queries of length 1: (q, D) -> (q, N).
+
+        The queries are dense even where the vectors are sparse: that reads the vectors once, as they lie in memory.
+        """
+        cosines: NDArray[np.float32] = dense(cast(Any, self.vectors) @ queries.T).T  # (N, D) @ (D, q) -> (N, q)
+        return cosines
+
 
 @dataclass(eq=False)
 class TextCosine(HistoryScorer[TextVectors]):
@@ -193,20 +207,20 @@ class TextCosine(HistoryScorer[TextVectors]):
         return TextVectors(history, support_of(history), known.vectors if items is None else unit_rows(items))
 
     def _score(self, known: TextVectors, contexts: Csr) -> NDArray[np.float32]:
-        has_text = has_vector(known.vectors)
+        has_text = known.has_text
         inside = binary(contexts)
         familiar = inside @ has_text.astype(np.float32) > 0
-        by_term: Any = known.vectors.T  # (D, N)
         scores = np.empty(contexts.shape, np.float32)
         if self.context == "mean":
-            for block in blocks(*contexts.shape):
-                scores[block] = dense(unit_rows(_sums(inside[block], known.vectors)) @ by_term)
+            for block in blocks(contexts.shape[0], max(known.vectors.shape)):
+                # The mean up to a factor that the unit length undoes: (q, N) @ (N, D) -> (q, D).
+                scores[block] = known.cosines(dense(unit_rows(cast(Any, inside[block]) @ known.vectors)))
         else:
             for row, (start, stop) in enumerate(zip(contexts.indptr[:-1], contexts.indptr[1:], strict=True)):
                 chosen = contexts.indices[start:stop]
                 chosen = chosen[has_text[chosen]]
                 if chosen.size:
-                    scores[row] = dense(known.vectors[chosen] @ by_term).max(axis=0)
+                    scores[row] = known.cosines(dense(known.vectors[chosen])).max(axis=0)
         return silenced(scores, familiar, has_text)
 
 
@@ -216,10 +230,6 @@ def has_vector(vectors: Vectors) -> NDArray[np.bool_]:
         return np.diff(vectors.indptr) > 0
     filled: NDArray[np.bool_] = np.any(vectors != 0, axis=1)
     return filled
-
-
-def _sums(inside: Csr, vectors: Vectors) -> Vectors:
-    return cast(Vectors, inside @ vectors)  # (q, N) @ (N, D); the mean up to a factor that the unit length undoes
 
 
 def _terms(text: str, longest: int) -> list[str]:
