@@ -28,8 +28,9 @@ class ItemEncoder:
     are run once for all steps and their outputs kept, in memory or beyond the limit on disk.
 
     Attributes:
-        encoder: the module that learns; pass it (or a wrapped form) to `vectors`.
+        encoder: the module that learns; pass it (or a wrapped form) to `encode`.
         frozen: the same part of the encoder without the adapter.
+        per_token: whether an item becomes the states of its tokens instead of one vector.
         text_of: (N,) for each item the number of its text; items with equal texts share one.
         cached_bytes: size of the cache; 0 where there is none.
     """
@@ -40,6 +41,7 @@ class ItemEncoder:
         attached: AttachedAdapter,
         texts: Sequence[str],
         *,
+        per_token: bool = False,
         fast: bool = True,
         cache_limit_bytes: int = 2**30,
         scratch: Path | None = None,
@@ -51,6 +53,9 @@ class ItemEncoder:
         number = {text: place for place, text in enumerate(distinct)}
         self.text_of = np.array([number[text] for text in texts], np.int64)
         self.tokens: Tokens = backbone.tokenize(list(distinct), attached.max_length)
+        self.per_token = per_token
+        # Rows that each text has in what `encode` returns.
+        self._sizes = self.tokens.lengths if per_token else np.ones(len(self.tokens), np.int64)
         self.process, self.processes = process, processes
         self._backbone = backbone
         self._fast = fast
@@ -69,7 +74,7 @@ class ItemEncoder:
         """Number of distinct texts."""
         return len(self.tokens)
 
-    def vectors(self, encoder: nn.Module, items: NDArray[np.int64]) -> Tensor:
+    def encode(self, encoder: nn.Module, items: NDArray[np.int64]) -> Tensor:
         """Encode items, with gradients where the caller has them on.
 
         With several processes each encodes a share and all get the whole; gradients flow as if one had done it all.
@@ -78,28 +83,30 @@ class ItemEncoder:
             encoder: `self.encoder`, `self.frozen`, or a wrapped form of either.
             items: (M,) rows of the catalogue.
         Returns:
-            (M, D) float32 of unit length.
+            (M, D) float32 of unit length; or where this encoder is `per_token` (T, D) float32, the states of every
+            token of the first item, then of the second, without padding.
         """
         texts, place = np.unique(self.text_of[items], return_inverse=True)
         own = texts[self.process :: self.processes]
         # With more processes than texts an idle one must still touch every weight: the others wait for its gradients.
-        encoded = self._encode(encoder, own if len(own) else texts[:1])[: len(own)]
-        whole = gather_shares(encoded, len(texts), self.process, self.processes)
-        return whole[torch.from_numpy(place).to(whole.device)]
+        encoded = self._encode(encoder, own if len(own) else texts[:1])[: int(self._sizes[own].sum())]
+        sizes = self._sizes[texts]
+        whole = gather_shares(encoded, sizes, self.process, self.processes)
+        rows = _ragged((np.cumsum(sizes) - sizes)[place], sizes[place])
+        return whole[torch.from_numpy(rows).to(whole.device)]
 
     @torch.inference_mode()
-    def catalogue(self, encoder: nn.Module) -> NDArray[np.float32]:
-        """Encode all items without gradients; (N, D) float32 of unit length."""
-        own = np.arange(len(self.tokens))[self.process :: self.processes]
-        whole = gather_shares(self._encode(encoder, own), len(self.tokens), self.process, self.processes)
-        vectors: NDArray[np.float32] = whole.cpu().numpy()
-        return vectors[self.text_of]
+    def catalogue(self, encoder: nn.Module, items: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Encode `items`, or all of them, without gradients; see `encode`."""
+        chosen = np.arange(len(self.text_of)) if items is None else items
+        encoded: NDArray[np.float32] = self.encode(encoder, chosen).cpu().numpy()
+        return encoded
 
     def _encode(self, encoder: nn.Module, texts: NDArray[np.int64]) -> Tensor:
-        """Encode texts by number, (K,) -> (K, D)."""
+        """Encode texts by number, (K,) -> (K, D), or the states of all their tokens."""
         lengths = self.tokens.lengths[texts]
         chunks = list(length_sorted_chunks(lengths)) if self._fast else [np.arange(len(texts))]
-        pooled = []
+        encoded = []
         for chunk in chunks:
             rows = texts[chunk]
             if self._cache is None:
@@ -108,13 +115,13 @@ class ItemEncoder:
             else:
                 states, mask = self._cached(rows)
                 hidden = encoder(inputs_embeds=states, attention_mask=mask).last_hidden_state
-            pooled.append(self._backbone.pool(hidden, mask))
-        if not pooled:
+            encoded.append(hidden[mask.bool()].float() if self.per_token else self._backbone.pool(hidden, mask))
+        if not encoded:
             return torch.empty(0, self._backbone.dim, device=self._backbone.device)
-        order = np.concatenate(chunks)
-        back = np.empty(len(order), np.int64)
-        back[order] = np.arange(len(order))
-        return torch.cat(pooled)[torch.from_numpy(back).to(pooled[0].device)]
+        order, sizes = np.concatenate(chunks), self._sizes[texts]
+        starts = np.empty(len(order), np.int64)
+        starts[order] = np.cumsum(sizes[order]) - sizes[order]
+        return torch.cat(encoded)[torch.from_numpy(_ragged(starts, sizes)).to(encoded[0].device)]
 
     def _cached(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the states (B, L, D) that enter the first layer in training, and their mask (B, L)."""
@@ -158,39 +165,53 @@ class ItemEncoder:
 
 
 class _GatherShares(torch.autograd.Function):
-    """All-gather of interleaved shares: row ``i`` of the whole lies with process ``i % W`` at place ``i // W``."""
+    """All-gather of shares of any length; row `i` of the whole is row `source[i]` of the shares padded and joined."""
 
     @staticmethod
     def forward(
-        context: torch.autograd.function.FunctionCtx, share: Tensor, total: int, process: int, processes: int
-    ) -> Tensor:
-        context.place = (process, processes)  # type: ignore[attr-defined]
-        longest = -(-total // processes)
+        context: torch.autograd.function.FunctionCtx, share: Tensor, source: Tensor, longest: int, process: int,
+        processes: int,
+    ) -> Tensor:  # fmt: skip
+        own = torch.nonzero(torch.div(source, longest, rounding_mode="floor") == process)[:, 0]
+        context.own = own[torch.argsort(source[own])]  # type: ignore[attr-defined]
+        context.processes = processes  # type: ignore[attr-defined]
         padded = share.new_zeros(longest, share.shape[1])
         padded[: len(share)] = share
         parts = [torch.empty_like(padded) for _ in range(processes)]
         torch.distributed.all_gather(parts, padded)
-        return torch.stack(parts, 1).flatten(0, 1)[:total]  # (longest, W, D) -> (longest * W, D)
+        return torch.cat(parts)[source]  # (W * longest, D) -> (total, D)
 
     @staticmethod
     def backward(context: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        process, processes = context.place  # type: ignore[attr-defined]
+        own, processes = context.own, context.processes  # type: ignore[attr-defined]
         # Every process computes the whole loss from the whole gather, so its own rows of the gradient are complete.
         # Data-parallel training then averages over processes, which share the rows out: hence the factor.
-        return gradient[process::processes] * processes, None, None, None
+        return gradient[own] * processes, None, None, None, None
 
 
-def gather_shares(share: Tensor, total: int, process: int, processes: int) -> Tensor:
-    """Put together the shares ``rows[process::processes]`` of all processes.
+def gather_shares(share: Tensor, sizes: NDArray[np.int64], process: int, processes: int) -> Tensor:
+    """Put together what all processes made of their texts; process ``p`` has ``texts[p::processes]``.
 
     The loss behind it must be the same on every process, as it is where each works on the whole batch.
 
     Args:
-        share: (ceil or floor of total / processes, D). total: rows of the whole.
+        share: (rows of this process's texts, D). sizes: (K,) rows that each of all texts has.
     Returns:
-        (total, D), the same on every process.
+        (sum of sizes, D), the first text's rows first; the same on every process.
     """
     if processes == 1:
         return share
-    gathered: Tensor = _GatherShares.apply(share, total, process, processes)  # type: ignore[no-untyped-call]
+    longest = max(1, *(int(sizes[p::processes].sum()) for p in range(processes)))
+    starts = np.empty(len(sizes), np.int64)
+    for p in range(processes):
+        own = sizes[p::processes]
+        starts[p::processes] = p * longest + np.cumsum(own) - own
+    source = torch.from_numpy(_ragged(starts, sizes)).to(share.device)
+    gathered: Tensor = _GatherShares.apply(share, source, longest, process, processes)  # type: ignore[no-untyped-call]
     return gathered
+
+
+def _ragged(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return ``starts[0], starts[0] + 1, ...`` of `sizes[0]` numbers, then the same for the next, as one array."""
+    ends = np.cumsum(sizes)
+    return np.repeat(starts - ends + sizes, sizes) + np.arange(int(sizes.sum()))

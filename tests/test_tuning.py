@@ -53,7 +53,7 @@ def test_every_method_learns_and_is_stored(
 ) -> None:
     recipe = tiny_recipe(method, **{"training.epochs": 8})
     result = run(recipe, tmp_path)
-    assert result.gain.value > 0.02
+    assert result.table.gain.value > 0.02
     assert np.mean(result.losses[-3:]) < np.mean(result.losses[:3])
     store = AdapterStore(recipe.store)
     assert store.verify() == []
@@ -61,14 +61,14 @@ def test_every_method_learns_and_is_stored(
     manifest = record.manifest
     assert manifest.method == method
     assert manifest.recipe == recipe.model_dump(mode="json")
-    assert [row.name for row in result.rows] == [
+    assert [row.name for row in result.table.rows] == [
         "popularity", "item-kNN", "TF-IDF title", "frozen backbone", "tuned",
     ]  # fmt: skip
     # What was measured is what is stored: the tuned row comes out of the files again.
     backbone = Backbone.load(str(tiny_bert), max_length=16)
     attached = backbone.attach(record)
     head = BundleHead.from_spec(manifest.task, load_file(record.file(HEAD_FILE)))
-    assert np.isclose(_ndcg_again(recipe, backbone, attached, head), result.rows[-1].values["ndcg@10"], atol=1e-6)
+    assert np.isclose(_ndcg_again(recipe, backbone, attached, head), result.table.rows[-1].values["ndcg@10"], atol=1e-6)
 
 
 def _ndcg_again(recipe: Recipe, backbone: Backbone, attached: Any, head: BundleHead) -> float:
@@ -286,9 +286,8 @@ def test_early_stopping_keeps_the_best_step(tiny_recipe: MakeRecipe, tmp_path: P
     )
     result = run(recipe, tmp_path, watch=See())
     assert result.stopped_early
-    assert (
-        seen[result.chosen["best_step"]] == max(seen.values()) == pytest.approx(result.rows[-1].values["mrr"], abs=1e-9)
-    )
+    after = result.table.after.values["mrr"]
+    assert seen[result.chosen["best_step"]] == max(seen.values()) == pytest.approx(after, abs=1e-9)
     assert result.plan.steps > max(seen)
 
 
@@ -303,18 +302,18 @@ def test_learning_rates_follow_their_schedules(tiny_recipe: MakeRecipe) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: Any) -> None:
-    from peft_combo import tuning
+    from peft_combo.tasks import bundle
 
     recipe = tiny_recipe()
-    honest = tuning.bundle_loss
+    honest = bundle.bundle_loss
     calls = iter(range(100))
-    monkeypatch.setattr(tuning, "bundle_loss", lambda *a: honest(*a) * (float("nan") if next(calls) > 4 else 1))
+    monkeypatch.setattr(bundle, "bundle_loss", lambda *a: honest(*a) * (float("nan") if next(calls) > 4 else 1))
     with pytest.raises(TuningError, match=r"not a number after step 4.*learning_rate"):
         run(recipe, tmp_path)
 
 
 def test_a_method_that_reaches_nothing_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: Any) -> None:
-    from peft_combo import methods, tuning
+    from peft_combo import methods
 
     honest = methods.attach
 
@@ -324,7 +323,7 @@ def test_a_method_that_reaches_nothing_is_refused(tiny_recipe: MakeRecipe, tmp_p
         module.forward = module.get_base_layer().forward
         return attached
 
-    monkeypatch.setattr(tuning.methods, "attach", deaf)
+    monkeypatch.setattr(methods, "attach", deaf)
     with pytest.raises(TuningError, match=r"2 of \d+ trained tensors get no gradient"):
         run(tiny_recipe(), tmp_path)
 

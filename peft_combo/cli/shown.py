@@ -29,6 +29,7 @@ class ConsoleWatch(Watch):
             disable=not (self.main and self._console.is_terminal),
         )  # fmt: skip
         self._task: Any = None
+        self._metric = ""
         self._told = {"loss": "", "valid": ""}
 
     def note(self, text: str) -> None:
@@ -45,6 +46,7 @@ class ConsoleWatch(Watch):
         self._bar.advance(self._task, units)
 
     def planned(self, plan: Plan) -> None:
+        self._metric = plan.metric
         self.note(f"Plan: {plan.line()}")
 
     def stepped(self, step: int, loss: float) -> None:
@@ -52,11 +54,8 @@ class ConsoleWatch(Watch):
         self._bar.update(self._task, advance=1, told="  ".join(filter(None, self._told.values())))
 
     def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
-        self._told["valid"] = f"valid NDCG@10 {values['ndcg@10']:.4f}"
-        mark = " *" if best else ""
-        self.note(
-            f"step {step}: {self._told['loss']}, valid NDCG@10 {values['ndcg@10']:.4f}, R@10 {values['r@10']:.4f}{mark}"
-        )
+        self._told["valid"] = f"valid {metric_name(self._metric)} {values[self._metric]:.4f}"
+        self.note(f"step {step}: {self._told['loss']}, {self._told['valid']}{' *' if best else ''}")
 
     def close(self) -> None:
         self._bar.stop()
@@ -82,6 +81,11 @@ def metric(metrics: Mapping[str, Any], when: str, name: str) -> str:
     value = values.get(name) if isinstance(values, Mapping) else None
     value = value.get("value") if isinstance(value, Mapping) else value
     return f"{value:.3f}" if isinstance(value, int | float) else "?"
+
+
+def metric_name(name: str) -> str:
+    """Write a metric as people do: NDCG@10, macro F1."""
+    return name.upper() if "@" in name or name == "mrr" else name.replace("_", " ").replace("f1", "F1")
 
 
 def figure(value: Any) -> str:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
-from peft_combo.cli.shown import console_watch, print_json, print_table, rank
+from peft_combo.cli.shown import console_watch, metric_name, print_json, print_table, rank
 
 if TYPE_CHECKING:
     from peft_combo.recipe import Recipe
+    from peft_combo.tasks.base import Row
     from peft_combo.tuning import TuneResult
 
 
@@ -91,53 +92,60 @@ def embed(
 def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
     from peft_combo.tuning import duration
 
-    plan = result.plan
-    print(
-        f"{recipe.category} by {recipe.adapter.method}: completing {plan.bundles['valid']} held-out validation bundles "
-        f"({result.questions} questions of {result.groups} groups), each answer ranked among all {plan.items:,} items"
-    )
+    plan, table = result.plan, result.table
+    print(f"{recipe.category} by {recipe.adapter.method}: {table.asked}")
+    columns = list(table.after.values)
     print_table(
-        ("", "R@1", "R@5", "R@10", "R@20", "NDCG@10", "95 % interval", "MRR"),
-        [
-            (
-                row.name,
-                *(f"{row.values[name]:.3f}" for name in ("r@1", "r@5", "r@10", "r@20", "ndcg@10")),
-                f"{row.interval[0]:.3f} to {row.interval[1]:.3f}",
-                f"{row.values['mrr']:.3f}",
-            )
-            for row in result.rows
-        ],
+        ("", *(told for name in columns for told in _headings(name, table.metric))),
+        [(row.name, *(told for name in columns for told in _figures(row, name, table.metric))) for row in table.rows],
         numbers=True,
     )
-    gain = result.gain
+    for detail in table.details:
+        print(f"\n{detail.title}")
+        print_table(detail.header, [[_cell(value) for value in row] for row in detail.rows], numbers=True)
+    gain = table.gain
     verdict = (
         "better than" if gain.interval[0] > 0 else "not clearly better than" if gain.value > 0 else "no better than"
     )
     print(
-        f"The tuned encoder is {verdict} the frozen one: NDCG@10 {gain.value:+.4f} "
+        f"The tuned encoder is {verdict} the frozen one: {metric_name(table.metric)} {gain.value:+.4f} "
         f"[{gain.interval[0]:+.4f}, {gain.interval[1]:+.4f}], paired by group, p = {gain.p:.4f}."
     )
-    print(
-        "The step was chosen on these bundles, so the tuned row is slightly flattered; "
-        f"{plan.bundles['test']} test bundles were not looked at."
-    )
-    steps = (
-        f"{'stopped early, ' if result.stopped_early else ''}best step {result.chosen['best_step']} of {plan.steps}, "
-    )
-    steps += f"head at {result.chosen['strength']:.0%} of what it learned"
+    print(table.caveat)
+    steps = f"{'stopped early, ' if result.stopped_early else ''}best step {result.chosen['best_step']} of {plan.steps}"
+    if "strength" in result.chosen:
+        steps += f", head at {result.chosen['strength']:.0%} of what it learned"
     spent = f"{duration(result.seconds)}, peak memory {result.peak_mib / 1024:.1f} GiB"
     print(f"Stored {result.record.reference} in {result.record.path}, read back and compared ({steps}; {spent}).")
     print(f"Loss log: {result.run_folder / 'log.jsonl'}")
 
 
+def _headings(name: str, interval_of: str) -> tuple[str, ...]:
+    return (metric_name(name), "95 % interval") if name == interval_of else (metric_name(name),)
+
+
+def _figures(row: Row, name: str, interval_of: str) -> tuple[str, ...]:
+    told = _cell(row.values.get(name, ""))
+    return (told, f"{row.interval[0]:.3f} to {row.interval[1]:.3f}") if name == interval_of else (told,)
+
+
+def _cell(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
 def _tune_json(result: TuneResult) -> dict[str, Any]:
+    table = result.table
     return {
         "adapter": result.record.reference,
         "path": str(result.record.path),
         "plan": vars(result.plan),
-        "rows": [{"name": row.name, **row.values, "ndcg@10 interval": row.interval} for row in result.rows],
-        "gain": vars(result.gain),
-        "questions": result.questions,
+        "rows": [{"name": row.name, **row.values, f"{table.metric} interval": row.interval} for row in table.rows],
+        "gain": vars(table.gain),
+        "questions": table.questions,
+        "details": {
+            detail.title: [dict(zip(detail.header, row, strict=True)) for row in detail.rows]
+            for detail in table.details
+        },
         "chosen": result.chosen,
         "stopped_early": result.stopped_early,
         "losses": result.losses,

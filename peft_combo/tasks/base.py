@@ -1,0 +1,189 @@
+"""What the tuning loop asks of a task, and the table every task ends with.
+
+Owns the protocol and the values that cross it. Knows nothing of any one task, of encoders or of the loop: a task sees
+texts by number and what was made of them, vectors or the states of their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from peft_combo.backbone import Backbone
+
+HEAD_FILE = "head.safetensors"
+
+Encode: TypeAlias = Callable[[NDArray[np.int64] | None], NDArray[np.float32]]
+"""Encodes texts by number, or all where None, without gradients: (M, D) vectors of unit length, or for a task that is
+`per_token` (T, D) states, those of the first text first."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: how well somebody answers the held-out questions.
+
+    Attributes:
+        values: metric -> its value over all questions. interval: 95 % of the table's metric.
+    """
+
+    name: str
+    values: dict[str, float]
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The table's metric of the tuned over the frozen encoder, question by question.
+
+    Attributes:
+        p: two-sided paired test that exchanges whole groups.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    p: float
+
+
+@dataclass(frozen=True)
+class Detail:
+    """A further small table that a task has to show: the usual confusions, one line per class."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str | float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a run was worth.
+
+    Attributes:
+        metric: the one that intervals and gain are of.
+        rows: baselines first, then the frozen encoder, then the tuned one.
+        questions: how many were asked, in so many independent `groups`.
+        asked: what the questions were, in words. caveat: what a reader should know of the figures.
+    """
+
+    metric: str
+    rows: tuple[Row, ...]
+    gain: Gain
+    questions: int
+    groups: int
+    asked: str
+    caveat: str
+    details: tuple[Detail, ...] = ()
+
+    @property
+    def baselines(self) -> tuple[Row, ...]:
+        """The rows of whoever needs no encoder."""
+        return self.rows[:-2]
+
+    @property
+    def before(self) -> Row:
+        """The frozen encoder."""
+        return self.rows[-2]
+
+    @property
+    def after(self) -> Row:
+        """The tuned encoder."""
+        return self.rows[-1]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good the weights are at a moment.
+
+    Attributes:
+        values: validation metric -> value, higher is better. choice: what validation chose for the head, for `settle`.
+    """
+
+    values: Mapping[str, float]
+    choice: Mapping[str, float] = field(default_factory=dict)
+
+
+class Batch(Protocol):
+    """One micro-batch; beyond this a task's own business."""
+
+    @property
+    def items(self) -> NDArray[np.int64]:
+        """(M,) numbers of the texts to encode."""
+
+
+class TaskHead(nn.Module):
+    """What stands on the encoder."""
+
+    def spec(self) -> dict[str, Any]:
+        """Return what rebuilds it besides its weights; goes into the manifest."""
+        raise NotImplementedError
+
+
+HeadT = TypeVar("HeadT", bound=TaskHead)
+BatchT = TypeVar("BatchT", bound=Batch)
+OutcomeT = TypeVar("OutcomeT")
+
+
+class Task(Protocol[HeadT, BatchT, OutcomeT]):
+    """What is learned. The loop calls, in this order: `head`, `start`, `outcome` of the frozen encoder, then `batch`
+    and `loss` for every step and `evaluate` now and then, then `settle`, `outcome` of the tuned encoder and `table`.
+
+    Nothing here has a random state: a batch is a function of seed and place, and every process computes the same.
+
+    Attributes:
+        texts: what is encoded; everything else speaks of texts by their place here.
+        per_token: whether the head works on the state of every token, not on one vector a text.
+        unit: what an example is, in the plural ("bundles").
+        examples: part (train, valid, test) -> how many examples.
+        per_epoch: optimizer steps an epoch.
+        data: name, digest, split digest and counts, for the manifest.
+        notes: what was dropped or derived while reading.
+        protocol: how the table was measured, for the manifest.
+    """
+
+    @property
+    def texts(self) -> Sequence[str]: ...
+    @property
+    def per_token(self) -> bool: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def examples(self) -> Mapping[str, int]: ...
+    @property
+    def per_epoch(self) -> int: ...
+    @property
+    def data(self) -> Mapping[str, Any]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def protocol(self) -> str: ...
+
+    def head(self, backbone: Backbone, max_length: int) -> HeadT:
+        """Build the untrained head, and whatever depends on how texts are cut into at most `max_length` tokens."""
+
+    def start(self, head: HeadT, frozen: Encode) -> None:
+        """Make `head` as good as it gets over the frozen encoder: what tuning starts from and is compared with."""
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> BatchT:
+        """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
+
+    def loss(self, head: HeadT, encoded: Tensor, batch: BatchT) -> Tensor:
+        """Return the scalar loss of a batch; `encoded` are the vectors or states of ``batch.items``."""
+
+    def evaluate(self, head: HeadT, encode: Encode, metric: str) -> Evaluation:
+        """Return the validation metrics of the weights as they are, the head's own settings chosen for `metric`."""
+
+    def settle(self, head: HeadT, choice: Mapping[str, float]) -> None:
+        """Put into `head` what `evaluate` chose."""
+
+    def outcome(self, head: HeadT, encode: Encode) -> OutcomeT:
+        """Answer the questions of the table, one by one."""
+
+    def table(self, before: OutcomeT, after: OutcomeT) -> Table:
+        """Compare the tuned with the frozen encoder and with whoever needs no encoder."""
+
+
+AnyTask: TypeAlias = Task[Any, Any, Any]
