@@ -7,7 +7,9 @@ PATH holds `bundlerec/clothing`, `bundlerec/electronic`, `online_retail` and `po
 For each data set and split: tune an adapter by its recipe (on training bundles; validation chooses the step), then
 `peft_combo.evaluation.evaluate`. The table shows means over the splits; p is of a paired permutation test over the
 questions of all splits together, users being exchanged as a whole. BundleRec and Polyvore are divided by user (for
-Polyvore each outfit stands alone), Online Retail by time, which has one split only. `--set task.temperature=0.07`
+Polyvore each outfit stands alone), Online Retail by time, which has one split only. `clothing_categories` asks whether
+adapters of single categories, brought to one scale, are worth more than one adapter for all and none at all, above all
+where the answer is of another category than everything in its bundle. `--set task.temperature=0.07`
 changes every recipe; `--recipe clothing=FILE` takes another one.
 """
 
@@ -30,8 +32,10 @@ from safetensors.torch import load_file
 
 from peft_combo import metrics
 from peft_combo.backbone import Backbone
+from peft_combo.categories import Areas
+from peft_combo.contenders import BY_CATEGORY, FROZEN, PEER, TUNED
 from peft_combo.data import open_dataset, split_as
-from peft_combo.evaluation import FROZEN, FUSION, PEER, Report, canary, evaluate
+from peft_combo.evaluation import FUSION, Report, canary, evaluate
 from peft_combo.recipe_files import load_recipe
 from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
 from peft_combo.tuning import tune
@@ -39,20 +43,36 @@ from peft_combo.tuning import tune
 
 @dataclass(frozen=True)
 class Case:
-    """One data set: its folder below the root, the recipe, what of it is changed, and whom the fusion is to beat."""
+    """One data set: its folder below the root, the recipe, what of it is changed, and which row is to beat whom.
+
+    Attributes:
+        categories: paths that get an adapter of their own, beside the one for all.
+    """
 
     folder: str
     recipe: str
     changes: tuple[str, ...]
     seeds: tuple[int, ...]
     peers: tuple[str, ...]
+    row: str = FUSION
+    categories: tuple[str, ...] = ()
 
 
+_CLOTHES = "Clothing, Shoes & Jewelry > "
 CASES = {
     "clothing": Case("bundlerec/clothing", "lora-fashion", ("data.split=user",), (0, 1, 2), (PEER, FROZEN)),
     "electronic": Case("bundlerec/electronic", "lora-electronics", (), (0, 1, 2), (PEER, FROZEN)),
     "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", PEER)),
     "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (0, 1, 2), (FROZEN, "TF-IDF title")),
+    "clothing_categories": Case(
+        "bundlerec/clothing",
+        "lora-fashion",
+        ("data.split=user",),
+        (0, 1, 2),
+        (f"{TUNED} all", FROZEN),
+        BY_CATEGORY,
+        tuple(_CLOTHES + name for name in ("Women", "Men", "Novelty, Costumes & More")),
+    ),
 }
 COLUMNS = ("r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr")
 
@@ -84,14 +104,16 @@ def main() -> None:
         reports = []
         for seed in case.seeds[:1] if options.quick else case.seeds:
             changes = (*case.changes, *options.changes)
-            reports.append(one_split(name, recipes.get(name, case.recipe), folder, changes, seed))
+            reports.append(one_split(name, case, recipes.get(name, case.recipe), folder, changes, seed))
             if options.json:
                 written.setdefault(name, []).append(reports[-1].to_json())
                 options.json.write_text(json.dumps(written, indent=1))
-        show(name, reports, case.peers)
+        show(name, reports, case)
 
 
-def one_split(name: str, recipe_name: str, folder: Path, changes: tuple[str, ...], seed: int) -> Report:
+def one_split(
+    name: str, case: Case, recipe_name: str, folder: Path, changes: tuple[str, ...], seed: int
+) -> Report:  # fmt: skip
     """Tune on the training part of one split, and evaluate on its test part."""
     clock = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -99,18 +121,29 @@ def one_split(name: str, recipe_name: str, folder: Path, changes: tuple[str, ...
         recipe = load_recipe(recipe_name, changes, data=folder)
         dataset = open_dataset(recipe.data)
         parts = split_as(dataset, recipe.data)
-        result = tune(recipe, run_folder=Path(scratch) / "run")
+        narrowed = {path.split(" > ")[-1].split(",")[0].lower(): path for path in case.categories}
+        runs = {"all" if narrowed else recipe.adapter.method: recipe}
+        for short, path in narrowed.items():
+            only = (*changes, f"category={short}", f"data.category_filter={path}")
+            runs[short] = load_recipe(recipe_name, only, data=folder)
+        results = {short: tune(run, run_folder=Path(scratch) / short) for short, run in runs.items()}
         tuned_in = time.perf_counter() - clock
         backbone = Backbone.of(recipe.backbone)
         texts = dataset.catalog.texts(recipe.data.text)
-        vectors = backbone.encode(texts, backbone.attach(result.record))
-        head = BundleHead.from_spec(result.record.manifest.task, load_file(result.record.path / HEAD_FILE))
+        tuned = {
+            short: (
+                backbone.encode(texts, backbone.attach(result.record)),
+                BundleHead.from_spec(result.record.manifest.task, load_file(result.record.path / HEAD_FILE)),
+            )
+            for short, result in results.items()
+        }
     frozen = backbone.encode(texts)
-    tuned = {recipe.adapter.method: (vectors, head)}
-    report = evaluate(dataset, parts, frozen=frozen, tuned=tuned, text=recipe.data.text, seed=seed)
+    areas = Areas.of(dataset.catalog, {short: result.record.manifest.recipe for short, result in results.items()})
+    report = evaluate(dataset, parts, frozen=frozen, tuned=tuned, areas=areas, text=recipe.data.text, seed=seed)
     alive = canary(dataset, parts, frozen=frozen, tuned=tuned, text=recipe.data.text, seed=seed).alive
     print(
-        f"{name}, split {seed} ({parts.digest[:12]}): tuned in {tuned_in:.0f} s ({result.chosen}), all in "
+        f"{name}, split {seed} ({parts.digest[:12]}): tuned in {tuned_in:.0f} s ("
+        f"{', '.join(f'{short} {result.chosen}' for short, result in results.items())}), all in "
         f"{time.perf_counter() - clock:.0f} s; fusion: {report.fusion.chosen}; canary: "
         f"{'shuffled texts are at chance' if alive else 'SHUFFLED TEXTS ARE ABOVE CHANCE'}",
         flush=True,
@@ -120,11 +153,15 @@ def one_split(name: str, recipe_name: str, folder: Path, changes: tuple[str, ...
     return report
 
 
-def show(name: str, reports: list[Report], peers: tuple[str, ...]) -> None:
+def show(name: str, reports: list[Report], case: Case) -> None:
     """Print means over the splits, and what is significant over all their questions."""
     counts = ", ".join(f"{report.counts['test questions']:,}" for report in reports)
     print(f"\n{name}: {reports[0].counts['items']:,} items, {counts} test questions; mean of {len(reports)} split(s)")
-    slices = [part for part in ("cold target", "cross-leaf", "cross-slot") if part in reports[0].answers.slices]
+    slices = [
+        part
+        for part in ("cold target", "cross-leaf", "cross-slot", "cross-category")
+        if part in reports[0].answers.slices
+    ]
     fill_in = reports[0].row(FUSION).fill_in is not None
     heads = [*COLUMNS, *(f"{part}" for part in slices), *(["fill-in"] if fill_in else []), "coverage"]
     print(f"{'':20}" + "".join(f"{head:>12}" for head in heads) + "   setting")
@@ -138,38 +175,40 @@ def show(name: str, reports: list[Report], peers: tuple[str, ...]) -> None:
         setting = " | ".join(dict.fromkeys(line.setting for line in lines))
         print(f"{row:20}" + "".join(f"{cell:12.4f}" for cell in cells) + f"   {setting}")
     print("  slices show NDCG@10")
-    for peer in peers:
+    for peer in case.peers:
         for measure in ("ndcg@10", "r@10"):
-            compare(reports, peer, measure, None)
+            compare(reports, case.row, peer, measure, None)
         for part in slices:
-            compare(reports, peer, "ndcg@10", part)
+            compare(reports, case.row, peer, "ndcg@10", part)
         if fill_in:
-            compare_fill_ins(reports, peer)
+            compare_fill_ins(reports, case.row, peer)
 
 
-def compare(reports: list[Report], peer: str, measure: str, part: str | None) -> None:
-    """Print the fusion's lead over a peer, with a 95 % interval and p, over the questions of all splits."""
+def compare(reports: list[Report], row: str, peer: str, measure: str, part: str | None) -> None:
+    """Print a row's lead over a peer, with a 95 % interval and p, over the questions of all splits."""
     gains, clusters = [], []
     for report in reports:
         answers = report.answers
         keep = slice(None) if part is None else answers.slices[part]
-        mine = metrics.per_query(answers.ranks[FUSION], measure)[keep]
+        mine = metrics.per_query(answers.ranks[row], measure)[keep]
         gains.append(mine - metrics.per_query(answers.ranks[peer], measure)[keep])
         clusters.append(answers.clusters[keep])
-    verdict(f"{measure}{'' if part is None else f', {part}'}", peer, np.concatenate(gains), np.concatenate(clusters))
+    verdict(
+        f"{measure}{'' if part is None else f', {part}'}", row, peer, np.concatenate(gains), np.concatenate(clusters)
+    )
 
 
-def compare_fill_ins(reports: list[Report], peer: str) -> None:
-    """Print the fusion's lead in fill-in-the-blank."""
-    gains = np.concatenate([r.answers.fill_ins[FUSION] - r.answers.fill_ins[peer] for r in reports])
+def compare_fill_ins(reports: list[Report], row: str, peer: str) -> None:
+    """Print a row's lead in fill-in-the-blank."""
+    gains = np.concatenate([r.answers.fill_ins[row] - r.answers.fill_ins[peer] for r in reports])
     clusters = np.concatenate([report.answers.clusters for report in reports])
-    verdict("fill-in", peer, gains[~np.isnan(gains)], clusters[~np.isnan(gains)])
+    verdict("fill-in", row, peer, gains[~np.isnan(gains)], clusters[~np.isnan(gains)])
 
 
-def verdict(what: str, peer: str, gains: np.ndarray[Any, Any], clusters: np.ndarray[Any, Any]) -> None:
+def verdict(what: str, row: str, peer: str, gains: np.ndarray[Any, Any], clusters: np.ndarray[Any, Any]) -> None:
     low, high = metrics.bootstrap_interval(gains, clusters)
     p = metrics.paired_permutation(gains, np.zeros_like(gains), clusters)
-    print(f"  fusion - {peer}, {what}: {gains.mean():+.4f} [{low:+.4f}, {high:+.4f}], p = {p:.4f}")
+    print(f"  {row} - {peer}, {what}: {gains.mean():+.4f} [{low:+.4f}, {high:+.4f}], p = {p:.4f}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import typer.main
 from conftest import REPOSITORY
+from test_adapter_store import write
+from test_importing import foreign
 from typer.testing import CliRunner
 
 from peft_combo import __main__
+from peft_combo.adapters import KEPT_VERSIONS, AdapterStore
 from peft_combo.cli import app
 
 Run = Callable[..., tuple[int, str, str]]
@@ -58,8 +61,8 @@ def test_every_command_has_a_help_line_and_stands_in_the_readme(name: str) -> No
     assert result.exit_code == 0
     readme = (REPOSITORY / "README.md").read_text()
     group, _, verb = name.partition(" ")
-    line = next(line for line in readme.splitlines() if line.startswith(f"| `peft-combo {group}"))
-    assert f"`peft-combo {name}`" in line or f"`{verb}`" in line
+    lines = [line for line in readme.splitlines() if line.startswith(f"| `peft-combo {group}")]
+    assert any(f"`peft-combo {name}`" in line or f"`{verb}`" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +165,13 @@ def test_a_store_that_cannot_be_written_is_told_before_training(run: Run, tmp_pa
         (("adapters", "show", "fashion"), "peft-combo tune --recipe lora-fashion"),
         (("adapters", "verify"), "No adapter store"),
         (("adapters", "remove", "../x"), "x"),
+        (("adapters", "alias", "fashion@v1", "prod"), "No adapter for category"),
+        (("adapters", "rollback", "fashion@v1"), "is not an alias"),
+        (("adapters", "unalias", "fashion@prod"), "No adapter for category"),
+        (("adapters", "aliases", "fashion@v1"), "is a version"),
+        (("adapters", "gc", "--keep", "0"), "at least 1"),
+        (("adapters", "gc", "--older-than", "nan"), "number of days"),
+        (("adapters", "import", "nowhere", "--category", "fashion"), "adapter_config.json: is missing"),
         (("data", "get", "bundlerec-clothes"), "bundlerec-clothing"),
         (("data", "stats", "--data", "nowhere"), "nowhere"),
         (("recipes", "copy", "lora-fashon", "x.yaml"), "lora-fashion"),
@@ -197,6 +207,59 @@ def test_a_tune_from_start_to_shelf(run: Run, tiny_recipe: Callable[..., Any], t
     assert (code, out) == (1, "")
     assert "adapter_config.json" in err
     assert run("adapters", "remove", "tiny@v1")[1] == "removed tiny@v1\n"
+
+
+def test_aliases_and_garbage_from_the_command_line(run: Run, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "adapters")
+    for _ in range(5):
+        write(store)
+    assert run("adapters", "alias", "fashion@v1", "prod") == (0, "fashion@prod -> v1\n", "")
+    assert run("adapters", "alias", "fashion", "prod") == (0, "fashion@prod -> v5\n", "")
+    assert run("adapters", "rollback", "fashion@prod") == (0, "fashion@prod -> v1, back from v5\n", "")
+    assert re.search(r"^fashion@prod +v1 +20", run("adapters", "aliases")[1], re.MULTILINE)
+    history = run("adapters", "aliases", "fashion@prod")[1].splitlines()
+    assert [line.split()[0] for line in history] == ["fashion@prod", "v1", "v5", "v1"]
+    assert "rolled back" in history[-1]
+    assert json.loads(run("adapters", "aliases", "fashion", "--json")[1])[0]["moves"][1]["version"] == 5
+    assert re.search(r"^fashion@v1 +prod +adalora", run("adapters", "list")[1], re.MULTILINE)
+    assert run("adapters", "show", "fashion@prod")[1].startswith("---")
+    assert run("adapters", "verify", "fashion@prod")[1] == "fashion@prod: every file is as it was written.\n"
+    code, out, err = run("adapters", "remove", "fashion@v1")
+    assert (code, out) == (1, "")
+    assert "peft-combo adapters unalias fashion@prod" in err
+    code, out, err = run("adapters", "gc", "--keep", "2", "--dry-run")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"(would remove fashion@v[32] \(0\.0 MiB\)\n){2}0\.0 MiB would be freed\n", out)
+    assert run("adapters", "gc", "--older-than", "1") == (0, "Nothing to remove.\n", "")
+    assert [one["name"] for one in json.loads(run("adapters", "gc", "--json")[1])] == ["fashion@v2"]
+    assert f"default {KEPT_VERSIONS}" in " ".join(run("adapters", "gc", "--help")[1].split())
+    assert run("adapters", "unalias", "fashion@prod") == (0, "removed fashion@prod, which pointed to v1\n", "")
+    assert run("adapters", "aliases")[0] == 0
+    (tmp_path / "adapters" / ".aliases" / "fashion@prod.json").write_text("{")
+    code, out, err = run("adapters", "list")
+    assert (code, out.count("fashion@v")) == (0, 4)
+    assert "is not JSON" in err
+
+
+def test_an_imported_adapter_is_recommended_with_embedded_and_evaluated(
+    run: Run, tiny_recipe: Callable[..., Any], tiny_bert: Path, tmp_path: Path
+) -> None:
+    foreign(tmp_path / "peft", tiny_bert)
+    (tmp_path / "tiny.yaml").write_text(json.dumps(tiny_recipe().model_dump(mode="json")))
+    take = ("adapters", "import", "peft", "--category", "tiny", "--backbone", str(tiny_bert), "--max-length", "16")
+    code, out, err = run(*take)
+    assert code == 0, err
+    assert out.startswith("Stored tiny@v1 in adapters/tiny/v1; not measured.")
+    assert "not measured" in run("adapters", "list")[1]
+    assert "Not measured." in run("adapters", "show", "tiny")[1]
+    run("adapters", "alias", "tiny", "prod")
+    use = ("--recipe", "./tiny.yaml", "--adapter", "tiny@prod")
+    assert "60 encoded now" in run("embed", *use)[1]
+    assert run("recommend", *use, "--items", "i0,i6", "-k", "2")[0] == 0
+    code, out, err = run("evaluate", *use)
+    assert code == 0, err
+    assert re.search(r"^tuned BERT tiny@prod +0\.\d+", out, re.MULTILINE)
+    assert "whether it has learned from these test bundles is not known" in err
 
 
 def test_json_is_all_that_reaches_stdout(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:

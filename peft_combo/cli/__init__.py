@@ -13,7 +13,9 @@ from peft_combo.cli import evaluate
 from peft_combo.cli import recommend
 from peft_combo.cli import recipes
 from peft_combo.cli import adapters
+from peft_combo.cli import export
 from peft_combo.cli import data
+from peft_combo.cli import doctor
 from peft_combo.cli.app import app
 
 __all__ = ["app"]

@@ -1,0 +1,32 @@
+"""`doctor`: whether this machine is fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+
+from peft_combo.cli.app import JsonOption, StoreOption, app
+from peft_combo.cli.shown import console_watch, print_json, print_table
+
+
+@app.command()
+def doctor(store: StoreOption = Path("adapters"), as_json: JsonOption = False) -> None:
+    """Look at versions, back-ends, GPUs, disk and the store; works offline and sends nothing anywhere."""
+    from peft_combo.doctor import examine
+
+    with console_watch() as watch:
+        findings = examine(store, lambda what: watch.note(f"looking at {what}"))
+    if as_json:
+        print_json([asdict(one) for one in findings])
+    else:
+        print_table(
+            ("", "what", "found", "what to do"),
+            [
+                ({"ok": "ok", "note": "--", "problem": "!!"}[one.status], one.what, one.found, one.remedy)
+                for one in findings
+            ],
+        )
+    if any(one.status == "problem" for one in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,131 @@
+"""`adapters export`: a stored adapter as something that runs without us."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from peft_combo.cli.app import DataOption, JsonOption, SetOption, StoreOption, adapters_app
+from peft_combo.cli.shown import console_watch, print_json, print_table
+from peft_combo.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from peft_combo.exporting import Export
+    from peft_combo.manifest import Manifest
+    from peft_combo.recipe import Recipe
+
+
+@adapters_app.command("export")
+def adapters_export(
+    adapter: Annotated[str, typer.Argument(help="fashion (its latest version), fashion@v2 or fashion@prod.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; must not be there, or be empty.")],
+    format: Annotated[
+        Literal["merged", "onnx", "onnx-int8"],
+        typer.Option("--format", help="merged: for transformers. onnx, onnx-int8: one graph, with [onnx]."),
+    ] = "merged",
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--min-agreement", min=0, max=1,
+            help="Write nothing if fewer of the ten nearest neighbours stay; default 0.99, for onnx-int8 0.95.",
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", help="Measure on this file's lines instead of the recipe's catalogue.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Backbone and data, instead of the adapter's own recipe.")
+    ] = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Write an adapter as a merged encoder or an ONNX graph, and measure what of it was kept."""
+    from peft_combo.adapters import AdapterStore
+
+    opened = AdapterStore(store)
+    record = opened.open(adapter)
+    manifest = record.manifest
+    loaded = _recipe(manifest, recipe, tuple(overrides or ()), data)
+    with console_watch() as watch:
+        from peft_combo.backbone import Backbone
+        from peft_combo.bank import AdapterBank
+        from peft_combo.data import open_dataset, split_as
+        from peft_combo.exporting import export as run
+        from peft_combo.tasks.bundle import Questions
+
+        questions = None
+        if texts is not None:
+            measured = _lines(texts)
+        else:
+            dataset = open_dataset(loaded.ready().data)
+            measured = dataset.catalog.texts(loaded.data.text)
+            questions = Questions.of(dataset.bundles, split_as(dataset, loaded.data).valid)
+        # In full precision whatever the adapter was tuned on: an export starts from there.
+        encoder = loaded.backbone.model_copy(update={"quantization": "none", "pooling": manifest.backbone.pooling})
+        backbone = Backbone.of(encoder)
+        live = AdapterBank(backbone, opened).get(record.reference)
+        done = run(
+            live, backbone, to, format,
+            texts=measured, questions=questions, min_agreement=min_agreement, watch=watch,
+        )  # fmt: skip
+    if as_json:
+        print_json({"path": str(done.folder), **done.to_json()})
+    else:
+        _print_export(done)
+
+
+def _recipe(manifest: Manifest, name: str | None, overrides: tuple[str, ...], data: Path | None) -> Recipe:
+    from peft_combo.recipe import parse_recipe
+    from peft_combo.recipe_files import load_recipe
+
+    if name is not None:
+        return load_recipe(name, overrides, data)
+    if data is not None or overrides:
+        raise RecipeError(
+            "--data and --set go with --recipe; without it the adapter's own recipe says where its data is."
+        )
+    if not manifest.recipe:
+        raise RecipeError(
+            f"Adapter {manifest.reference} was imported and has no recipe. Name one with --recipe whose backbone it "
+            "was tuned on."
+        )
+    return parse_recipe(manifest.recipe, title=f"The recipe of {manifest.reference} does not hold together:")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--texts: expected a UTF-8 text file, one text a line; {path} cannot be read: {error}.") from (
+            error
+        )
+    return [line.strip() for line in content.splitlines() if line.strip()]
+
+
+def _print_export(done: Export) -> None:
+    header = ("", "distance max", "mean", "top 10 kept", "NDCG@10", "alone/batch", "MiB", "ms at 1", "ms at 32")
+    print_table(
+        header,
+        [
+            (
+                row.name, f"{row.distance_max:.1e}", f"{row.distance_mean:.1e}", f"{row.agreement:.4f}",
+                "" if row.ndcg is None else f"{row.ndcg:.4f}", f"{row.batch_difference:.1e}",
+                f"{row.nbytes / 2**20:.1f}", *(f"{spent:.1f}" for spent in row.p50_ms.values()),
+            )
+            for row in done.rows
+        ],
+        numbers=True,
+    )  # fmt: skip
+    asked = "" if done.questions is None else f", {done.questions:,} validation questions"
+    print(
+        f"Against torch with the adapter attached: 1 - cosine of {done.texts:,} texts, neighbours of {done.queries:,}"
+        f"{asked}; median of a pass, {done.threads} thread{'s' if done.threads > 1 else ''}."
+    )
+    for note in done.notes:
+        print(f"Note: {note}")
+    kept = "" if done.scheme is None else f" ({done.scheme})"
+    print(f"Wrote {done.reference} as {done.format}{kept} to {done.folder}")
