@@ -60,15 +60,15 @@ class Case:
 
 _CLOTHES = "Clothing, Shoes & Jewelry > "
 CASES = {
-    "clothing": Case("bundlerec/clothing", "lora-fashion", ("data.split=user",), (0, 1, 2), (PEER, FROZEN)),
-    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (0, 1, 2), (PEER, FROZEN)),
+    "clothing": Case("bundlerec/clothing", "lora-fashion", ("data.split=user",), (10, 11, 12), (PEER, FROZEN)),
+    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (10, 11, 12), (PEER, FROZEN)),
     "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", PEER)),
-    "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (0, 1, 2), (FROZEN, "TF-IDF title")),
+    "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (10, 11, 12), (FROZEN, "TF-IDF title")),
     "clothing_categories": Case(
         "bundlerec/clothing",
         "lora-fashion",
         ("data.split=user",),
-        (0, 1, 2),
+        (10, 11, 12),
         (f"{TUNED} all", FROZEN),
         BY_CATEGORY,
         tuple(_CLOTHES + name for name in ("Women", "Men", "Novelty, Costumes & More")),

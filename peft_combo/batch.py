@@ -46,7 +46,7 @@ class Request(BaseModel):
     in_stock: bool = Field(default=False, description="Only items of which some are left.")
     diversity: float = Field(default=0.3, ge=0, le=1, description="0 the best, 1 the most varied.")
     substitute: bool = Field(default=False, description="Replace like by like, not complete.")
-    explain: bool = Field(default=False, description="Say what each given item adds (single items).")
+    explain: bool = Field(default=False, description="Say what each item adds.")
 
 
 def answer(recommender: BundleRecommender, request: Request) -> list[Suggestion] | list[Recommendation]:
@@ -71,6 +71,7 @@ def answer(recommender: BundleRecommender, request: Request) -> list[Suggestion]
         options=Options(
             k=request.k, diversity=request.diversity, mode="substitute" if request.substitute else "complement"
         ),
+        explain=request.explain,
     )  # fmt: skip
 
 

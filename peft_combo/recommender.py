@@ -78,7 +78,9 @@ class Recommendation:
         score: the composer's objective, the sum of `parts`.
         price: of the whole bundle; None where a price is unknown.
         evidence: per added item what speaks for it: counts, agreeing attributes, the slot rule with its support and
-            confidence. Nothing in it is made up; where nothing was counted the entry is short.
+            confidence, what each scorer gives it beside the given items, and where it was asked for, what each other
+            item of the bundle adds to its compatibility (`because`, in cosines of the text side). Nothing in it is made
+            up; where nothing was counted the entry is short.
     """
 
     items: tuple[str, ...]
@@ -89,6 +91,20 @@ class Recommendation:
     parts: dict[str, float]
     price: float | None
     evidence: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """Fused scores (N,) for one question, and what each scorer gave."""
+
+    scores: NDArray[np.float32]
+    parts: dict[str, NDArray[np.float32]]
+
+    def shares(self, row: int) -> dict[str, float]:
+        """Return what each scorer adds to an item's score; the sum is the score."""
+        shares = {name: float(part[row]) for name, part in self.parts.items()}
+        rest = float(self.scores[row]) - sum(shares.values())
+        return {**shares, ALIKE: rest} if abs(rest) > 1e-4 else shares
 
 
 class BundleRecommender:
@@ -212,22 +228,17 @@ class BundleRecommender:
         """
         context = self._rows(items)
         base = context if len(context) else self._taken_last(user)
-        questions = self._question(base, user)
-        raw, evidence = self._scores(questions), self.known.evidence(questions)
-        fused, parts = self.fusion.explained(raw, evidence)
-        scores = self._for_user(fused, questions)[0]
+        judged = self._judged(base, user)
+        scores = judged.scores
         allowed = self._composer.allowed_items(constraints or Constraints()) & np.isfinite(scores)
         allowed[context] = False
         candidates = np.flatnonzero(allowed)
         first = candidates[_largest(scores[candidates], k)]
         because = self._because(base, user, first, scores) if explain and len(base) > 1 else {}
         return [
-            self._suggestion(
-                int(row), float(scores[row]), {name: float(part[0, row]) for name, part in parts.items()}, base,
-                because.get(int(row), {}),
-            )
+            self._suggestion(int(row), float(scores[row]), judged.shares(int(row)), base, because.get(int(row), {}))
             for row in first
-        ]  # fmt: skip
+        ]
 
     def compose(
         self,
@@ -239,6 +250,7 @@ class BundleRecommender:
         required: Iterable[str] | None = None,
         forbidden: Iterable[str] | None = None,
         options: Options | None = None,
+        explain: bool = False,
     ) -> list[Recommendation]:
         """Return bundles that hold `items`, or new ones for a user or a text.
 
@@ -249,15 +261,17 @@ class BundleRecommender:
             items: outside ids every bundle keeps.
             query: what is looked for, in words.
             required, forbidden: names of slots.
+            explain: also tell what each item of a bundle adds to the others.
         Raises:
             DataError: an id or slot is not known, nothing is given to go by, or no bundle meets the constraints.
         """
         context = self._rows(items)
         if not (len(context) or user is not None or query is not None):
             raise DataError("Nothing to go by: give items, a user or a query.")
-        parts = []
+        judged = None
         if len(context) or user is not None:
-            parts.append(self._relevance(context if len(context) else self._taken_last(user), user))
+            judged = self._judged(context if len(context) else self._taken_last(user), user)
+        parts = [] if judged is None else [judged.scores]
         if query is not None:
             parts.append(self._likeness(query))
         composer = self._composer
@@ -267,27 +281,34 @@ class BundleRecommender:
         found = composer.compose(
             context, relevance=_summed(parts), compatibility=self._beside, constraints=constraints, options=options
         )
-        return [self._recommendation(one) for one in found]
+        return [self._recommendation(one, judged, explain) for one in found]
 
     def rank(
-        self, bundles: Sequence[Sequence[str]], *, items: Sequence[str] = (), user: str | None = None
+        self,
+        bundles: Sequence[Sequence[str]],
+        *,
+        items: Sequence[str] = (),
+        user: str | None = None,
+        explain: bool = False,
     ) -> list[Recommendation]:
         """Score given bundles with the composer's objective, best first.
 
         Args:
             bundles: outside ids; each holds `items` and at least one more.
             user: for whom; None judges by how well the items go together.
+            explain: as for `compose`.
         Raises:
             DataError: an id is not known.
         """
         context = self._rows(items)
-        relevance = None
+        judged = None
         if len(context) or user is not None:
-            relevance = self._relevance(context if len(context) else self._taken_last(user), user)
+            judged = self._judged(context if len(context) else self._taken_last(user), user)
         ranked = self._composer.rank(
-            [self._rows(bundle) for bundle in bundles], context=context, relevance=relevance, compatibility=self._beside
-        )
-        return [self._recommendation(one) for one in ranked]
+            [self._rows(bundle) for bundle in bundles], context=context,
+            relevance=None if judged is None else judged.scores, compatibility=self._beside,
+        )  # fmt: skip
+        return [self._recommendation(one, judged, explain) for one in ranked]
 
     def search(self, query: str, k: int = 10) -> list[tuple[str, float]]:
         """Return the items whose text is most like `query`, with the cosine of the frozen encoder."""
@@ -338,9 +359,11 @@ class BundleRecommender:
         fused = self.fusion.combine(self._scores(questions), self.known.evidence(questions))
         return self._for_user(fused, questions)
 
-    def _relevance(self, context: NDArray[np.int64], user: str | None) -> NDArray[np.float32]:
-        relevance: NDArray[np.float32] = self._fused(self._question(context, user))[0]
-        return relevance
+    def _judged(self, context: NDArray[np.int64], user: str | None) -> _Judged:
+        questions = self._question(context, user)
+        fused, parts = self.fusion.explained(self._scores(questions), self.known.evidence(questions))
+        scores: NDArray[np.float32] = self._for_user(fused, questions)[0]
+        return _Judged(scores, {name: part[0] for name, part in parts.items()})
 
     def _for_user(self, scores: NDArray[np.float32], questions: Questions) -> NDArray[np.float32]:
         """Add what users alike took to fused scores (Q, N), where the fusion could not weigh that itself."""
@@ -383,14 +406,26 @@ class BundleRecommender:
             return self.text_side.among(questions, rows)
         return self.text_side(questions)[:, rows]
 
+    def _mutual(self, one: Composition) -> dict[int, dict[str, float]]:
+        """Tell what each item of a bundle adds to how well an added one goes with the rest: the loss without it."""
+        sets: list[NDArray[np.int64]] = []
+        for row in one.added:
+            rest = np.array([other for other in one.items if other != row], np.int64)
+            sets += [rest, *(np.delete(rest, place) for place in range(len(rest)))]
+        scores = self._beside(sets, np.array(one.added, np.int64))  # (A (1 + R), A)
+        step = len(one.items)
+        ids = self.dataset.catalog.item_ids
+        found = {}
+        for place, row in enumerate(one.added):
+            whole, *less = scores[place * step : (place + 1) * step, place]
+            others = [other for other in one.items if other != row]
+            found[row] = {ids[other]: float(whole - part) for other, part in zip(others, less, strict=True)}
+        return found
+
     def _suggestion(
         self, row: int, score: float, shares: dict[str, float], context: NDArray[np.int64], because: dict[str, float]
     ) -> Suggestion:
         catalog = self.dataset.catalog
-        shares = dict(shares)
-        rest = score - sum(shares.values())
-        if abs(rest) > 1e-4:
-            shares[ALIKE] = rest
         slot = catalog.slots[row] or catalog.leaf(row)
         return Suggestion(
             catalog.item_ids[row], catalog.titles[row], slot, self._prices[row], score, shares,
@@ -402,9 +437,10 @@ class BundleRecommender:
         ids = self.dataset.catalog.item_ids
         return {ids[other]: int(count) for other, count in zip(context, counts, strict=True) if count}
 
-    def _recommendation(self, one: Composition) -> Recommendation:
+    def _recommendation(self, one: Composition, judged: _Judged | None, explain: bool) -> Recommendation:
         catalog = self.dataset.catalog
         evidence = []
+        because = self._mutual(one) if explain and len(one.items) > 2 else {}
         for item in one.evidence:
             told: dict[str, Any] = {"item": catalog.item_ids[item.row], "slot": item.slot}
             if item.partner is not None and item.partner_count:
@@ -418,6 +454,10 @@ class BundleRecommender:
                     "confidence": rule.confidence,
                 }  # fmt: skip
             told["relevance"], told["compatibility"] = item.relevance, item.compatibility
+            if judged is not None:
+                told["scorers"] = judged.shares(item.row)
+            if item.row in because:
+                told["because"] = because[item.row]
             evidence.append(told)
         return Recommendation(
             tuple(catalog.item_ids[row] for row in one.items),

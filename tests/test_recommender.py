@@ -148,6 +148,19 @@ def test_each_given_item_is_credited_with_what_is_lost_without_it(fitted: Bundle
     assert fitted.complete(["i0"], k=1, explain=True)[0].because == {}
 
 
+def test_each_item_of_a_bundle_is_credited_with_what_is_lost_without_it(fitted: BundleRecommender) -> None:
+    bundle = next(one for one in fitted.compose(["i0", "i6"], explain=True) if len(one.items) > 2)
+    index = fitted.dataset.catalog.index
+    for told in bundle.evidence:
+        assert set(told["because"]) == set(bundle.items) - {told["item"]}
+        rest = np.array([index[item] for item in bundle.items if item != told["item"]])
+        less = np.array([row for row in rest if row != index["i6"]])
+        with_it, without = fitted._beside([rest, less], np.array([index[told["item"]]]))[:, 0]
+        assert told["because"]["i6"] == pytest.approx(with_it - without, abs=1e-5)
+        assert set(told["scorers"]) <= {*fitted.fusion.needs, "users alike"}
+    assert all("because" not in told for one in fitted.compose(["i0"]) for told in one.evidence)
+
+
 @pytest.fixture
 def several(tiny_recipe: Callable[..., Recipe], bank: AdapterBank, tmp_path: Path) -> AdapterBank:
     """The bank with an adapter for Style 1 beside the one for everything."""

@@ -158,6 +158,10 @@ def _reasons(entry: Mapping[str, Any]) -> str:
         reasons.append(f"in {entry['together']['bundles']} bundles with {entry['together']['with']}")
     if "agrees" in entry:
         reasons.append("same " + ", ".join(f"{name} {value}" for name, value in entry["agrees"].items()))
+    if "scorers" in entry:
+        reasons.append(", ".join(f"{name} {share:+.2f}" for name, share in entry["scorers"].items()))
+    if "because" in entry:
+        reasons.append("goes with " + ", ".join(f"{item} {gain:+.2f}" for item, gain in entry["because"].items()))
     if "rule" in entry:
         rule = entry["rule"]
         share = f"{rule['confidence']:.0%} of bundles with {rule['given']} have {rule['slot']}"
