@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,10 @@ _EMBEDDED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 # full rate while its activations (1.5k floats a position in the widest layer) stay in the cache: on two cores 512 to
 # 1024 encode 1.6 times as many texts a second as 8192.
 CHUNK_TOKENS = 1024
+
+# Words of a twin: enough that different texts differ, few enough that the embeddings of a multilingual encoder, most of
+# its weights, are never made.
+_TWIN_WORDS = 2048
 
 # Fields of a config that change what the weights compute; names, paths and versions do not.
 _IRRELEVANT_CONFIG = {
@@ -125,6 +130,7 @@ class Backbone:
         self.max_length = max_length
         self.quantization: Quantization = quantization
         self._known_fingerprint = fingerprint
+        self._warned_of: set[str] = set()  # quantizations of adapters that were tuned on other weights than these
         # A fast tokenizer keeps the truncation of its last call, which another thread's length would overwrite.
         self._tokenizing = threading.Lock()
 
@@ -150,12 +156,11 @@ class Backbone:
         source = _locate(model)
         tokenizer, encoder = _load_parts(source, model)
         architecture_of(encoder)  # an encoder that is not known is refused here, not at the first adapter
-        room = usable_positions(encoder)
-        if max_length > room:
-            raise BackboneError(f"backbone.max_length: expected at most {room} for {model}, found {max_length}.")
+        _check_length(max_length, encoder, model)
         backbone = cls(model, encoder, tokenizer, pooling, max_length)
         if quantization != "none":
             fingerprint = backbone.fingerprint  # of the weights as published, so that 8-bit and fp32 runs can meet
+            del encoder, backbone  # the two forms are never in memory together
             encoder = _load_quantized(source, model, quantization, device)
             backbone = cls(model, encoder, tokenizer, pooling, max_length, quantization, fingerprint)
         elif device is not None:
@@ -171,6 +176,61 @@ class Backbone:
             max_length=config.max_length,
             quantization=config.quantization,
             device=device,
+        )
+
+    @classmethod
+    def blueprint(cls, config: BackboneConfig) -> Backbone:
+        """Make the encoder a recipe names out of shapes alone (device ``meta``), with its real tokenizer.
+
+        No weight is read, so it is there at once and takes no memory, and it cannot encode.
+
+        Raises:
+            BackboneError: not found, not reachable, no BERT-like encoder, or `max_length` beyond its positions.
+        """
+        source = _locate(config.model)
+        tokenizer = _load_tokenizer(source, config.model)
+        with torch.device("meta"):
+            encoder = _from_config(_load_config(source, config.model))
+        return cls._outlined(config, encoder, tokenizer)
+
+    @classmethod
+    def twin(cls, config: BackboneConfig, layers: int, device: str | torch.device | None = None) -> Backbone:
+        """Make an encoder like the one a recipe names, with random weights, few layers and few words.
+
+        Its layers are as wide, and texts become as many tokens; so a layer takes the time and memory of a real one,
+        and a method that does not work on the architecture fails here. Quantised as the recipe says.
+
+        Raises:
+            BackboneError: as `blueprint`.
+        """
+        source = _locate(config.model)
+        tokenizer = _load_tokenizer(source, config.model)
+        small = _load_config(source, config.model)
+        small.num_hidden_layers = layers
+        if getattr(small, "layer_types", None):
+            small.layer_types = small.layer_types[:layers]
+        small.vocab_size = min(small.vocab_size, _TWIN_WORDS)
+        small.pad_token_id = (small.pad_token_id or 0) % small.vocab_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            encoder = _from_config(small)
+        backbone = cls._outlined(config, encoder, _FewWords(tokenizer, small.vocab_size))
+        if config.quantization != "none":
+            with tempfile.TemporaryDirectory(prefix="twin-") as folder:
+                with _loading_quietly():
+                    encoder.save_pretrained(folder)  # type: ignore[operator]
+                backbone.model = _load_quantized(folder, config.model, config.quantization, device)
+        elif device is not None:
+            backbone.model.to(device)
+        backbone.model.eval().requires_grad_(False)
+        return backbone
+
+    @classmethod
+    def _outlined(cls, config: BackboneConfig, encoder: nn.Module, tokenizer: Any) -> Backbone:
+        architecture_of(encoder)
+        _check_length(config.max_length, encoder, config.model)
+        return cls(
+            config.model, encoder, tokenizer, config.pooling, config.max_length, config.quantization, "no weights"
         )
 
     def stamp(self) -> dict[str, Any]:
@@ -253,10 +313,13 @@ class Backbone:
                 f"Adapter {record.reference} was tuned with pooling {stamp.pooling}, this backbone pools by "
                 f'{self.pooling}. Load it with Backbone.load(pooling="{stamp.pooling}").'
             )
-        if stamp.quantization != self.quantization:
+        if stamp.quantization != self.quantization and stamp.quantization not in self._warned_of:
+            self._warned_of.add(stamp.quantization)
             warnings.warn(
                 f"Adapter {record.reference} was tuned on weights with quantization {stamp.quantization}, these have "
-                f"{self.quantization}: vectors will differ a little.",
+                f"{self.quantization}. An adapter learns to make up for the rounding of the weights it sees, so its "
+                "vectors drift on others, most with 4bit (benchmarks/quantized.py measures how far). Load the backbone "
+                f'with quantization="{stamp.quantization}", or tune on what will serve. Said once for each backbone.',
                 stacklevel=2,
             )
         return methods.load(self.model, record.path, record.manifest.stored_as, stamp.max_length)
@@ -273,6 +336,26 @@ class Backbone:
         lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded))
         flat = np.fromiter((token for ids in encoded for token in ids), np.int32, int(lengths.sum()))
         return Tokens(flat, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def pieces(self, texts: Sequence[str], max_length: int | None = None) -> list[list[tuple[int, int]]]:
+        """Return for each text where its tokens (those of `tokenize`) start and end in it; (0, 0) for special ones.
+
+        Raises:
+            BackboneError: the tokenizer does not know where its tokens come from.
+        """
+        if not self.tokenizer.is_fast:
+            raise BackboneError(
+                f"The tokenizer of {self.name} does not tell where its tokens stand in a text, which tagging needs. "
+                "Use a model with a tokenizer.json."
+            )
+        if not texts:
+            return []
+        with self._tokenizing:
+            found: list[list[tuple[int, int]]] = self.tokenizer(
+                list(texts), truncation=True, max_length=max_length or self.max_length, padding=False,
+                return_attention_mask=False, return_token_type_ids=False, return_offsets_mapping=True,
+            )["offset_mapping"]  # fmt: skip
+        return found
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Pool hidden states of a chunk.
@@ -322,6 +405,23 @@ class Backbone:
                 progress(len(chunk))
         return vectors[[rows[text] for text in texts]]
 
+    @torch.inference_mode()
+    def states(self, texts: Sequence[str], adapter: AttachedAdapter | None = None) -> NDArray[np.float32]:
+        """Return the last hidden state of every token of every text, special ones included: (T, D) float32.
+
+        Those of the first text come first, without padding; `pieces` says which token is which.
+        """
+        encoder = self.model if adapter is None else adapter.encoder
+        tokens = self.tokenize(texts, None if adapter is None else adapter.max_length)
+        states = np.empty((len(tokens.ids), self.dim), np.float32)
+        for chunk in length_sorted_chunks(tokens.lengths):
+            ids, mask = (part.to(self.device) for part in tokens.padded(chunk, self.pad_id))
+            hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float().cpu().numpy()
+            for row, text in enumerate(chunk):
+                start, stop = tokens.offsets[text], tokens.offsets[text + 1]
+                states[start:stop] = hidden[row, : stop - start]
+        return states
+
 
 def _locate(model: str) -> str:
     """Return what transformers can load: a folder or a hub id."""
@@ -343,18 +443,75 @@ def _locate(model: str) -> str:
     return model
 
 
+def _check_length(max_length: int, encoder: nn.Module, name: str) -> None:
+    room = usable_positions(encoder)
+    if max_length > room:
+        raise BackboneError(f"backbone.max_length: expected at most {room} for {name}, found {max_length}.")
+
+
+class _FewWords:
+    """A tokenizer whose ids are folded into a small vocabulary: as many tokens, other words."""
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        self._tokenizer = tokenizer
+        self._size = size
+        self.pad_token_id = int(tokenizer.pad_token_id or 0) % size
+
+    def __call__(self, texts: Sequence[str], **options: Any) -> dict[str, list[list[int]]]:
+        return {
+            "input_ids": [
+                [token % self._size for token in ids] for ids in self._tokenizer(texts, **options)["input_ids"]
+            ]
+        }
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: number % self._size for word, number in self._tokenizer.get_vocab().items()}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
 def _load_parts(source: str, name: str) -> tuple[Any, nn.Module]:
+    with _told_of(name):
+        return _load_tokenizer(source, name), _from_pretrained(source)
+
+
+def _load_tokenizer(source: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
+    with _told_of(name):
+        return AutoTokenizer.from_pretrained(source)
+
+
+def _load_config(source: str, name: str) -> Any:
+    from transformers import AutoConfig
+
+    with _told_of(name):
+        return AutoConfig.from_pretrained(source)
+
+
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """Turn what transformers raises where files are missing or wrong into an error that says what is needed."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        return tokenizer, _from_pretrained(source)
+        yield
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
             f"The encoder {name} cannot be loaded: {reason} Expected a folder or hub id with config.json, a tokenizer "
             'and safetensors weights; "embedded" works without a network.'
         ) from error
+
+
+def _from_config(config: Any) -> nn.Module:
+    """Build the bare encoder a config describes, with random weights, as `_from_pretrained` would."""
+    from transformers import AutoModel
+
+    try:
+        model: nn.Module = AutoModel.from_config(config, add_pooling_layer=False, dtype=torch.float32)
+    except TypeError:
+        model = AutoModel.from_config(config, dtype=torch.float32)
+    return model
 
 
 def _from_pretrained(source: str, **options: Any) -> nn.Module:

@@ -23,7 +23,9 @@ from peft_combo.adapters import AdapterRecord, AdapterStore, Version, parse_refe
 from peft_combo.backbone import Backbone
 from peft_combo.errors import StoreError
 from peft_combo.methods import AttachedAdapter
-from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
+from peft_combo.tasks import head_of
+from peft_combo.tasks.base import HEAD_FILE, HeadT, TaskHead
+from peft_combo.tasks.bundle import BundleHead
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +35,33 @@ class LiveAdapter:
     Attributes:
         record: what the store says of it; every byte was checked when it was loaded.
         attached: hand it to `Backbone.encode`.
-        head: turns item vectors into queries and targets.
+        task_head: what stands on the encoder, by task.
         nbytes: bytes of the tensors it does not share with the backbone: adapter, weights of its own, head. The
             modules around them cost some 0.4 MiB more.
     """
 
     record: AdapterRecord
     attached: AttachedAdapter
-    head: BundleHead
+    task_head: TaskHead
     nbytes: int
+
+    @property
+    def head(self) -> BundleHead:
+        """The head of a bundle adapter, which turns item vectors into queries and targets; see `head_as`."""
+        return self.head_as(BundleHead)
+
+    def head_as(self, wanted: type[HeadT]) -> HeadT:
+        """Return the head as the one of a certain task.
+
+        Raises:
+            StoreError: the adapter was tuned for another task.
+        """
+        if not isinstance(self.task_head, wanted):
+            raise StoreError(
+                f"Adapter {self.reference} was tuned for {self.task_head.kind}; expected one tuned for {wanted.kind}. "
+                "See what is stored with: peft-combo adapters list"
+            )
+        return self.task_head
 
     @property
     def reference(self) -> str:
@@ -226,7 +246,7 @@ class AdapterBank:
             weights = tensors_in(record.read(HEAD_FILE))
         except SafetensorError as error:
             raise StoreError(f"The head of adapter {record.reference} does not read: {error}.") from error
-        head = BundleHead.from_spec(record.manifest.task, weights)
+        head = head_of(record.manifest.task, weights)
         if head.dim != self.backbone.dim:
             raise StoreError(
                 f"The head of adapter {record.reference} takes vectors of width {head.dim}, the backbone "

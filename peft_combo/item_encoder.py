@@ -74,6 +74,11 @@ class ItemEncoder:
         """Number of distinct texts."""
         return len(self.tokens)
 
+    @property
+    def rows(self) -> int:
+        """Number of vectors or states that the whole catalogue becomes."""
+        return int(self._sizes[self.text_of].sum())
+
     def encode(self, encoder: nn.Module, items: NDArray[np.int64]) -> Tensor:
         """Encode items, with gradients where the caller has them on.
 

@@ -30,6 +30,8 @@ from peft_combo.adapter_configs import (
 )
 from peft_combo.errors import Fault, RecipeError, did_you_mean
 from peft_combo.recipe_fields import Bool, Int, Real, Section, Text, fault, shown
+from peft_combo.task_configs import BundleTask as BundleTask
+from peft_combo.task_configs import Metric, TaskConfig
 
 Name = Annotated[
     str,
@@ -41,7 +43,6 @@ Name = Annotated[
         }
     ),
 ]
-Metric = Literal["r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr"]
 
 
 class BackboneConfig(Section):
@@ -75,7 +76,7 @@ class DataConfig(Section):
     path: Text | None = Field(
         default=None, description="Folder of the data, for folder and bundlerec. `--data PATH` sets it for one run."
     )
-    columns: dict[Literal["items", "bundles", "bundle_meta", "interactions"], dict[Text, Text]] = Field(
+    columns: dict[Literal["items", "bundles", "bundle_meta", "interactions", "labels"], dict[Text, Text]] = Field(
         default={}, description="Per table, our column name to the one in your file, where they differ."
     )
     text: Text = Field(
@@ -163,48 +164,13 @@ class DataConfig(Section):
         return test
 
 
-class BundleTask(Section):
-    """Learn which items belong with the rest of a bundle."""
-
-    kind: Literal["bundle"] = "bundle"
-    pooling: Literal["mean", "attention"] = Field(
-        default="mean", description="How the items of a partial bundle become one query."
-    )
-    projection: Literal["linear", "none"] = Field(
-        default="linear", description="Separate maps for query and target side: what goes together is rarely alike."
-    )
-    strengths: tuple[Annotated[Real, Field(gt=0, le=1)], ...] = Field(
-        default=(0.1, 0.25, 0.5, 1.0),
-        min_length=1,
-        max_length=20,
-        description="Shares of the trained projections to try on validation; the best is kept, so a projection that "
-        "learned too much is taken back towards the identity. Wortsman et al. 2022, WiSE-FT.",
-    )
-    temperature: Real = Field(default=0.05, ge=0.001, le=10, description="Divides the similarities in the softmax.")
-    learn_temperature: Bool = Field(default=True, description="Let the temperature be trained from that start.")
-    extra_negatives: Int = Field(
-        default=0, ge=0, le=65_536, description="Further catalogue items per batch as wrong answers, beside its own."
-    )
-    negatives: Literal["leaf", "random"] = Field(
-        default="leaf", description="Where those come from: the category leaves of the batch's items, or anywhere."
-    )
-    mask_duplicates: Bool = Field(
-        default=True, description="Leave items with the target's very text out of the negatives."
-    )
-    context_dropout: Real = Field(
-        default=0.0, ge=0, lt=1, description="Chance of leaving out each item of the partial bundle; one always stays."
-    )
-    head_dropout: Real = Field(default=0.0, ge=0, lt=1, description="Dropout on the head's input.")
-
-
-# A second task turns this into a union with Field(discriminator="kind"), as AdapterConfig is.
-TaskConfig = BundleTask
-
-
 class EarlyStopping(Section):
     """Stop when the validation metric has not improved for a while, and keep the best state."""
 
-    metric: Metric = Field(default="ndcg@10", description="Validation metric; higher is better.")
+    metric: Metric | None = Field(
+        default=None,
+        description="Validation metric, higher is better; null takes the task's own (ndcg@10, macro_f1, f1).",
+    )
     patience: Int = Field(default=3, ge=1, le=1000, description="Evaluations without improvement before stopping.")
 
 
@@ -279,7 +245,8 @@ class Recipe(Section):
     @property
     def metric(self) -> str:
         """The validation metric that early stopping watches and a head's settings are chosen for."""
-        return self.training.early_stopping.metric if self.training.early_stopping else "ndcg@10"
+        stopping = self.training.early_stopping
+        return (stopping.metric if stopping is not None else None) or self.task.metrics[0]
 
     @field_validator("adapter")
     @classmethod
@@ -321,6 +288,18 @@ class Recipe(Section):
                 where="adapter.method",
             )
         return adapter
+
+    @field_validator("training")
+    @classmethod
+    def _metric_of_the_task(cls, training: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        task, stopping = info.data.get("task"), training.early_stopping
+        metric = stopping.metric if stopping is not None else None
+        if task is not None and metric is not None and metric not in task.metrics:
+            raise fault(
+                f"expected one of {', '.join(task.metrics)} for task.kind {task.kind}; found {shown(metric)}.",
+                where="training.early_stopping.metric",
+            )
+        return training
 
     @field_validator("training")
     @classmethod
@@ -404,8 +383,9 @@ def _unknown_key(where: str, key: str, node: Mapping[str, Any]) -> Fault:
     known = list(node.get("properties", ()))
     homes = [path for path in key_paths() if path.rpartition(".")[2] == key]
     if where in homes:  # a key of another member of the union
-        method = node.get("properties", {}).get("method", {}).get("const", "this")
-        return Fault(where, f"unknown key for {method}.", f"Known here: {', '.join(known)}.")
+        tags = (node.get("properties", {}).get(tag, {}).get("const") for tag in ("method", "kind"))
+        member = next((tag for tag in tags if tag), "this")
+        return Fault(where, f"unknown key for {member}.", f"Known here: {', '.join(known)}.")
     if homes:
         return Fault(where, "unknown key here.", f"It belongs elsewhere: {' or '.join(homes)}.")
     return Fault(where, "unknown key.", did_you_mean(key, known) or f"Known here: {', '.join(known)}.")

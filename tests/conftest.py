@@ -19,6 +19,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "bert": {}, "roberta": {"max_position_embeddings": 66}, "electra": {"embedding_size": 16},
     "mpnet": {"max_position_embeddings": 66}, "albert": {"embedding_size": 16},
     "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 3, "hidden_dim": 48},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"},
     "modernbert": {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from peft_combo.data.demo import demo_dataset
 from peft_combo.data.fetch import get
+from peft_combo.data.joining import joined
 from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset, Interactions
 from peft_combo.data.sources import Source, available, check_source, detect_layout, open_dataset
 from peft_combo.data.splits import Split, split, split_as
@@ -21,6 +22,7 @@ __all__ = [
     "describe",
     "detect_layout",
     "get",
+    "joined",
     "open_dataset",
     "split",
     "split_as",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,20 @@ class Gain:
     p: float
 
 
+@dataclass(frozen=True, eq=False)
+class PerQuestion:
+    """The table's metric question by question, for a paired test with other runs.
+
+    Attributes:
+        clusters: (Q,) what may be drawn or exchanged only as a whole: the group of each question.
+        before, after: (Q,) of the frozen and the tuned encoder; their means are the table's figures.
+    """
+
+    clusters: NDArray[np.str_]
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class Detail:
     """A further small table that a task has to show: the usual confusions, one line per class."""
@@ -67,6 +81,8 @@ class Table:
         rows: baselines first, then the frozen encoder, then the tuned one.
         questions: how many were asked, in so many independent `groups`.
         asked: what the questions were, in words. caveat: what a reader should know of the figures.
+        per_question: where the metric is a mean over validation questions; None for F1 and its like, and where the
+            table is of test examples, by which nothing may be chosen.
     """
 
     metric: str
@@ -77,6 +93,7 @@ class Table:
     asked: str
     caveat: str
     details: tuple[Detail, ...] = ()
+    per_question: PerQuestion | None = field(default=None, repr=False, compare=False)
 
     @property
     def baselines(self) -> tuple[Row, ...]:
@@ -115,7 +132,14 @@ class Batch(Protocol):
 
 
 class TaskHead(nn.Module):
-    """What stands on the encoder."""
+    """What stands on the encoder.
+
+    Attributes:
+        kind: the task, as in `task.kind` of a recipe. dim: width of the vectors or states it takes.
+    """
+
+    kind: ClassVar[str]
+    dim: int
 
     def spec(self) -> dict[str, Any]:
         """Return what rebuilds it besides its weights; goes into the manifest."""
@@ -187,3 +211,23 @@ class Task(Protocol[HeadT, BatchT, OutcomeT]):
 
 
 AnyTask: TypeAlias = Task[Any, Any, Any]
+
+
+class Epochs:
+    """Divides examples over optimizer steps; what a step sees is a function of seed and place alone.
+
+    Args:
+        count: examples. batch_size: examples a step, over all its parts.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self._count = count
+        self._seed = seed
+        # A short rest at the end is spread over the other steps, so all weigh alike.
+        self.per_epoch = max(1, round(count / min(batch_size, count)))
+
+    def share(self, step: int, part: int = 0, parts: int = 1) -> NDArray[np.int64]:
+        """Return the examples of step `step`, counted from 0 over all epochs, or of one of its `parts`."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = np.random.default_rng([self._seed, epoch]).permutation(self._count)
+        return np.array_split(np.array_split(order, self.per_epoch)[place], parts)[part]

@@ -20,12 +20,13 @@ from torch.nn import functional
 
 from peft_combo import metrics
 from peft_combo.backbone import Backbone
-from peft_combo.data import Bundles, open_dataset, split_as
+from peft_combo.data import Bundles, Dataset, Split, open_dataset, split_as
 from peft_combo.errors import StoreError
-from peft_combo.recipe import BundleTask, Recipe
+from peft_combo.recipe import Recipe
 from peft_combo.scoring import ItemKNN, Popularity, Scorer, TextCosine, tfidf_vectors
+from peft_combo.task_configs import BundleTask
 from peft_combo.tasks.base import HEAD_FILE as HEAD_FILE
-from peft_combo.tasks.base import Encode, Evaluation, Gain, Row, Table, TaskHead
+from peft_combo.tasks.base import Encode, Epochs, Evaluation, Gain, PerQuestion, Row, Table, TaskHead
 
 # Logits of pairs that are no candidates: far below every real one, yet finite in float16.
 _NEVER = -1e4
@@ -42,6 +43,8 @@ class BundleHead(TaskHead):
     What goes together is rarely alike, so the two sides have projections of their own. Both start as the identity and
     the set encoder as the plain mean: an untrained head scores exactly like cosine over the frozen encoder.
     """
+
+    kind = "bundle"
 
     def __init__(self, dim: int, config: BundleTask) -> None:
         super().__init__()
@@ -158,8 +161,8 @@ class BundleBatches:
         self.bundles = [np.sort(rows).astype(np.int64) for rows in bundles]
         self.duplicates = duplicates
         self.config = config
-        self.batch_size = min(batch_size, len(self.bundles))
         self.seed = seed
+        self._epochs = Epochs(len(self.bundles), batch_size, seed)
         n_items = len(duplicates)
         membership = sparse.csr_array(
             (
@@ -177,16 +180,14 @@ class BundleBatches:
 
     @property
     def per_epoch(self) -> int:
-        """Optimizer steps an epoch; a short rest at the end is spread over the others, so all weigh alike."""
-        return max(1, round(len(self.bundles) / self.batch_size))
+        """Optimizer steps an epoch."""
+        return self._epochs.per_epoch
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> BundleBatch:
         """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
         epoch, place = divmod(step, self.per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.bundles))
-        chosen = np.array_split(np.array_split(order, self.per_epoch)[place], parts)[part]
         rng = np.random.default_rng([self.seed, epoch, place, part])
-        return self._questions([self.bundles[row] for row in chosen], rng)
+        return self._questions([self.bundles[row] for row in self._epochs.share(step, part, parts)], rng)
 
     def _questions(self, bundles: list[NDArray[np.int64]], rng: np.random.Generator) -> BundleBatch:
         own = np.unique(np.concatenate(bundles))
@@ -392,10 +393,12 @@ class BundleCompletion:
         "was chosen on these bundles, so the tuned row is slightly flattered; the test bundles were not looked at."
     )
 
-    def __init__(self, recipe: Recipe, config: BundleTask) -> None:
+    def __init__(self, recipe: Recipe, config: BundleTask, read: tuple[Dataset, Split] | None = None) -> None:
         self._config = config
-        self._dataset = dataset = open_dataset(recipe.data)
-        self._parts = parts = split_as(dataset, recipe.data)
+        if read is None:
+            found = open_dataset(recipe.data)
+            read = found, split_as(found, recipe.data)
+        self._dataset, self._parts = dataset, parts = read
         self.notes = [f"{dataset.name}: {note}" for note in dataset.notes]
         self.texts = dataset.catalog.texts(recipe.data.text)
         self.examples = {"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)}
@@ -472,6 +475,7 @@ class BundleCompletion:
             f"{groups} groups), each answer ranked among all {len(self.texts):,} items",
             caveat="The step was chosen on these bundles, so the tuned row is slightly flattered; "
             f"{self.examples['test']} test bundles were not looked at.",
+            per_question=PerQuestion(clusters, old, new),
         )  # fmt: skip
 
     def _scorer_ranks(self, scorer: Scorer) -> NDArray[np.float64]:

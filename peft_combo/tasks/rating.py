@@ -1,0 +1,695 @@
+"""The rating task: how likely a user takes an item, as a score in [0, 1].
+
+Owns events with their histories, the split by user or time, drawn negatives with their correction, the head and what
+is measured. Sees items as rows and vectors; knows nothing of encoders or the training loop.
+
+A user is the pooled vectors of the latest items they took, not one long text: a few thousand item texts serve all
+users, so equal texts are encoded once and the cache of the frozen layers holds, where one text for every user and
+moment would be encoded afresh at each step. A history is counted in whole items and never cut within a title.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import optimize, sparse
+from scipy.special import expit
+from scipy.stats import rankdata
+from torch import Tensor, nn
+from torch.nn import functional
+
+from peft_combo import metrics
+from peft_combo.backbone import Backbone
+from peft_combo.data import Interactions, open_dataset
+from peft_combo.errors import DataError, StoreError
+from peft_combo.recipe import DataConfig, Recipe
+from peft_combo.scoring import ItemKNN
+from peft_combo.task_configs import BundleTask, RatingTask
+from peft_combo.tasks.base import Detail, Encode, Epochs, Evaluation, Gain, Row, Table, TaskHead
+from peft_combo.tasks.bundle import BundleHead, completion_scores, target_vectors
+from peft_combo.tasks.measures import calibration_error
+
+# Events that are asked about while training and for the table; each ranks the whole catalogue.
+_ASKED_WHILE_TRAINING, _ASKED = 1000, 5000
+_QUERY_BLOCK = 512
+# The head over the frozen encoder is fitted until validation has seen no gain for so many epochs.
+_PROBE_EPOCHS, _PROBE_PATIENCE = 10, 2
+# Batches from which three weights of the head are fitted before all else: thousands of pairs.
+_WEIGHED = 4
+_BINS = 15
+
+Logits: TypeAlias = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Turns (Q, S) histories into (Q, N) log-odds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Events:
+    """Who took (or rated) what, every user and item once, at the first time.
+
+    Attributes:
+        users, items: (E,) places in `Interactions.user_ids` and rows of the catalogue.
+        times: (E,) seconds. targets: (E,) float32 in [0, 1].
+        liked: (L,) items of the events that count as liked, in the same order.
+        spans: (E, 2) from where to where in `liked` stands what the user liked strictly earlier.
+    """
+
+    users: NDArray[np.int64]
+    items: NDArray[np.int64]
+    times: NDArray[np.float64]
+    targets: NDArray[np.float32]
+    liked: NDArray[np.int64]
+    spans: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, interactions: Interactions, config: RatingTask) -> Events:
+        """Make the events of known users, in order of user and time.
+
+        Raises:
+            DataError: an interaction has no time, so nobody can say what came before it.
+        """
+        known = interactions.take((interactions.users >= 0) & ((interactions.weights > 0) | (not config.implicit)))
+        if unknown := int(np.isnan(known.times).sum()):
+            raise DataError(
+                f"Ratings need a timestamp on every interaction; {unknown:,} of {len(known):,} have none. "
+                "Give interactions a timestamp column."
+            )
+        order = np.lexsort((known.items, known.times, known.users))
+        pairs = known.users[order].astype(np.int64) * (int(interactions.items.max(initial=0)) + 1) + known.items[order]
+        order = order[np.sort(np.unique(pairs, return_index=True)[1])]
+        users, items = known.users[order].astype(np.int64), known.items[order].astype(np.int64)
+        times, targets = known.times[order], rated(known.weights[order], config)
+        moments, moment = np.unique(times, return_inverse=True)
+        place = users * len(moments) + moment  # ascending
+        liked = targets >= 0.5
+        spans = [np.searchsorted(users[liked], users), np.searchsorted(place[liked], place)]
+        return cls(users, items, times, targets, items[liked], np.stack(spans, 1).astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def asked(self) -> NDArray[np.bool_]:
+        """(E,) whether there is a history to tell from."""
+        return np.asarray(self.spans[:, 1] > self.spans[:, 0])
+
+    def histories(self, rows: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+        """Return what the users of these events liked earlier, latest first: (Q, longest) items, -1 for none."""
+        first, stop = self.spans[rows].T
+        back = stop[:, None] - 1 - np.arange(longest)  # (Q, S)
+        return np.where(back >= first[:, None], np.append(self.liked, -1)[np.maximum(back, -1)], -1)
+
+    def matrix(self, rows: NDArray[Any], shape: tuple[int, int]) -> sparse.csr_array[Any, tuple[int, int]]:
+        """Return (U, N) float32 with a 1 where one of these events is the user's with the item."""
+        return sparse.csr_array((np.ones(len(rows), np.float32), (self.users[rows], self.items[rows])), shape=shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Rows of `Events` per part; no row is in two, and every one has a history.
+
+    Attributes:
+        seen: all train events, also those without a history: what popularity and item-kNN count.
+    """
+
+    train: NDArray[np.int64]
+    valid: NDArray[np.int64]
+    test: NDArray[np.int64]
+    seen: NDArray[np.int64]
+    digest: str
+
+
+def split_events(events: Events, user_ids: tuple[str, ...], config: DataConfig) -> Parts:
+    """Divide events by user, or by time.
+
+    By "user", all events of a user go to one part. By "time", the latest are held out: train ends strictly before
+    validation begins and validation before test, for all users alike, so nothing learned comes from after a question.
+
+    Raises:
+        DataError: the split is neither, or a part would be empty.
+    """
+    valid, test = config.valid_fraction, config.test_fraction
+    if config.split == "user":
+        keys = [f"{config.split_seed}:{user}".encode("utf-8", "surrogatepass") for user in user_ids]
+        drawn = np.array([int.from_bytes(hashlib.sha256(key).digest()[:8], "big") / 2**64 for key in keys])
+        place = drawn[events.users]
+        part = np.where(place < test, "test", np.where(place < test + valid, "valid", "train"))
+    elif config.split == "time":
+        ordered, count = np.sort(events.times), len(events)
+        starts = [int(count * (1 - test)), int(count * (1 - test - valid))]
+        test_start, valid_start = (ordered[start] if count else np.inf for start in starts)
+        part = np.where(events.times >= test_start, "test", np.where(events.times >= valid_start, "valid", "train"))
+    else:
+        raise DataError(
+            f"Ratings are split by user or time, found data.split: {config.split}. Set data.split to user or time."
+        )
+    rows = {name: np.flatnonzero((part == name) & events.asked) for name in ("train", "valid", "test")}
+    if empty := [name for name, own in rows.items() if not len(own)]:
+        raise DataError(
+            f"Too few events to split by {config.split}: none with an earlier one of the same user is left for "
+            f"{' and '.join(empty)}. Give more interactions, or larger data.valid_fraction and data.test_fraction."
+        )
+    digest = hashlib.sha256(f"peft-combo rating split 1\n{config.split}\n".encode())
+    for own in rows.values():
+        digest.update(f"{len(own)}\n".encode() + own.astype("<i8").tobytes())
+    return Parts(rows["train"], rows["valid"], rows["test"], np.flatnonzero(part == "train"), digest.hexdigest())
+
+
+class Negatives:
+    """Draws items that a user did not take, the popular ones more often, and says by how much more often.
+
+    Args:
+        taken: (U, N) what each user is known to have taken; of train alone, or the draw would tell of held-out events.
+        counts: (N,) train events of each item; an item is drawn in proportion to (count + 1) ** power.
+    """
+
+    def __init__(self, taken: sparse.csr_array[Any, tuple[int, int]], counts: NDArray[np.int64], power: float) -> None:
+        weight = (counts + 1.0) ** power
+        self.share: NDArray[np.float64] = weight / weight.sum()
+        self._upto = np.cumsum(self.share)
+        self._n = taken.shape[1]
+        rows, columns = taken.nonzero()
+        self._cells = np.sort(rows.astype(np.int64) * self._n + columns)
+        self._free_share = 1 - np.bincount(rows, weights=self.share[columns], minlength=taken.shape[0])
+        self._free = self._n - np.bincount(rows, minlength=taken.shape[0])
+        if len(full := np.flatnonzero(self._free <= 0)):
+            raise DataError(
+                f"{len(full)} users took every one of the {self._n} items, so there is nothing they declined. "
+                "Give a larger catalogue, or leave these users out."
+            )
+
+    def draw(self, users: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        """Draw one item for each user, (M,) -> (M,), in proportion to its share among those the user did not take."""
+        items = np.empty(len(users), np.int64)
+        open_ = np.arange(len(users))
+        while len(open_):
+            drawn = np.minimum(np.searchsorted(self._upto, rng.random(len(open_)), "right"), self._n - 1)
+            items[open_] = drawn
+            open_ = open_[self._taken(users[open_], drawn)]
+        return items
+
+    def correction(self, users: NDArray[np.int64], items: NDArray[np.int64], each: int) -> NDArray[np.float32]:
+        """Return what to add to the log-odds against one evenly drawn item, where `each` are drawn by share: (M,).
+
+        Source: Yi et al. 2019, "Sampling-bias-corrected neural modeling", eq. 5, in the binary form of Gutmann and
+            Hyvärinen 2010, "Noise-contrastive estimation", eq. 3: log-odds less the log of k times the noise.
+        """
+        drawn = self.share[items] / self._free_share[users]
+        corrected: NDArray[np.float32] = -np.log(each * self._free[users] * drawn).astype(np.float32)
+        return corrected
+
+    def _taken(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
+        cells = users * self._n + items
+        if not len(self._cells):
+            return np.zeros(len(cells), bool)
+        place = np.minimum(np.searchsorted(self._cells, cells), len(self._cells) - 1)
+        return np.asarray(self._cells[place] == cells)
+
+
+class RatingHead(TaskHead):
+    """Log-odds that a user takes an item: their cosine in two towers, the item's popularity, and a constant.
+
+    The towers are those of the bundle task: one side reads sets of items, the other single ones. Scores, not the loss,
+    go through a last slope and constant that validation chose.
+    """
+
+    kind = "rating"
+    slope: Tensor
+    shift: Tensor
+
+    def __init__(self, dim: int, config: RatingTask) -> None:
+        super().__init__()
+        self.dim = dim
+        self.config = config
+        self.towers = BundleHead(
+            dim, BundleTask(pooling=config.pooling, projection=config.projection, temperature=config.temperature)
+        )
+        # Against an even draw, the log-odds of a user nothing is known of are the log-popularity itself.
+        self.popularity = nn.Parameter(torch.ones(()))
+        self.constant = nn.Parameter(torch.zeros(()))
+        self.register_buffer("slope", torch.ones(()))
+        self.register_buffer("shift", torch.zeros(()))
+
+    def logits(self, cosines: Tensor, log_popularity: Tensor) -> Tensor:
+        """Return the log-odds, against one evenly drawn item, of cosines and log-popularities of like shape."""
+        scale = self.towers.log_scale.exp().clamp(max=100.0)
+        return cosines * scale + log_popularity * self.popularity + self.constant
+
+    @torch.inference_mode()
+    def scores(
+        self,
+        vectors: NDArray[np.float32],
+        histories: NDArray[np.int64],
+        log_popularity: NDArray[np.float32],
+        targets: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Return the calibrated log-odds of every item; `expit` of them is the rating in [0, 1].
+
+        Args:
+            vectors: (N, D) items. histories: (Q, S) rows, -1 for none; no history is empty.
+            log_popularity: (N,) from `log_popularity`. targets: (N, D) of `target_vectors`, where at hand.
+        Returns:
+            (Q, N) float32.
+        """
+        targets = target_vectors(self.towers, vectors) if targets is None else targets
+        cosines = completion_scores(self.towers, vectors, targets, histories)
+        logits = self.logits(*(torch.from_numpy(part).to(self.constant.device) for part in (cosines, log_popularity)))
+        found: NDArray[np.float32] = (self.slope * logits + self.shift).float().cpu().numpy()
+        return found
+
+    def spec(self) -> dict[str, Any]:
+        return {**self.config.model_dump(mode="json"), "dim": self.dim}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> RatingHead:
+        """Rebuild a stored head, in evaluation mode.
+
+        Raises:
+            StoreError: the weights are not those of such a head.
+        """
+        fields = {key: value for key, value in spec.items() if key != "dim"}
+        try:
+            head = cls(int(spec["dim"]), RatingTask.model_validate(fields))
+            head.load_state_dict(dict(weights))
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise StoreError(f"The stored head does not match its description: {str(error).splitlines()[0]}") from error
+        return head.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class RatingBatch:
+    """Some events and what was drawn against them.
+
+    Attributes:
+        items: (M,) distinct catalogue rows.
+        histories: (B, S) positions in `items`, -1 for none.
+        events, candidates: (P,) which history is asked about the item at which position.
+        targets: (P,) in [0, 1]. correction: (P,) see `Negatives.correction`. log_popularity: (P,).
+    """
+
+    items: NDArray[np.int64]
+    histories: Tensor
+    events: Tensor
+    candidates: Tensor
+    targets: Tensor
+    correction: Tensor
+    log_popularity: Tensor
+
+
+def rating_loss(head: RatingHead, vectors: Tensor, batch: RatingBatch) -> Tensor:
+    """Binary cross-entropy over the pairs of a batch, a scalar; `vectors` are the (M, D) ones of ``batch.items``."""
+    device = vectors.device
+    users = head.towers.query(vectors, batch.histories.to(device))[batch.events.to(device)]  # (P, D)
+    items = head.towers.target(vectors)[batch.candidates.to(device)]  # (P, D)
+    logits = head.logits((users * items).sum(1).float(), batch.log_popularity.to(device))
+    return functional.binary_cross_entropy_with_logits(logits + batch.correction.to(device), batch.targets.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """Held-out events and the pairs that are judged.
+
+    Attributes:
+        histories: (Q, S). users, items: (Q,). liked: (Q,) whether the event's item is a right answer.
+        events, candidates, targets: (P,) see `RatingBatch`, the candidates as catalogue rows.
+        excluded: for each liked event, what is no candidate of its ranking.
+    """
+
+    histories: NDArray[np.int64]
+    users: NDArray[np.int64]
+    items: NDArray[np.int64]
+    liked: NDArray[np.bool_]
+    events: NDArray[np.int64]
+    candidates: NDArray[np.int64]
+    targets: NDArray[np.float32]
+    excluded: tuple[NDArray[np.int64], ...]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says: (L,) ranks of the liked items, from 1, and (P,) log-odds of the pairs."""
+
+    ranks: NDArray[np.float64]
+    logits: NDArray[np.float64]
+
+
+class Rating:
+    """The rating task as the loop sees it; see `base.Task`.
+
+    Tuning starts from the head that is best over the frozen encoder, as the classification task does and for the same
+    reason. With implicit feedback the score is the chance that an item is the one taken rather than one drawn evenly
+    from those the user did not take; whatever is drawn in training is corrected for.
+    """
+
+    per_token = False
+    unit = "events"
+
+    def __init__(self, recipe: Recipe, config: RatingTask) -> None:
+        self._config = config
+        self._recipe = recipe
+        dataset = open_dataset(recipe.data)
+        if dataset.interactions is None:
+            raise DataError(f"{dataset.name!r} has no interactions, and ratings are learned from them. Add the table.")
+        self._events = events = Events.of(dataset.interactions, config)
+        self._parts = parts = split_events(events, dataset.interactions.user_ids, recipe.data)
+        self._user_ids = np.array(dataset.interactions.user_ids)
+        self.texts = dataset.catalog.texts(recipe.data.text)
+        self._shape = (len(self._user_ids), len(self.texts))
+        self.notes = [f"{dataset.name}: {note}" for note in dataset.notes]
+        self.notes.append(
+            f"{len(events):,} events (each user and item once) of {len(dataset.interactions):,} interactions"
+        )
+        self._train = _sampled(parts.train, config.max_events, recipe.seed)
+        counts = np.bincount(events.items[parts.seen], minlength=len(self.texts))
+        self._log_popularity = log_popularity(counts)
+        self._everyones = events.matrix(np.arange(len(events)), self._shape)
+        self._negatives = Negatives(events.matrix(parts.seen, self._shape), counts, config.popularity_power)
+        self._epochs = Epochs(len(self._train), recipe.training.batch_size, recipe.seed)
+        self._valid, self._test = (
+            self._questions(_sampled(rows, most, recipe.seed))
+            for rows, most in ((parts.valid, _ASKED_WHILE_TRAINING), (parts.test, _ASKED))
+        )
+        if not self._valid.liked.any() or not self._test.liked.any():
+            raise DataError("No held-out event is a liked one, so nothing can be ranked. Lower task.like_from.")
+        self.examples = {"train": len(self._train), "valid": len(parts.valid), "test": len(parts.test)}
+        self.data = {
+            "name": dataset.name,
+            "digest": dataset.digest,
+            "split_digest": parts.digest,
+            "items": len(self.texts),
+            "events": self.examples,
+        }
+
+    @property
+    def protocol(self) -> str:
+        pairs = "one evenly drawn item the user never took beside each" if self._config.implicit else "as rated"
+        return (
+            f"Test events, split by {self._recipe.data.split}, each with the user's earlier ones as the question. AUC, "
+            f"log-loss and ECE (15 bins) over pairs ({pairs}). NDCG@10: each liked item among the full catalogue "
+            "without the user's other items, ties at mid-rank, first averaged by user; 95 % interval by bootstrap over "
+            "users, p by sign flips of users. Step, frozen head and the calibration of every row (Platt scaling) were "
+            "chosen on validation."
+        )
+
+    @property
+    def per_epoch(self) -> int:
+        return self._epochs.per_epoch
+
+    def head(self, backbone: Backbone, max_length: int) -> RatingHead:
+        return RatingHead(backbone.dim, self._config)
+
+    def start(self, head: RatingHead, frozen: Encode) -> None:
+        training, vectors = self._recipe.training, frozen(None)
+        parameters = [p for p in head.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=training.head_learning_rate or training.learning_rate, weight_decay=training.weight_decay
+        )
+
+        metric = self._recipe.metric
+        self._weigh(head, vectors)
+
+        def now() -> Evaluation:
+            return self.evaluate(head, lambda rows: vectors, metric)
+
+        best, best_state, waited = now(), copy.deepcopy(head.state_dict()), 0
+        for epoch in range(_PROBE_EPOCHS):
+            for step in range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch):
+                loss = self._frozen_loss(head, vectors, step)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            if (found := now()).values[metric] > best.values[metric]:
+                best, best_state, waited = found, copy.deepcopy(head.state_dict()), 0
+            else:
+                waited += 1
+            if waited == _PROBE_PATIENCE:
+                break
+        optimizer.zero_grad()
+        head.load_state_dict(best_state)
+        self.settle(head, best.choice)
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> RatingBatch:
+        events, rows = self._events, self._train[self._epochs.share(step, part, parts)]
+        rng = np.random.default_rng([self._recipe.seed, step, part])
+        which, candidates, targets = self._pairs(rows, self._negatives, rng, self._config.negatives)
+        users = events.users[rows][which]
+        correction = (
+            self._negatives.correction(users, candidates, self._config.negatives)
+            if self._config.implicit
+            else np.zeros(len(candidates), np.float32)
+        )
+        histories = events.histories(rows, self._config.history)
+        items = np.unique(np.concatenate([histories[histories >= 0], candidates]))
+        places = np.where(histories >= 0, np.searchsorted(items, histories), -1)
+        return RatingBatch(
+            items, torch.from_numpy(places), torch.from_numpy(which),
+            torch.from_numpy(np.searchsorted(items, candidates)), torch.from_numpy(targets),
+            torch.from_numpy(correction), torch.from_numpy(self._log_popularity[candidates]),
+        )  # fmt: skip
+
+    def loss(self, head: RatingHead, encoded: Tensor, batch: RatingBatch) -> Tensor:
+        return rating_loss(head, encoded, batch)
+
+    def evaluate(self, head: RatingHead, encode: Encode, metric: str) -> Evaluation:
+        raw = copy.deepcopy(head)
+        self.settle(raw, {})
+        answers = self._answers(self._valid, self._model(raw, encode(None)))
+        slope, shift = platt(answers.logits, self._valid.targets)
+        found = self._values(self._valid, answers)
+        # A slope that turns the order round would belie the ranking, so such a head stays as it is.
+        choice = {"slope": slope, "shift": shift} if slope > 0 else {}
+        return Evaluation({name: found[name] for name in self._config.metrics}, choice)
+
+    def settle(self, head: RatingHead, choice: Mapping[str, float]) -> None:
+        head.slope.fill_(choice.get("slope", 1.0))
+        head.shift.fill_(choice.get("shift", 0.0))
+
+    def outcome(self, head: RatingHead, encode: Encode) -> Answers:
+        return self._answers(self._test, self._model(head, encode(None)))
+
+    def table(self, before: Answers, after: Answers) -> Table:
+        asked = self._test
+        knn = ItemKNN().fit(self._events.matrix(self._parts.seen, self._shape))
+
+        def neighbours(histories: NDArray[np.int64]) -> NDArray[np.float32]:
+            return np.nan_to_num(knn.score_baskets(_as_rows(histories, self._shape[1])), nan=0.0)
+
+        answers = {
+            "popularity": self._calibrated(
+                lambda histories: np.repeat(self._log_popularity[None], len(histories), axis=0)
+            ),
+            "item-kNN": self._calibrated(neighbours),
+            "frozen backbone": before,
+            "tuned": after,
+        }
+        users = asked.users[asked.liked]
+        ndcg = {name: by_user(metrics.per_query(one.ranks, "ndcg@10"), users) for name, one in answers.items()}
+        people = np.arange(len(np.unique(users)))
+        rows = tuple(
+            Row(name, self._values(asked, one), metrics.bootstrap_interval(ndcg[name], people))
+            for name, one in answers.items()
+        )
+        old, new = ndcg["frozen backbone"], ndcg["tuned"]
+        gain = Gain(
+            float((new - old).mean()),
+            metrics.bootstrap_interval(new - old, people),
+            metrics.paired_permutation(new, old, people),
+        )
+        losses = [log_losses(one.logits, asked.targets) for one in (before, after)]
+        owners = asked.users[asked.events]
+        low, high = metrics.bootstrap_interval(losses[1] - losses[0], owners)
+        p = metrics.paired_permutation(losses[1], losses[0], owners)
+        drop = (float(losses[0].mean()), float(losses[1].mean()), float((losses[1] - losses[0]).mean()), low, high, p)
+        return Table(
+            "ndcg@10", rows, gain, len(asked.items), len(people),
+            asked=f"{len(asked.items):,} held-out test events, {len(asked.targets):,} pairs judged and "
+            f"{int(asked.liked.sum()):,} liked items ranked among all {len(self.texts):,}",
+            caveat="Candidates are the full catalogue; every user weighs the same in NDCG@10. Step and frozen head "
+            f"were chosen on {len(self._valid.items):,} validation events, and no test event was trained on.",
+            details=(
+                Detail("Log-loss, lower is better", ("before", "tuned", "difference", "low", "high", "p"), (drop,)),
+                Detail(
+                    "How far the tuned score can be taken at its word",
+                    ("score from", "to", "pairs", "mean score", "share taken"),
+                    reliability(expit(after.logits), asked.targets),
+                ),
+            ),
+        )  # fmt: skip
+
+    def _frozen_loss(self, head: RatingHead, vectors: NDArray[np.float32], step: int) -> Tensor:
+        batch = self.batch(step)
+        return self.loss(head, torch.from_numpy(vectors[batch.items]).to(head.constant.device), batch)
+
+    def _weigh(self, head: RatingHead, vectors: NDArray[np.float32]) -> None:
+        """Weigh cosine against popularity: three numbers, which steps made for thousands would hardly move."""
+        optimizer = torch.optim.LBFGS(
+            [p for p in (head.towers.log_scale, head.popularity, head.constant) if p.requires_grad],
+            line_search_fn="strong_wolfe",
+        )
+        steps = range(min(self.per_epoch, _WEIGHED))
+
+        def closure() -> float:
+            head.zero_grad()
+            total = 0.0
+            for step in steps:
+                loss = self._frozen_loss(head, vectors, step) / len(steps)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            return total
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        head.zero_grad()
+
+    def _pairs(
+        self, rows: NDArray[np.int64], negatives: Negatives, rng: np.random.Generator, each: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """Return for some events which of them, which item, which target: themselves, then what was drawn."""
+        which, own, targets = np.arange(len(rows)), self._events.items[rows], self._events.targets[rows]
+        if not self._config.implicit:
+            return which, own, targets
+        drawn = np.repeat(which, each)
+        items = negatives.draw(self._events.users[rows][drawn], rng)
+        return (
+            np.concatenate([which, drawn]), np.concatenate([own, items]),
+            np.concatenate([targets, np.zeros(len(drawn), np.float32)]),
+        )  # fmt: skip
+
+    def _questions(self, rows: NDArray[np.int64]) -> Questions:
+        events, everyones = self._events, self._everyones
+        # Nothing of this is trained on, so what a user takes later may be known here: it is no wrong answer.
+        evenly = Negatives(everyones, np.zeros(self._shape[1], np.int64), 0.0) if self._config.implicit else None
+        rng = np.random.default_rng([self._recipe.seed, len(rows)])
+        which, candidates, targets = self._pairs(rows, evenly or self._negatives, rng, 1)
+        liked = events.targets[rows] >= 0.5
+        excluded = []
+        for row in rows[liked]:
+            user = events.users[row]
+            own = everyones.indices[everyones.indptr[user] : everyones.indptr[user + 1]].astype(np.int64)
+            excluded.append(own[own != events.items[row]])
+        return Questions(
+            events.histories(rows, self._config.history), events.users[rows], events.items[rows], liked, which,
+            candidates, targets, tuple(excluded),
+        )  # fmt: skip
+
+    def _model(self, head: RatingHead, vectors: NDArray[np.float32]) -> Logits:
+        targets = target_vectors(head.towers, vectors)
+        return lambda histories: head.scores(vectors, histories, self._log_popularity, targets)
+
+    def _answers(self, asked: Questions, model: Logits) -> Answers:
+        place = np.cumsum(asked.liked) - 1
+        ranks, logits = np.empty(int(asked.liked.sum())), np.empty(len(asked.events))
+        for start in range(0, len(asked.items), _QUERY_BLOCK):
+            stop = min(start + _QUERY_BLOCK, len(asked.items))
+            scores = model(asked.histories[start:stop])
+            pairs = np.flatnonzero((asked.events >= start) & (asked.events < stop))
+            logits[pairs] = scores[asked.events[pairs] - start, asked.candidates[pairs]]
+            liked = np.flatnonzero(asked.liked[start:stop])
+            own = place[start:stop][liked]
+            excluded = [asked.excluded[one] for one in own]
+            ranks[own] = metrics.midranks(scores[liked], asked.items[start:stop][liked], excluded)
+        return Answers(ranks, logits)
+
+    def _calibrated(self, model: Logits) -> Answers:
+        """Answer as a model without probabilities does after Platt scaling on the validation pairs."""
+        slope, constant = platt(self._answers(self._valid, model).logits, self._valid.targets)
+        found = self._answers(self._test, model)
+        return Answers(found.ranks, slope * found.logits + constant)
+
+    def _values(self, asked: Questions, answers: Answers) -> dict[str, float]:
+        return {
+            "ndcg@10": float(by_user(metrics.per_query(answers.ranks, "ndcg@10"), asked.users[asked.liked]).mean()),
+            "auc": auc(answers.logits, asked.targets >= 0.5),
+            "log_loss": float(log_losses(answers.logits, asked.targets).mean()),
+            "ece": calibration_error(expit(answers.logits), asked.targets, _BINS),  # type: ignore[arg-type]
+        }
+
+
+def rated(weights: NDArray[np.float32], config: RatingTask) -> NDArray[np.float32]:
+    """Turn what interactions weigh into targets in [0, 1]: 1 for all, ratings on their scale, or liked and not."""
+    if config.implicit:
+        return np.ones(len(weights), np.float32)
+    if config.like_from is not None:
+        return np.asarray(weights >= config.like_from, np.float32)
+    low, high = config.scale
+    return np.asarray(np.clip((weights - low) / (high - low), 0, 1), np.float32)
+
+
+def log_popularity(counts: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the log of (count + 1) over its mean, (N,) float32: 0 for an item as popular as the mean."""
+    smoothed = counts + 1.0
+    return np.asarray(np.log(smoothed / smoothed.mean()), np.float32)
+
+
+def auc(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+    """Return how often a right pair scores above a wrong one, ties for half; 0.5 where either kind is absent.
+
+    Source: Mann and Whitney 1947; Hanley and McNeil 1982.
+    """
+    positive, negative = int(right.sum()), int((~right).sum())
+    if not positive or not negative:
+        return 0.5
+    return float((rankdata(scores)[right].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def log_losses(logits: NDArray[np.float64], targets: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the binary cross-entropy of each pair in nats: (P,) log-odds and targets in [0, 1] -> (P,)."""
+    return np.asarray(np.logaddexp(0, logits) - targets * logits, np.float64)
+
+
+def platt(scores: NDArray[np.float64], targets: NDArray[np.float32]) -> tuple[float, float]:
+    """Fit slope and constant that turn scores into log-odds with the least log-loss.
+
+    Source: Platt 1999, "Probabilistic outputs for support vector machines", without his change of the targets.
+    """
+    middle, spread = float(scores.mean()), float(scores.std()) or 1.0
+    scaled = (scores - middle) / spread
+
+    def loss(at: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        logits = at[0] * scaled + at[1]
+        error = expit(logits) - targets
+        # A breath of shrinkage keeps the slope finite where scores tell all pairs apart.
+        value = log_losses(logits, targets).mean() + 1e-6 * float(at @ at)
+        return float(value), np.array([(error * scaled).mean(), error.mean()]) + 2e-6 * at
+
+    slope, constant = optimize.minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B").x
+    return float(slope / spread), float(constant - slope * middle / spread)
+
+
+def reliability(
+    confidence: NDArray[np.float64], targets: NDArray[np.float32], bins: int = _BINS
+) -> tuple[tuple[float, ...], ...]:
+    """Return the bins of the calibration error that hold pairs: from, to, pairs, mean score, mean target.
+
+    Source: Guo et al. 2017, "On calibration of modern neural networks", eq. 1 and 2; bins as in `calibration_error`.
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    rows = []
+    for number in np.unique(place):
+        own = place == number
+        edges = (round(float(number / bins), 3), round(float((number + 1) / bins), 3))
+        rows.append((*edges, int(own.sum()), float(confidence[own].mean()), float(targets[own].mean())))
+    return tuple(rows)
+
+
+def by_user(values: NDArray[np.float64], users: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Average what each user has, (L,) -> (U,), users ascending."""
+    codes = np.unique(users, return_inverse=True)[1]
+    return np.asarray(np.bincount(codes, weights=values) / np.bincount(codes), np.float64)
+
+
+def _as_rows(histories: NDArray[np.int64], n_items: int) -> sparse.csr_array[Any, tuple[int, int]]:
+    rows, places = np.nonzero(histories >= 0)
+    columns = histories[rows, places]
+    return sparse.csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(histories), n_items))
+
+
+def _sampled(rows: NDArray[np.int64], most: int | None, seed: int) -> NDArray[np.int64]:
+    if most is None or len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
