@@ -6,11 +6,10 @@ at once. Sees encoders as the vectors they gave; knows nothing of how adapters a
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from scipy import stats
 
 from peft_combo import metrics
 from peft_combo.categories import Areas
+from peft_combo.charts import Bar, Bars, draw
 from peft_combo.contenders import (
     FROZEN,
     PEER,
@@ -486,58 +486,10 @@ def plot(report: Report, path: Path, metric: str = "ndcg@10") -> None:
     """
     if metric not in ("ndcg@10", "r@10"):
         raise PeftComboError(f"A chart shows ndcg@10 or r@10, which have intervals; found {metric!r}.")
-    bars = [(line.name, line.values[metric], *line.intervals[metric]) for line in report.lines]
+    bars = [
+        Bar(line.name, line.values[metric], *line.intervals[metric], marked=line.name == FUSION)
+        for line in report.lines
+    ]
     title = f"{report.dataset}: {metric.upper()} on {report.counts['test questions']:,} test questions, 95 % intervals"
-    match path.suffix.lower():
-        case ".html":
-            path.write_text(_html(title, bars, report), encoding="utf-8")
-        case ".png":
-            _png(title, bars, path)
-        case other:
-            raise PeftComboError(f"A chart is written as .html or .png, found {other!r} in {path.name}.")
-
-
-Bar: TypeAlias = tuple[str, float, float, float]
-
-
-def _html(title: str, bars: Sequence[Bar], report: Report) -> str:
-    top = max((high for _, _, _, high in bars), default=0.0) or 1.0
-    left, width, step = 190, 520, 26
-    drawn = []
-    for place, (name, value, low, high) in enumerate(bars):
-        y = 12 + place * step
-        end, first, last = (left + width * number / top for number in (value, low, high))
-        colour = "#0b6e4f" if name == FUSION else "#4c78a8"
-        drawn.append(
-            f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{html.escape(name)}</text>'
-            f'<rect x="{left}" y="{y}" width="{max(0.0, end - left):.1f}" height="16" fill="{colour}"/>'
-            f'<path d="M{first:.1f} {y + 8}H{last:.1f}M{first:.1f} {y + 4}v8M{last:.1f} {y + 4}v8" stroke="#222"/>'
-            f'<text x="{last + 6:.1f}" y="{y + 13}">{value:.4f}</text>'
-        )
-    height = 24 + step * len(bars)
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-        f'<body style="font:14px system-ui,sans-serif">\n<h1 style="font-size:18px">{html.escape(title)}</h1>\n'
-        f'<svg width="{left + width + 90}" height="{height}" role="img" font-size="13" fill="#222">\n'
-        + "\n".join(drawn)
-        + f"\n</svg>\n<p>{html.escape(report.protocol)}</p>\n"
-        f"<p>data {report.data_digest[:12]}, split {report.split_digest[:12]}, seed {report.seed}</p>\n</body></html>\n"
-    )
-
-
-def _png(title: str, bars: Sequence[Bar], path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise PeftComboError(
-            f'Writing {path.name} needs matplotlib. Install it with: pip install "peft-combo[plot]", or write .html, '
-            "which needs nothing."
-        ) from error
-    figure = Figure(figsize=(9, 1 + 0.35 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    names, values = [name for name, *_ in bars], [value for _, value, _, _ in bars]
-    errors = [[max(0.0, v - low) for _, v, low, _ in bars], [max(0.0, high - v) for _, v, _, high in bars]]
-    axes.barh(names, values, xerr=errors, color=["#0b6e4f" if name == FUSION else "#4c78a8" for name in names])
-    axes.invert_yaxis()
-    axes.set_title(title)
-    figure.savefig(path, dpi=150)
+    made_of = f"data {report.data_digest[:12]}, split {report.split_digest[:12]}, seed {report.seed}"
+    draw(Bars(title, bars, (report.protocol, made_of)), path)

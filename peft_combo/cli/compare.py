@@ -1,0 +1,247 @@
+"""`compare`, `search` and `lr-range`: which method, which values, which learning rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app
+from peft_combo.cli.shown import console_watch, metric_name, print_json, print_table
+from peft_combo.errors import PeftComboError
+
+if TYPE_CHECKING:
+    from peft_combo.comparing import Comparison
+    from peft_combo.comparing.table import Line
+    from peft_combo.searching import Search
+
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a chart: .html, or .png with [plot].")]
+ToOption = Annotated[Path | None, typer.Option("--to", help="Write the best one as a recipe: winner.yaml.")]
+
+
+@app.command()
+def compare(
+    recipe: RecipeOption,
+    others: Annotated[
+        list[str] | None, typer.Argument(metavar="[OTHER_RECIPE]...", help="Further recipes, on the first one's data.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="Method in place of the recipe's own; may be repeated.")
+    ] = None,
+    over: Annotated[
+        list[str] | None, typer.Option("--over", help="Values of a key: --over adapter.rank=4,8,16. May be repeated.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds every variant is tuned under.")] = "0,1,2",
+    data: DataOption = None,
+    overrides: SetOption = None,
+    plot: PlotOption = None,
+    to: ToOption = None,
+    folder: Annotated[
+        Path, typer.Option("--folder", help="Keeps results and adapters; the same command goes on there.")
+    ] = Path("runs/compare"),
+    as_json: JsonOption = False,
+) -> None:
+    """Tune methods, values or recipes on the same data and budget, and say which differences are more than luck."""
+    from peft_combo.charts import check_ending, draw
+    from peft_combo.recipe_writing import free_destination, write_recipe
+
+    numbers = _seeds(seeds)
+    if plot is not None:
+        check_ending(plot)
+    if to is not None:
+        free_destination(to)
+    with console_watch() as watch:
+        from peft_combo.comparing import Stopped, chart, over_of, variants_of
+        from peft_combo.comparing import compare as run
+
+        variants = variants_of(
+            recipe, methods=methods or (), over=[over_of(one) for one in over or ()], others=others or (),
+            overrides=overrides or (), data=None if data is None else str(data),
+        )  # fmt: skip
+        try:
+            found = run(variants, numbers, folder, watch)
+        except Stopped as error:
+            watch.close()
+            typer.echo(error, err=True)
+            raise typer.Exit(130) from None
+    if plot is not None:
+        draw(chart(found), plot)
+    if to is not None:
+        told = f"{metric_name(found.metric)} {found.best.value:.4f} on validation, seeds {', '.join(map(str, numbers))}"
+        write_recipe(
+            found.recipes[found.best.label],
+            to,
+            (f"The best of {len(found.lines)} variants of {recipe}: {found.best.label} ({told}).", "",
+             f"Run:  peft-combo tune --recipe {to}"),
+        )  # fmt: skip
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_comparison(found)
+
+
+@app.command()
+def search(
+    recipe: RecipeOption,
+    over: Annotated[
+        list[str],
+        typer.Option("--over", help="A key and its values: 4,8,16 or a span, 1..3 or 1e-4..1e-2:log. May be repeated."),
+    ],
+    trials: Annotated[int, typer.Option("--trials", min=1, max=10_000, help="Trials in all, earlier ones too.")] = 20,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the proposals.")] = 0,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    to: ToOption = None,
+    folder: Annotated[Path, typer.Option("--folder", help="Keeps the study; the same command goes on there.")] = Path(
+        "runs/search"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Search for the best values of some keys with Optuna, cutting off trials that fall behind."""
+    from peft_combo.recipe_writing import free_destination, write_recipe
+
+    if to is not None:
+        free_destination(to)
+    with console_watch() as watch:
+        from peft_combo.searching import axis_of
+        from peft_combo.searching import search as run
+        from peft_combo.tuning import Interrupted
+
+        try:
+            found = run(
+                recipe, [axis_of(one) for one in over], trials=trials, overrides=overrides or (),
+                data=None if data is None else str(data), seed=seed, folder=folder, watch=watch,
+            )  # fmt: skip
+        except Interrupted as error:
+            watch.close()
+            typer.echo(error, err=True)
+            raise typer.Exit(130) from None
+    if found.best is None or found.recipe is None:
+        reason = found.trials[-1].reason or "all were cut off"
+        raise PeftComboError(f"None of the {len(found.trials)} trials came to an end; the last: {reason}")
+    if to is not None:
+        told = f"{metric_name(found.metric)} {found.best.value:.4f} on validation"
+        what = f"The best of {len(found.trials)} trials over {recipe}: {' '.join(found.best.settings)} ({told})."
+        write_recipe(found.recipe, to, (what, "", f"Run:  peft-combo tune --recipe {to}"))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_search(found)
+
+
+@app.command("lr-range")
+def lr_range(
+    recipe: RecipeOption,
+    low: Annotated[float, typer.Option("--from", min=1e-12, max=1, help="Learning rate of the first step.")] = 1e-6,
+    high: Annotated[float, typer.Option("--to", min=1e-12, max=100, help="Learning rate of the last step.")] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", min=10, max=1000, help="Steps between them.")] = 100,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Raise the learning rate step by step until the loss runs away, and suggest one; stores nothing."""
+    from peft_combo.charts import check_ending, draw
+    from peft_combo.recipe_files import load_recipe
+
+    if low >= high:
+        raise PeftComboError(f"--from and --to: expected a rate that grows, found {low:g} to {high:g}.")
+    if plot is not None:
+        check_ending(plot)
+    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    with console_watch() as watch:
+        from dataclasses import asdict
+
+        from peft_combo.rate_range import lr_range as run
+
+        found = run(loaded, low=low, high=high, steps=steps, watch=watch)
+    if plot is not None:
+        draw(found.chart(f"{loaded.name}: training loss while the learning rate grows"), plot)
+    if as_json:
+        print_json({**asdict(found), "below_divergence": found.below_divergence})
+        return
+    print(f"{loaded.name}: {len(found.losses)} of {steps} steps, from {low:g} to {found.rates[-1]:.2g}")
+    if found.steepest is None:
+        print("The loss never fell; raise --to or --steps.")
+    else:
+        print(f"The loss falls fastest at {found.steepest:.2g}.")
+    if found.diverged is None or found.below_divergence is None:
+        print(f"It did not run away up to {high:g}; raise --to to see where it does.")
+    else:
+        rate = found.rates[found.diverged]
+        print(f"It is lost at {rate:.2g}; a tenth of that, {found.below_divergence:.2g}, is the most to try.")
+    print(f"The recipe has {loaded.training.learning_rate:g}. Change it with: --set training.learning_rate=RATE")
+
+
+def _seeds(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) < 2**32 for word in words) or len({*words}) < len(words):
+        raise PeftComboError(f"--seeds: expected different whole numbers from 0, as in 0,1,2; found {text}.")
+    return [int(word) for word in words]
+
+
+def _print_comparison(found: Comparison) -> None:
+    from peft_combo.comparing.table import PROTOCOL
+
+    seeds = ", ".join(map(str, found.seeds))
+    print(f"{found.asked}; seed{'s' if len(found.seeds) > 1 else ''} {seeds}")
+    print_table(
+        ("", metric_name(found.metric), "95 % interval", "spread", "gain", "p: best", "parameters", "stored MiB",
+         "minutes", "peak MiB", "1 text ms", "32 texts ms", "load ms"),
+        [_cells(line) for line in found.lines],
+        numbers=True,
+    )  # fmt: skip
+    for one in found.failed:
+        print(f"{one.label}: failed: {one.reason}")
+    print(f"Best: {found.best.label}.", end=" ")
+    if found.cheapest is not None and found.cheapest != found.best.label:
+        print(f"Cheapest of those not significantly worse: {found.cheapest}.", end=" ")
+    print(
+        "gain: over the frozen encoder. parameters: the adapter's; the head's come on top. ms: median, and in brackets "
+        "how many times the frozen encoder's."
+    )
+    print(f"{PROTOCOL} Times on {found.machine}.")
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    return (
+        line.label,
+        f"{line.value:.4f}",
+        "" if line.interval is None else "{:.4f} to {:.4f}".format(*line.interval),
+        "" if line.spread is None else f"{line.spread:.4f}",
+        "" if line.gain is None else f"{line.gain.value:+.4f}",
+        "" if line.p is None else f"{line.p:.4f}",
+        f"{line.adapter_parameters:,}",
+        f"{line.stored_mib:.2f}",
+        f"{line.seconds / 60:.1f}",
+        f"{line.peak_mib:,.0f}",
+        *(f"{value:.1f} ({line.slowdown(size):.2f})" for size, value in line.encode_ms.items()),
+        f"{line.load_ms:.0f}",
+    )
+
+
+def _print_search(found: Search) -> None:
+    assert found.best is not None
+    keys = [setting.partition("=")[0] for setting in found.best.settings]
+    print_table(
+        ("trial", *keys, metric_name(found.metric), "evaluations", "seconds", ""),
+        [
+            (
+                str(trial.number),
+                *(setting.partition("=")[2] for setting in trial.settings),
+                "" if trial.value is None else f"{trial.value:.4f}",
+                str(trial.evaluations),
+                f"{trial.seconds:.0f}",
+                {"complete": "best" if trial is found.best else "", "pruned": "cut off"}.get(trial.state, trial.reason),
+            )
+            for trial in found.trials
+        ],
+        numbers=True,
+    )
+    if found.importance:
+        told = ", ".join(f"{key} {share:.0%}" for key, share in found.importance.items())
+        print(f"What made the difference between complete trials: {told}.")
+    print(
+        f"Best: {' '.join(found.best.settings)}. Validation chose it, so its figure is flattered. Study: {found.study}"
+    )
