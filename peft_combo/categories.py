@@ -92,8 +92,9 @@ class Areas:
 def split_problem(manifest: Manifest, parts: Split, config: DataConfig) -> str:
     """Say why an adapter must not be measured on these test bundles; "" where it never saw them.
 
-    One tuned on the very split did not. One tuned on a category of the same data did not either, where the rule, the
-    fractions and the seed of its split were the same: users and bundles fall into parts by a hash of their names. What
+    One tuned on the very split did not. One tuned on a category of the same data, or on it and later data, did not
+    either, where the rule, the fractions and the seed of its split were the same: users and bundles fall into parts by
+    a hash of their names. What
     an imported one saw is not known, which is no reason to refuse it.
     """
     stamp, then = manifest.data, manifest.recipe.get("data")
@@ -101,8 +102,9 @@ def split_problem(manifest: Manifest, parts: Split, config: DataConfig) -> str:
         return ""
     rule = ("source", "path", "split", "valid_fraction", "test_fraction", "split_seed")
     now = config.model_dump(mode="json")
-    narrowed = bool(_claimed(manifest.recipe)) and config.split != "time"
-    if narrowed and isinstance(then, dict) and all(then.get(key) == now[key] for key in rule):
+    narrowed = bool(_claimed(manifest.recipe)) or "continued" in (stamp.model_extra or {})
+    same = isinstance(then, dict) and all(then.get(key) == now[key] for key in rule)
+    if narrowed and same and config.split != "time":
         return ""
     return (
         f"Adapter {manifest.reference} was tuned on another split of {stamp.name} ({stamp.split_digest[:12]}, here "

@@ -215,7 +215,7 @@ def _room(store: Path) -> Iterator[Finding]:
         "disk", "ok" if free > _DISK_MIB else "note", f"{free / 1024:.1f} GiB free at {near}",
         "" if free > _DISK_MIB else "Checkpoints, vectors and adapters need room; free some.",
     )  # fmt: skip
-    available = _available_memory()
+    available = available_memory()
     if available is not None:
         fine = available > _MEMORY_MIB
         yield Finding(
@@ -254,7 +254,7 @@ def _load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
-def _available_memory() -> float | None:
+def available_memory() -> float | None:
     """Return the MiB of memory a process could still take; None where the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:

@@ -97,7 +97,8 @@ class Manifest(_Frozen):
 
     Attributes:
         method: what the recipe asked for (`lora`, `adalora`, `prefix`, `head`, `top-layers`, `full`).
-        stored_as: what the files are: a PEFT type in lower case (AdaLoRA is stored as `lora`), `head` or `weights`.
+        stored_as: what the files are: a PEFT type in lower case (AdaLoRA is stored as `lora`), `bottleneck`, `head` or
+            `weights`.
         metrics: `before` and `after` (metric -> number), `baselines` (name -> metric -> number), and `protocol`, which
             says how they were measured. A number may also be `{"value": v, "low": l, "high": h}`; null is not known.
         versions: package -> version at the time of tuning.
@@ -297,7 +298,7 @@ def model_card(manifest: Manifest) -> str:
         f"# {manifest.reference}",
         "",
         f"A {_cell(manifest.method)} adapter for the category `{manifest.category}`, "
-        f"{'tuned with' if imported is None else 'imported into'} peft-combo for bundle recommendation.",
+        f"{'tuned with' if imported is None else 'imported into'} peft-combo for {_PURPOSES.get(str(kind), 'a task')}.",
         "",
         "## How it was made",
         "",
@@ -318,6 +319,14 @@ def model_card(manifest: Manifest) -> str:
         *_loading(manifest, with_peft),
     ]
     return "\n".join((*front, "", *body)) + "\n"
+
+
+_PURPOSES = {
+    "bundle": "bundle recommendation",
+    "classification": "classification",
+    "tagging": "tagging",
+    "rating": "rating",
+}
 
 
 def _origin(imported: ImportStamp) -> dict[str, str]:
@@ -400,8 +409,9 @@ def _loading(manifest: Manifest, with_peft: bool) -> list[str]:
         'encoder = PeftModel.from_pretrained(encoder, ".")  # this folder',
         "```",
         "",
-        f"Pool its last hidden state by {_cell(backbone.pooling)} over at most {backbone.max_length} tokens. "
-        f"The encoder has to be the one named above{where}: PEFT does not notice another of the same shape.",
+        f"Pool its last hidden state by {_cell(backbone.pooling)} over at most {backbone.max_length} tokens"
+        + (", the virtual ones in front left out. " if manifest.stored_as in ("prompt_tuning", "p_tuning") else ". ")
+        + f"The encoder has to be the one named above{where}: PEFT does not notice another of the same shape.",
         "",
     ]
     return [*plain, "With peft-combo, which checks files and encoder:", "", *ours]

@@ -84,6 +84,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], Literal["none", "8bit", "4bit"]]]
     "ModernBERT": ("modernbert", {}, "none"),
     "MPNet": ("mpnet", {}, "none"),
     "ALBERT": ("albert", {}, "none"),
+    "DeBERTa": ("deberta-v2", {}, "none"),
     "BERT, 8bit": ("bert", _QUANTISED, "8bit"),
     "BERT, 4bit": ("bert", _QUANTISED, "4bit"),
 }

@@ -330,6 +330,7 @@ def test_what_changes_linear_weights_gives_the_same_vectors_as_lora(name: str, s
     assert np.abs(vectors - shelf.backbone.encode(TEXTS)).max() > 1e-3  # and not those of the frozen encoder
     if name in RANKS:
         assert set(done.ranks.values()) == {RANKS[name]}
+        assert done.bytes_merged == 4 * 3 * (4 * 32 * 32 + 2 * 32 * 48)  # six weights in three layers
     manifest = done.record.manifest
     assert (manifest.method, manifest.stored_as) == (live.record.manifest.method, "lora")
     derived: Any = manifest.model_dump()["data"]["derived"]

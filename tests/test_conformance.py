@@ -31,7 +31,8 @@ from peft_combo.tuning import tune
 
 REFUSED = {
     *((method, encoder)
-      for method in ("prefix", "prefix: projection") for encoder in ("DistilBERT", "ModernBERT", "MPNet", "ALBERT")),
+      for method in ("prefix", "prefix: projection")
+      for encoder in ("DistilBERT", "ModernBERT", "MPNet", "ALBERT", "DeBERTa")),
     ("bitfit", "ModernBERT"),
     *((method, encoder)
       for method in ("lora: pissa", "top-layers", "full") for encoder in ("BERT, 8bit", "BERT, 4bit")),

@@ -14,11 +14,11 @@ PACKAGE = REPOSITORY / "peft_combo"
 # Each group may import from those above it and, within itself, from the left. A package counts as one module.
 ORDER = [
     ["errors"],
-    ["recipe_fields"],
-    ["adapter_configs"],
-    ["metrics", "recipe", "watch"],
+    ["recipe_fields", "written"],
+    ["adapter_configs", "task_configs"],
+    ["metrics", "recipe", "watch", "charts"],
     ["recipe_files", "manifest"],
-    ["references"],
+    ["references", "recipe_writing"],
     ["store_files"],
     ["aliases", "versions"],
     ["drafts"],
@@ -36,8 +36,8 @@ ORDER = [
     ["bank"],
     ["vectors"],
     ["tuning", "contenders", "importing", "exporting"],
-    ["recommender", "evaluation", "arithmetic"],
-    ["recommender_files", "batch"],
+    ["recommender", "evaluation", "arithmetic", "comparing", "rate_range", "continuing"],
+    ["recommender_files", "batch", "searching"],
     ["cli"],
     ["__init__"],
     ["__main__"],
@@ -47,9 +47,13 @@ LIGHT = [
     "metrics",
     "recipe_fields",
     "adapter_configs",
+    "task_configs",
     "recipe",
     "watch",
     "recipe_files",
+    "recipe_writing",
+    "written",
+    "charts",
     "manifest",
     "references",
     "store_files",
@@ -112,7 +116,7 @@ def test_what_is_left_of_the_encoder_needs_no_torch() -> None:
 
 
 def test_only_methods_imports_peft_and_only_tuning_imports_accelerate() -> None:
-    owners = {"peft": {"methods"}, "accelerate": {"tuning"}, "datasets": {"data"}}
+    owners = {"peft": {"methods"}, "accelerate": {"tuning"}, "datasets": {"data"}, "optuna": {"searching"}}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -229,11 +229,19 @@ def _free_port() -> int:
 
 
 # --multi_gpu is accelerate's word for several processes on one machine; without a GPU they compute on the CPU (gloo).
-@pytest.mark.parametrize("method", ["lora", "adalora", "prefix"])
-def test_two_processes_learn_what_one_does(method: str, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = tiny_recipe(
-        method, **{"training.accumulation": 2, **({} if method == "prefix" else {"adapter.dropout": 0.0})}
-    )
+@pytest.mark.parametrize(
+    ("method", "task"), [("lora", "bundle"), ("adalora", "bundle"), ("prefix", "bundle"), ("lora", "tagging")]
+)
+def test_two_processes_learn_what_one_does(method: str, task: str, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"training.accumulation": 2}
+    if method != "prefix":
+        changes["adapter.dropout"] = 0.0
+    if task == "tagging":
+        words = [[f"w{10 + (7 * row) % 60 + place}" for place in range(2 + row % 4)] for row in range(60)]
+        lines = [{"tokens": own, "tags": ["O", *["B-X"] * (len(own) - 1)]} for own in words]
+        (tmp_path / "tags.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        changes |= {"task": {"kind": "tagging"}, "data.path": str(tmp_path), "training.epochs": 2}
+    recipe = tiny_recipe(method, **changes)
     one = run(recipe, tmp_path / "one")
     file = tmp_path / "recipe.json"
     raw = {**recipe.model_dump(mode="json"), "store": str(tmp_path / "two-store")}
@@ -250,7 +258,8 @@ def test_two_processes_learn_what_one_does(method: str, tiny_recipe: MakeRecipe,
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)  # one process printed, and nothing but the result
     assert told["plan"]["processes"] == 2
-    np.testing.assert_allclose(told["losses"], one.losses, rtol=2e-4)
+    # Tagging starts from a minimum over states that differ in their last bits: the same within its tolerance.
+    np.testing.assert_allclose(told["losses"], one.losses, rtol=2e-4 if task == "bundle" else 5e-3)
     (record,) = AdapterStore(tmp_path / "two-store").list()
     theirs = weights_of(one)
     for name, tensor in load_file(record.path / HEAD_FILE).items():
@@ -289,6 +298,31 @@ def test_early_stopping_keeps_the_best_step(tiny_recipe: MakeRecipe, tmp_path: P
     after = result.table.after.values["mrr"]
     assert seen[result.chosen["best_step"]] == max(seen.values()) == pytest.approx(after, abs=1e-9)
     assert result.plan.steps > max(seen)
+
+
+def test_the_plan_counts_every_scoring_of_an_evaluation(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_combo.tasks import bundle
+
+    honest, calls = bundle.completion_ranks, []
+
+    def slow(*args: Any) -> Any:
+        calls.append(args)
+        time.sleep(0.05)
+        return honest(*args)
+
+    monkeypatch.setattr(bundle, "completion_ranks", slow)
+    result = run(tiny_recipe(**{"training.epochs": 2, "task.strengths": [0.1, 0.25, 0.5, 1.0]}), tmp_path)
+    # Before and after the whole, four strengths in each of two evaluations, and four to know how long that takes.
+    assert len(calls) == 2 + 2 * 4 + 4
+    assert result.plan.seconds > 0.05 * (2 * 4 + 1)
+
+
+def test_what_it_is_compared_with_does_not_depend_on_dropout(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    calm = run(tiny_recipe(**{"training.epochs": 1}), tmp_path / "calm").table
+    wild = run(tiny_recipe(**{"training.epochs": 1, "task.head_dropout": 0.9}), tmp_path / "wild").table
+    assert wild.before == calm.before
 
 
 def test_learning_rates_follow_their_schedules(tiny_recipe: MakeRecipe) -> None:

@@ -41,7 +41,8 @@ class Conversion:
         ranks: name of each changed module -> rank of its update.
         error: largest share of an update's norm that was left out, as measured on the stored factors.
         difference: largest difference in a component of the vector of a text, of `texts` different ones.
-        bytes_before, bytes_after: of the stored files, heads included.
+        bytes_before, bytes_after: of the stored files, heads included. bytes_merged: of the changed weights themselves
+            in float32; where it is less, an update of so high a rank is better merged.
     """
 
     record: AdapterRecord
@@ -52,6 +53,7 @@ class Conversion:
     texts: int
     bytes_before: int
     bytes_after: int
+    bytes_merged: int
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -113,7 +115,7 @@ def convert(
         if exact and not difference <= _SAME_VECTORS:
             raise ConvertError(
                 f"{live.reference} as LoRA gives other vectors (difference {difference:.1e}, allowed "
-                f"{_SAME_VECTORS:.0e}); nothing was stored. Please report it."
+                f"{_SAME_VECTORS:.0e}); nothing was stored. Lower --max-error."
             )
         fields: dict[str, Any] = {
             "method": manifest.method,
@@ -136,7 +138,8 @@ def convert(
         record = draft.commit(fields)
     sizes = [sum(entry.bytes for entry in one.manifest.files.values()) for one in (live.record, record)]
     ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
-    return Conversion(record, live.reference, ranks, error, difference, len(distinct), *sizes)
+    merged = sum(4 * left.shape[0] * right.shape[1] for left, right in factors.values())
+    return Conversion(record, live.reference, ranks, error, difference, len(distinct), sizes[0], sizes[1], merged)
 
 
 def _factored(

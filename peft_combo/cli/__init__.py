@@ -10,10 +10,13 @@ from __future__ import annotations
 # ruff: noqa: F401, I001
 from peft_combo.cli import tune
 from peft_combo.cli import evaluate
+from peft_combo.cli import compare
 from peft_combo.cli import recommend
+from peft_combo.cli import tag
 from peft_combo.cli import recipes
 from peft_combo.cli import adapters
 from peft_combo.cli import export
+from peft_combo.cli import arithmetic
 from peft_combo.cli import data
 from peft_combo.cli import doctor
 from peft_combo.cli.app import app

@@ -275,6 +275,11 @@ def _print_conversion(done: Conversion) -> None:
         f"Largest difference in a component of a vector: {done.difference:.1e} over {done.texts:,} texts; "
         f"{done.bytes_before / 2**20:.2f} MiB before, {done.bytes_after / 2**20:.2f} MiB now."
     )
+    if done.bytes_after > done.bytes_merged:
+        print(
+            f"Note: the weights it changes have {done.bytes_merged / 2**20:.2f} MiB, so merged it would be smaller: "
+            "peft-combo adapters export."
+        )
 
 
 def _print_transfer(found: Transfer, recipe: str) -> None:
@@ -292,7 +297,7 @@ def _print_transfer(found: Transfer, recipe: str) -> None:
     for note in found.notes:
         print(f"Note: {note}")
     if found.advised is None:
-        print("None is surely better than the frozen encoder here: start without --from.")
+        print("No adapter that can be relied on here is surely better than the frozen one: start without --from.")
     else:
         print(f"Start from it with: peft-combo tune --recipe {recipe} --from {found.advised}")
 

@@ -90,8 +90,8 @@ def _recipe(manifest: Manifest, name: str | None, overrides: tuple[str, ...], da
         )
     if not manifest.recipe:
         raise RecipeError(
-            f"Adapter {manifest.reference} was imported and has no recipe. Name one with --recipe whose backbone it "
-            "was tuned on."
+            f"Adapter {manifest.reference} has no recipe of its own (imported or merged). Name one with --recipe whose "
+            "backbone it was tuned on."
         )
     return parse_recipe(manifest.recipe, title=f"The recipe of {manifest.reference} does not hold together:")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +13,10 @@ from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption
 from peft_combo.cli.shown import console_watch, metric_name, print_json, print_table, rank
 
 if TYPE_CHECKING:
+    from peft_combo.continuing import Continued
     from peft_combo.recipe import Recipe
     from peft_combo.tasks.base import Row
-    from peft_combo.tuning import TuneResult
+    from peft_combo.tuning import Plan, TuneResult
 
 
 @app.command()
@@ -26,19 +28,92 @@ def tune(
     run_folder: Annotated[
         Path | None, typer.Option("--run-folder", help="Checkpoints and loss log; default runs/<recipe>.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what the run would do and need; exit code 3 if it does not fit.")
+    ] = False,
+    max_memory_gib: Annotated[
+        float | None, typer.Option("--max-memory-gib", min=0, help="With --dry-run: the most memory it may take.")
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option("--max-minutes", min=0, help="With --dry-run: the most time it may take.")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Go on from a stored adapter (fashion@prod): same method and shapes, a new version."
+        ),
+    ] = None,
+    new_data: Annotated[
+        Path | None, typer.Option("--new-data", help="With --from: folder of later data, joined with the old by ids.")
+    ] = None,
+    replay: Annotated[
+        float | None,
+        typer.Option("--replay", help="With --new-data: share of the training bundles drawn from the old ones; 0.3."),
+    ] = None,
+    promote: Annotated[
+        str | None,
+        typer.Option("--promote", help="With --from: alias that moves to the new version if it passes the gate."),
+    ] = None,
+    gate_gain: Annotated[
+        float | None, typer.Option("--gate-gain", help="Gate: NDCG@10 to win on new questions, more than this; 0.")
+    ] = None,
+    gate_p: Annotated[
+        float | None, typer.Option("--gate-p", help="Gate: the gain's paired test has to be below this; 0.05.")
+    ] = None,
+    gate_forgetting: Annotated[
+        float | None,
+        typer.Option("--gate-forgetting", help="Gate: NDCG@10 that may be lost on the old questions; 0.01."),
+    ] = None,
+    fail_on_no_promotion: Annotated[
+        bool, typer.Option("--fail-on-no-promotion", help="Exit code 4 where --promote left the alias where it was.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Tune one category's adapter and store it, with quality before and after."""
+    """Tune one category's adapter and store it, with quality before and after.
+
+    With --dry-run nothing is trained or stored. With --from a stored adapter goes on learning: the new version is
+    stored, compared with the one it came from on new and old questions, and --promote moves an alias to it only if it
+    is better; else the alias stays, and the last line says why.
+    """
     from peft_combo.recipe_files import load_recipe
 
+    asked = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
+    gate = {name: value for name, value in asked.items() if value is not None}
+    _refuse_alone(
+        (
+            "--max-memory-gib or --max-minutes",
+            max_memory_gib is not None or max_minutes is not None,
+            "--dry-run",
+            dry_run,
+        ),
+        ("--new-data", new_data is not None, "--from", start is not None),
+        ("--replay", replay is not None, "--new-data", new_data is not None),
+        ("--promote", promote is not None, "--from", start is not None),
+        ("--gate-...", bool(gate), "--promote", promote is not None),
+        ("--fail-on-no-promotion", fail_on_no_promotion, "--promote", promote is not None),
+    )
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
+    continued = None
     with console_watch() as watch:
+        if dry_run:
+            fits = _dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
+            raise typer.Exit(0 if fits else 3)
         watch.note(f"Loading {loaded.backbone.model} ...")
         from peft_combo.tuning import Interrupted
         from peft_combo.tuning import tune as run
 
         try:
-            result = run(loaded, resume=resume, run_folder=run_folder, watch=watch)
+            if start is None:
+                result = run(loaded, resume=resume, run_folder=run_folder, watch=watch)
+            else:
+                from peft_combo.continuing import Gate, continue_tuning
+
+                continued = continue_tuning(
+                    loaded, start, **options, promote=promote, gate=Gate(**gate), resume=resume, run_folder=run_folder,
+                    watch=watch,
+                )  # fmt: skip
+                result = continued.result
         except Interrupted as error:
             watch.close()
             if watch.main:
@@ -47,9 +122,105 @@ def tune(
     if not watch.main:
         return
     if as_json:
-        print_json(_tune_json(result))
+        print_json(_tune_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
     else:
         _print_tuned(result, loaded)
+        if continued is not None:
+            _print_continued(continued)
+    if fail_on_no_promotion and continued is not None and not continued.promoted:
+        raise typer.Exit(4)
+
+
+def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
+    """Refuse options that mean nothing without another one."""
+    from peft_combo.errors import PeftComboError
+
+    for option, given, needed, there in pairs:
+        if given and not there:
+            raise PeftComboError(f"{option} means nothing without {needed}. Add {needed}, or drop it.")
+
+
+def _dry_run(
+    recipe: Recipe, start: str | None, options: dict[str, Any], run_folder: Path | None, max_memory_gib: float | None,
+    max_minutes: float | None, as_json: bool,
+) -> bool:  # fmt: skip
+    """Print the plan; return whether the run would fit."""
+    from peft_combo.tuning import plan
+
+    task = None
+    if start is not None:
+        from peft_combo.continuing import continuation
+
+        run = continuation(recipe, start, **options)
+        recipe, task = run.recipe, run.task
+    found = plan(recipe, task)
+    short = found.shortfalls(recipe, run_folder or Path("runs") / recipe.name, max_memory_gib, max_minutes)
+    if as_json:
+        print_json({**asdict(found), "peak_mib": found.memory.host, "fits": not short, "shortfalls": short})
+        return not short
+    _print_plan(found)
+    for problem in short:
+        print(f"Does not fit: {problem}")
+    if not short:
+        print("Fits. Nothing was trained or stored.")
+    return not short
+
+
+def _print_plan(plan: Plan) -> None:
+    from peft_combo.tuning import duration
+
+    memory, disk = plan.memory, plan.disk
+    encoder = plan.frozen_parameters
+    examples = ", ".join(f"{count:,} {part}" for part, count in plan.examples.items())
+    rows: list[tuple[str, str, str]] = [
+        ("adapter", f"{plan.adapter_parameters:,}", f"parameters, {plan.adapter_parameters / encoder:.2%} of frozen"),
+        ("head", f"{plan.head_parameters:,}", "parameters"),
+        ("frozen", f"{encoder:,}", f"parameters, {plan.precision}"),
+        ("data", f"{plan.items:,}", f"texts; {plan.unit}: {examples}"),
+        ("steps", f"{plan.steps:,}", f"in {plan.epochs} epochs, the first {plan.warmup_steps:,} of them warm-up, then "
+         f"{plan.schedule}; {plan.evaluations:,} evaluations by {plan.metric}"),
+        ("memory", _mib(memory.host), "at the peak, of which:"),
+        ("  libraries and data", _mib(memory.base), ""),
+        ("  frozen weights", _mib(memory.frozen), f"{_mib(memory.loading)} while they load"),
+        ("  what learns", _mib(memory.trained), "adapter and head, gradients, optimizer state, best copy"),
+        ("  one step", _mib(memory.step), "activations of the heaviest micro-batch, at the lengths of its texts"),
+        ("  lower layers", _mib(memory.cached), "states kept below the adapter"),
+        ("  allocator", _mib(memory.allocator), "what passes through the encoder take beyond that and keep"),
+        ("  catalogue", _mib(memory.vectors), "vectors; not at the same time as a step"),
+        ("  evaluation", _mib(memory.evaluation), "block of scores; not at the same time as a step"),
+    ]  # fmt: skip
+    if memory.gpu:
+        rows.insert(6, ("  on the GPU", _mib(memory.device), "weights, what learns, one step"))
+    rows += [
+        ("disk", _mib(disk.checkpoints), "checkpoints while it runs"),
+        ("", _mib(disk.adapter), "the adapter"),
+        ("", _mib(disk.scratch), "lower layers that do not fit into training.cache_limit_mib"),
+        ("", _mib(disk.vectors), "vectors, once the catalogue is encoded with it"),
+        ("time", duration(plan.seconds), f"on {plan.device}, without early stopping"),
+    ]
+    print(f"{plan.recipe}: {plan.method} for {plan.category}")
+    print_table(("", "", ""), rows)
+    for advice in plan.advice:
+        print(f"Advice: {advice}")
+
+
+def _mib(size: float) -> str:
+    return f"{size / 1024:,.2f} GiB" if size >= 1024 else f"{size:,.1f} MiB"
+
+
+def _print_continued(continued: Continued) -> None:
+    versions = (continued.start.reference, continued.result.record.reference)
+    print(f"\n{versions[1]} went on from {versions[0]}")
+    told = []
+    for one in (*continued.validation, continued.test):
+        gain = one.gain
+        told.append(
+            (one.questions, f"{one.asked:,}", *(f"{row.values['ndcg@10']:.4f}" for row in (one.before, one.after)),
+             f"{gain.value:+.4f}", f"{gain.interval[0]:+.4f} to {gain.interval[1]:+.4f}", f"{gain.p:.4f}")
+        )  # fmt: skip
+    print_table(("NDCG@10", "questions", *versions, "gain", "95 % interval", "p"), told, numbers=True)
+    print("The old test questions were asked once, for this report; nothing was chosen by them.")
+    print(continued.promotion)
 
 
 @app.command()
@@ -138,7 +309,7 @@ def _tune_json(result: TuneResult) -> dict[str, Any]:
     return {
         "adapter": result.record.reference,
         "path": str(result.record.path),
-        "plan": vars(result.plan),
+        "plan": asdict(result.plan),
         "rows": [{"name": row.name, **row.values, f"{table.metric} interval": row.interval} for row in table.rows],
         "gain": vars(table.gain),
         "questions": table.questions,

@@ -1,6 +1,20 @@
-"""Tuning: one run of a recipe (`loop`), its plan (`plan`), its state (`progress`), what it leaves (`storing`)."""
+"""Tuning: one run of a recipe (`loop`), what it would need (`plan`), what learns (`trainee`), its state (`progress`),
+what it leaves (`storing`)."""
 
-from peft_combo.tuning.loop import Interrupted, TuneResult, learning_rate_factor, tune
-from peft_combo.tuning.plan import Plan, duration, peak_mib
+from peft_combo.tuning.loop import Diverged, Interrupted, Schedule, TuneResult, learning_rate_factor, tune
+from peft_combo.tuning.plan import Disk, Memory, Plan, duration, peak_mib, plan
 
-__all__ = ["Interrupted", "Plan", "TuneResult", "duration", "learning_rate_factor", "peak_mib", "tune"]
+__all__ = [
+    "Disk",
+    "Diverged",
+    "Interrupted",
+    "Memory",
+    "Plan",
+    "Schedule",
+    "TuneResult",
+    "duration",
+    "learning_rate_factor",
+    "peak_mib",
+    "plan",
+    "tune",
+]

@@ -14,34 +14,44 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, assert_never
+from typing import Any, TypeAlias, assert_never
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from torch import Tensor, nn
 
 from peft_combo import methods
 from peft_combo.adapters import AdapterRecord, AdapterStore
-from peft_combo.architectures import set_dropout, set_training
+from peft_combo.architectures import bytes_of, set_dropout, set_training
 from peft_combo.backbone import Backbone
 from peft_combo.errors import TuningError
 from peft_combo.item_encoder import ItemEncoder
 from peft_combo.methods import AttachedAdapter
 from peft_combo.recipe import Recipe, TrainingConfig
 from peft_combo.tasks import task_of
-from peft_combo.tasks.base import AnyTask, Batch, Evaluation, Table, TaskHead
-from peft_combo.tuning.plan import Plan, peak_mib, plan_of, probe
+from peft_combo.tasks.base import AnyTask, Evaluation, Table, TaskHead
+from peft_combo.tuning.plan import (
+    Plan,
+    assembled,
+    autocast_of,
+    evaluation_interval,
+    evaluations_of,
+    heaviest_batch,
+    measured,
+    peak_mib,
+    resident_mib,
+)
 from peft_combo.tuning.progress import Progress, RunLog, flat, forget_checkpoints
+from peft_combo.tuning.starting import load_start
 from peft_combo.tuning.storing import store_adapter
+from peft_combo.tuning.trainee import Trainee, mixed, probe
 from peft_combo.watch import Watch
 
 
@@ -71,29 +81,18 @@ class Interrupted(TuningError):
     """The run was stopped from outside; its state is saved."""
 
 
-class _Trainee(nn.Module):
-    """Encoder and head behind one forward, as data-parallel wrappers want it."""
+class Diverged(TuningError):
+    """The loss is no number any more."""
 
-    def __init__(self, task: AnyTask, items: ItemEncoder, attached: AttachedAdapter, head: TaskHead) -> None:
-        super().__init__()
-        self.encoder = items.encoder
-        self.head = head
-        self._task = task
-        self._items = items
-        self._attached = [attached]  # in a list, so that its modules are not registered a second time
 
-    def forward(self, batch: Batch, seed: int) -> Tensor:
-        torch.manual_seed(_mixed(seed, self._items.process + 1))  # other texts, other masks
-        encoded = self._items.encode(self.encoder, batch.items)
-        torch.manual_seed(_mixed(seed, 0))  # the loss is the same on every process
-        loss = self._task.loss(self.head, encoded, batch)
-        extra = self._attached[0].regularizer()
-        return loss if extra is None else loss + extra
+Schedule: TypeAlias = Callable[[TrainingConfig, int, int], float]
+"""Turns the recipe's section, an optimizer step from 0 and their total into the share of the peak learning rate."""
 
 
 def tune(
-    recipe: Recipe, *, resume: bool = False, run_folder: Path | None = None, watch: Watch | None = None
-) -> TuneResult:
+    recipe: Recipe, *, resume: bool = False, run_folder: Path | None = None, watch: Watch | None = None,
+    schedule: Schedule | None = None, task: AnyTask | None = None, start: AdapterRecord | None = None,
+) -> TuneResult:  # fmt: skip
     """Run a recipe and store what comes out.
 
     Args:
@@ -101,6 +100,9 @@ def tune(
         resume: go on from the last checkpoint in the run folder.
         run_folder: checkpoints and the loss log; default ``runs/<recipe>``.
         watch: told of plan, steps and metrics, on the main process.
+        schedule: course of the learning rate; default `learning_rate_factor`, the recipe's own.
+        task: what is learned; default the recipe's task over the recipe's data.
+        start: a stored adapter to go on from, as `starting.recipe_from` allows; default an untrained one.
     Returns:
         the stored adapter, already reloaded and compared, with the before/after table.
     Raises:
@@ -108,6 +110,7 @@ def tune(
         Interrupted: SIGINT came; a checkpoint of the last whole step was written first.
     """
     started = time.perf_counter()
+    schedule = schedule or learning_rate_factor
     recipe.ready()
     run_folder = run_folder or Path("runs") / recipe.name
     accelerator = _accelerator(recipe, run_folder)
@@ -118,9 +121,10 @@ def tune(
         with store.writing(recipe.category):
             pass  # a store that cannot be written is better known now than after the training
 
-    task = task_of(recipe)
+    task = task_of(recipe) if task is None else task
     for note in task.notes:
         watch.note(note)
+    base = resident_mib()
     backbone = Backbone.of(recipe.backbone, accelerator.device)
 
     with torch.random.fork_rng(), _stop_asked() as stop:
@@ -131,13 +135,14 @@ def tune(
         )  # fmt: skip
         set_dropout(attached.inner, recipe.training.encoder_dropout)
         head = task.head(backbone, attached.max_length).to(accelerator.device)
+        head_start = None if start is None else load_start(start, backbone, attached, head, task.texts)
         watch.stage("Encoding the texts", len(set(task.texts)))
         items = ItemEncoder(
             backbone, attached, task.texts, per_token=task.per_token,
             fast=recipe.training.fast_path, cache_limit_bytes=recipe.training.cache_limit_mib * 2**20,
             process=accelerator.process_index, processes=accelerator.num_processes, progress=watch.advance,
         )  # fmt: skip
-        trainee = _Trainee(task, items, attached, head)
+        trainee = Trainee(task, items, attached, head)
 
         groups, rates = _parameter_groups(recipe.training, attached, head)
 
@@ -149,16 +154,25 @@ def tune(
             clock = time.perf_counter()
             before = task.outcome(head, frozen)
             outcome_seconds = time.perf_counter() - clock
-        clock = time.perf_counter()
-        _evaluate(accelerator, task, items, trainee, attached, recipe.metric)
-        evaluation_seconds = time.perf_counter() - clock
+        if head_start is not None:
+            head.load_state_dict(head_start)
+        evaluation_seconds, evaluation_mib = measured(
+            lambda: _evaluate(accelerator, task, items, trainee, attached, recipe.metric)
+        )
 
-        step_seconds = probe(trainee, attached, head, task, recipe)
-        evaluate_every = max(1, round(recipe.training.evaluate_every * steps_per_epoch))
-        plan = plan_of(
-            recipe, accelerator, backbone, attached, head, items, task, total,
-            total * step_seconds * recipe.training.accumulation
-            + math.ceil(total / evaluate_every) * evaluation_seconds + outcome_seconds,
+        with autocast_of(accelerator.device.type, accelerator.mixed_precision):
+            step_seconds, step_bytes = probe(trainee, attached, head, heaviest_batch(task, recipe.training), recipe)
+        evaluate_every = evaluation_interval(recipe.training, steps_per_epoch)
+        vectors_mib = 4 * backbone.dim * items.rows / 2**20
+        plan = assembled(
+            recipe, task, attached, head,
+            device=accelerator.device.type, processes=accelerator.num_processes, precision=accelerator.mixed_precision,
+            frozen_parameters=sum(p.numel() for p in backbone.model.parameters()), total=total, base=base,
+            frozen=bytes_of(backbone.model) / 2**20, loading=bytes_of(backbone.model) / 2**20, step=step_bytes / 2**20,
+            states=items.cached_bytes / 2**20, vectors=vectors_mib, evaluation=max(0.0, evaluation_mib - vectors_mib),
+            allocator=max(0.0, resident_mib() - base - (bytes_of(backbone.model) + items.cached_bytes) / 2**20),
+            seconds=total * step_seconds * recipe.training.accumulation
+            + evaluations_of(recipe.training, steps_per_epoch) * evaluation_seconds + outcome_seconds,
         )  # fmt: skip
         watch.planned(plan)
 
@@ -183,12 +197,12 @@ def tune(
             for part in range(recipe.training.accumulation):
                 with accelerator.accumulate(model):
                     batch = task.batch(step, part, recipe.training.accumulation)
-                    loss = model(batch, _mixed(recipe.seed, step, part))
+                    loss = model(batch, mixed(recipe.seed, step, part))
                     accelerator.backward(loss)
                     loss_sum += float(loss.detach())
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(parameters, recipe.training.max_grad_norm)
-                        factor = learning_rate_factor(recipe.training, step, total)
+                        factor = schedule(recipe.training, step, total)
                         for group, rate in zip(optimizer.param_groups, rates, strict=True):
                             group["lr"] = rate * factor
                     optimizer.step()
@@ -198,7 +212,7 @@ def tune(
             progress.step += 1
             progress.losses.append(loss_sum / recipe.training.accumulation)
             if not math.isfinite(progress.losses[-1]):
-                raise TuningError(
+                raise Diverged(
                     f"The loss is not a number after step {progress.step}. Lower training.learning_rate (it is "
                     f"{recipe.training.learning_rate:g}) or training.max_grad_norm, and start anew."
                 )
@@ -334,7 +348,7 @@ def learning_rate_factor(config: TrainingConfig, step: int, total: int) -> float
 
 
 def _evaluate(
-    accelerator: Accelerator, task: AnyTask, items: ItemEncoder, trainee: _Trainee, attached: AttachedAdapter,
+    accelerator: Accelerator, task: AnyTask, items: ItemEncoder, trainee: Trainee, attached: AttachedAdapter,
     metric: str,
 ) -> Evaluation:  # fmt: skip
     """Return the validation metrics of the weights as they are."""
@@ -343,14 +357,9 @@ def _evaluate(
         return task.evaluate(trainee.head, partial(items.catalogue, trainee.encoder), metric)
 
 
-def _stop_training(trainee: _Trainee, attached: AttachedAdapter) -> None:
+def _stop_training(trainee: Trainee, attached: AttachedAdapter) -> None:
     set_training(attached.inner, attached.cut, False)
     trainee.head.eval()
-
-
-def _mixed(*numbers: int) -> int:
-    """Return a 63-bit seed that any change of any number changes."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _any(accelerator: Accelerator, flag: bool) -> bool:

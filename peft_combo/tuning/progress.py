@@ -86,6 +86,7 @@ class Progress:
             {
                 "recipe": recipe.model_dump(mode="json"),
                 "data": task.data["digest"],
+                "continued": task.data.get("continued"),
                 "adapter": values,
                 "best": best,
                 "losses": self.losses,
@@ -123,6 +124,11 @@ class Progress:
             raise TuningError(
                 f"The data has changed since the checkpoint in {run_folder} (digest {values['data'][:12]}, now "
                 f"{task.data['digest'][:12]}). Start anew without --resume."
+            )
+        if values.get("continued") != task.data.get("continued"):
+            raise TuningError(
+                f"The checkpoint in {run_folder} goes on from another adapter or replays otherwise. Resume with the "
+                "--from and --replay it was made with, or start anew without --resume."
             )
         tensors = checkpoint.tensors
         attached.load_state(tensors["adapter"], values["adapter"])
