@@ -284,18 +284,21 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
         allocator=last.encode_mib + step_mib * max(0.0, last.step_mib * 2**20 / max(1, last.step_bytes) - 1),
         seconds=seconds,
     )  # fmt: skip
+    advice = []
     saved = weights["none"] - weights[bits]
     before = (found.memory.device or found.memory.host) + saved
-    if bits == "none" or saved >= _WORTH * before:
-        return found
-    return replace(
-        found,
-        advice=(
+    if bits != "none" and saved < _WORTH * before:
+        advice.append(
             f"{bits} weights save {saved:,.0f} MiB of {before:,.0f} ({saved / before:.0%}), since the frozen weights "
             f"are a small part, and a step takes {slower:.1f} times what float32 takes here. "
-            "Set backbone.quantization: none.",
-        ),
-    )
+            "Set backbone.quantization: none."
+        )
+    if recipe.backbone.precision == "bf16" and device == "cpu":
+        advice.append(
+            "In bf16 a CPU keeps a kernel with its working memory for every shape of batch it has met; the estimate "
+            "holds those of one batch only, so leave a third more room."
+        )
+    return replace(found, advice=tuple(advice))
 
 
 class _Trial:
@@ -483,6 +486,9 @@ def peak_mib() -> float:
 
 
 def _peak_of_process() -> float:
+    with suppress(OSError, ValueError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
+        # Not ru_maxrss where it can be had: that counts what the parent had when it started this process.
+        return int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) / 2**10
     if sys.platform == "win32":
         return 0.0
     import resource  # absent on Windows
