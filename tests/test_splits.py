@@ -94,14 +94,6 @@ def test_parts_are_disjoint_and_leak_nothing(dataset: Dataset, by: str, seed: in
         assert not held_owners & seen_users
     if by in ("user", "bundle"):
         assert not set(dataset.bundles.baskets[held].tolist()) - {-1} & set(seen.baskets.tolist())
-    if by == "cold-item":
-        known = {int(item) for row in parts.train for item in dataset.bundles.items[row]} | set(seen.items.tolist())
-        other = set(range(len(dataset.catalog))) - known
-        # What a train row was dropped for is known to no train row and no interaction.
-        groups = {dataset.bundles.groups[row] for row in held}
-        for row in parts.dropped:
-            if dataset.bundles.groups[row] not in groups and item_sets[row] not in in_train:
-                assert item_sets[row] & other
     if by == "bundle":
         pairs = {(interactions.user_ids[u], int(i)) for u, i in zip(seen.users, seen.items, strict=True) if u >= 0}
         given_away = {(dataset.bundles.owners[row], int(item)) for row in held for item in dataset.bundles.items[row]}
