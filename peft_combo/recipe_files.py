@@ -49,11 +49,15 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), data: s
     """
     file = _find(name_or_path)
     raw = _read_with_parents(file)
-    raw = _merged(raw, _override_tree(overrides))
-    if data is not None:
-        source = raw["data"].get("source") if isinstance(raw.get("data"), dict) else None
-        kept = source if source in ("folder", "bundlerec") else "folder"
-        raw = _merged(raw, {"data": {"source": kept, "path": str(data)}})
+    chosen = _override_tree(overrides)
+    told = _merged(raw, chosen).get("data")
+    if data is not None and isinstance(told, dict):
+        # Laid below the overrides, so that what belongs to another source goes, and what was set for this one stays.
+        place = {"source": "bundlerec" if told.get("source") == "bundlerec" else "folder", "path": str(data)}
+        raw = _merged(_merged(raw, {"data": place}), chosen)
+        raw["data"] = {**raw["data"], **place}
+    else:
+        raw = _merged(raw, chosen)
     return parse_recipe(raw, title=f"Recipe {_named(file)} does not hold together:")
 
 

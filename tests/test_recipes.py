@@ -777,3 +777,17 @@ def test_any_override_gives_a_recipe_or_a_legible_error(path: str, value: str) -
         sound(load_recipe("lora-fashion", [f"{path}={value}"]))
     except RecipeError as error:
         legible(error)
+
+
+def test_what_is_set_for_the_data_of_the_command_line_stays(tmp_path: Path) -> None:
+    """The demo's recipe turned to a folder of one's own: what was set with it is not taken for the demo's."""
+    narrowed = load_recipe("lora-fashion", ("data.category_filter=Clothing > Women",), data=tmp_path)
+    assert (narrowed.data.source, narrowed.data.path) == ("folder", str(tmp_path))
+    assert narrowed.data.category_filter == "Clothing > Women"
+    foreign = load_recipe("lora-fashion", ("data.source=bundlerec", "data.category_filter=A"), data=tmp_path)
+    assert (foreign.data.source, foreign.data.category_filter) == ("bundlerec", "A")
+    # What the recipe itself says of another source still goes.
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: lora-food\ndata: {departments: [GROCERY]}\n")
+    assert load_recipe(own, data=tmp_path).data.departments == ()
+    assert load_recipe("lora-fashion", ("data.path=elsewhere",), data=tmp_path).data.path == str(tmp_path)
