@@ -89,20 +89,8 @@ Milliseconds are medians, in brackets how many times the frozen encoder's, measu
 
 def row(line: Line) -> str:
     """Return one row of the table."""
-    cells = (
-        f"[{line.label}](methods/{line.label}.md)",
-        f"{line.value:.4f}",
-        "" if line.interval is None else "{:.4f} to {:.4f}".format(*line.interval),
-        "" if line.spread is None else f"{line.spread:.4f}",
-        "" if line.gain is None else f"{line.gain.value:+.4f}",
-        "" if line.p is None else f"{line.p:.4f}",
-        f"{line.adapter_parameters:,}",
-        f"{line.stored_mib:.2f}",
-        f"{line.seconds / 60:.1f}",
-        f"{line.peak_mib:,.0f}",
-        *(f"{value:.1f} ({line.slowdown(size):.2f})" for size, value in line.encode_ms.items()),
-        f"{line.load_ms:.0f}",
-    )
+    _, *figures = line.cells()
+    cells = (f"[{line.label}](methods/{line.label}.md)", *figures)
     return f"| {' | '.join(cells)} |"
 
 

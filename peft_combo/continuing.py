@@ -32,7 +32,7 @@ from peft_combo.recipe import Recipe
 from peft_combo.references import check_alias
 from peft_combo.task_configs import BundleTask
 from peft_combo.tasks.base import Gain, Row
-from peft_combo.tasks.bundle import BundleCompletion, BundleHead, Questions, completion_ranks
+from peft_combo.tasks.bundle import BundleCompletion, BundleHead, Questions, completion_ranks, completion_row
 from peft_combo.tuning import TuneResult, tune
 from peft_combo.tuning.starting import recipe_from
 from peft_combo.watch import Watch
@@ -319,12 +319,7 @@ def _compared(run: Continuation, pair: list[LiveAdapter], vectors: list[NDArray[
         assert isinstance(live.head, BundleHead)  # `load_start` has refused any other
         ranks = completion_ranks(live.head, encoded, questions)
         ndcg.append(metrics.per_query(ranks, METRIC))
-        interval = metrics.bootstrap_interval(ndcg[-1], questions.clusters)
-        rows.append(Row(live.reference, metrics.ranking_metrics(ranks), interval))
+        rows.append(completion_row(live.reference, ranks, questions.clusters))
     before, after = ndcg
-    gain = Gain(
-        float((after - before).mean()),
-        metrics.bootstrap_interval(after - before, questions.clusters),
-        metrics.paired_permutation(after, before, questions.clusters),
-    )
+    gain = Gain.between(before, after, questions.clusters)
     return Comparison(name, len(questions), len(set(questions.clusters.tolist())), rows[0], rows[1], gain)

@@ -242,16 +242,6 @@ class Fusion:
         fused = _total((len(evidence.contexts), len(evidence.item_support)), parts)
         return fused, {name: part for name, (part, _) in zip(self.needs, parts, strict=True)}
 
-    def shares(self, scores: Scores, evidence: Evidence, query: int, item: int) -> dict[str, float]:
-        """Tell what each scorer adds to one fused score; the sum is the score, up to rounding.
-
-        Raises:
-            ValueError: a scorer is missing or a shape differs.
-        """
-        one = {name: scores[name][query : query + 1] for name in scores}
-        _, parts = self.explained(one, evidence.take(slice(query, query + 1)))
-        return {name: float(part[0, item]) for name, part in parts.items()}
-
     def state(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         return {

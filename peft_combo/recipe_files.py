@@ -17,6 +17,7 @@ import yaml
 from peft_combo.errors import Fault, RecipeError, did_you_mean
 from peft_combo.recipe import Recipe, dotted, parse_recipe, recipe_schema
 from peft_combo.recipe_fields import printable, shown
+from peft_combo.written import replace_text
 
 _PACKAGE = Path(__file__).resolve().parent
 # A recipe is a page of text. The limits keep a wrong or hostile file from costing more than its error message.
@@ -106,8 +107,7 @@ def copy_recipe(name: str | Path, destination: str | Path, *, force: bool = Fals
     if target.exists() and not force:
         raise RecipeError(f"{target} exists already. Choose another name, or use --force to replace it.")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(target, text)
+        replace_text(target, text)
     except OSError as error:
         raise RecipeError(f"Cannot write {target}: {error.strerror}.") from error
     return target
@@ -402,18 +402,6 @@ def _faulty(file: Path, where: str, problem: str, remedy: str = "") -> RecipeErr
 
 
 # Writing and describing.
-
-
-def _write_atomically(target: Path, text: str) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as stream:  # newline="": line ends stay as they are
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _without_required(node: Any) -> Any:

@@ -25,7 +25,7 @@ from peft_combo.manifest import Manifest
 from peft_combo.methods import CONFIG_FILE, WEIGHTS_FILE, AttachedAdapter
 from peft_combo.recipe import DataConfig, Recipe
 from peft_combo.tasks.base import Gain, Row
-from peft_combo.tasks.bundle import HEAD_FILE, BundleHead, Questions, completion_ranks
+from peft_combo.tasks.bundle import HEAD_FILE, BundleHead, Questions, completion_ranks, completion_row
 
 METRIC = "ndcg@10"
 LEARNED = "it may have learned from these bundles"
@@ -107,18 +107,12 @@ class Exam:
 
     def row(self, name: str, ranks: NDArray[np.float64]) -> Row:
         """Return the figures of some answers."""
-        interval = metrics.bootstrap_interval(metrics.per_query(ranks, METRIC), self.questions.clusters)
-        return Row(name, metrics.ranking_metrics(ranks), interval)
+        return completion_row(name, ranks, self.questions.clusters)
 
     def gain(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Gain:
         """Compare answers question by question."""
-        clusters = self.questions.clusters
         old, new = metrics.per_query(before, METRIC), metrics.per_query(after, METRIC)
-        return Gain(
-            float((new - old).mean()),
-            metrics.bootstrap_interval(new - old, clusters),
-            metrics.paired_permutation(new, old, clusters),
-        )
+        return Gain.between(old, new, self.questions.clusters)
 
     def caveat(self, manifest: Manifest) -> str:
         """Say what flatters an adapter here; "" where nothing does."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, StoreOption, adapters_app
-from peft_combo.cli.export import _lines, _recipe
+from peft_combo.cli.export import lines_of, recipe_for
 from peft_combo.cli.shown import console_watch, print_json, print_table, words
 from peft_combo.errors import PeftComboError, RecipeError
 
@@ -47,7 +47,7 @@ def adapters_diff(
         from peft_combo.bank import AdapterBank
 
         exam = None if loaded is None or texts is not None else Exam.of(loaded)
-        compared = exam.texts if exam is not None else None if texts is None else _lines(texts)
+        compared = exam.texts if exam is not None else None if texts is None else lines_of(texts)
         backbone = _backbone([record.manifest for record in records], loaded)
         bank = AdapterBank(backbone, opened)
         found = diff(
@@ -135,9 +135,9 @@ def adapters_convert(
         from peft_combo.data import open_dataset
 
         if texts is not None:
-            compared = _lines(texts)
+            compared = lines_of(texts)
         else:
-            source = (loaded or _recipe(record.manifest, None, (), None)).ready().data
+            source = (loaded or recipe_for(record.manifest, None, (), None)).ready().data
             compared = open_dataset(source).catalog.texts(source.text)
         backbone = _backbone([record.manifest], loaded)
         done = convert(
@@ -195,7 +195,7 @@ def _backbone(manifests: Sequence[Manifest], recipe: Recipe | None) -> Backbone:
     from peft_combo.backbone import Backbone
 
     stamp = manifests[0].backbone
-    own = recipe or next((_recipe(manifest, None, (), None) for manifest in manifests if manifest.recipe), None)
+    own = recipe or next((recipe_for(manifest, None, (), None) for manifest in manifests if manifest.recipe), None)
     model = stamp.model if own is None else own.backbone.model
     pooling: Literal["mean", "cls"] = "cls" if stamp.pooling == "cls" else "mean"
     return Backbone.load(model, pooling=pooling, max_length=stamp.max_length)

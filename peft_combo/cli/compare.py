@@ -13,7 +13,6 @@ from peft_combo.errors import PeftComboError
 
 if TYPE_CHECKING:
     from peft_combo.comparing import Comparison
-    from peft_combo.comparing.table import Line
     from peft_combo.searching import Search
 
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a chart: .html, or .png with [plot].")]
@@ -189,7 +188,7 @@ def _print_comparison(found: Comparison) -> None:
     print_table(
         ("", metric_name(found.metric), "95 % interval", "spread", "gain", "p: best", "parameters", "stored MiB",
          "minutes", "peak MiB", "1 text ms", "32 texts ms", "load ms"),
-        [_cells(line) for line in found.lines],
+        [line.cells() for line in found.lines],
         numbers=True,
     )  # fmt: skip
     for one in found.failed:
@@ -202,23 +201,6 @@ def _print_comparison(found: Comparison) -> None:
         "how many times the frozen encoder's."
     )
     print(f"{PROTOCOL} Times on {found.machine}.")
-
-
-def _cells(line: Line) -> tuple[str, ...]:
-    return (
-        line.label,
-        f"{line.value:.4f}",
-        "" if line.interval is None else "{:.4f} to {:.4f}".format(*line.interval),
-        "" if line.spread is None else f"{line.spread:.4f}",
-        "" if line.gain is None else f"{line.gain.value:+.4f}",
-        "" if line.p is None else f"{line.p:.4f}",
-        f"{line.adapter_parameters:,}",
-        f"{line.stored_mib:.2f}",
-        f"{line.seconds / 60:.1f}",
-        f"{line.peak_mib:,.0f}",
-        *(f"{value:.1f} ({line.slowdown(size):.2f})" for size, value in line.encode_ms.items()),
-        f"{line.load_ms:.0f}",
-    )
 
 
 def _print_search(found: Search) -> None:

@@ -49,7 +49,7 @@ def adapters_export(
     opened = AdapterStore(store)
     record = opened.open(adapter)
     manifest = record.manifest
-    loaded = _recipe(manifest, recipe, tuple(overrides or ()), data)
+    loaded = recipe_for(manifest, recipe, tuple(overrides or ()), data)
     with console_watch() as watch:
         from peft_combo.backbone import Backbone
         from peft_combo.bank import AdapterBank
@@ -59,7 +59,7 @@ def adapters_export(
 
         questions = None
         if texts is not None:
-            measured = _lines(texts)
+            measured = lines_of(texts)
         else:
             dataset = open_dataset(loaded.ready().data)
             measured = dataset.catalog.texts(loaded.data.text)
@@ -78,7 +78,7 @@ def adapters_export(
         _print_export(done)
 
 
-def _recipe(manifest: Manifest, name: str | None, overrides: tuple[str, ...], data: Path | None) -> Recipe:
+def recipe_for(manifest: Manifest, name: str | None, overrides: tuple[str, ...], data: Path | None) -> Recipe:
     from peft_combo.recipe import parse_recipe
     from peft_combo.recipe_files import load_recipe
 
@@ -96,7 +96,7 @@ def _recipe(manifest: Manifest, name: str | None, overrides: tuple[str, ...], da
     return parse_recipe(manifest.recipe, title=f"The recipe of {manifest.reference} does not hold together:")
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -62,6 +62,23 @@ class Line:
         """Return how many times longer so many texts take with the adapter than without; both were timed in turn."""
         return self.encode_ms[size] / self.frozen_ms[size]
 
+    def cells(self) -> tuple[str, ...]:
+        """Return the line as it stands in a table, the label first."""
+        return (
+            self.label,
+            f"{self.value:.4f}",
+            "" if self.interval is None else "{:.4f} to {:.4f}".format(*self.interval),
+            "" if self.spread is None else f"{self.spread:.4f}",
+            "" if self.gain is None else f"{self.gain.value:+.4f}",
+            "" if self.p is None else f"{self.p:.4f}",
+            f"{self.adapter_parameters:,}",
+            f"{self.stored_mib:.2f}",
+            f"{self.seconds / 60:.1f}",
+            f"{self.peak_mib:,.0f}",
+            *(f"{value:.1f} ({self.slowdown(size):.2f})" for size, value in self.encode_ms.items()),
+            f"{self.load_ms:.0f}",
+        )
+
 
 @dataclass(frozen=True)
 class Failed:
@@ -188,11 +205,7 @@ def _line(label: str, runs: Sequence[Result], after: NDArray[np.float64] | None,
     if after is not None and before is not None:
         clusters = np.array(runs[0].clusters)
         interval = metrics.bootstrap_interval(after, clusters)
-        gain = Gain(
-            float((after - before).mean()),
-            metrics.bootstrap_interval(after - before, clusters),
-            metrics.paired_permutation(after, before, clusters),
-        )
+        gain = Gain.between(before, after, clusters)
     return Line(
         label=label,
         value=float(np.mean(values)),

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from peft_combo import metrics
 from peft_combo.backbone import Backbone
+from peft_combo.errors import StoreError
 
 HEAD_FILE = "head.safetensors"
 
@@ -47,6 +49,15 @@ class Gain:
     value: float
     interval: tuple[float, float]
     p: float
+
+    @classmethod
+    def between(cls, before: NDArray[np.float64], after: NDArray[np.float64], clusters: NDArray[Any]) -> Self:
+        """Compare the values of single questions: (Q,), (Q,), and (Q,) what may not be divided."""
+        return cls(
+            float((after - before).mean()),
+            metrics.bootstrap_interval(after - before, clusters),
+            metrics.paired_permutation(after, before, clusters),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +158,22 @@ class TaskHead(nn.Module):
 
 
 HeadT = TypeVar("HeadT", bound=TaskHead)
+
+
+def rebuilt(make: Callable[[], HeadT], weights: Mapping[str, Tensor]) -> HeadT:
+    """Build a stored head with `make` and give it its weights; in evaluation mode.
+
+    Raises:
+        StoreError: the weights are not those of such a head, or its description lacks something.
+    """
+    try:
+        head = make()
+        head.load_state_dict(dict(weights))
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise StoreError(f"The stored head does not match its description: {str(error).splitlines()[0]}") from error
+    return head.eval().requires_grad_(False)
+
+
 BatchT = TypeVar("BatchT", bound=Batch)
 OutcomeT = TypeVar("OutcomeT")
 

@@ -21,12 +21,11 @@ from torch.nn import functional
 from peft_combo import metrics
 from peft_combo.backbone import Backbone
 from peft_combo.data import Bundles, Dataset, Split, open_dataset, split_as
-from peft_combo.errors import StoreError
 from peft_combo.recipe import Recipe
 from peft_combo.scoring import ItemKNN, Popularity, Scorer, TextCosine, tfidf_vectors
 from peft_combo.task_configs import BundleTask
 from peft_combo.tasks.base import HEAD_FILE as HEAD_FILE
-from peft_combo.tasks.base import Encode, Epochs, Evaluation, Gain, PerQuestion, Row, Table, TaskHead
+from peft_combo.tasks.base import Encode, Epochs, Evaluation, Gain, PerQuestion, Row, Table, TaskHead, rebuilt
 
 # Logits of pairs that are no candidates: far below every real one, yet finite in float16.
 _NEVER = -1e4
@@ -110,12 +109,7 @@ class BundleHead(TaskHead):
             StoreError: the weights are not those of such a head.
         """
         fields = {key: value for key, value in spec.items() if key != "dim"}
-        try:
-            head = cls(int(spec["dim"]), BundleTask.model_validate(fields))
-            head.load_state_dict(dict(weights))
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise StoreError(f"The stored head does not match its description: {str(error).splitlines()[0]}") from error
-        return head.eval().requires_grad_(False)
+        return rebuilt(lambda: cls(int(spec["dim"]), BundleTask.model_validate(fields)), weights)
 
 
 def _projected(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
@@ -378,6 +372,12 @@ def completion_ranks(head: BundleHead, vectors: NDArray[np.float32], questions: 
     return np.concatenate(ranks)
 
 
+def completion_row(name: str, ranks: NDArray[np.float64], clusters: NDArray[Any]) -> Row:
+    """Return the ranking metrics of some answers, with the interval of NDCG@10: (Q,) ranks, (Q,) clusters."""
+    interval = metrics.bootstrap_interval(metrics.per_query(ranks, "ndcg@10"), clusters)
+    return Row(name, metrics.ranking_metrics(ranks), interval)
+
+
 class BundleCompletion:
     """The bundle task as the loop sees it; see `base.Task`.
 
@@ -458,19 +458,12 @@ class BundleCompletion:
             "frozen backbone": before,
             "tuned": after,
         }
-        rows = []
-        for name, values in ranks.items():
-            ndcg = metrics.per_query(values, "ndcg@10")
-            rows.append(Row(name, metrics.ranking_metrics(values), metrics.bootstrap_interval(ndcg, clusters)))
+        rows = tuple(completion_row(name, values, clusters) for name, values in ranks.items())
         old, new = metrics.per_query(before, "ndcg@10"), metrics.per_query(after, "ndcg@10")
-        gain = Gain(
-            float((new - old).mean()),
-            metrics.bootstrap_interval(new - old, clusters),
-            metrics.paired_permutation(new, old, clusters),
-        )
+        gain = Gain.between(old, new, clusters)
         groups = len(set(clusters.tolist()))
         return Table(
-            "ndcg@10", tuple(rows), gain, len(questions), groups,
+            "ndcg@10", rows, gain, len(questions), groups,
             asked=f"completing {self.examples['valid']} held-out validation bundles ({len(questions)} questions of "
             f"{groups} groups), each answer ranked among all {len(self.texts):,} items",
             caveat="The step was chosen on these bundles, so the tuned row is slightly flattered; "

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from peft_combo.backbone import Backbone
 from peft_combo.data import CATEGORY_SEPARATOR, open_dataset
 from peft_combo.data.labelled import LabelledTexts, labels_of_catalogue, read_labels, split_texts
-from peft_combo.errors import DataError, StoreError
+from peft_combo.errors import DataError
 from peft_combo.recipe import Recipe
 from peft_combo.scoring.text import Tfidf
 from peft_combo.task_configs import ClassificationTask
-from peft_combo.tasks.base import Detail, Encode, Epochs, Evaluation, Gain, Row, Table, TaskHead
+from peft_combo.tasks.base import Detail, Encode, Epochs, Evaluation, Gain, Row, Table, TaskHead, rebuilt
 from peft_combo.tasks.linear import Targets, best_linear, linear_loss
 from peft_combo.tasks.measures import (
     Counts,
@@ -88,14 +88,12 @@ class ClassificationHead(TaskHead):
             StoreError: the weights are not those of such a head.
         """
         fields = {key: value for key, value in spec.items() if key not in ("dim", "classes")}
-        try:
-            head = cls(
+        return rebuilt(
+            lambda: cls(
                 int(spec["dim"]), [str(one) for one in spec["classes"]], ClassificationTask.model_validate(fields)
-            )
-            head.load_state_dict(dict(weights))
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise StoreError(f"The stored head does not match its description: {str(error).splitlines()[0]}") from error
-        return head.eval().requires_grad_(False)
+            ),
+            weights,
+        )
 
 
 def _likely(logits: NDArray[np.float32], exclusive: bool) -> NDArray[np.float32]:

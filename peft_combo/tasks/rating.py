@@ -28,11 +28,11 @@ from torch.nn import functional
 from peft_combo import metrics
 from peft_combo.backbone import Backbone
 from peft_combo.data import Interactions, open_dataset
-from peft_combo.errors import DataError, StoreError
+from peft_combo.errors import DataError
 from peft_combo.recipe import DataConfig, Recipe
 from peft_combo.scoring import ItemKNN
 from peft_combo.task_configs import BundleTask, RatingTask
-from peft_combo.tasks.base import Detail, Encode, Epochs, Evaluation, Gain, Row, Table, TaskHead
+from peft_combo.tasks.base import Detail, Encode, Epochs, Evaluation, Gain, Row, Table, TaskHead, rebuilt
 from peft_combo.tasks.bundle import BundleHead, completion_scores, target_vectors
 from peft_combo.tasks.measures import calibration_error
 
@@ -274,12 +274,7 @@ class RatingHead(TaskHead):
             StoreError: the weights are not those of such a head.
         """
         fields = {key: value for key, value in spec.items() if key != "dim"}
-        try:
-            head = cls(int(spec["dim"]), RatingTask.model_validate(fields))
-            head.load_state_dict(dict(weights))
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise StoreError(f"The stored head does not match its description: {str(error).splitlines()[0]}") from error
-        return head.eval().requires_grad_(False)
+        return rebuilt(lambda: cls(int(spec["dim"]), RatingTask.model_validate(fields)), weights)
 
 
 @dataclass(frozen=True)
@@ -496,11 +491,7 @@ class Rating:
             for name, one in answers.items()
         )
         old, new = ndcg["frozen backbone"], ndcg["tuned"]
-        gain = Gain(
-            float((new - old).mean()),
-            metrics.bootstrap_interval(new - old, people),
-            metrics.paired_permutation(new, old, people),
-        )
+        gain = Gain.between(old, new, people)
         losses = [log_losses(one.logits, asked.targets) for one in (before, after)]
         owners = asked.users[asked.events]
         low, high = metrics.bootstrap_interval(losses[1] - losses[0], owners)

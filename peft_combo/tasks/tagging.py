@@ -24,11 +24,11 @@ from peft_combo.backbone import Backbone
 from peft_combo.data import open_dataset
 from peft_combo.data.labelled import split_texts
 from peft_combo.data.tags import OUTSIDE, TaggedText, TaggedTexts, entities, read_tags, weak_tags, words_of
-from peft_combo.errors import DataError, StoreError
+from peft_combo.errors import DataError
 from peft_combo.methods import AttachedAdapter
 from peft_combo.recipe import Recipe
 from peft_combo.task_configs import TaggingTask
-from peft_combo.tasks.base import Detail, Encode, Epochs, Evaluation, Gain, Row, Table, TaskHead
+from peft_combo.tasks.base import Detail, Encode, Epochs, Evaluation, Gain, Row, Table, TaskHead, rebuilt
 from peft_combo.tasks.linear import Targets, best_linear, linear_loss
 from peft_combo.tasks.measures import (
     Counts,
@@ -86,12 +86,10 @@ class TaggingHead(TaskHead):
             StoreError: the weights are not those of such a head.
         """
         fields = {key: value for key, value in spec.items() if key not in ("dim", "tag_set")}
-        try:
-            head = cls(int(spec["dim"]), [str(tag) for tag in spec["tag_set"]], TaggingTask.model_validate(fields))
-            head.load_state_dict(dict(weights))
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise StoreError(f"The stored head does not match its description: {str(error).splitlines()[0]}") from error
-        return head.eval().requires_grad_(False)
+        return rebuilt(
+            lambda: cls(int(spec["dim"]), [str(tag) for tag in spec["tag_set"]], TaggingTask.model_validate(fields)),
+            weights,
+        )
 
 
 def first_pieces(words: Sequence[tuple[int, int]], pieces: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
