@@ -7,6 +7,7 @@ weights, and the lower and upper view of an encoder. Knows nothing of PEFT, toke
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -146,6 +147,12 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     layers = model.get_submodule(architecture_of(model).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def layer_number(model: nn.Module, parameter: str) -> int | None:
+    """Return the layer of `model` that a parameter is in, by its name there or inside a wrapper; None for none."""
+    found = re.search(rf"(?:^|\.){re.escape(architecture_of(model).layers)}\.(\d+)\.", parameter)
+    return int(found[1]) if found else None
 
 
 def target_modules(model: nn.Module, targets: TargetSet | Sequence[str], top_layers: int | None) -> list[str]:

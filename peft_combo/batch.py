@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peft_combo.composing import Options
 from peft_combo.constraints import Constraints
+from peft_combo.data.tags import Tagger
 from peft_combo.errors import DataError, PeftComboError, did_you_mean
 from peft_combo.recommender import BundleRecommender, Recommendation, Suggestion
 
@@ -49,9 +50,13 @@ class Request(BaseModel):
     explain: bool = Field(default=False, description="Say what each item adds.")
 
 
-def answer(recommender: BundleRecommender, request: Request) -> list[Suggestion] | list[Recommendation]:
+def answer(
+    recommender: BundleRecommender, request: Request, tagger: Tagger | None = None
+) -> list[Suggestion] | list[Recommendation]:
     """Answer one request.
 
+    Args:
+        tagger: takes queries apart; see `BundleRecommender.compose`.
     Raises:
         DataError: an id is not known, there is nothing to go by, or no bundle meets the constraints.
     """
@@ -66,8 +71,8 @@ def answer(recommender: BundleRecommender, request: Request) -> list[Suggestion]
             request.items, user=request.user, k=request.k, constraints=constraints, explain=request.explain
         )
     return recommender.compose(
-        request.items, user=request.user, query=request.query, constraints=constraints, required=request.slots,
-        forbidden=request.without_slots,
+        request.items, user=request.user, query=request.query, tagger=tagger, constraints=constraints,
+        required=request.slots, forbidden=request.without_slots,
         options=Options(
             k=request.k, diversity=request.diversity, mode="substitute" if request.substitute else "complement"
         ),
@@ -89,6 +94,7 @@ def answer_file(
     target: Path,
     defaults: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] | None = None,
+    tagger: Tagger | None = None,
 ) -> Answered:
     """Answer a file of requests, one JSON object a line; a bad one costs its own answer and no other.
 
@@ -97,6 +103,7 @@ def answer_file(
             appears when it is whole.
         defaults: fields of every request that does not say otherwise.
         advance: told 1 after each request.
+        tagger: as for `answer`.
     Raises:
         DataError: a file cannot be read or written, or the ending is another.
     """
@@ -109,7 +116,7 @@ def answer_file(
             try:
                 request = _request(line, defaults or {})
                 told["id"] = request.id
-                told["results"] = [asdict(one) for one in answer(recommender, request)]
+                told["results"] = [asdict(one) for one in answer(recommender, request, tagger)]
             except PeftComboError as error:
                 told["error"] = errors[number] = str(error)
             write(told)

@@ -47,6 +47,7 @@ _PLAUSIBLE = 6.0  # templates e^6 times less probable than the best are filled o
 _TRIES = 50_000  # steps of the last, exhaustive look for a bundle before we say there is none
 _SPARE = 64  # bundles that look collects at most
 _SAMPLE = 2048  # items the mean and deviation of c are taken over; both are then known to 2 % of the deviation
+_SETS_KEPT = 6  # sets of wished items that are completed, at least
 _SETS = 256  # sets the scorer is asked about at once
 
 
@@ -109,6 +110,19 @@ class Options:
             raise DataError(f'mode must be "complement" or "substitute", found {self.mode!r}.')
         if self.near_duplicate is not None and not -1 <= self.near_duplicate <= 1:
             raise DataError(f"near_duplicate is a cosine and must lie in -1..1, found {self.near_duplicate}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Wished:
+    """A part every bundle must have: one of some items.
+
+    Attributes:
+        name: what it is called in messages.
+        rows: the items that answer, distinct, the one that answers best first.
+    """
+
+    name: str
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -227,6 +241,7 @@ class Composer:
         self,
         context: Sequence[int] | Rows = (),
         *,
+        wished: Sequence[Wished] = (),
         relevance: ArrayLike | None = None,
         compatibility: Compatibility | None = None,
         constraints: Constraints | None = None,
@@ -240,6 +255,8 @@ class Composer:
 
         Args:
             context: distinct rows that every bundle keeps; may be empty.
+            wished: of each every bundle has exactly one item, beside the context. First sets of one item for each are
+                found, then each of the best sets is completed. Not for substitutes.
             relevance: (N,) scores, higher is better; None for none.
             compatibility: scores of items beside sets, asked for once a step; None for none.
             constraints: hard; all bundles keep to them.
@@ -253,11 +270,14 @@ class Composer:
         """
         wanted, how = constraints or Constraints(), options or Options()
         given = self._distinct(context)
-        request = self._request(given, wanted, how)
-        if not request.feasible:
-            raise self._infeasible(given, wanted, how)
         scene = self._scene(relevance, compatibility, how)
-        found = self._search(request, scene)
+        if wished:
+            found = self._around(given, wished, wanted, scene)
+        else:
+            request = self._request(given, wanted, how)
+            if not request.feasible:
+                raise self._infeasible(given, wanted, how)
+            found = self._search(request, scene)
         if not found:
             raise DataError(
                 f"No bundle was found in which no two items are alike (near_duplicate {how.near_duplicate}), though "
@@ -299,6 +319,27 @@ class Composer:
         scene = self._scene(relevance, compatibility, how)
         ranked = sorted(scene.judge(given, added), key=lambda one: -one.score)
         return [self._composition(given, one, scene) for one in ranked]
+
+    def limits(
+        self,
+        context: Sequence[int] | Rows = (),
+        *,
+        constraints: Constraints | None = None,
+        options: Options | None = None,
+    ) -> CompositionLimits:
+        """Return what `compose` keeps to, for whoever adds one item after another (`generating.generate`).
+
+        Raises:
+            DataError: no bundle meets the constraints; the message names those that bind.
+            ValueError: a row does not fit the catalogue.
+        """
+        wanted, how = constraints or Constraints(), options or Options()
+        given = self._distinct(context)
+        request = self._request(given, wanted, how)
+        if not request.feasible:
+            raise self._infeasible(given, wanted, how)
+        size = (len(given) + request.low, len(given) + request.high)
+        return CompositionLimits(self, given, replace(wanted, size=size), how)
 
     def objective(
         self,
@@ -427,6 +468,78 @@ class Composer:
         if not found and len(plans) > len(likely):
             found = _beam(request, scene, plans)
         return found or list(itertools.islice(_every(request, scene, _TRIES), _SPARE))
+
+    def _around(
+        self, context: tuple[int, ...], wished: Sequence[Wished], constraints: Constraints, scene: _Scene
+    ) -> list[tuple[int, ...]]:
+        """Find bundles that hold one item for each wish, and besides none that would answer one."""
+        how = scene.options
+        if how.mode == "substitute":
+            raise DataError("Substitutes replace what is there; they cannot answer wishes. Ask for complements.")
+        least = len(context) + len(wished)
+        if constraints.size is not None and constraints.size[1] < least:
+            names = ", ".join(one.name for one in wished)
+            raise DataError(
+                f"A bundle of at most {constraints.size[1]} items was asked for, and {names} beside the context make "
+                f"{least}. Ask for a size of at least {least}, or for less."
+            )
+        sets = self._answering(self._request(context, replace(constraints, size=None), how), wished, scene)
+        answers = np.concatenate([one.rows for one in wished]).tolist()
+        rest = replace(constraints, exclude_items=(*constraints.exclude_items, *answers))
+        low, high = constraints.size or self.templates.typical_sizes()
+        found: list[tuple[int, ...]] = []
+        bare: list[tuple[int, ...]] = []
+        for added in sets:
+            whole = (*context, *added)
+            if self.templates.required <= set(self._slot_of[list(whole)].tolist()):
+                (found if low <= least <= high else bare).append(added)
+            if constraints.size is None or constraints.size[1] > least:
+                request = self._request(whole, rest, how)
+                found += [(*added, *more) for more in self._search(request, scene)] if request.feasible else []
+        if not found and constraints.size is None:
+            found = bare  # nothing can be added to them, and they are all that was asked for
+        if not found:
+            raise self._infeasible((*context, *sets[0]), rest, how)
+        return found
+
+    def _answering(self, request: _Request, wished: Sequence[Wished], scene: _Scene) -> list[tuple[int, ...]]:
+        """Return the best sets of one allowed item for each wish, no two of them alike, within the budget."""
+        how, cents = scene.options, self._shelf.cents
+        shelves = [one.rows[request.allowed[one.rows]] for one in wished]
+        for one, rows in zip(wished, shelves, strict=True):
+            if not len(rows):
+                raise DataError(
+                    f"None of the {len(one.rows):,} items that answer {one.name!r} is allowed. Loosen the constraints, "
+                    "or do not ask for it."
+                )
+        lowest = [int(cents[rows].min()) for rows in shelves]
+        if request.left is not None and sum(lowest) > request.left:
+            terms = " + ".join(f"{one.name} {price / 100:.2f}" for one, price in zip(wished, lowest, strict=True))
+            raise DataError(
+                f"The budget leaves {request.left / 100:.2f}, and the cheapest of what was asked for cost "
+                f"{sum(lowest) / 100:.2f} ({terms}). Raise it to at least {sum(lowest) / 100:.2f} beside the context."
+            )
+        sets: list[tuple[int, ...]] = [()]
+        for place, rows in enumerate(shelves):
+            cheap = rows[np.argsort(cents[rows], kind="stable")[: how.per_slot if request.left is not None else 0]]
+            tried = np.array(list(dict.fromkeys([*rows[: how.per_slot].tolist(), *cheap.tolist()])), np.int64)
+            left = math.inf if request.left is None else request.left - sum(lowest[place + 1 :])
+            grown = [
+                (*held, int(row))
+                for held in sets
+                for row, alike in zip(tried, scene.duplicates(tried, (*request.context, *held)), strict=True)
+                if row not in held and not alike and (request.left is None or int(cents[[*held, row]].sum()) <= left)
+            ]
+            likes = {held: float(scene.relevance_of(np.array(held, np.int64)).sum()) for held in grown}
+            grown.sort(key=lambda held: (-likes[held], scene.tie_break(held)))
+            sets = _each_in_half(grown, 4 * how.beam)
+        if not sets:
+            raise DataError(
+                f"No two items that answer {' and '.join(one.name for one in wished)} go together: they are the same, "
+                "alike, or cost too much. Raise near_duplicate or the budget."
+            )
+        judged = sorted(scene.judge(request.context, sets), key=lambda one: (-one.score, scene.tie_break(one.added)))
+        return _each_in_half([one.added for one in judged], max(how.k, _SETS_KEPT))
 
     def _plans(self, request: _Request, options: Options) -> list[tuple[Template, float]]:
         """The slots to add, with the log-probability of the whole template; best first."""
@@ -564,6 +677,34 @@ class Composer:
         return "the allowed items cost more than the budget"
 
 
+@dataclass(frozen=True, eq=False)
+class CompositionLimits:
+    """The constraints and slots of a request, item by item; `Composer.limits` makes it.
+
+    That no two items be alike is not looked at.
+    """
+
+    composer: Composer
+    context: tuple[int, ...]
+    constraints: Constraints
+    options: Options
+
+    def followers(self, added: Sequence[int]) -> NDArray[np.bool_]:
+        """Which rows may come after those added, (N,), so that some bundle still keeps every constraint."""
+        held = (*self.context, *added)
+        assert self.constraints.size is not None
+        if len(held) >= self.constraints.size[1]:
+            return np.zeros(len(self.composer.catalog), bool)
+        return self.composer._request(held, self.constraints, self.options).followers()
+
+    def complete(self, added: Sequence[int]) -> bool:
+        """Whether the context with the rows added is a bundle that keeps every constraint."""
+        held = [*self.context, *added]
+        assert self.constraints.size is not None
+        required = self.composer.templates.required if self.options.mode == "complement" else frozenset()
+        return len(held) >= self.constraints.size[0] and required <= set(self.composer._slot_of[held].tolist())
+
+
 def co_counts(history: SparseRows, item: int, context: Sequence[int] | Rows) -> Rows:
     """Count the rows of the history that hold both an item and each item of the context.
 
@@ -613,20 +754,24 @@ class _Request:
         """Per slot how many items may be added."""
         return Counter({slot: int(n) for slot, n in enumerate(self.room - self.held) if n > 0})
 
+    @property
+    def fillable(self) -> bool:
+        """Whether there are items enough of the slots asked for, whatever they cost."""
+        slots = all(self.free[slot] for slot in self.required) and len(self.required) <= self.high
+        return slots and sum(self.free.values()) >= max(1, self.low)
+
     @cached_property
     def cheapest(self) -> list[int] | None:
         """The cheapest rows that fill the fewest places with all required slots; None if there are not enough.
 
         Exact: with a most and a least number per slot, taking the cheapest that still may be taken is optimal.
         """
-        if any(not self.free[slot] for slot in self.required) or len(self.required) > self.high:
+        if not self.fillable:
             return None
         rows = [int(self.shelves[slot][0]) for slot in sorted(self.required)]
         rest = [self.shelves[slot][slot in self.required : count] for slot, count in self.free.items()]
         pool = np.concatenate([np.empty(0, np.int64), *rest])
         missing = max(0, max(1, self.low) - len(rows))
-        if len(pool) < missing:
-            return None
         rows += [int(row) for row in pool[np.argsort(self.cents[pool], kind="stable")[:missing]]]
         return rows
 
@@ -636,6 +781,38 @@ class _Request:
         if self.cheapest is None:
             return False
         return self.left is None or int(self.cents[self.cheapest].sum()) <= self.left
+
+    def followers(self) -> NDArray[np.bool_]:
+        """Which rows may be added first, (N,), so that the others can still be had."""
+        found = np.zeros(len(self.allowed), bool)
+        for slot in self.free:
+            rows, held = self.shelves[slot], self.held.copy()
+            held[slot] += 1
+            rest = replace(self, held=held, required=self.required - {slot}, low=self.low - 1, high=self.high - 1)
+            if not rest.required and rest.low <= 0:
+                cheapest: list[int] | None = []
+            elif self.left is None:
+                cheapest = [] if rest.fillable else None
+            else:
+                cheapest = rest.cheapest
+            if cheapest is None:
+                continue
+            if self.left is not None:
+                rows = rows[self._affordable(rows, slot, rest, cheapest)]
+            found[rows] = True
+        return found
+
+    def _affordable(self, rows: Rows, slot: int, rest: _Request, cheapest: list[int]) -> NDArray[np.bool_]:
+        """Tell for which rows of a slot the rest of a bundle can be paid, (len(rows),); exact like `cheapest`."""
+        assert self.left is not None
+        fits: NDArray[np.bool_] = self.cents[rows] + int(self.cents[cheapest].sum()) <= self.left
+        for place in np.flatnonzero(_among(rows, np.array(cheapest, np.int64))):
+            # The row is taken itself, so the rest must do without it.
+            shelves = [*rest.shelves]
+            shelves[slot] = np.delete(rows, place)
+            others = replace(rest, shelves=shelves).cheapest
+            fits[place] = others is not None and int(self.cents[[rows[place], *others]].sum()) <= self.left
+        return fits
 
     @cached_property
     def combinations(self) -> int:
@@ -1029,6 +1206,23 @@ def _varied(ranked: list[tuple[float, _Partial]], count: int, how: Options) -> l
             chosen.append(one)
             seen.add(frozenset(one[1].added))
     return sorted(chosen, key=lambda one: -one[0])
+
+
+def _each_in_half(ranked: Sequence[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+    """Return the first `count` sets, but no item in more than half of them while there are others."""
+    most = max(1, count // 2)
+    met: Counter[int] = Counter()
+    chosen: list[tuple[int, ...]] = []
+    spare: list[tuple[int, ...]] = []
+    for rows in ranked:
+        if len(chosen) == count:
+            break
+        if all(met[row] < most for row in rows):
+            chosen.append(rows)
+            met.update(rows)
+        else:
+            spare.append(rows)
+    return [*chosen, *spare[: count - len(chosen)]]
 
 
 def _every(request: _Request, scene: _Scene, tries: int | None = None) -> Iterator[tuple[int, ...]]:

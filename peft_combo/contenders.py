@@ -14,14 +14,16 @@ from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
 from peft_combo import metrics
 from peft_combo.categories import Areas, Calibration
-from peft_combo.data import Catalog, Dataset
+from peft_combo.data import Catalog, Dataset, Interactions
 from peft_combo.errors import PeftComboError
 from peft_combo.fusion import Evidence
+from peft_combo.rated import FittedRating, Rater
 from peft_combo.scoring import (
     ALS,
     CEASE,
@@ -35,11 +37,25 @@ from peft_combo.scoring import (
     UserKNN,
     tfidf_vectors,
 )
-from peft_combo.tasks.bundle import BundleHead, Questions, completion_scores, target_vectors
+from peft_combo.task_configs import BundleTask
+from peft_combo.tasks.bundle import (
+    BundleHead,
+    CompletionHead,
+    Questions,
+    completion_scores,
+    context_queries,
+    padded,
+    target_vectors,
+)
+from peft_combo.tasks.rating import RatingHead
 
 RANDOM, PEER, FROZEN, TUNED, BY_CATEGORY = "random", "CEASE-TFIDF", "frozen BERT", "tuned BERT", "tuned by category"
 
+RATED, ENSEMBLE = "rated", "ensemble"
 BOUGHT, ALIKE = "bought before", "users alike"
+# Settings of the two: what a rating adapter tells from, and what is averaged over several adapters of bundles.
+_PAST, _BESIDE = "owner's past", "bundle and past"
+_SCORES, _VECTORS = "mean of scores", "mean of vectors"
 
 _QUERY_BLOCK = 256
 # Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
@@ -47,7 +63,8 @@ _CEASE_SETTINGS = ((10.0, 3.0), (1.0, 0.3), (30.0, 10.0))
 _MANY_ITEMS = 6_000
 
 ItemVectors: TypeAlias = "NDArray[np.float32] | sparse.csr_array[Any, tuple[int, int]]"
-Tuned: TypeAlias = Mapping[str, tuple[NDArray[np.float32], BundleHead]]
+Tuned: TypeAlias = Mapping[str, tuple[NDArray[np.float32], CompletionHead]]
+Rated: TypeAlias = Mapping[str, tuple[NDArray[np.float32], RatingHead]]
 
 
 class Fitted(Protocol):
@@ -83,6 +100,7 @@ class Known:
         support: (N,) bundles that hold each item.
         text: template of what the word-based scorers read.
         frozen: (N, D) vectors of the encoder without adapter. tuned: per adapter its (N, D) vectors and its head.
+        rated: the same of rating adapters. interactions: those of `past` with their times; None where there are none.
         areas: which adapter is at home with which items; None where no adapter is bound to a category.
     """
 
@@ -97,6 +115,8 @@ class Known:
     frozen: NDArray[np.float32] | None
     tuned: Tuned = field(default_factory=dict)
     areas: Areas | None = None
+    rated: Rated = field(default_factory=dict)
+    interactions: Interactions | None = None
 
     @classmethod
     def of(
@@ -108,6 +128,7 @@ class Known:
         frozen: NDArray[np.float32] | None,
         tuned: Tuned,
         areas: Areas | None = None,
+        rated: Rated | None = None,
     ) -> Known:
         """Gather what some rows say.
 
@@ -117,18 +138,20 @@ class Known:
         """
         catalog = dataset.catalog
         history = dataset.bundles.to_csr(len(catalog), bundles)
-        users = None
+        users = seen = None
         past = history[:0]
         user_rows: dict[str, int] = {}
         if dataset.interactions is not None and (interactions is None or len(interactions)):
-            past = dataset.interactions.to_csr(len(catalog), interactions)
+            seen = dataset.interactions if interactions is None else dataset.interactions.take(interactions)
+            past = seen.to_csr(len(catalog))
             active = np.flatnonzero(np.diff(past.indptr))
             user_rows = {dataset.interactions.user_ids[row]: int(row) for row in active}
             if (dataset.bundles.baskets < 0).all():
                 users = sparse.csr_matrix(sparse.vstack([history, past[active]]))
         return cls(
-            history, users, past, user_rows, np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
-            catalog.leaf_numbers, catalog, text, frozen, tuned, areas,
+            history, users, past, user_rows,
+            np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
+            catalog.leaf_numbers, catalog, text, frozen, tuned, areas, rated or {}, seen,
         )  # fmt: skip
 
     @cached_property
@@ -145,6 +168,12 @@ class Known:
     def categorised(self) -> sparse.csr_array[Any, tuple[int, int]] | None:
         """The same with the category path among the words; None where no item has one."""
         return tfidf_vectors(self.catalog.texts(self.text + " {category}")) if any(self.catalog.categories) else None
+
+    @property
+    def general(self) -> Tuned:
+        """The adapters of bundles that speak of all items."""
+        bound = () if self.areas is None else self.areas.members
+        return {name: one for name, one in self.tuned.items() if name not in bound}
 
     def evidence(self, questions: Questions) -> Evidence:
         """Return what fusion gates read of some questions."""
@@ -166,12 +195,17 @@ class FittedHead:
     """An adapter's head over the vectors of its encoder; it comes fitted."""
 
     vectors: NDArray[np.float32]
-    head: BundleHead
+    head: CompletionHead
     targets: NDArray[np.float32]
 
     @classmethod
-    def of(cls, vectors: NDArray[np.float32], head: BundleHead) -> FittedHead:
+    def of(cls, vectors: NDArray[np.float32], head: CompletionHead) -> FittedHead:
         return cls(vectors, head, target_vectors(head, vectors))
+
+    @classmethod
+    def untuned(cls, vectors: NDArray[np.float32]) -> FittedHead:
+        """Return what the frozen encoder says, the cosine with the mean: (N, D) its vectors."""
+        return cls.of(vectors, BundleHead(vectors.shape[1], BundleTask()).eval())
 
     def __call__(self, questions: Questions) -> NDArray[np.float32]:
         return completion_scores(self.head, self.vectors, self.targets, questions.contexts)
@@ -181,6 +215,48 @@ class FittedHead:
         if 4 * len(rows) >= len(self.targets):
             return self(questions)[:, rows]
         return completion_scores(self.head, self.vectors, self.targets[rows], questions.contexts)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedEnsemble:
+    """Several adapters of all items as one voice: the mean of their scores, or the score of their mean vectors.
+
+    The mean vectors of k adapters over one encoder also compare the query of each with the targets of the others:
+    their score is the mean of all k * k cosines. Either way the catalogue is encoded, and kept, k times, and a question
+    is pooled k times; it then costs k products with a matrix of the catalogue where scores are averaged, one where
+    vectors are.
+
+    Attributes:
+        heads: what each adapter says. targets: (N, D) the mean of theirs; None where scores are averaged.
+    """
+
+    heads: tuple[FittedHead, ...]
+    targets: NDArray[np.float32] | None
+
+    @classmethod
+    def of(cls, heads: Sequence[FittedHead], *, vectors: bool) -> FittedEnsemble:
+        """Join adapters; `vectors` averages these and not the scores."""
+        return cls(tuple(heads), _mean([one.targets for one in heads]) if vectors else None)
+
+    def __call__(self, questions: Questions) -> NDArray[np.float32]:
+        if self.targets is None:
+            return _mean([one(questions) for one in self.heads])
+        return self._queries(questions) @ self.targets.T  # (Q, D) @ (D, N) -> (Q, N)
+
+    def among(self, questions: Questions, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Score some items only: (C,) rows -> (Q, C)."""
+        if self.targets is None:
+            return _mean([one.among(questions, rows) for one in self.heads])
+        return self._queries(questions) @ self.targets[rows].T
+
+    def _queries(self, questions: Questions) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            every = [context_queries(one.head, one.vectors, questions.contexts) for one in self.heads]
+            return _mean([one.float().cpu().numpy() for one in every])
+
+
+def _mean(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.asarray(np.mean(np.stack(parts), axis=0), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +305,7 @@ class _Choice:
 @dataclass(frozen=True, eq=False)
 class _Head:
     vectors: NDArray[np.float32]
-    head: BundleHead
+    head: CompletionHead
     setting: str = ""
 
     def fit(self) -> Fitted:
@@ -244,6 +320,40 @@ class _Past:
 
     def fit(self) -> Fitted:
         return past_of(self.known, neighbours=self.neighbours)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rating:
+    known: Known
+    name: str
+    setting: str
+
+    def fit(self) -> Fitted:
+        return rating_of(self.known, self.name, self.setting)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ensemble:
+    known: Known
+    setting: str
+
+    def fit(self) -> Fitted:
+        return ensemble_of(self.known, self.setting)
+
+
+def rating_of(known: Known, name: str, setting: str) -> FittedRating:
+    """Return a rating adapter over what is known, as it was or will be set.
+
+    Raises:
+        DataError: there are no interactions with times that may be seen.
+    """
+    return FittedRating(Rater.of(*known.rated[name], known.interactions), beside=setting == _BESIDE)
+
+
+def ensemble_of(known: Known, setting: str) -> FittedEnsemble:
+    """Return the adapters of all items as one voice."""
+    heads = [FittedHead.of(vectors, head) for vectors, head in known.general.values()]
+    return FittedEnsemble.of(heads, vectors=setting == _VECTORS)
 
 
 def past_of(known: Known, *, neighbours: bool) -> FittedPast:
@@ -293,7 +403,8 @@ def families(
         "TF-IDF title": cosine(known.words),
         PEER: closed_form("words", known.words) + closed_form("words and pairs", tfidf_vectors(known.texts, longest=2)),
     }
-    if owners & set(known.user_rows):
+    met = bool(owners & set(known.user_rows))
+    if met:
         found[BOUGHT] = [_Past(known, neighbours=False)]
         found[ALIKE] = [_Past(known, neighbours=True)]
     # CEASE may read the category path as well: a peer should know what we know.
@@ -304,8 +415,14 @@ def families(
     dense: dict[str, NDArray[np.float32]] = {}
     for name, (vectors, head) in known.tuned.items():
         found[f"{TUNED} {name}"] = [_Head(vectors, head)]
-        if known.areas is None or name not in known.areas.members:  # one that speaks of all items
+        if name in known.general:
             dense[name] = target_vectors(head, vectors)
+    if len(dense) > 1:
+        found[ENSEMBLE] = [_Ensemble(known, setting) for setting in (_SCORES, _VECTORS)]
+    for name in known.rated:
+        found[f"{RATED} {name}"] = [
+            _Rating(known, name, setting) for setting in ((_PAST, _BESIDE) if met else (_BESIDE,))
+        ]
     if not dense and known.frozen is not None:
         dense["frozen"] = known.frozen
     if dense:
@@ -369,6 +486,12 @@ def picked_all(
         except PeftComboError as error:
             notes.append(f"{name}: left out. {error}")
         done(name)
+    if ENSEMBLE in chosen:
+        k = len(known.general)
+        notes.append(
+            f"{ENSEMBLE}: encodes the catalogue {k} times; a question costs {k} products with it ({_SCORES}) or one "
+            f"({_VECTORS})"
+        )
     if known.areas is not None:
         heads = {name: chosen[f"{TUNED} {name}"] for name in known.tuned}
         scores = {name: one.scores for name, one in heads.items()}
@@ -380,6 +503,21 @@ def picked_all(
         chosen[BY_CATEGORY] = Picked("calibrated", fitted, crossed, _ndcg(crossed, valid))
         done(BY_CATEGORY)
     return chosen
+
+
+def best_text(picked: Mapping[str, Picked]) -> str:
+    """Return the name of the tuned scorer that is best on validation; "" where there is none."""
+    tuned = [name for name in picked if name in (BY_CATEGORY, ENSEMBLE) or name.startswith(TUNED)]
+    return max(tuned, key=lambda name: picked[name].ndcg, default="")
+
+
+def beside(fitted: Fitted, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Score rows beside sets of items of no owner: S sets of rows, (C,) rows -> (S, C); a `composing.Compatibility`."""
+    none = np.zeros(len(sets), np.int64)
+    questions = Questions(padded(sets), none, np.full(len(sets), ""), none)
+    if isinstance(fitted, FittedHead | FittedEnsemble):
+        return fitted.among(questions, rows)
+    return fitted(questions)[:, rows]
 
 
 def asked(dataset: Dataset, rows: NDArray[np.int32], limit: int, seed: int, name: str, notes: list[str]) -> Questions:

@@ -18,6 +18,7 @@ from scipy import stats
 from peft_combo import metrics
 from peft_combo.categories import Areas
 from peft_combo.charts import Bar, Bars, draw
+from peft_combo.composition import CompositionReport, compare
 from peft_combo.contenders import (
     FROZEN,
     PEER,
@@ -28,8 +29,10 @@ from peft_combo.contenders import (
     FittedScorer,
     ItemVectors,
     Known,
+    Rated,
     Tuned,
     asked,
+    best_text,
     blocks,
     families,
     picked_all,
@@ -44,8 +47,9 @@ from peft_combo.tasks.bundle import Questions
 PROTOCOL = (
     "Every item of every held-out bundle once the answer, ranked among the whole catalogue without the rest of its "
     "bundle, ties at mid-rank. Scorers are fitted on training bundles alone, with the interactions of training users "
-    'where validation prefers it; "bought before" and "users alike" read what the owner of a bundle did in the '
-    "training interactions, nothing where users are held out as a whole. Settings and fusion weights are chosen on "
+    'where validation prefers it; "bought before", "users alike" and "rated" read what the owner of a bundle took in '
+    'these, nothing where users are held out as a whole, and "rated" may count the rest of the bundle as taken last. '
+    "Settings and fusion weights are chosen on "
     "validation bundles; test bundles are scored once. 95 % intervals by bootstrap over groups; p by paired "
     "permutation of groups, two-sided."
 )
@@ -125,6 +129,7 @@ class Report:
         fusion: as fitted on validation; its `table` holds what was tried.
         counts: items, bundles, questions and groups of the parts.
         notes: rows that are missing and why, and what was sampled.
+        composition: how whole bundles are composed; None where it was not asked for.
     """
 
     dataset: str
@@ -137,6 +142,7 @@ class Report:
     fusion: Fusion
     notes: tuple[str, ...]
     answers: Answers = field(repr=False, compare=False)
+    composition: CompositionReport | None = None
 
     def row(self, name: str) -> Row:
         """Return the line of that name.
@@ -181,6 +187,7 @@ class Report:
             "rows": rows,
             "fusion": self.fusion.state(),
             "notes": list(self.notes),
+            "composition": None if self.composition is None else self.composition.to_json(),
         }
 
 
@@ -190,11 +197,13 @@ def evaluate(
     *,
     frozen: NDArray[np.float32] | None = None,
     tuned: Tuned | None = None,
+    rated: Rated | None = None,
     areas: Areas | None = None,
     text: str = "{title}",
     seed: int = 0,
     max_questions: int = 5000,
     also: Mapping[str, Scorer] | None = None,
+    compose: bool = False,
     advance: Callable[[str], None] | None = None,
 ) -> Report:
     """Fit every scorer on train, choose on validation, measure on test once.
@@ -202,11 +211,13 @@ def evaluate(
     Args:
         frozen: (N, D) vectors of the encoder without adapter; None leaves its rows out.
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
+        rated: the same of rating adapters, which must not have seen the owners of test bundles: `rating_problem`.
         areas: which of them is for which items, see `Areas.of`; adds the row of all of them together.
         text: template of what the word-based rows read.
         seed: of sampling, bootstrap and permutations.
         max_questions: more test questions than so many are sampled, whole bundles at a time.
         also: further scorers, fitted on the training bundles like all others and part of the fusion.
+        compose: also compose whole bundles, see `composition`; takes as long again or longer.
         advance: told the name of each row that is done.
     Raises:
         PeftComboError: the split has no validation or no test bundles.
@@ -219,7 +230,7 @@ def evaluate(
     advance = advance or (lambda name: None)
     n_items = len(dataset.catalog)
     notes: list[str] = []
-    known = Known.of(dataset, parts.train, parts.train_interactions, text, frozen, tuned or {}, areas)
+    known = Known.of(dataset, parts.train, parts.train_interactions, text, frozen, tuned or {}, areas, rated)
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}
@@ -238,6 +249,7 @@ def evaluate(
     # Fuse; the floor of the table has nothing to contribute.
     candidates = {name: one.scores for name, one in picked.items() if name != RANDOM}
     fusion = Fusion.fit(candidates, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
+    side = picked[best_text(picked)].fitted if best_text(picked) else None
     picked.clear()
     candidates.clear()
     on_valid[FUSION] = next(line.ndcg for line in fusion.table if line.name == fusion.chosen)
@@ -279,8 +291,14 @@ def evaluate(
         "test groups": len(set(test.clusters.tolist())),
     }
     answers = Answers(test.clusters, sliced, ranks, fill_ins)
+    composition = None
+    if compose:
+        if side is None and frozen is not None:
+            side = FittedHead.untuned(frozen)
+        composition = compare(dataset, parts, known, asks, fusion, side, test, seed, advance)
     return Report(
-        dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, counts, lines, fusion, tuple(notes), answers
+        dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, counts, lines, fusion, tuple(notes), answers,
+        composition,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,38 @@ from torch import Tensor, nn
 from peft_combo.architectures import lower_view, upper_view
 from peft_combo.backbone import CHUNK_TOKENS, Backbone, Tokens, length_sorted_chunks
 from peft_combo.methods import AttachedAdapter
+
+
+@dataclass(frozen=True, eq=False)
+class Variants:
+    """Other wordings of the texts, which training sees in their place now and then.
+
+    Attributes:
+        texts: for each text its other wordings; none is fine.
+        share: chance that a text of a training batch is seen in one of them.
+    """
+
+    texts: Sequence[Sequence[str]]
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Push:
+    """What is added to the states of some texts' tokens where they enter the layers that learn.
+
+    Attributes:
+        added: (T, D) float32, without padding; a leaf, so that a backward pass leaves its gradient in it.
+        text: (T,) which text each token is of, from 0.
+        sizes: (K,) Euclidean length of all states of each text together.
+    """
+
+    added: Tensor
+    text: Tensor
+    sizes: Tensor
+
+    def lengths(self, states: Tensor) -> Tensor:
+        """Return the Euclidean length of each text's part: (T, D) -> (K,)."""
+        return torch.zeros_like(self.sizes).index_add_(0, self.text, states.square().sum(1)).sqrt()
 
 
 class ItemEncoder:
@@ -42,6 +75,8 @@ class ItemEncoder:
         texts: Sequence[str],
         *,
         per_token: bool = False,
+        retokenized: bool = False,
+        variants: Variants | None = None,
         fast: bool = True,
         cache_limit_bytes: int = 2**30,
         scratch: Path | None = None,
@@ -49,20 +84,38 @@ class ItemEncoder:
         processes: int = 1,
         progress: Callable[[int], None] | None = None,
     ) -> None:
+        """Tokenise the texts, and run the frozen layers once where that serves.
+
+        Args:
+            retokenized: tokens of the texts will be exchanged (`encode`), so what the frozen layers say of the texts
+                as they are is of no use.
+            variants: of the texts, in their order; not where `per_token`.
+        """
         distinct = dict.fromkeys(texts)
         number = {text: place for place, text in enumerate(distinct)}
         self.text_of = np.array([number[text] for text in texts], np.int64)
+        self._share = 0.0 if variants is None else variants.share
+        others: dict[int, NDArray[np.int64]] = {}
+        if variants is not None:
+            for text, wordings in zip(texts, variants.texts, strict=True):
+                for wording in wordings:
+                    number.setdefault(wording, len(number))
+                own = np.array([number[wording] for wording in wordings], np.int64)
+                others[number[text]] = np.unique(np.concatenate([others.get(number[text], own), own]))
+            distinct = dict.fromkeys(number)
+        self._others = others
         self.tokens: Tokens = backbone.tokenize(list(distinct), attached.max_length)
         self.per_token = per_token
         # Rows that each text has in what `encode` returns.
         self._sizes = self.tokens.lengths if per_token else np.ones(len(self.tokens), np.int64)
         self.process, self.processes = process, processes
         self._backbone = backbone
+        self._inner = attached.inner
         self._fast = fast
         self._cache: Tensor | None = None
         self._spill: tempfile.TemporaryDirectory[str] | None = None
         self.cached_bytes = 0
-        if fast and attached.cut > 0 and cache_limit_bytes > 0:
+        if fast and attached.cut > 0 and cache_limit_bytes > 0 and not retokenized:
             self.encoder: nn.Module = upper_view(attached.inner, attached.cut)
             self.frozen: nn.Module = upper_view(backbone.model, attached.cut)
             self._fill_cache(lower_view(backbone.model, attached.cut), cache_limit_bytes, scratch, progress)
@@ -71,7 +124,7 @@ class ItemEncoder:
             self.frozen = backbone.model
 
     def __len__(self) -> int:
-        """Number of distinct texts."""
+        """Number of distinct texts, other wordings included."""
         return len(self.tokens)
 
     @property
@@ -79,7 +132,10 @@ class ItemEncoder:
         """Number of vectors or states that the whole catalogue becomes."""
         return int(self._sizes[self.text_of].sum())
 
-    def encode(self, encoder: nn.Module, items: NDArray[np.int64]) -> Tensor:
+    def encode(
+        self, encoder: nn.Module, items: NDArray[np.int64], *, seed: int | None = None, push: Push | None = None,
+        tokens: NDArray[np.int64] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Encode items, with gradients where the caller has them on.
 
         With several processes each encodes a share and all get the whole; gradients flow as if one had done it all.
@@ -87,38 +143,84 @@ class ItemEncoder:
         Args:
             encoder: `self.encoder`, `self.frozen`, or a wrapped form of either.
             items: (M,) rows of the catalogue.
+            seed: draws which texts are seen in another wording, and in which; None takes each as it is.
+            push: what `pushed` made for the same items and seed; added where states enter the layers that learn.
+            tokens: ids to run in place of the items' own, one text behind the other; only for an encoder that is
+                `retokenized`, and items whose texts are distinct and ascending.
         Returns:
             (M, D) float32 of unit length; or where this encoder is `per_token` (T, D) float32, the states of every
             token of the first item, then of the second, without padding.
         """
         texts, place = np.unique(self.text_of[items], return_inverse=True)
-        own = texts[self.process :: self.processes]
+        wordings = self._worded(texts, seed)
+        own = wordings[self.process :: self.processes]
+        if tokens is not None:
+            spans = np.split(tokens, np.cumsum(self.tokens.lengths[texts])[:-1])
+            tokens = np.concatenate(spans[self.process :: self.processes] or spans[:1])
         # With more processes than texts an idle one must still touch every weight: the others wait for its gradients.
-        encoded = self._encode(encoder, own if len(own) else texts[:1])[: int(self._sizes[own].sum())]
-        sizes = self._sizes[texts]
+        encoded = self._encode(encoder, own if len(own) else wordings[:1], push, tokens)
+        encoded = encoded[: int(self._sizes[own].sum())]
+        sizes = self._sizes[wordings]
         whole = gather_shares(encoded, sizes, self.process, self.processes)
         rows = _ragged((np.cumsum(sizes) - sizes)[place], sizes[place])
         return whole[torch.from_numpy(rows).to(whole.device)]
 
+    @torch.no_grad()
+    def pushed(self, items: NDArray[np.int64], seed: int | None) -> Push:
+        """Return a push of nothing for this process's share of `items`, to be filled by who looks for a bad one."""
+        wordings = self._worded(np.unique(self.text_of[items]), seed)
+        own = wordings[self.process :: self.processes]
+        own = own if len(own) else wordings[:1]
+        padded, mask = self._entering(own)
+        states = padded[mask.bool()]
+        text = torch.from_numpy(np.repeat(np.arange(len(own)), self.tokens.lengths[own])).to(states.device)
+        push = Push(torch.zeros_like(states).requires_grad_(True), text, states.new_zeros(len(own)))
+        return Push(push.added, text, push.lengths(states))
+
+    def _worded(self, texts: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
+        """Return the texts by number, some in another wording."""
+        if seed is None or not self._others:
+            return texts
+        rng = np.random.default_rng(seed)
+        drawn = zip(texts, rng.random(len(texts)) < self._share, rng.random(len(texts)), strict=True)
+        return np.array(
+            [
+                own[int(which * len(own))] if altered and len(own := self._others[int(text)]) else text
+                for text, altered, which in drawn
+            ],
+            np.int64,
+        )
+
     @torch.inference_mode()
-    def catalogue(self, encoder: nn.Module, items: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def catalogue(
+        self, encoder: nn.Module, items: NDArray[np.int64] | None = None, *, tokens: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
         """Encode `items`, or all of them, without gradients; see `encode`."""
         chosen = np.arange(len(self.text_of)) if items is None else items
-        encoded: NDArray[np.float32] = self.encode(encoder, chosen).cpu().numpy()
+        encoded: NDArray[np.float32] = self.encode(encoder, chosen, tokens=tokens).cpu().numpy()
         return encoded
 
-    def _encode(self, encoder: nn.Module, texts: NDArray[np.int64]) -> Tensor:
+    def _encode(
+        self, encoder: nn.Module, texts: NDArray[np.int64], push: Push | None = None,
+        tokens: NDArray[np.int64] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Encode texts by number, (K,) -> (K, D), or the states of all their tokens."""
         lengths = self.tokens.lengths[texts]
         chunks = list(length_sorted_chunks(lengths)) if self._fast else [np.arange(len(texts))]
         encoded = []
+        begin = np.cumsum(lengths) - lengths  # where each text's tokens begin among those of `texts`
         for chunk in chunks:
             rows = texts[chunk]
-            if self._cache is None:
+            if self._cache is None and push is None:
                 ids, mask = (part.to(self._backbone.device) for part in self.tokens.padded(rows, self._backbone.pad_id))
+                if tokens is not None:
+                    ids[mask.bool()] = torch.from_numpy(tokens[_ragged(begin[chunk], lengths[chunk])]).to(ids)
                 hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             else:
-                states, mask = self._cached(rows)
+                states, mask = self._entering(rows)
+                if push is not None:
+                    added = push.added[torch.from_numpy(_ragged(begin[chunk], lengths[chunk])).to(states.device)]
+                    states = states.masked_scatter(mask.bool()[..., None], states[mask.bool()] + added)
                 hidden = encoder(inputs_embeds=states, attention_mask=mask).last_hidden_state
             encoded.append(hidden[mask.bool()].float() if self.per_token else self._backbone.pool(hidden, mask))
         if not encoded:
@@ -128,16 +230,21 @@ class ItemEncoder:
         starts[order] = np.cumsum(sizes[order]) - sizes[order]
         return torch.cat(encoded)[torch.from_numpy(_ragged(starts, sizes)).to(encoded[0].device)]
 
-    def _cached(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return the states (B, L, D) that enter the first layer in training, and their mask (B, L)."""
-        assert self._cache is not None
+    def _entering(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return the states (B, L, D) that enter the first layer in training, and their mask (B, L).
+
+        Without a cache that is the first of all layers, and the states are the embeddings of the tokens.
+        """
+        if self._cache is None:
+            ids, mask = (part.to(self._backbone.device) for part in self.tokens.padded(rows, self._backbone.pad_id))
+            return self._inner.get_input_embeddings()(ids), mask  # type: ignore[operator]
         lengths = self.tokens.lengths[rows]
         position = np.arange(int(lengths.max()))
-        mask = position < lengths[:, None]
+        present = position < lengths[:, None]
         # What stands in padded places is some other text's state: never attended to, never pooled.
         source = np.minimum(self.tokens.offsets[rows][:, None] + position, len(self._cache) - 1)
         device = self._backbone.device
-        return self._cache[torch.from_numpy(source)].to(device), torch.from_numpy(mask.astype(np.int64)).to(device)
+        return self._cache[torch.from_numpy(source)].to(device), torch.from_numpy(present.astype(np.int64)).to(device)
 
     @torch.no_grad()
     def _fill_cache(

@@ -28,10 +28,11 @@ from peft_combo.adapter_configs import (
     PTuningAdapter,
     TopLayers,
 )
+from peft_combo.augmentation_config import AugmentationConfig
 from peft_combo.errors import Fault, RecipeError, did_you_mean
 from peft_combo.recipe_fields import Bool, Int, Real, Section, Text, fault, shown
 from peft_combo.task_configs import BundleTask as BundleTask
-from peft_combo.task_configs import Metric, TaskConfig
+from peft_combo.task_configs import MaskedTask, Metric, TaggingTask, TaskConfig
 
 Name = Annotated[
     str,
@@ -174,6 +175,44 @@ class EarlyStopping(Section):
     patience: Int = Field(default=3, ge=1, le=1000, description="Evaluations without improvement before stopping.")
 
 
+class Freezing(Section):
+    """Which of the trained weights wait at the start of a run."""
+
+    schedule: Literal["head-first", "gradual"] = Field(
+        default="gradual",
+        description="head-first: the adapter waits while the head learns (Kumar et al. 2022, LP-FT). gradual: the top "
+        "layer learns first, each lower one joins later (Howard and Ruder 2018, ULMFiT).",
+    )
+    share: Real = Field(default=0.3, gt=0, lt=1, description="Share of the steps after which all weights learn.")
+
+
+class Adversarial(Section):
+    """Train on states that were pushed a little to where the loss grows fastest."""
+
+    kind: Literal["fgm", "pgd", "freelb"] = Field(
+        default="fgm",
+        description="fgm: one push (Miyato et al. 2017). pgd: several small ones, the last is learned from (Madry et "
+        "al. 2018). freelb: several, all learned from, at the cost of no clean pass (Zhu et al. 2020).",
+    )
+    epsilon: Real = Field(
+        default=0.1, gt=0, le=10, description="Length of the push, as a share of the length of a text's states."
+    )
+    steps: Int = Field(default=3, ge=1, le=100, description="Pushes of pgd and freelb; fgm has one.")
+    step_size: Real = Field(default=0.5, gt=0, le=10, description="Length of each of them, as a share of epsilon.")
+
+
+class Averaging(Section):
+    """Keep the mean of the weights along the run instead of the last or best point."""
+
+    kind: Literal["swa", "ema"] = Field(
+        default="swa",
+        description="swa: the plain mean of the weights at every evaluation (Izmailov et al. 2018). ema: a running "
+        "mean over the steps (Polyak and Juditsky 1992).",
+    )
+    start: Real = Field(default=0.5, ge=0, lt=1, description="Share of the run after which weights are averaged.")
+    decay: Real = Field(default=0.99, gt=0, lt=1, description="What ema keeps of the mean at each step.")
+
+
 class TrainingConfig(Section):
     """How the trainable weights are moved."""
 
@@ -205,6 +244,19 @@ class TrainingConfig(Section):
     )
     encoder_dropout: Real = Field(
         default=0.0, ge=0, lt=1, description="Dropout inside the encoder's trained layers, beside the adapter's own."
+    )
+    r_drop: Real = Field(
+        default=0.0, ge=0, le=100, description="Weight of what two passes with different dropout disagree by; doubles "
+        "the cost of a step. Liang et al. 2021.",
+    )  # fmt: skip
+    layer_decay: Real = Field(
+        default=1.0, gt=0, le=1, description="Each layer learns at this share of the rate of the layer above it; the "
+        "top one at the full rate. Howard and Ruder 2018; Clark et al. 2020.",
+    )  # fmt: skip
+    freezing: Freezing | None = Field(default=None, description="What waits at the start; null lets all learn at once.")
+    adversarial: Adversarial | None = Field(default=None, description="Adversarial training; null does without.")
+    averaging: Averaging | None = Field(
+        default=None, description="Averaging of weights along the run; null keeps a single point."
     )
     evaluate_every: Real = Field(default=1.0, gt=0, le=1000, description="Epochs between two evaluations.")
     checkpoint_every: Int = Field(
@@ -239,6 +291,9 @@ class Recipe(Section):
     data: DataConfig = Field(description="Where the data comes from and how it is divided.")
     adapter: AdapterConfig = Field(description="What is trained.")
     task: TaskConfig = Field(default=BundleTask(), description="What is learned.")
+    augmentation: AugmentationConfig = Field(
+        default=AugmentationConfig(), description="Other wordings of the texts that training sees now and then."
+    )
     training: TrainingConfig = Field(default=TrainingConfig(), description="How it is trained.")
     store: Text = Field(default="adapters", description="Folder of the adapter store.")
 
@@ -289,6 +344,17 @@ class Recipe(Section):
             )
         return adapter
 
+    @field_validator("augmentation")
+    @classmethod
+    def _words_keep_their_labels(cls, augmentation: AugmentationConfig, info: ValidationInfo) -> AugmentationConfig:
+        task = info.data.get("task")
+        if isinstance(task, TaggingTask | MaskedTask) and augmentation.alters:
+            raise fault(
+                f"task.kind {task.kind} labels single words, and an altered text has others.",
+                "Leave augmentation out; more texts may be made by hand.",
+            )
+        return augmentation
+
     @field_validator("training")
     @classmethod
     def _metric_of_the_task(cls, training: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
@@ -299,6 +365,20 @@ class Recipe(Section):
                 f"expected one of {', '.join(task.metrics)} for task.kind {task.kind}; found {shown(metric)}.",
                 where="training.early_stopping.metric",
             )
+        return training
+
+    @field_validator("training")
+    @classmethod
+    def _r_drop_needs_dropout(cls, training: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        adapter, task = info.data.get("adapter"), info.data.get("task")
+        if training.r_drop and adapter is not None and task is not None:
+            drops = (training.encoder_dropout, getattr(adapter, "dropout", 0), getattr(task, "head_dropout", 0))
+            if not any(drops):
+                raise fault(
+                    "two passes without dropout are the same, so they cannot disagree.",
+                    "Set training.encoder_dropout, adapter.dropout or task.head_dropout, or leave r_drop out.",
+                    where="training.r_drop",
+                )
         return training
 
     @field_validator("training")

@@ -7,7 +7,7 @@ border where outside ids become rows and back. Knows nothing of how an adapter w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -16,35 +16,42 @@ from scipy import sparse
 
 from peft_combo.bank import AdapterBank, LiveAdapter
 from peft_combo.categories import Areas
-from peft_combo.composing import Composer, Composition, Options, co_counts
+from peft_combo.composing import Composer, Composition, Options, Wished, co_counts
 from peft_combo.constraints import Constraints
 from peft_combo.contenders import (
     ALIKE,
     BY_CATEGORY,
+    ENSEMBLE,
     RANDOM,
     TUNED,
     Fitted,
     FittedHead,
     FittedPast,
     Known,
-    Picked,
     asked,
+    beside,
+    best_text,
     families,
     past_of,
     picked_all,
 )
 from peft_combo.data import Dataset, Split
+from peft_combo.data.tags import Tagger, head_entity
 from peft_combo.errors import DataError, did_you_mean
 from peft_combo.fusion import Fusion, comparable
-from peft_combo.recipe import BundleTask
+from peft_combo.rated import rating_problem
 from peft_combo.slots import SlotTemplates
-from peft_combo.tasks.bundle import BundleHead, Questions
+from peft_combo.tasks.bundle import CompletionHead, Questions
+from peft_combo.tasks.rating import RatingHead
 from peft_combo.vectors import VectorCache
+from peft_combo.wishes import Wish, same_thing, understand
 
 # A user is described by so many of the items taken last; older ones say more about a past than about a next purchase.
 _HISTORY = 5
 # Validation questions that settings and weights are chosen on.
 _QUESTIONS = 2_000
+# Items whose titles are read for a wish: so many most like its words, and so many most like its name alone.
+_READ = 128
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,9 @@ class Recommendation:
         score: the composer's objective, the sum of `parts`.
         price: of the whole bundle; None where a price is unknown.
         evidence: per added item what speaks for it: counts, agreeing attributes, the slot rule with its support and
-            confidence, what each scorer gives it beside the given items, and where it was asked for, what each other
-            item of the bundle adds to its compatibility (`because`, in cosines of the text side). Nothing in it is made
-            up; where nothing was counted the entry is short.
+            confidence, what each scorer gives it beside the given items, which things of the query it `answers`, and
+            where it was asked for, what each other item of the bundle adds to its compatibility (`because`, in cosines
+            of the text side). Nothing in it is made up; where nothing was counted the entry is short.
     """
 
     items: tuple[str, ...]
@@ -91,6 +98,20 @@ class Recommendation:
     parts: dict[str, float]
     price: float | None
     evidence: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """The items that answer a wish, the likest first, and the cosine of every item with its words (N,).
+
+    Attributes:
+        named: whether the items are called as the wish is; where none is, those of its type answer.
+    """
+
+    wish: Wish
+    named: bool
+    rows: NDArray[np.int64]
+    likeness: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +135,7 @@ class BundleRecommender:
         dataset: what it was fitted on.
         adapters: the adapters that make item vectors, as they were when it was fitted; none for the frozen encoder.
         fusion: how scorers are weighed, with the validation table behind the choice.
-        settings: of each scorer the fusion needs, the setting that validation picked.
+        settings: of each scorer the fusion needs, and of the text side, the setting that validation picked.
         serving: the scorers the fusion needs, fitted on all bundles.
         text_side: judges how well an item goes with a set by its text alone; its name is "" for the frozen encoder.
         known: what they were fitted on. users: what reads the past of users alike, where the fusion could not weigh it.
@@ -184,9 +205,15 @@ class BundleRecommender:
         notes = [
             f"{one.reference} was tuned on another split, so it may have seen the validation bundles and weigh too much"
             for one in side.live
-            if one.record.manifest.data.split_digest != parts.digest and side.areas is None
+            if one.reference in side.tuned
+            and one.record.manifest.data.split_digest != parts.digest
+            and side.areas is None
         ]
-        known = Known.of(dataset, parts.train, parts.train_interactions, text, side.frozen, side.tuned, side.areas)
+        manifests = (one.record.manifest for one in side.live if one.reference in side.rated)
+        notes += [problem for manifest in manifests if (problem := rating_problem(manifest, dataset, parts))]
+        known = Known.of(
+            dataset, parts.train, parts.train_interactions, text, side.frozen, side.tuned, side.areas, side.rated
+        )
         valid = asked(dataset, parts.valid, _QUESTIONS, seed, "valid", notes)
         owners = {dataset.bundles.groups[row] for row in parts.valid}
         contenders = {name: choices for name, choices in families(known, owners, seed).items() if name != RANDOM}
@@ -195,16 +222,18 @@ class BundleRecommender:
         fusion = Fusion.fit(scores, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
         scores.clear()
 
-        everything = Known.of(dataset, None, None, text, side.frozen, side.tuned, side.areas)
+        everything = Known.of(dataset, None, None, text, side.frozen, side.tuned, side.areas, side.rated)
         wanted = {name: picked[name].setting for name in fusion.needs}
         serving = fitted_as(everything, wanted, seed, {name: picked[name].fitted for name in wanted})
         # What was not weighed, because no validation user was met before, still speaks for a user who is known.
         weighed = not known.user_rows.keys().isdisjoint(owners)
         name = best_text(picked)
+        if name:
+            wanted = {**wanted, name: picked[name].setting}
         return cls(
-            dataset, bank, side.live, serving, name, picked[name].fitted if name else side.untuned(bank), fusion,
-            wanted, everything, None if weighed or not everything.user_rows else past_of(everything, neighbours=True),
-            parts.digest, notes,
+            dataset, bank, side.live, serving, name,
+            picked[name].fitted if name else FittedHead.untuned(side.frozen), fusion, wanted, everything,
+            None if weighed or not everything.user_rows else past_of(everything, neighbours=True), parts.digest, notes,
         )  # fmt: skip
 
     def complete(
@@ -246,6 +275,7 @@ class BundleRecommender:
         *,
         user: str | None = None,
         query: str | None = None,
+        tagger: Tagger | None = None,
         constraints: Constraints | None = None,
         required: Iterable[str] | None = None,
         forbidden: Iterable[str] | None = None,
@@ -260,6 +290,9 @@ class BundleRecommender:
         Args:
             items: outside ids every bundle keeps.
             query: what is looked for, in words.
+            tagger: takes the query apart (`wishes.understand`): every bundle then holds one item for each thing it
+                names and the catalogue has, found by the words on that thing, and a budget it states counts where the
+                constraints have none. None compares items with the query as a whole; so do substitutes.
             required, forbidden: names of slots.
             explain: also tell what each item of a bundle adds to the others.
         Raises:
@@ -272,16 +305,23 @@ class BundleRecommender:
         if len(context) or user is not None:
             judged = self._judged(context if len(context) else self._taken_last(user), user)
         parts = [] if judged is None else [judged.scores]
+        answers: list[_Answers] = []
         if query is not None:
-            parts.append(self._likeness(query))
+            if tagger is not None:
+                understood = understand(query, tagger)
+                constraints, query = _within(constraints or Constraints(), understood.budget), understood.text
+                if options is None or options.mode == "complement":
+                    answers = self._answers(understood.wishes, tagger)
+            parts.append(_answered(self._likeness(query), answers))
         composer = self._composer
         if required is not None or forbidden is not None:
             edited = self.templates.with_rules(required=required, forbidden=forbidden)
             composer = composer.with_templates(edited)
         found = composer.compose(
-            context, relevance=_summed(parts), compatibility=self._beside, constraints=constraints, options=options
-        )
-        return [self._recommendation(one, judged, explain) for one in found]
+            context, wished=[Wished(one.wish.name, one.rows) for one in answers], relevance=_summed(parts),
+            compatibility=self._beside, constraints=constraints, options=options,
+        )  # fmt: skip
+        return [self._recommendation(one, judged, explain, answers) for one in found]
 
     def rank(
         self,
@@ -396,15 +436,28 @@ class BundleRecommender:
         scores: NDArray[np.float32] = self._frozen @ self.bank.encode([query], None)[0]  # (N, D) @ (D,) -> (N,)
         return scores
 
+    def _answers(self, wishes: Sequence[Wish], tagger: Tagger) -> list[_Answers]:
+        """Find the items that answer each wish by what their titles name; a wish that none answers is left out."""
+        if not wishes:
+            return []
+        asked = self.bank.encode([text for wish in wishes for text in (wish.text, wish.name)], None)
+        alike = self._frozen @ asked.T  # (N, D) @ (D, 2 W) -> (N, 2 W)
+        found = []
+        for place, wish in enumerate(wishes):
+            likeness, by_name = alike[:, 2 * place], alike[:, 2 * place + 1]
+            read = np.array(list(dict.fromkeys([*_largest(likeness, _READ), *_largest(by_name, _READ)])), np.int64)
+            titles = [self.dataset.catalog.titles[row] for row in read]
+            heads = [head_entity(title, own) for title, own in zip(titles, tagger(titles), strict=True)]
+            typed = np.array([head is not None and head.type == wish.type for head in heads])
+            named = typed & [head is not None and same_thing(head.text, wish.name) for head in heads]
+            rows = read[named if named.any() else typed]
+            if len(rows):
+                order = np.argsort(-likeness[rows], kind="stable")
+                found.append(_Answers(wish, bool(named.any()), rows[order], likeness))
+        return found
+
     def _beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        contexts = np.full((len(sets), max(map(len, sets))), -1, np.int64)
-        for own, one in zip(contexts, sets, strict=True):
-            own[: len(one)] = one
-        none = np.zeros(len(sets), np.int64)
-        questions = Questions(contexts, none, np.full(len(sets), ""), none)
-        if isinstance(self.text_side, FittedHead):
-            return self.text_side.among(questions, rows)
-        return self.text_side(questions)[:, rows]
+        return beside(self.text_side, sets, rows)
 
     def _mutual(self, one: Composition) -> dict[int, dict[str, float]]:
         """Tell what each item of a bundle adds to how well an added one goes with the rest: the loss without it."""
@@ -437,12 +490,18 @@ class BundleRecommender:
         ids = self.dataset.catalog.item_ids
         return {ids[other]: int(count) for other, count in zip(context, counts, strict=True) if count}
 
-    def _recommendation(self, one: Composition, judged: _Judged | None, explain: bool) -> Recommendation:
+    def _recommendation(
+        self, one: Composition, judged: _Judged | None, explain: bool, answers: Sequence[_Answers] = ()
+    ) -> Recommendation:
         catalog = self.dataset.catalog
         evidence = []
         because = self._mutual(one) if explain and len(one.items) > 2 else {}
         for item in one.evidence:
             told: dict[str, Any] = {"item": catalog.item_ids[item.row], "slot": item.slot}
+            if answered := [one for one in answers if item.row in one.rows]:
+                told["answers"] = [
+                    {"wish": one.wish.name, "type": one.wish.type, "named": one.named} for one in answered
+                ]
             if item.partner is not None and item.partner_count:
                 told["together"] = {"with": catalog.item_ids[item.partner], "bundles": item.partner_count}
             if item.shared:
@@ -475,7 +534,7 @@ def fitted_as(
     found = families(known, set(known.user_rows), seed)
     fitted: dict[str, Fitted] = {}
     for name, setting in settings.items():
-        if name == BY_CATEGORY or name.startswith(TUNED):
+        if name in (BY_CATEGORY, ENSEMBLE) or name.startswith(TUNED):
             fitted[name] = as_before[name]
             continue
         fitted[name] = next(choice for choice in found[name] if choice.setting == setting).fit()
@@ -487,43 +546,57 @@ class TextSide:
     """What encoders say of a catalogue.
 
     Attributes:
-        live: the adapters. frozen: (N, D). tuned: per adapter its (N, D) vectors and its head. areas: which adapter is
-            for which items, where some are for a category.
+        live: the adapters. frozen: (N, D). tuned: per adapter of bundles its (N, D) vectors and its head. rated: the
+            same of rating adapters. areas: which adapter is for which items, where some are for a category.
     """
 
     live: tuple[LiveAdapter, ...]
     frozen: NDArray[np.float32]
-    tuned: dict[str, tuple[NDArray[np.float32], BundleHead]]
+    tuned: dict[str, tuple[NDArray[np.float32], CompletionHead]]
+    rated: dict[str, tuple[NDArray[np.float32], RatingHead]]
     areas: Areas | None
-
-    def untuned(self, bank: AdapterBank) -> Fitted:
-        """Return the frozen encoder as a scorer of completions."""
-        return FittedHead.of(self.frozen, BundleHead(bank.backbone.dim, BundleTask()).eval())
 
 
 def text_knowledge(
     dataset: Dataset, bank: AdapterBank, adapters: str | Sequence[str] | None, text: str,
     cache: VectorCache | None, progress: Callable[[int], None] | None,
 ) -> TextSide:  # fmt: skip
-    """Encode a catalogue with and without adapters."""
+    """Encode a catalogue with and without adapters.
+
+    Raises:
+        StoreError: an adapter cannot be had, or was tuned for neither bundles nor ratings.
+        DataError: the adapters do not go together.
+    """
     references = () if adapters is None else (adapters,) if isinstance(adapters, str) else tuple(adapters)
     texts = dataset.catalog.texts(text)
     live = tuple(bank.get(reference) for reference in references)
-    areas = Areas.of(dataset.catalog, {one.reference: one.record.manifest.recipe for one in live})
+    # Any other head is refused before anything is encoded.
+    raters = {one.reference: one.task_head for one in live if isinstance(one.task_head, RatingHead)}
+    heads = {one.reference: one.head_as(CompletionHead) for one in live if one.reference not in raters}
+    areas = Areas.of(
+        dataset.catalog, {one.reference: one.record.manifest.recipe for one in live if one.reference in heads}
+    )
 
     def encoded(reference: str | None) -> NDArray[np.float32]:
         if cache is None:
             return bank.encode(texts, reference)
         return cache.vectors(bank, texts, reference, progress)
 
-    tuned = {one.reference: (encoded(one.reference), one.head) for one in live}
-    return TextSide(live, encoded(None), tuned, areas)
+    frozen = encoded(None)
+    rated = {name: (encoded(name), head) for name, head in raters.items()}
+    return TextSide(live, frozen, {name: (encoded(name), head) for name, head in heads.items()}, rated, areas)
 
 
-def best_text(picked: Mapping[str, Picked]) -> str:
-    """Return the name of the tuned scorer that is best on validation; "" where there is none."""
-    tuned = [name for name in picked if name == BY_CATEGORY or name.startswith(TUNED)]
-    return max(tuned, key=lambda name: picked[name].ndcg, default="")
+def _within(constraints: Constraints, budget: float | None) -> Constraints:
+    return constraints if constraints.budget is not None else replace(constraints, budget=budget)
+
+
+def _answered(likeness: NDArray[np.float32], answers: Sequence[_Answers]) -> NDArray[np.float32]:
+    """Put the likeness to the words of a wish in place of that to the whole query, for items that answer one: (N,)."""
+    own = np.full_like(likeness, -np.inf)
+    for one in answers:
+        own[one.rows] = np.maximum(own[one.rows], one.likeness[one.rows])
+    return np.where(np.isfinite(own), own, likeness)
 
 
 def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:

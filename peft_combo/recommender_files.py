@@ -32,13 +32,17 @@ from peft_combo.contenders import (
     ALIKE,
     BOUGHT,
     BY_CATEGORY,
+    ENSEMBLE,
+    RATED,
     TUNED,
     Fitted,
     FittedCategories,
     FittedHead,
     FittedScorer,
     Known,
+    ensemble_of,
     past_of,
+    rating_of,
 )
 from peft_combo.data import Dataset, Split
 from peft_combo.errors import DataError
@@ -218,7 +222,7 @@ def _rebuilt(
     progress: Callable[[int], None] | None,
 ) -> BundleRecommender:  # fmt: skip
     side = text_knowledge(dataset, bank, tuple(manifest.adapters), manifest.text, cache, progress)
-    known = Known.of(dataset, None, None, manifest.text, side.frozen, side.tuned, side.areas)
+    known = Known.of(dataset, None, None, manifest.text, side.frozen, side.tuned, side.areas, side.rated)
     heads = {name: FittedHead.of(vectors, head) for name, (vectors, head) in side.tuned.items()}
     together: Fitted | None = None
     if side.areas is not None and manifest.calibration is not None:
@@ -227,6 +231,8 @@ def _rebuilt(
     def text_scorer(name: str) -> Fitted:
         if name == BY_CATEGORY and together is not None:
             return together
+        if name == ENSEMBLE:
+            return ensemble_of(known, manifest.settings[name])
         return heads[name.removeprefix(f"{TUNED} ")]
 
     fusion = Fusion.from_state(manifest.fusion)
@@ -234,13 +240,16 @@ def _rebuilt(
     for name in fusion.needs:
         if name in (BOUGHT, ALIKE):
             serving[name] = past_of(known, neighbours=name == ALIKE)
-        elif name == BY_CATEGORY or name.startswith(TUNED):
+        elif name.startswith(f"{RATED} "):
+            serving[name] = rating_of(known, name.removeprefix(f"{RATED} "), manifest.settings[name])
+        elif name in (BY_CATEGORY, ENSEMBLE) or name.startswith(TUNED):
             serving[name] = text_scorer(name)
         else:
             serving[name] = FittedScorer(_scorer(folder, manifest.scorers[name], len(dataset.catalog)))
     return BundleRecommender(
         dataset, bank, side.live, serving, manifest.text_side,
-        text_scorer(manifest.text_side) if manifest.text_side else side.untuned(bank), fusion, manifest.settings, known,
+        text_scorer(manifest.text_side) if manifest.text_side else FittedHead.untuned(side.frozen), fusion,
+        manifest.settings, known,
         users=None if manifest.weighed_past or not known.user_rows else past_of(known, neighbours=True),
         split_digest=manifest.split, notes=manifest.notes,
     )  # fmt: skip

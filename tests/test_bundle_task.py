@@ -10,7 +10,15 @@ import torch
 
 from peft_combo.errors import StoreError
 from peft_combo.recipe import BundleTask
-from peft_combo.tasks.bundle import BundleBatch, BundleBatches, BundleHead, Questions, bundle_loss, completion_ranks
+from peft_combo.tasks.bundle import (
+    BundleBatch,
+    BundleBatches,
+    BundleHead,
+    Questions,
+    bundle_logits,
+    bundle_loss,
+    completion_ranks,
+)
 
 # Four items on the axes of the plane: 0 and 2 point right, 1 points up, 3 points left.
 VECTORS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
@@ -43,9 +51,11 @@ def test_the_loss_of_a_worked_case() -> None:
     # Context 0, answer 1, wrong answers 2 and 3 of which 2 is barred: similarities 0 (answer) and -1.
     head = BundleHead(2, BundleTask(temperature=1.0))
     batch = BundleBatch(
-        np.arange(4), torch.tensor([[0]]), torch.tensor([1]), torch.tensor([[True, False, True, False]])
+        np.arange(4), torch.tensor([[0]]), torch.tensor([1]), torch.tensor([[True, False, True, False]]), torch.ones(1)
     )
-    assert bundle_loss(head, VECTORS, batch).item() == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)
+    assert bundle_loss(bundle_logits(head, VECTORS, batch), batch).item() == pytest.approx(
+        math.log(1 + math.exp(-1)), abs=1e-6
+    )
 
 
 def test_every_item_of_every_bundle_is_asked_for_once_an_epoch() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from peft_combo import __main__
 from peft_combo.adapters import KEPT_VERSIONS, AdapterStore
 from peft_combo.cli import app
+from peft_combo.data.tags import Entity
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -337,6 +339,78 @@ def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Calla
         assert "Traceback" not in err
 
 
+def test_a_query_is_taken_apart_and_what_was_understood_is_said(
+    run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_last_word(texts: Sequence[str]) -> list[list[Entity]]:
+        named = [list(re.finditer(r"\bw12\d\b", text)) for text in texts]
+        return [[Entity("Thing", word[0], *word.span(), 1.0) for word in words] for words in named]
+
+    recipe = tiny_recipe(**{"training.epochs": 1})
+    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    assert run("tune", "--recipe", "./tiny.yaml")[0] == 0
+    ask = ("recommend", "--recipe", "./tiny.yaml", "--frozen", "-k", "1")
+    code, out, err = run(*ask, "--query", "w121", "--tagger", "tiny")
+    assert (code, out) == (1, "")
+    assert "tuned for bundle; expected one tuned for tagging" in err
+    code, out, err = run(*ask, "--items", "i0", "--tagger", "tiny")
+    assert (code, out) == (1, "")
+    assert "--tagger takes a query apart" in err
+    monkeypatch.setattr("peft_combo.cli.recommend.adapter_tagger", lambda reference, store: by_last_word)
+    query = ("--query", "w10 w121 with w124", "--tagger", "words")
+    code, out, err = run(*ask, *query, "--explain")
+    assert code == 0, err
+    assert "Understood: w121 (Thing), w124 (Thing)" in err
+    assert "Nothing in the catalogue" not in err
+    assert out.count("answers: w121; ") == out.count("answers: w124; ") == 1
+    (told,) = json.loads(run(*ask, *query, "--json")[1])
+    assert {one["wish"] for entry in told["evidence"] for one in entry.get("answers", ())} == {"w121", "w124"}
+    (tmp_path / "asked.jsonl").write_text('{"query": "w122"}\n{"query": "w122 under 5"}\n')
+    code, out, err = run(*ask, "--from", "asked.jsonl", "--to", "told.jsonl", "--tagger", "words")
+    assert (code, out) == (1, "1 of 2 requests answered in told.jsonl\n")
+    assert "line 2: None of the 9 items that answer 'w122' is allowed" in err  # no price is known
+
+
+def test_the_titles_of_a_catalogue_give_its_items_their_slots(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "items.csv").write_text('item_id,title\na,"Boots, red"\nb,Wool coat with belt\nc,Mystery\n')
+    code, out, err = run("tag", "--data", "shop", "--to", "shop/tagged.csv")
+    assert (code, err) == (0, "")
+    assert out.startswith("2 of 3 items got a slot (Shoe 1, Clo 1); 0 had one, 1 have none.\n")
+    assert (tmp_path / "shop" / "tagged.csv").read_text().splitlines() == [
+        "item_id,title,slot,entity", 'a,"Boots, red",Shoe,boots', "b,Wool coat with belt,Clo,coat", "c,Mystery,,",
+    ]  # fmt: skip
+    told = json.loads(run("tag", "--data", "shop", "--to", "again.csv", "--json")[1])
+    assert told["slots_given"] == {"Shoe": 1, "Clo": 1}
+    assert run("tag", "A wool coat")[1].splitlines()[0] == "A wool [coat](Clo)"
+    for wrong in ((), ("text", "--data", "shop", "--to", "x.csv"), ("--data", "shop"), ("text", "--to", "x.csv")):
+        code, out, err = run("tag", *wrong)
+        assert (code, out) == (1, "")
+        assert "Expected texts to tag, or --data FOLDER" in err
+    assert "Try x.csv" in run("tag", "--data", "shop", "--to", "x.parquet")[2]
+
+
+def test_labels_and_tags_are_checked_and_described_as_tables_are(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "labels.csv").write_text("text,label\na,x\nb,y\n,y\n")
+    (tmp_path / "mine" / "tags.jsonl").write_text('{"tokens": ["Red", "hat"], "tags": ["O", "Acc"]}\n')
+    code, out, err = run("data", "check", "--data", "mine")
+    assert (code, out) == (1, "")
+    assert "2 faults:\n  labels.csv:4: text is empty. Write it, or drop the row.\n  tags.jsonl:1: tags: " in err
+    code, out, err = run("data", "check", "--data", "mine", "--recipe", "tag-texts")
+    assert (code, err.count("fault")) == (1, 1)
+    (tmp_path / "mine" / "labels.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "mine" / "tags.jsonl").write_text('{"tokens": ["Red", "hat"], "tags": ["O", "B-Acc"]}\n')
+    assert "nothing is wrong" in run("data", "check", "--data", "mine")[1]
+    out = run("data", "stats", "--data", "mine")[1]
+    assert re.search(r"^texts per class +x 1, y 1", out, re.MULTILINE)
+    assert re.search(r"^entities per type +Acc 1", out, re.MULTILINE)
+    assert json.loads(run("data", "stats", "--data", "mine", "-r", "classify-texts", "--json")[1])["classes"] == 2
+    code, out, err = run("data", "check", "--data", "mine", "--recipe", "lora-fashion")
+    assert (code, out) == (1, "")
+    assert "recipes that learn from them: classify-texts, tag-texts" in err
+
+
 def test_evaluate_prints_every_row_and_guards_the_split(
     run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -354,3 +428,78 @@ def test_evaluate_prints_every_row_and_guards_the_split(
     code, out, err = run(*ask, "--set", "data.split_seed=1")
     assert (code, out) == (1, "")
     assert "another split" in err
+
+
+def test_a_rating_adapter_rates_and_joins_the_comparison(
+    run: Run, tiny_recipe: Callable[..., Any], tiny_shop: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shop"
+    shutil.copytree(tiny_shop, folder)
+    owners = dict(line.split(",") for line in (folder / "bundle_meta.csv").read_text().splitlines())
+    lines = [line.split(",") for line in (folder / "bundles.csv").read_text().splitlines()[1:]]
+    bought = [f"{owners[bundle]},{item},{time}" for time, (bundle, item) in enumerate(lines)]
+    (folder / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *bought]) + "\n")
+    same = {"data.path": str(folder), "training.epochs": 1}
+    for name, changes in (("tiny", {}), ("rated", {"category": "rated", "task": {"kind": "rating"}})):
+        recipe = tiny_recipe("head", **same, **changes)
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+        code, _, err = run("tune", "--recipe", f"./{name}.yaml")
+        assert code == 0, err
+
+    code, out, err = run("rate", "--adapter", "rated", "--user", "u3", "-k", "4")
+    assert code == 0, err
+    assert out.split()[:3] == ["item", "title", "probability"]
+    told = json.loads(run("rate", "--adapter", "rated", "--user", "u3", "-k", "4", "--json")[1])
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [one["item_id"] for one in told]
+    assert all(0 < one["probability"] < 1 for one in told)
+    asked = [told[2]["item_id"], told[0]["title"]]
+    again = json.loads(run("rate", *asked, "--adapter", "rated", "--user", "u3", "--data", str(folder), "--json")[1])
+    assert again == [told[2], told[0]]
+    assert len(json.loads(run("rate", "--adapter", "rated", "--liked", "i0", "--liked", "i6", "--json")[1])) == 10
+    for wrong, expected in (
+        (("--adapter", "rated"), "Nothing to go by"),
+        (("--adapter", "rated", "--user", "u99"), 'No user "u99" among the 30'),
+        (("--adapter", "rated", "--liked", "i99"), 'No item with the id or title "i99"'),
+        (("--adapter", "tiny", "--liked", "i0"), "was tuned for bundle; expected one tuned for rating"),
+        (("--adapter", "ratted", "--liked", "i0"), 'Did you mean "rated"?'),
+    ):
+        code, out, err = run("rate", *wrong)
+        assert (code, out) == (1, "")
+        assert expected in err
+        assert "Traceback" not in err
+
+    ask = ("evaluate", "--recipe", "./tiny.yaml", "--adapter", "tiny", "--adapter", "rated")
+    code, out, err = run(*ask)
+    assert code == 0, err
+    assert re.search(r"^tuned BERT tiny +0\.\d+", out, re.MULTILINE)
+    assert re.search(r"^rated rated +0\.\d+", out, re.MULTILINE)
+    code, out, err = run(*ask[:3], "--adapter", "rated", "--set", "data.split_seed=1")
+    assert (code, out) == (1, "")
+    assert "it was tuned on users of another split" in err
+
+
+def test_a_sequence_adapter_serves_and_is_compared_like_one_of_bundles(
+    run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    task = {"kind": "sequence", "width": 16}
+    (tmp_path / "tiny.yaml").write_text(
+        json.dumps(tiny_recipe("head", **{"task": task, "training.epochs": 2}).model_dump(mode="json"))
+    )
+    code, out, err = run("tune", "--recipe", "./tiny.yaml")
+    assert code == 0, err
+    assert re.search(r"^tuned +0\.\d+", out, re.MULTILINE)
+    use = ("--recipe", "./tiny.yaml", "--adapter", "tiny")
+    assert run("recommend", *use, "--items", "i0,i6", "-k", "2")[0] == 0
+    code, out, err = run("evaluate", *use, "--compose")
+    assert code == 0, err
+    for row in (
+        "tuned BERT tiny",
+        "top-k, fusion",
+        "composer, fusion",
+        "beam, tuned BERT tiny",
+        "beam to its end, tuned",
+    ):
+        assert re.search(rf"^{row}.* +\d\.\d+", out, re.MULTILINE)
+    code, out, err = run("adapters", "export", "tiny", "--to", "merged")
+    assert (code, out) == (1, "")
+    assert "was tuned for sequence; expected one tuned for bundle" in err

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from peft_combo.composing import Compatibility, Composer, Composition, Options, Weights, co_counts
+from peft_combo.composing import Compatibility, Composer, Composition, Options, Weights, Wished, co_counts
 from peft_combo.constraints import ALL_SEASONS, Constraints
 from peft_combo.data import Catalog, demo_dataset
 from peft_combo.errors import DataError
@@ -839,3 +839,66 @@ def test_a_composition_of_five_thousand_items_is_quick() -> None:
         composer.compose([seed], relevance=relevance, compatibility=compatibility, options=Options(seed=seed))
         took.append(time.perf_counter() - start - spent[0])
     assert np.median(took) < 0.15  # far above what it takes, for machines that are busy
+
+
+# ---- wishes ----
+
+
+def test_every_bundle_has_one_item_for_each_wish_and_the_best_is_the_best() -> None:
+    """Two wishes within one slot, and what else answers them stays away; against all bundles, one by one."""
+    catalog = shop({"top": [1] * 6, "bottom": [1] * 3, "shoes": [1] * 3})
+    composer = Composer(catalog, outfits(catalog, ("top", "top", "bottom"), ("top", "top", "shoes")))
+    rng = np.random.default_rng(2)
+    relevance, pairs = rng.normal(size=12).astype(np.float32), rng.normal(size=(12, 12))
+    wished = [Wished("shirt", np.array([0, 1])), Wished("coat", np.array([2, 3]))]
+    size = Constraints(size=(3, 3))
+    found = composer.compose(
+        wished=wished, relevance=relevance, compatibility=table(pairs), constraints=size, options=PLAIN
+    )
+    allowed = [
+        bundle
+        for bundle in itertools.combinations(range(12), 3)
+        if len({0, 1} & set(bundle)) == 1 == len({2, 3} & set(bundle))
+    ]
+    best = composer.rank(allowed, relevance=relevance, compatibility=table(pairs), constraints=size, options=PLAIN)[0]
+    assert (found[0].items, found[0].score) == (best.items, pytest.approx(best.score))
+    assert set(found[0].added) == set(found[0].items)
+    free = composer.compose(relevance=relevance, compatibility=table(pairs), constraints=size, options=PLAIN)[0]
+    assert set(free.items) not in [set(bundle) for bundle in allowed]
+
+
+def test_wishes_alone_make_a_bundle_where_size_or_budget_leave_no_more(small: Composer) -> None:
+    wished = [Wished("shirt", np.array([1, 0])), Wished("boots", np.array([5, 4]))]
+
+    def bundles(**limits: Any) -> list[tuple[int, ...]]:
+        composed = small.compose(wished=wished, constraints=Constraints(**limits), options=Options(k=9, diversity=0))
+        return [tuple(sorted(one.items)) for one in composed]
+
+    assert set(bundles(size=(2, 2))) == set(itertools.product((0, 1), (4, 5)))
+    assert bundles(budget=20) == [(0, 4)]  # 9.50 + 10; the cheapest bottom is 12
+    assert all(len(one) == 3 for one in bundles())
+    assert all(
+        price <= 45 for price in [sum((9.5, 20, 12, 15, 10, 30)[row] for row in one) for one in bundles(budget=45)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (
+            {"budget": 19},
+            r"budget leaves 19\.00.* cost 19\.50 \(shirt 9\.50 \+ boots 10\.00\)\. Raise it to at least 19\.50",
+        ),
+        ({"size": (1, 1)}, "at most 1 items was asked for, and shirt, boots .* make 2"),
+        ({"include": {"brand": "Ada"}, "in_stock": True}, "None of the 2 items that answer 'shirt' is allowed"),
+    ],
+)
+def test_wishes_that_cannot_be_met_say_why(limits: dict[str, Any], expected: str, small: Composer) -> None:
+    wished = [Wished("shirt", np.array([1, 0])), Wished("boots", np.array([4, 5]))]
+    with pytest.raises(DataError, match=expected):
+        small.compose(wished=wished, constraints=Constraints(**limits))
+
+
+def test_substitutes_answer_no_wishes(small: Composer) -> None:
+    with pytest.raises(DataError, match="cannot answer wishes"):
+        small.compose([0], wished=[Wished("boots", np.array([4]))], options=Options(mode="substitute"))

@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from peft_combo.contenders import FittedEnsemble, FittedHead, Known, families
 from peft_combo.data import Dataset, Interactions, Split, open_dataset, split
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation import FUSION, Report, canary, evaluate, plot
+from peft_combo.rated import Rater
 from peft_combo.recipe import BundleTask, Recipe
 from peft_combo.scoring import Popularity
 from peft_combo.scoring.base import HistoryScorer
-from peft_combo.tasks.bundle import BundleHead, Questions, completion_ranks
+from peft_combo.task_configs import RatingTask
+from peft_combo.tasks.bundle import BundleHead, Questions, completion_ranks, target_vectors
+from peft_combo.tasks.rating import RatingHead
 
 
 @pytest.fixture
@@ -147,7 +151,7 @@ def test_every_adapter_has_its_row_and_it_is_what_its_head_says(dataset: Dataset
     vectors, head = head_and_vectors(dataset)
     report = evaluate(dataset, parts, frozen=vectors, tuned={"one": (vectors, head), "two": (vectors, head)})
     names = [row.name for row in report.lines]
-    assert names[-5:] == ["frozen BERT", "tuned BERT one", "tuned BERT two", "CEASE-BERT", "fusion"]
+    assert names[-6:] == ["frozen BERT", "tuned BERT one", "tuned BERT two", "ensemble", "CEASE-BERT", "fusion"]
     questions = Questions.leave_one_out(
         [dataset.bundles.items[row] for row in parts.test], [dataset.bundles.groups[row] for row in parts.test]
     )
@@ -155,6 +159,8 @@ def test_every_adapter_has_its_row_and_it_is_what_its_head_says(dataset: Dataset
     assert report.row("tuned BERT one").values["mrr"] == pytest.approx(expected, rel=1e-6)
     # An untrained head is the cosine to the mean, so it differs from the frozen row by the setting at most.
     assert report.row("tuned BERT one").values == report.row("tuned BERT two").values
+    assert report.row("ensemble").values == report.row("tuned BERT one").values
+    assert any("ensemble: encodes the catalogue 2 times" in note for note in report.notes)
     assert canary(dataset, parts, frozen=vectors, tuned={"one": (vectors, head)}).right["tuned BERT one"] < 0.5
 
 
@@ -184,6 +190,7 @@ def test_a_report_is_json_and_a_table(dataset: Dataset, parts: Split) -> None:
     again = json.loads(json.dumps(report.to_json()))
     assert [row["name"] for row in again["rows"]] == [row["name"] for row in report.rows()]
     assert again["split_digest"] == parts.digest
+    assert again["composition"] is None  # it was not asked for
     first = report.rows()[-1]
     assert first["name"] == FUSION
     assert first["ndcg@10 low"] <= first["ndcg@10"] <= first["ndcg@10 high"]
@@ -255,3 +262,66 @@ def test_what_a_user_did_before_counts_only_where_users_are_on_both_sides(datase
     assert {"bought before", "users alike"} <= {row.name for row in by_bundle.lines}
     # What a held-out bundle would give away of its owner was taken from the history: no answer was bought before.
     assert by_bundle.row("bought before").values["r@5"] < 0.05
+
+
+def test_an_ensemble_is_the_mean_of_scores_or_of_vectors() -> None:
+    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8]], np.float32)
+    turned = np.array([[0, 1], [1, 0], [0.8, 0.6]], np.float32)
+    untrained = BundleHead(2, BundleTask(projection="none")).eval()
+    one, two = FittedHead.of(vectors, untrained), FittedHead.of(turned, untrained)
+    none = np.zeros(2, np.int64)
+    questions = Questions(np.array([[0], [2]]), none, np.array(["a", "b"]), none)
+    scores, means = (FittedEnsemble.of([one, two], vectors=joined) for joined in (False, True))
+    np.testing.assert_allclose(scores(questions), (one(questions) + two(questions)) / 2, atol=1e-6)
+    # Item 0 is (1, 0) to one and (0, 1) to the other: on average (0.5, 0.5), as item 1 is; item 2 is (0.7, 0.7).
+    np.testing.assert_allclose(means(questions), [[0.5, 0.5, 0.7], [0.7, 0.7, 0.98]], atol=1e-6)
+    for ensemble in (scores, means):
+        np.testing.assert_allclose(
+            ensemble.among(questions, np.array([2, 0])), ensemble(questions)[:, [2, 0]], atol=1e-6
+        )
+    # In one vector space the two settings are one.
+    same = [FittedEnsemble.of([one, one, one], vectors=joined)(questions) for joined in (False, True)]
+    np.testing.assert_allclose(same[0], same[1], atol=1e-6)
+    np.testing.assert_allclose(same[0], vectors[[0, 2]] @ target_vectors(untrained, vectors).T, atol=1e-6)
+
+
+def test_only_adapters_of_all_items_form_an_ensemble(dataset: Dataset, parts: Split) -> None:
+    vectors, head = head_and_vectors(dataset)
+    for names, there in ((["one"], False), (["one", "two"], True)):
+        known = Known.of(dataset, parts.train, None, "{title}", vectors, dict.fromkeys(names, (vectors, head)))
+        assert ("ensemble" in families(known, set(), 0)) == there
+
+
+def timed(dataset: Dataset) -> Dataset:
+    interactions = dataset.interactions
+    assert interactions is not None
+    whole = replace(interactions, times=np.arange(len(interactions), dtype=np.float64))
+    return Dataset.build(dataset.name, dataset.catalog, whole, dataset.bundles)
+
+
+def test_a_rating_adapter_counts_training_users_alone(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    marked = timed(with_marked_users(dataset))
+    parts = split(marked)
+    seen: list[Interactions] = []
+    plain = Rater.of.__func__  # type: ignore[attr-defined]
+
+    def of(cls: Any, vectors: Any, head: Any, interactions: Any) -> Any:
+        seen.append(interactions)
+        return plain(cls, vectors, head, interactions)
+
+    monkeypatch.setattr(Rater, "of", classmethod(of))
+    vectors, _ = head_and_vectors(dataset)
+    rated = {"r": (vectors, RatingHead(16, RatingTask(neighbours=5)).eval())}
+    report = evaluate(marked, parts, frozen=vectors, rated=rated)
+    assert (report.row("rated r").setting, len(seen)) == ("bundle and past", 1)  # all owners are new to it
+    held = {marked.bundles.owners[row] for row in (*parts.valid, *parts.test, *parts.dropped)}
+    assert seen[0].user_ids
+    assert not held & {seen[0].user_ids[user] for user in np.unique(seen[0].users)}
+    # Where owners are met again, their past alone is tried too.
+    again = evaluate(marked, split(marked, "bundle"), frozen=vectors, rated=rated)
+    assert len(seen) == 3
+    assert again.row("rated r").setting in ("bundle and past", "owner's past")
+    # Without times nobody can say what was taken last: the row is missing, with its reason.
+    told = evaluate(with_marked_users(dataset), parts, frozen=vectors, rated=rated)
+    assert "rated r" not in [row.name for row in told.lines]
+    assert any(note.startswith("rated r: left out. Ratings need a timestamp") for note in told.notes)

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_folders import write_folder
 
-from peft_combo.data import open_dataset
+from peft_combo.composing import Composer, Options
+from peft_combo.data import Dataset, open_dataset, write_items
 from peft_combo.data.fashion_nouns import FASHION_NOUNS
 from peft_combo.data.labelled import labels_of_catalogue, read_labels, split_texts, text_key
-from peft_combo.data.tags import read_tags, weak_tags, words_of
+from peft_combo.data.tags import head_entity, noun_entities, read_tags, weak_tags, with_slots, words_of
+from peft_combo.data.task_data import check_data, describe_data, labelled_of, tagged_of
 from peft_combo.errors import DataError
 from peft_combo.recipe import DataConfig
+from peft_combo.slots import SlotTemplates
+from peft_combo.task_configs import ClassificationTask, TaggingTask, TaskConfig
 
 
 def config(folder: Path | None = None, **changes: Any) -> DataConfig:
@@ -114,6 +119,86 @@ def test_no_text_is_in_two_parts_and_new_ones_move_none() -> None:
         split_texts(["one"], config())
 
 
+# What a task learns from.
+
+
+def test_what_a_task_does_not_need_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("item_id,title,slot\ni0,red dress,dress\ni1,blue boots,shoe\n")
+    own = config(tmp_path)
+    named = labelled_of(own, ClassificationTask(labels="slot"))
+    assert dict(zip(named.texts, named.labels, strict=True)) == {"red dress": ("dress",), "blue boots": ("shoe",)}
+    types: dict[str, Any] = {"dress": "Clo", "shoe": "Shoe"}
+    assert [one.tags for one in tagged_of(own, TaggingTask(tags="slots", types=types)).texts] == [
+        ("O", "B-Clo"), ("O", "B-Shoe"),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"neither a bundles table .*; found items\.csv\. .*only tasks that learn from"):
+        open_dataset(own)
+    with pytest.raises(DataError, match=r"no interactions table .*; found items\.csv\. Add one with user_id"):
+        open_dataset(own, "interactions")
+    (tmp_path / "interactions.csv").write_text("item_id\ni0\n")
+    with pytest.raises(DataError, match=r"interactions\.csv:1: has no column 'user_id'"):
+        open_dataset(own, "interactions")
+    (tmp_path / "interactions.csv").write_text("item_id,user_id\ni0,u\ni1,v\n")
+    found = open_dataset(own, "interactions")
+    assert found.interactions is not None
+    assert (len(found.interactions), len(found.bundles)) == (2, 0)
+
+
+def test_what_is_there_is_the_same_for_every_task(tmp_path: Path) -> None:
+    own = shop(tmp_path, ["i0,red dress,,dress,", "i1,blue boots,,shoe,"])
+    assert open_dataset(own, "items").digest == open_dataset(own).digest
+    (tmp_path / "bundles.csv").write_text("bundle_id,item_id\nb,i0\n")
+    assert len(open_dataset(own, "items").bundles) == 0
+    with pytest.raises(DataError, match="no usable bundle"):
+        open_dataset(own)
+    few = own.model_copy(update={"bundles_from": "baskets"})
+    assert len(open_dataset(few, "items").bundles) == 0
+    with pytest.raises(DataError, match="has no basket ids"):
+        open_dataset(few)
+
+
+def test_every_fault_of_labels_and_tags_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("text,label\na,x\n,y\nb,y\n,x\n")
+    (tmp_path / "tags.conll").write_text("Red O\nboots\n\nhat C-Acc\ncap Acc\n")
+    labels = ["labels.csv:3: text is empty. Write it, or drop the row.", "labels.csv:5: text is empty."]
+    tags = ["tags.conll:2: expected a word and its tag", "tags.conll:4: tags: ", "tags.conll:5: tags: "]
+
+    def faults(task: TaskConfig | None) -> list[str]:
+        return [str(fault) for fault in check_data(config(tmp_path), task)]
+
+    for task, wanted in ((None, labels + tags), (ClassificationTask(labels="table"), labels), (TaggingTask(), tags)):
+        found = faults(task)
+        assert len(found) == len(wanted)
+        assert all(one.startswith(start) for one, start in zip(found, wanted, strict=True))
+    # Once a catalogue lies beside them it is looked at too; alone, nothing asks for one.
+    (tmp_path / "items.csv").write_text("item_id,title\ni0,\n")
+    assert faults(None) == ["items.csv:2: title is empty. Every item needs one.", *faults(None)[1:]]
+    assert len(faults(None)) == 6
+    assert [fault.where for fault in check_data(config(tmp_path / "none"))] == [str(tmp_path / "none")]
+
+
+def test_labels_and_tags_in_figures(tmp_path: Path) -> None:
+    (tmp_path / "labels.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {n}", "label": "ab"[: 1 + n % 2]}) + "\n" for n in range(60))
+        + '{"text": "none", "label": ""}\n'
+    )
+    (tmp_path / "tags.jsonl").write_text(
+        '{"text": "Red wrap dress", "spans": [[4, 14, "Clo"]]}\n{"text": "tote and hat", "spans": '
+        '[[0, 4, "Acc"], [9, 12, "Acc"]]}\n{"text": "hello", "spans": []}\n'
+    )
+    labels, tags = describe_data(config(tmp_path))
+    assert (labels["texts"], labels["classes"], labels["texts_per_class"]) == (60, 2, {"a": 30, "ab": 30})
+    assert sum(labels["split"][part] for part in ("train", "valid", "test")) == 60
+    assert labels["notes"] == ["1 texts without a label were left out"]
+    assert (tags["texts"], tags["entities"], tags["texts_without_entity"]) == (3, 3, 1)
+    assert tags["entities_per_type"] == {"Acc": 2, "Clo": 1}
+    assert (tags["words_per_entity"]["min"], tags["words_per_entity"]["max"]) == (1, 2)
+    assert "too few to divide" in tags["split"]
+    assert describe_data(config(tmp_path), TaggingTask()) == [tags]
+    (catalogue,) = describe_data(config())
+    assert catalogue["items"] == 1000
+
+
 # Tags.
 
 
@@ -149,12 +234,14 @@ def test_a_span_parts_the_word_it_begins_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("tags.jsonl", '{"tokens": ["a"], "tags": ["O", "O"]}', r"tags\.jsonl:1: has 1 tokens but 2 tags"),
-        ("tags.jsonl", '{"tokens": ["a"], "tags": ["C-lo"]}', r"the tag 'C-lo', expected O, B-Type or I-Type"),
-        ("tags.jsonl", '{"tokens": [""], "tags": ["O"]}', "the token ''"),
+        ("tags.jsonl", '{"tokens": ["a"], "tags": ["O", "O"]}', r"tags\.jsonl:1: tags: .* each of 1 tokens, found 2"),
+        ("tags.jsonl", '{"tokens": [], "tags": ["O"]}', r"tags\.jsonl:1: tags: expected one for each of 0 tokens"),
+        ("tags.jsonl", '{"tokens": ["a"], "tags": ["C-lo"]}', "O, B-Type or I-Type, found 'C-lo'. Write B-lo where"),
+        ("tags.jsonl", '{"tokens": ["a"], "tags": ["Shoe"]}', "found 'Shoe'. Write B-Shoe where"),
+        ("tags.jsonl", '{"tokens": [""], "tags": ["O"]}', "tokens: expected words, found ''"),
         ("tags.jsonl", '{"text": "abc", "spans": [[2, 9, "X"]]}', "within 3 characters"),
-        ("tags.jsonl", '{"text": "abc", "spans": [[0, 2, "X"], [1, 3, "Y"]]}', "overlapping spans"),
-        ("tags.jsonl", '{"text": "abc", "spans": "X"}', 'expected "tokens" and "tags"'),
+        ("tags.jsonl", '{"text": "abc", "spans": [[0, 2, "X"], [1, 3, "Y"]]}', "expected spans apart, found one at 1"),
+        ("tags.jsonl", '{"text": "abc", "spans": "X"}', "lists tokens and tags, or .*; found text, spans"),
         ("tags.jsonl", "\n{", r"tags\.jsonl:2: is not valid JSON"),
         ("tags.conll", "a O\nb\n", r"tags\.conll:2: expected a word and its tag"),
         ("tags.conll", "a O\n", "no text|other than O"),
@@ -207,3 +294,56 @@ def test_most_titles_of_the_demo_have_a_noun() -> None:
     dataset = open_dataset(config())
     there = sum(slot in types for slot in dataset.catalog.slots)
     assert len(weak_tags(dataset, types).texts) > 0.95 * there
+
+
+# Entities of a catalogue.
+
+
+@pytest.mark.parametrize(
+    ("title", "head"),
+    [
+        ("Linen wrap dress with raffia tote", "wrap dress"),
+        ("Belted trench coat", "trench coat"),
+        ("Denim shirt dress", "dress"),
+        ("H&M ankle boots", "ankle boots"),
+        ("Charm", None),
+    ],
+)
+def test_a_title_is_of_the_last_thing_before_what_comes_with_it(title: str, head: str | None) -> None:
+    (found,) = noun_entities([title])
+    assert all(title[one.start : one.end] == one.text for one in found)
+    named = head_entity(title, found)
+    assert (named and named.text) == head
+
+
+def test_titles_give_items_without_a_slot_one_and_bundles_learn_from_it(tmp_path: Path) -> None:
+    """Without slots a bundle is so many of anything; with those of the titles it is a shoe, a dress and a bag."""
+    things = ["ankle boot", "wrap dress", "tote bag"]
+    rows = [f"i{n},{'red' if n < 3 else 'blue'} {things[n % 3]}" for n in range(6)]
+    (tmp_path / "items.csv").write_text("item_id,title\n" + "\n".join(rows) + "\ni6,mystery\n")
+    (tmp_path / "bundles.csv").write_text("bundle_id,item_id\n" + "".join(f"b{n // 3},i{n}\n" for n in range(6)))
+    dataset = open_dataset(config(tmp_path))
+    assert SlotTemplates.learn(dataset.catalog, dataset.bundles.items).names == ("other",)
+    tagged = with_slots(dataset.catalog, noun_entities)
+    assert tagged.slots == ("Shoe", "Clo", "Acc", "Shoe", "Clo", "Acc", None)
+    assert tagged.attributes["entity"] == (*things, *things, None)
+    # Out of the file again, as the recommender reads it.
+    write_items(tagged, tmp_path / "items.csv")
+    again = open_dataset(config(tmp_path))
+    assert Dataset.build("", tagged, None, dataset.bundles).digest == again.digest
+    templates = SlotTemplates.learn(again.catalog, again.bundles.items)
+    assert templates.names == ("Acc", "Clo", "Shoe", "other")
+    for bundle in Composer(again.catalog, templates).compose([0], options=Options(k=4, diversity=0)):
+        assert sorted(bundle.slots) == ["Acc", "Clo", "Shoe"]
+
+
+def test_a_slot_that_is_known_stays(tmp_path: Path) -> None:
+    dataset = open_dataset(shop(tmp_path, ["i0,red boots,,gift,", "i1,blue boots,,,"]))
+    assert with_slots(dataset.catalog, noun_entities).slots == ("gift", "Shoe")
+
+
+def test_items_that_are_written_read_back_as_they_were(tmp_path: Path) -> None:
+    own = write_folder(tmp_path / "a", bundle_meta=None, interactions=None)
+    first = open_dataset(own)
+    write_items(first.catalog, tmp_path / "a" / "items.csv")
+    assert open_dataset(own).digest == first.digest

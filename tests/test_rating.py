@@ -16,12 +16,16 @@ from scipy.special import expit
 
 from peft_combo import AdapterStore, Backbone
 from peft_combo.bank import AdapterBank
-from peft_combo.data import Interactions
+from peft_combo.contenders import Known
+from peft_combo.data import Interactions, open_dataset, split_as
 from peft_combo.errors import DataError, RecipeError, StoreError
+from peft_combo.rated import FittedRating, Rater, after, rate, rating_problem
 from peft_combo.recipe import Recipe
 from peft_combo.recipe_files import load_recipe
 from peft_combo.task_configs import RatingTask
 from peft_combo.tasks import head_of, task_of
+from peft_combo.tasks.bundle import Questions
+from peft_combo.tasks.counted import Counted, CrossFitted, log_popularity
 from peft_combo.tasks.measures import calibration_error
 from peft_combo.tasks.rating import (
     Events,
@@ -30,11 +34,12 @@ from peft_combo.tasks.rating import (
     RatingBatch,
     RatingHead,
     auc,
+    auc_draws,
     by_user,
     log_losses,
-    log_popularity,
     platt,
     rated,
+    rating_logits,
     rating_loss,
     reliability,
     split_events,
@@ -90,6 +95,19 @@ def test_auc_counts_ties_for_half() -> None:
     assert auc(np.array([0.8, 0.4, 0.4, 0.1]), np.array([True, True, False, False])) == 3.5 / 4
     assert auc(np.zeros(5), np.array([True, False, False, True, False])) == 0.5
     assert auc(np.array([1.0, 2.0]), np.array([True, True])) == 0.5
+
+
+def test_a_sample_of_users_brings_all_their_pairs() -> None:
+    rng = np.random.default_rng(5)
+    scores, right, users = rng.normal(size=40).round(1), rng.random(40) < 0.5, rng.integers(0, 8, 40)
+    drawn = auc_draws(scores, right, users, n=3, seed=2)
+    again = np.random.default_rng(2)
+    for found in drawn:
+        times = again.multinomial(8, np.full(8, 1 / 8))[users]
+        assert found == pytest.approx(auc(np.repeat(scores, times), np.repeat(right, times)))
+    # One user is every sample, and what ranks alike differs in none.
+    np.testing.assert_allclose(auc_draws(scores, right, np.zeros(40, np.int64), n=2), auc(scores, right))
+    np.testing.assert_array_equal(auc_draws(scores, right, users), auc_draws(3 * scores + 1, right, users))
 
 
 def test_log_loss_by_hand() -> None:
@@ -148,6 +166,51 @@ def test_a_history_is_strictly_earlier_latest_first_and_of_what_was_liked() -> N
     ]  # fmt: skip
     assert made(RatingTask(history=2))[4] == (0, 5, [4, 2])
     assert made(RatingTask(feedback="explicit"))[4] == (0, 5, [4, 2, 3])
+
+
+def test_a_past_is_all_that_was_liked_up_to_now() -> None:
+    interactions = Interactions.build(
+        ["a", "b", "c"], users=[0, 0, 0, 2, 0], items=[3, 1, 2, 4, 3], weights=[5, 5, 1, 5, 5], times=[1, 2, 3, 4, 5]
+    )
+    events = Events.of(interactions, RatingTask(feedback="explicit"))
+    users = np.array([2, 0, 1, -1])
+    assert events.pasts(users, 3).tolist() == [[4, -1, -1], [1, 3, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert events.pasts(users, 1).tolist() == [[4], [1], [-1], [-1]]
+
+
+def test_what_lies_beside_is_latest_and_nothing_stands_there_twice() -> None:
+    latest = np.array([[7, 2, -1], [-1, -1, -1]])
+    pasts = np.array([[4, 2, 5, -1], [1, 3, -1, -1]])
+    assert after(latest, pasts, 3).tolist() == [[7, 2, -1, 4, -1, -1, -1], [-1, -1, -1, 1, 3, -1, -1]]
+    assert after(latest, pasts, 1).tolist() == [[7, -1, -1, -1, -1, -1, -1], [-1, -1, -1, 1, -1, -1, -1]]
+
+
+def test_nearness_is_what_other_users_say() -> None:
+    # All ten took items 0 and 1; user 0 alone took 2 and 3.
+    taken = np.zeros((10, 12), np.float32)
+    taken[:, :2] = 1
+    taken[0, 2:4] = 1
+    liked = sparse.csr_array(taken)
+    counted, floor = Counted.of(taken.sum(0).astype(np.int64), liked, 5), np.log(0.01)
+    whole = counted.nearness(np.array([[2, -1], [0, -1]]))
+    assert whole is not None
+    assert whole[0, 3] == pytest.approx(np.log(1.01), abs=1e-5)  # they share their only row
+    assert whole[0, 5] == pytest.approx(floor)
+    apart = CrossFitted(liked, 5, seed=0)
+    found = apart.nearness(np.array([0, 4]), np.array([[2, -1], [0, -1]]), np.array([0, 0, 1]), np.array([3, 1, 1]))
+    np.testing.assert_allclose(found, [floor, floor, np.log(1.01)], atol=1e-5)
+    assert Counted.of(taken.sum(0).astype(np.int64), liked, 0).nearness(np.array([[2]])) is None
+
+
+def test_nearness_is_weighed_beside_the_text() -> None:
+    head = RatingHead(2, RatingTask(neighbours=3, temperature=0.5))
+    assert head.neighbours is not None
+    with torch.no_grad():
+        head.neighbours.fill_(4.0)
+    found = head.logits(torch.tensor([0.5, 0.0]), torch.tensor([0.25, 1.0]), torch.tensor([0.0, -1.0]))
+    assert found.tolist() == pytest.approx([1.25, -3.0])  # 0.5 / 0.5 + 0.25, and 1 - 4
+    assert len(head.weights) == 4
+    assert len(RatingHead(2, RatingTask()).weights) == 3
 
 
 def test_negatives_come_as_often_as_said_and_never_of_what_was_taken() -> None:
@@ -221,7 +284,7 @@ def test_nothing_held_out_is_trained_on(by: str, recipe: MakeRecipe) -> None:
     assert int((~own).sum()) == 4 * len(rows)
     # Popularity counts what is seen, and nothing else.
     counts = np.bincount(events.items[parts.seen], minlength=len(task.texts))
-    np.testing.assert_array_equal(task._log_popularity, log_popularity(counts))
+    np.testing.assert_array_equal(task._counted.log_popularity, log_popularity(counts))
 
 
 def test_the_loss_by_hand(recipe: MakeRecipe) -> None:
@@ -232,36 +295,46 @@ def test_the_loss_by_hand(recipe: MakeRecipe) -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     batch = RatingBatch(
         np.arange(3), torch.tensor([[0, -1]]), torch.tensor([0, 0]), torch.tensor([2, 1]), torch.tensor([1.0, 0.0]),
-        torch.tensor([0.0, 0.25]), torch.tensor([0.1, 0.0]),
+        torch.tensor([0.0, 0.25]), torch.tensor([0.1, 0.0]), None,
     )  # fmt: skip
     # Log-odds 0.6 / 0.5 + 0.3 - 1 = 0.5 and 0 - 1 + 0.25 = -0.75.
     wanted = (np.log1p(np.exp(-0.5)) + np.log1p(np.exp(-0.75))) / 2
-    assert float(rating_loss(head, vectors, batch).detach()) == pytest.approx(wanted, rel=1e-6)
-    scores = head.scores(vectors.numpy(), np.array([[0, -1]]), np.array([0, 0, 0.1], np.float32))
+    assert float(rating_loss(rating_logits(head, vectors, batch), batch).detach()) == pytest.approx(wanted, rel=1e-6)
+    counted = Counted(np.array([0, 0, 0.1], np.float32), None)
+    scores = head.scores(vectors.numpy(), np.array([[0, -1]]), counted)
     np.testing.assert_allclose(scores, [[1, -1, 0.5]], atol=1e-6)
     # What validation chose changes the scores and not the loss.
     rating_of(recipe()).settle(head, {"slope": 2.0, "shift": 0.5})
-    assert float(rating_loss(head, vectors, batch).detach()) == pytest.approx(wanted, rel=1e-6)
+    assert float(rating_loss(rating_logits(head, vectors, batch), batch).detach()) == pytest.approx(wanted, rel=1e-6)
     scores = 2 * scores + 0.5
     again = head_of(head.spec(), head.state_dict())
     assert isinstance(again, RatingHead)
-    np.testing.assert_array_equal(
-        again.scores(vectors.numpy(), np.array([[0, -1]]), np.array([0, 0, 0.1], np.float32)), scores
-    )
+    np.testing.assert_array_equal(again.scores(vectors.numpy(), np.array([[0, -1]]), counted), scores)
     with pytest.raises(StoreError, match="does not match"):
         head_of({**head.spec(), "dim": 3, "projection": "linear"}, head.state_dict())
 
 
-def test_it_learns_is_stored_and_says_the_same_again(recipe: MakeRecipe, tmp_path: Path) -> None:
-    made = recipe(**{"training.epochs": 12, "data.split": "user", "training.learning_rate": 2e-2})
+@pytest.mark.parametrize("neighbours", [0, 20])
+def test_it_learns_is_stored_and_says_the_same_again(neighbours: int, recipe: MakeRecipe, tmp_path: Path) -> None:
+    epochs = 2 if neighbours else 12  # who took both tells the styles at once
+    made = recipe(**{"training.epochs": epochs, "data.split": "user", "training.learning_rate": 2e-2,
+                     "task": {"kind": "rating", "neighbours": neighbours}})  # fmt: skip
     result = run(made, tmp_path)
     table = result.table
-    assert [row.name for row in table.rows] == ["popularity", "item-kNN", "frozen backbone", "tuned"]
+    names = [row.name for row in table.rows]
+    counting = ["popularity", "item-kNN", "user-kNN"]  # ALS where its package is there
+    counting += ["popularity and item-kNN"] if neighbours else []
+    assert [name for name in names if name != "ALS"] == [*counting, "frozen backbone", "tuned"]
     assert set(table.after.values) == {"ndcg@10", "auc", "log_loss", "ece"}
     # Styles are taken alike, so popularity knows nothing, and one item in six is of the user's style.
     assert table.after.values["auc"] > table.rows[0].values["auc"] + 0.2
     assert table.gain.interval[0] <= table.gain.value <= table.gain.interval[1]
-    losses, bins = table.details
+    details: Any = table.details
+    gains, losses, bins = details
+    assert [row[0] for row in gains.rows] == names[:-1]
+    for row, told in zip(table.rows, gains.rows, strict=False):
+        assert told[1:4] == (row.values["auc"], table.after.values["auc"], told[2] - told[1])
+        assert told[4] <= told[3] <= told[5]
     assert losses.rows[0][1] == pytest.approx(table.after.values["log_loss"])
     pairs = sum(float(row[2]) for row in bins.rows)
     ece = sum(float(row[2]) * abs(float(row[3]) - float(row[4])) for row in bins.rows) / pairs
@@ -339,3 +412,104 @@ def test_the_shipped_recipe_runs(tiny_bert: Path, visits: Path, tmp_path: Path) 
     own = [f"backbone.model={tiny_bert}", f"store={tmp_path / 'store'}", "backbone.max_length=16", "training.epochs=1"]
     assert run(load_recipe("rating-home", own, visits), tmp_path).table.metric == "ndcg@10"
     assert AdapterStore(tmp_path / "store").verify() == []
+
+
+def test_users_fall_into_the_parts_that_their_bundles_fall_into(recipe: MakeRecipe) -> None:
+    """The owner of a test bundle has no event that a rating adapter of the same split was trained on or chosen by."""
+    data = recipe(**{"data.split": "user", "data.min_bundle_size": 2}).data
+    task = rating_of(recipe(**{"data.split": "user", "task": {"kind": "rating", "neighbours": 9}}))
+    dataset = open_dataset(data)
+    parts = split_as(dataset, data)
+    interactions = dataset.interactions
+    assert interactions is not None
+    for held, rows in ((parts.test, (task._parts.seen, task._parts.valid)), (parts.valid, (task._parts.seen,))):
+        owners = {dataset.bundles.owners[row] for row in held}
+        assert owners
+        met = {interactions.user_ids[user] for user in task._events.users[np.concatenate(rows)]}
+        assert not owners & met
+    # What the head was trained beside, and what it is served beside, is one count.
+    known = Known.of(dataset, parts.train, parts.train_interactions, "{title}", None, {})
+    head = RatingHead(4, RatingTask(neighbours=9))
+    rater = Rater.of(np.ones((len(task.texts), 4), np.float32), head, known.interactions)
+    np.testing.assert_array_equal(rater.counted.log_popularity, task._counted.log_popularity)
+    histories = task._events.histories(task._valid.events[:5], 5)
+    np.testing.assert_array_equal(rater.counted.nearness(histories), task._counted.nearness(histories))
+
+
+def test_an_adapter_of_another_split_is_refused(recipe: MakeRecipe, tmp_path: Path) -> None:
+    def tuned(by: str) -> Any:
+        made = recipe("head", **{"data.split": by, "training.epochs": 1, "category": by})
+        return run(made, tmp_path / by).record.manifest
+
+    def parts_of(by: str, seed: int = 0) -> Any:
+        data = recipe(**{"data.split": by, "data.split_seed": seed}).data
+        return split_as(dataset, data)
+
+    dataset = open_dataset(recipe().data)
+    user, time = tuned("user"), tuned("time")
+    assert rating_problem(user, dataset, parts_of("user")) == ""
+    for parts in (parts_of("user", 1), parts_of("time")):
+        assert "it was tuned on users of another split" in rating_problem(user, dataset, parts)
+    parts = parts_of("time")
+    first, last = (float(dataset.bundles.times[rows].min()) for rows in (parts.valid, parts.test))
+
+    def until(train: float, valid: float) -> str:
+        stamp = time.data.model_copy(update={"until": {"train": train, "valid": valid}})
+        return rating_problem(time.model_copy(update={"data": stamp}), dataset, parts)
+
+    assert set((time.data.model_extra or {})["until"]) == {"train", "valid"}
+    assert until(first - 1, last - 1) == ""
+    assert "after the first of them" in until(first, last - 1)
+    assert "after the first of them" in until(first - 1, last)
+    assert "after the first of them" in rating_problem(time, dataset, parts_of("user"))
+
+
+def test_a_completion_is_asked_of_the_past_and_of_what_lies_beside() -> None:
+    interactions = Interactions.build(["a", "b"], [0, 0, 1], [3, 1, 2], times=[1, 2, 3])
+    vectors = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    head = RatingHead(4, RatingTask(history=2)).eval()
+    rater = Rater.of(vectors, head, interactions)
+    none = np.zeros(3, np.int64)
+    questions = Questions(np.array([[0, -1], [0, 4], [1, -1]]), none, np.array(["a", "stranger", "a"]), none)
+    told = [FittedRating(rater, beside)(questions) for beside in (False, True)]
+    expected = head.scores(vectors, np.array([[1, 3], [0, 1], [0, 4], [1, 3]]), rater.counted)
+    np.testing.assert_array_equal(np.isnan(told[0]).all(axis=1), [False, True, False])
+    np.testing.assert_allclose(told[0][[0, 2]], expected[[0, 0]], atol=1e-6)
+    np.testing.assert_allclose(told[1], expected[1:], atol=1e-6)
+    for nothing in (None, interactions.take(np.array([], np.int64))):
+        with pytest.raises(DataError, match="there are none that may be seen"):
+            Rater.of(vectors, head, nothing)
+    with pytest.raises(DataError, match="need a timestamp"):
+        Rater.of(vectors, head, Interactions.build(["a"], [0], [1]))
+
+
+def test_ratings_need_neither_bundles_nor_baskets(recipe: MakeRecipe, visits: Path, tmp_path: Path) -> None:
+    lines = (visits / "interactions.csv").read_text().splitlines()
+    cells = [line.split(",") for line in lines]
+    text = "\n".join(",".join([one[0], *one[2:]]) for one in cells).replace("quantity", "rating")
+    (visits / "interactions.csv").write_text(text + "\n")
+    made = recipe("head", **{"training.epochs": 1, "data.split": "user"})
+    dataset = open_dataset(made.data, "interactions")
+    assert len(dataset.bundles) == 0
+    result = run(made, tmp_path)
+    live = AdapterBank(Backbone.of(made.backbone), AdapterStore(made.store)).get("tiny")
+    vectors = Backbone.of(made.backbone).encode(dataset.catalog.texts(), live.attached)
+    rater = Rater.of(vectors, live.head_as(RatingHead), dataset.interactions)
+    assert result.record.manifest.data.name == dataset.name
+    # The best ten without what the user took; the same by id and by title, in the order asked.
+    found = rate(rater, dataset, user="u3", k=10)
+    assert [one.probability for one in found] == sorted((one.probability for one in found), reverse=True)
+    assert dataset.interactions is not None
+    taken = dataset.interactions.items[dataset.interactions.users == dataset.interactions.user_ids.index("u3")]
+    assert not {one.item_id for one in found} & {dataset.catalog.item_ids[row] for row in taken}
+    assert rate(rater, dataset, user="u3", items=[found[4].title.upper(), found[1].item_id]) == [found[4], found[1]]
+    # A stranger who liked the same, latest first, is told the same.
+    history = [dataset.catalog.item_ids[row] for row in rater.pasts(["u3"])[0] if row >= 0]
+    again = rate(rater, dataset, liked=history, items=[one.item_id for one in found])
+    assert [one.probability for one in again] == pytest.approx([one.probability for one in found], abs=1e-6)
+    for ask, expected in (
+        ({"user": "u77"}, 'No user "u77" among the 60'), ({}, "Nothing to go by"),
+        ({"liked": ["i99"]}, 'No item with the id or title "i99"'),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=expected):
+            rate(rater, dataset, **ask)

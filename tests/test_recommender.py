@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from peft_combo import recommender
 from peft_combo.adapters import AdapterStore
 from peft_combo.backbone import Backbone
 from peft_combo.bank import AdapterBank
+from peft_combo.composing import Options
 from peft_combo.constraints import Constraints
 from peft_combo.data import Bundles, Dataset, Interactions, Split, open_dataset, split
+from peft_combo.data.tags import Entity
 from peft_combo.errors import DataError
+from peft_combo.fusion import Fusion
 from peft_combo.recipe import Recipe
-from peft_combo.recommender import BundleRecommender
+from peft_combo.recommender import BundleRecommender, Recommendation
 from peft_combo.recommender_files import fitted_recommender, load_recommender, save_recommender
 from peft_combo.tuning import tune
 from peft_combo.vectors import VectorCache
+from peft_combo.wishes import understand
 
 
 @pytest.fixture
@@ -183,17 +190,56 @@ def test_adapters_of_categories_answer_together(
 def test_a_kept_recommender_answers_as_before(
     adapters: str | list[str] | None, dataset: Dataset, parts: Split, several: AdapterBank, tmp_path: Path
 ) -> None:
-    made = BundleRecommender.fit(dataset, parts, several, adapters)
+    answers_as_before(BundleRecommender.fit(dataset, parts, several, adapters), tmp_path)
+
+
+def answers_as_before(made: BundleRecommender, tmp_path: Path) -> None:
     save_recommender(made, tmp_path / "kept")
-    again = load_recommender(tmp_path / "kept", dataset, several)
+    again = load_recommender(tmp_path / "kept", made.dataset, made.bank)
     assert again.fusion == made.fusion
     assert again.settings == made.settings
     for ask in ({"items": ["i0", "i6"]}, {"user": "u3"}):
         assert again.complete(**ask, k=20) == made.complete(**ask, k=20)
         assert again.compose(**ask) == made.compose(**ask)
     save_recommender(again, tmp_path / "kept")  # over itself
-    assert load_recommender(tmp_path / "kept", dataset, several).fusion == made.fusion
+    assert load_recommender(tmp_path / "kept", made.dataset, made.bank).fusion == made.fusion
     assert [path.name for path in tmp_path.glob(".kept*")] == []
+
+
+class OfThese:
+    """In place of `Fusion` where one is fitted: what must be kept is not what happens to win."""
+
+    @staticmethod
+    def fit(scores: Mapping[str, object], *rest: object, **options: object) -> Fusion:
+        chosen = [name for name in scores if name == "ensemble" or name.startswith("rated ")]
+        return Fusion("z", {name: {"always": 1.0} for name in chosen}, {}, "these")
+
+
+def test_ensembles_and_ratings_are_served_and_kept(
+    tiny_recipe: Callable[..., Recipe], dataset: Dataset, parts: Split, bank: AdapterBank, tiny_shop: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "rated"
+    shutil.copytree(tiny_shop, folder)
+    bought = dataset.interactions
+    assert bought is not None
+    rows = zip(bought.users, bought.items, bought.times, strict=True)
+    lines = [f"{bought.user_ids[user]},i{item},{time}" for user, item, time in rows]
+    (folder / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines]) + "\n")
+    rating = {"category": "rated", "data.path": str(folder), "task": {"kind": "rating", "neighbours": 5}}
+    for name, changes in (("rated", rating), ("second", {"category": "second", "seed": 1})):
+        tune(tiny_recipe("head", **{**changes, "training.epochs": 1}), run_folder=tmp_path / name)
+    monkeypatch.setattr(recommender, "best_text", lambda picked: "ensemble")
+    monkeypatch.setattr(recommender, "Fusion", OfThese)
+    made = BundleRecommender.fit(dataset, parts, bank, ["tiny", "second", "rated"])
+    assert made.fusion.needs == ("ensemble", "rated rated@v1")
+    assert made.settings.keys() == set(made.fusion.needs)
+    assert not any(note.startswith("Rating adapter") for note in made.notes)
+    answers_as_before(made, tmp_path)
+    # An owner's past speaks: it is not the stranger's answer.
+    assert made.complete(["i0"], user="u3", k=20) != made.complete(["i0"], k=20)
+    other = BundleRecommender.fit(dataset, split(dataset, seed=1), bank, ["tiny", "second", "rated"])
+    assert any(note.startswith("Rating adapter rated@v1 may have learned") for note in other.notes)
 
 
 def test_a_kept_recommender_is_refused_for_other_data_or_altered_bytes(
@@ -235,3 +281,71 @@ def test_what_is_asked_for_again_is_not_fitted_again(
     next(tmp_path.glob("*/recommender.json")).write_text("{")  # damaged: made anew, not an error
     assert fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).fusion == first.fusion
     assert told
+
+
+def by_last_word(texts: Sequence[str]) -> list[list[Entity]]:
+    """Name the words w120 to w129, as titles of the tiny shop end in one of the first seven: odd ones and even ones."""
+    return [
+        [
+            Entity("Odd" if int(word[0][1:]) % 2 else "Even", word[0], *word.span(), 1.0)
+            for word in re.finditer(r"\bw12\d\b", text)
+        ]
+        for text in texts
+    ]
+
+
+def last_words(bundle: Recommendation) -> list[str]:
+    return [title.split()[-1] for title in bundle.titles]
+
+
+def test_each_thing_a_query_names_is_in_every_bundle_and_said_to_be(fitted: BundleRecommender) -> None:
+    query = "w10 w121 with w45 w124"
+    bundles = fitted.compose(query=query, tagger=by_last_word, explain=True)
+    assert len(bundles) == 5
+    for bundle in bundles:
+        words = last_words(bundle)
+        assert words.count("w121") == words.count("w124") == 1
+        told = {entry["item"]: entry.get("answers") for entry in bundle.evidence}
+        for item, word in zip(bundle.items, words, strict=True):
+            wish = {"wish": word, "type": "Odd" if word == "w121" else "Even", "named": True}
+            assert told[item] == ([wish] if word in ("w121", "w124") else None)
+    # The whole query as one text says neither.
+    assert not all({"w121", "w124"} <= set(last_words(bundle)) for bundle in fitted.compose(query=query))
+    kept = fitted.compose(["i0"], query=query, tagger=by_last_word)
+    assert all("i0" in bundle.items and "i0" not in bundle.added for bundle in kept)
+
+
+def test_the_words_on_a_thing_choose_among_those_that_answer(fitted: BundleRecommender) -> None:
+    """Title 43 is "w13 w83 w121", as no other is; the words on the other thing do not draw it away."""
+    assert fitted.dataset.catalog.titles[43] == "w13 w83 w121"
+    found = fitted._answers(understand("w13 w83 w121 and w10 w40 w124", by_last_word).wishes, by_last_word)
+    assert [one.wish.text for one in found] == ["w13 w83 w121", "w10 w40 w124"]
+    assert found[0].rows[0] == 43
+    assert found[0].likeness[43] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_what_the_catalogue_does_not_have_is_answered_by_its_type_or_not_at_all(fitted: BundleRecommender) -> None:
+    for bundle in fitted.compose(query="w127 with w121", tagger=by_last_word, options=Options(k=2)):
+        answers = [one for entry in bundle.evidence for one in entry.get("answers", ())]
+        assert {"wish": "w127", "type": "Odd", "named": False} in answers
+        assert {"wish": "w121", "type": "Odd", "named": True} in answers
+        assert sum(int(word[1:]) % 2 for word in last_words(bundle)) == 2
+
+    def strange(texts: Sequence[str]) -> list[list[Entity]]:
+        return [[Entity("Hat", "hat", 0, 3, 1.0)] if text.startswith("hat") else [] for text in texts]
+
+    for bundle in fitted.compose(query="hat", tagger=strange):
+        assert not any("answers" in entry for entry in bundle.evidence)
+
+
+def test_a_budget_in_the_query_binds_unless_another_is_given(dataset: Dataset, parts: Split, bank: AdapterBank) -> None:
+    priced = replace(dataset, catalog=replace(dataset.catalog, prices=np.full(60, 10, np.float32)))
+    shop = BundleRecommender.fit(priced, parts, bank, None)
+    query = "w121 with w124 under 25"
+    for bundle in shop.compose(query=query, tagger=by_last_word):
+        assert sorted(last_words(bundle)) == ["w121", "w124"]
+        assert bundle.price == 20
+    more = shop.compose(query=query, tagger=by_last_word, constraints=Constraints(budget=40, size=(4, 4)))
+    assert {bundle.price for bundle in more} == {40}
+    with pytest.raises(DataError, match=r"budget leaves 15\.00.*w121 10\.00 \+ w124 10\.00"):
+        shop.compose(query="w121 with w124 under 15", tagger=by_last_word)

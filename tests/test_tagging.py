@@ -22,7 +22,7 @@ from peft_combo.item_encoder import ItemEncoder, gather_shares
 from peft_combo.recipe import LoraAdapter, Recipe
 from peft_combo.recipe_files import load_recipe
 from peft_combo.tasks import task_of
-from peft_combo.tasks.tagging import Dictionary, Tagging, TaggingHead, first_pieces, tag_texts
+from peft_combo.tasks.tagging import AdapterTagger, Dictionary, Tagging, TaggingHead, first_pieces, tag_texts
 from peft_combo.tuning import TuneResult, tune
 from peft_combo.watch import Watch
 
@@ -133,6 +133,11 @@ def test_it_learns_is_stored_and_tags_the_same_again(recipe: MakeRecipe, tmp_pat
     assert told.stdout.splitlines()[0] == marked
     listed = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
     assert [[e["text"] for e in one["entities"]] for one in listed] == [[e.text for e in own] for own in found[:2]]
+    # As what takes queries apart it says the same, however often and in whatever order it is asked.
+    tagger = AdapterTagger(backbone, live.attached, live.head_as(TaggingHead))
+    for asked in ([1, 2, 0, 1], [0], []):
+        for place, own in zip(asked, tagger([texts[place] for place in asked]), strict=True):
+            assert [(e.type, e.start, e.end) for e in own] == [(e.type, e.start, e.end) for e in found[place]]
     refused = CliRunner().invoke(app, ["classify", "w1", "--adapter", "tiny", "--store", made.store])
     assert "tuned for tagging; expected one tuned for classification" in str(refused.exception)
 

@@ -13,11 +13,13 @@ from peft_combo.cli import evaluate
 from peft_combo.cli import compare
 from peft_combo.cli import recommend
 from peft_combo.cli import tag
+from peft_combo.cli import rate
 from peft_combo.cli import recipes
 from peft_combo.cli import adapters
 from peft_combo.cli import export
 from peft_combo.cli import arithmetic
 from peft_combo.cli import data
+from peft_combo.cli import suggest
 from peft_combo.cli import doctor
 from peft_combo.cli.app import app
 

@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Recipes: list, show, copy, check, schema.", no_args_is_help=True)
 adapters_app = typer.Typer(help="Stored adapters: what there is, aliases, import, export, gc.", no_args_is_help=True)
-data_app = typer.Typer(help="Data: list, check, stats, get.", no_args_is_help=True)
+data_app = typer.Typer(help="Data: list, check, stats, suggest, get.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(data_app, name="data")

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, data_app
+from peft_combo.cli.app import DataOption, JsonOption, SetOption, data_app
 from peft_combo.cli.shown import figure, print_faults, print_json, print_table
-from peft_combo.errors import DataError
+
+if TYPE_CHECKING:
+    from peft_combo.recipe import DataConfig
+    from peft_combo.task_configs import TaskConfig
+
+TaskOption = Annotated[
+    str | None,
+    typer.Option("--recipe", "-r", help="Recipe whose task is to learn from it; without, every table there is."),
+]
 
 
 @data_app.command("list")
@@ -25,42 +33,40 @@ def data_list(as_json: JsonOption = False) -> None:
 
 
 @data_app.command("check")
-def data_check(recipe: RecipeOption = "lora-fashion", data: DataOption = None, overrides: SetOption = None) -> None:
-    """Say everything that is wrong with a dataset: every fault with file, line and remedy."""
-    from peft_combo.data import check_source
-    from peft_combo.recipe_files import load_recipe
+def data_check(recipe: TaskOption = None, data: DataOption = None, overrides: SetOption = None) -> None:
+    """Say everything that is wrong with a dataset, labels or tags: every fault with file, line and remedy."""
+    from peft_combo.data.task_data import check_data
 
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
-    print_faults("", check_source(loaded.data), fine="The data can be read; nothing is wrong with it.")
+    config, task = _asked(recipe, data, overrides)
+    print_faults("", check_data(config, task), fine="The data can be read; nothing is wrong with it.")
 
 
 @data_app.command("stats")
 def data_stats(
-    recipe: RecipeOption = "lora-fashion",
+    recipe: TaskOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Describe a dataset in figures, and how it would be split."""
-    from peft_combo.data import describe, open_dataset, split_as
+    """Describe a dataset, labels or tags in figures, and how they would be split."""
+    from peft_combo.data.task_data import describe_data
+
+    found = describe_data(*_asked(recipe, data, overrides))
+    if as_json:
+        print_json(found[0] if len(found) == 1 else found)
+        return
+    for place, figures in enumerate(found):
+        if place:
+            print()
+        print_table(("figure", "value"), [(name.replace("_", " "), figure(value)) for name, value in figures.items()])
+
+
+def _asked(recipe: str | None, data: Path | None, overrides: list[str] | None) -> tuple[DataConfig, TaskConfig | None]:
+    """Return the data of a recipe and its task; of no recipe the demo or --data, whatever task it is for."""
     from peft_combo.recipe_files import load_recipe
 
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
-    dataset = open_dataset(loaded.data)
-    figures = describe(dataset, loaded.data.text)
-    config = loaded.data
-    try:
-        parts = split_as(dataset, config)
-        figures["split"] = {
-            "by": config.split, "train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test),
-            "dropped": len(parts.dropped), "digest": parts.digest,
-        }  # fmt: skip
-    except DataError as error:
-        figures["split"] = str(error)
-    if as_json:
-        print_json(figures)
-    else:
-        print_table(("figure", "value"), [(name.replace("_", " "), figure(value)) for name, value in figures.items()])
+    loaded = load_recipe(recipe or "lora-fashion", tuple(overrides or ()), data).ready()
+    return loaded.data, None if recipe is None else loaded.task
 
 
 @data_app.command("get")

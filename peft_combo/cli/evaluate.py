@@ -12,6 +12,10 @@ from peft_combo.cli.shown import console_watch, print_json, print_table
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from peft_combo.composition import CompositionReport
     from peft_combo.evaluation import Report
 
 
@@ -21,6 +25,9 @@ def evaluate(
     adapters: Annotated[
         list[str] | None, typer.Option("--adapter", help="fashion or fashion@v2; may be repeated.")
     ] = None,
+    compose: Annotated[
+        bool, typer.Option("--compose", help="Also compose whole test bundles of one item: composer, beam, top-k.")
+    ] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a chart: .html, or .png with [plot].")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -40,6 +47,9 @@ def evaluate(
         from peft_combo.data import open_dataset, split_as
         from peft_combo.evaluation import evaluate as run
         from peft_combo.evaluation import plot
+        from peft_combo.rated import rating_problem
+        from peft_combo.tasks.bundle import CompletionHead
+        from peft_combo.tasks.rating import RatingHead
         from peft_combo.vectors import VectorCache
 
         config = loaded.data
@@ -48,7 +58,8 @@ def evaluate(
         opened = AdapterStore(store)
         for reference in adapters or ():
             manifest = opened.open(reference).manifest
-            if problem := split_problem(manifest, parts, config):
+            rates = manifest.task.get("kind") == RatingHead.kind
+            if problem := rating_problem(manifest, dataset, parts) if rates else split_problem(manifest, parts, config):
                 raise DataError(problem)
             if manifest.imported is not None:
                 watch.note(f"{reference} was imported: whether it has learned from these test bundles is not known.")
@@ -57,16 +68,20 @@ def evaluate(
             VectorCache(cache),
             dataset.catalog.texts(config.text),
         )
-        watch.stage("Encoding the catalogue", len(texts) * (1 + len(adapters or ())))
-        frozen = kept.vectors(bank, texts, None, watch.advance)
-        tuned = {
-            reference: (kept.vectors(bank, texts, reference, watch.advance), bank.get(reference).head)
-            for reference in adapters or ()
-        }
-        recipes = {reference: bank.get(reference).record.manifest.recipe for reference in adapters or ()}
+        live = {reference: bank.get(reference) for reference in adapters or ()}
+        # Any other head is refused before anything is encoded.
+        raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
+        heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
+        watch.stage("Encoding the catalogue", len(texts) * (1 + len(live)))
+
+        def encoded(reference: str | None) -> NDArray[np.float32]:
+            return kept.vectors(bank, texts, reference, watch.advance)
+
         report = run(
-            dataset, parts, frozen=frozen, tuned=tuned, areas=Areas.of(dataset.catalog, recipes), text=config.text,
-            seed=loaded.seed, advance=lambda name: watch.note(f"measured {name}"),
+            dataset, parts, frozen=encoded(None), tuned={name: (encoded(name), head) for name, head in heads.items()},
+            rated={name: (encoded(name), head) for name, head in raters.items()},
+            areas=Areas.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
+            text=config.text, seed=loaded.seed, compose=compose, advance=lambda name: watch.note(f"measured {name}"),
         )  # fmt: skip
     if plot_file is not None:
         plot(report, plot_file)
@@ -104,5 +119,29 @@ def _print_report(report: Report) -> None:
         numbers=True,
     )
     print(f"The fusion chosen on validation: {report.fusion.chosen}. Slices show NDCG@10. {report.protocol}")
+    if report.composition is not None:
+        _print_composition(report.composition)
     for note in report.notes:
         print(f"Note: {note}")
+
+
+def _print_composition(found: CompositionReport) -> None:
+    print(f"\nComposition of {found.bundles:,} test bundles of {found.groups:,} groups, given one item of each")
+    print_table(
+        ("", "precision", "recall", "95 % interval", "exact", "Jaccard", "valid", "diversity", "p"),
+        [
+            (
+                row.name,
+                *(f"{row.values[name]:.3f}" for name in ("precision", "recall")),
+                "{:.3f} to {:.3f}".format(*row.intervals["recall"]),
+                *(
+                    f"{row.values[name]:.3f}" if name in row.values else ""
+                    for name in ("exact", "jaccard", "valid", "diversity")
+                ),
+                "" if row.p is None else f"{row.p:.4f}",
+            )
+            for row in found.rows
+        ],
+        numbers=True,
+    )
+    print(found.protocol)

@@ -11,11 +11,13 @@ import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
 from peft_combo.cli.shown import ConsoleWatch, console_watch, print_json, print_table, words
+from peft_combo.cli.tag import adapter_tagger
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
     from peft_combo.recipe import Recipe
     from peft_combo.recommender import BundleRecommender, Recommendation, Suggestion
+    from peft_combo.wishes import Wish
 
 
 @app.command()
@@ -24,6 +26,10 @@ def recommend(
     items: Annotated[str | None, typer.Option("--items", help="Item ids every bundle holds: F1,F7.")] = None,
     user: Annotated[str | None, typer.Option("--user", help="User id; with it the bundles suit that user.")] = None,
     query: Annotated[str | None, typer.Option("--query", help="What is looked for, in words.")] = None,
+    tagger: Annotated[
+        str | None,
+        typer.Option("--tagger", help="Tagging adapter that takes the query apart: an item for each thing it names."),
+    ] = None,
     adapters: Annotated[
         list[str] | None,
         typer.Option("--adapter", help="fashion or fashion@v2, may be repeated; default: the recipe's category."),
@@ -61,6 +67,8 @@ def recommend(
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     if (source is None) != (target is None):
         raise DataError("--from FILE and --to FILE go together: requests and where their answers go.")
+    if tagger is not None and query is None and source is None:
+        raise DataError("--tagger takes a query apart, and there is none. Add --query, or --from with queries.")
     asked = {
         "items": list(words(items) or ()), "user": user, "query": query, "single": single, "k": k,
         "slots": _listed(slots), "without_slots": _listed(without_slots), "budget": budget, "max_price": max_price,
@@ -69,12 +77,22 @@ def recommend(
     }  # fmt: skip
     with console_watch() as watch:
         references = [] if frozen else adapters or [loaded.category]
+        names = None if tagger is None else adapter_tagger(tagger, store)
         fitted = _recommender(loaded, references, store, cache, fitted_folder, watch)
         from peft_combo.batch import Request, answer, answer_file, count_requests
+        from peft_combo.wishes import understand
 
         if source is not None and target is not None:
             watch.stage("Answering", count_requests(source))
-            done = answer_file(fitted, source, target, asked, watch.advance)
+            done = answer_file(fitted, source, target, asked, watch.advance, names)
+        else:
+            understood = None
+            if query is not None and names is not None:
+                understood = understand(query, names)
+                watch.note(f"Understood: {understood}")
+            found = answer(fitted, Request.model_validate(asked), names)
+            if understood is not None and (missing := _unanswered(understood.wishes, found)):
+                watch.note(f"Nothing in the catalogue answers: {', '.join(missing)}")
     if source is not None:
         print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
         if done.errors:
@@ -84,13 +102,19 @@ def recommend(
                 f"The first, line {line}: {error}"
             )
         return
-    found = answer(fitted, Request.model_validate(asked))
     if as_json:
         print_json([asdict(one) for one in found])
     elif single:
         _print_suggestions(cast("list[Suggestion]", found), explain)
     else:
         _print_bundles(cast("list[Recommendation]", found), explain)
+
+
+def _unanswered(wishes: Sequence[Wish], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:
+    """Return the names of wishes that no item of any bundle answers."""
+    evidence = [entry for one in found for entry in getattr(one, "evidence", ())]
+    answered = {told["wish"] for entry in evidence for told in entry.get("answers", ())}
+    return [wish.name for wish in wishes if wish.name not in answered]
 
 
 def _listed(text: str | None) -> list[str] | None:
@@ -154,6 +178,9 @@ def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
 
 def _reasons(entry: Mapping[str, Any]) -> str:
     reasons = [f"relevance {entry['relevance']:+.2f}, compatibility {entry['compatibility']:+.2f}"]
+    if "answers" in entry:
+        told = [one["wish"] + ("" if one["named"] else f", as another {one['type']}") for one in entry["answers"]]
+        reasons.insert(0, f"answers: {'; '.join(told)}")
     if "together" in entry:
         reasons.append(f"in {entry['together']['bundles']} bundles with {entry['together']['with']}")
     if "agrees" in entry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
-from peft_combo.cli.shown import print_json, print_table
+from peft_combo.cli.shown import figure, print_json, print_table
+from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
     from peft_combo.bank import AdapterBank, LiveAdapter
-    from peft_combo.tasks.tagging import Entity
+    from peft_combo.data.tags import Entity, Tagger
 
 TextsArgument = Annotated[list[str], typer.Argument(help="One text or more, each in quotes.", show_default=False)]
 _COLOURS = ("bold cyan", "bold magenta", "bold green", "bold yellow", "bold blue", "bold red")
@@ -21,26 +23,82 @@ _COLOURS = ("bold cyan", "bold magenta", "bold green", "bold yellow", "bold blue
 
 @app.command()
 def tag(
-    texts: TextsArgument,
-    adapter: Annotated[str, typer.Option("--adapter", help="A tagging adapter: fashion-tags or fashion-tags@v2.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts, each in quotes.", show_default=False)] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", help="A tagging adapter: fashion-tags@v2. Without, a list of fashion nouns."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Tag the titles of a catalogue instead: the folder of its items.")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--to", help="With --data: items.csv to write, with slot and entity of every item.")
+    ] = None,
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
-    """Find the entities of texts with a tagging adapter, and mark them."""
-    from peft_combo.tasks.tagging import TaggingHead, tag_texts
+    """Find the entities of texts and mark them; or give the items of a catalogue their slots by their titles."""
+    from peft_combo.data.tags import noun_entities
 
-    bank, live = _loaded(adapter, store)
-    found = tag_texts(bank.backbone, live.attached, live.head_as(TaggingHead), texts)
-    if as_json:
-        print_json([{"text": text, "entities": list(map(asdict, own))} for text, own in zip(texts, found, strict=True)])
+    if bool(texts) == (data is not None) or (data is None) != (target is None):
+        raise DataError("Expected texts to tag, or --data FOLDER with --to items.csv for a whole catalogue.")
+    tagger = noun_entities if adapter is None else adapter_tagger(adapter, store)
+    if data is not None and target is not None:
+        _tag_catalogue(data, target, tagger, as_json)
         return
-    for text, entities in zip(texts, found, strict=True):
+    given = texts or []
+    found = tagger(given)
+    if as_json:
+        print_json([{"text": text, "entities": list(map(asdict, own))} for text, own in zip(given, found, strict=True)])
+        return
+    for text, entities in zip(given, found, strict=True):
         _print_marked(text, entities)
         if entities:
             print_table(
                 ("type", "text", "characters", "score"),
                 [(one.type, one.text, f"{one.start} to {one.end}", f"{one.score:.3f}") for one in entities],
             )
+
+
+def adapter_tagger(reference: str, store: Path) -> Tagger:
+    """Load a tagging adapter over the encoder that its own recipe names."""
+    from peft_combo.tasks.tagging import AdapterTagger, TaggingHead
+
+    bank, live = _loaded(reference, store)
+    return AdapterTagger(bank.backbone, live.attached, live.head_as(TaggingHead))
+
+
+def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) -> None:
+    from collections import Counter
+
+    from peft_combo.data import open_dataset, write_items
+    from peft_combo.data.tags import with_slots
+    from peft_combo.recipe import DataConfig
+
+    if target.suffix != ".csv":
+        raise DataError(
+            f"Items are written as .csv, found {target.suffix or 'no ending'!r}. Try {target.with_suffix('.csv')}"
+        )
+    catalog = open_dataset(DataConfig(source="folder", path=str(folder)), "items").catalog
+    tagged = with_slots(catalog, tagger)
+    write_items(tagged, target)
+    given = Counter(
+        new for old, new in zip(catalog.slots, tagged.slots, strict=True) if old is None and new is not None
+    )
+    told = {
+        "items": len(tagged),
+        "slots_before": sum(slot is not None for slot in catalog.slots),
+        "slots_given": dict(given.most_common()),
+        "without_slot": tagged.slots.count(None),
+    }
+    if as_json:
+        print_json({"file": str(target), **told})
+        return
+    print(
+        f"{given.total():,} of {len(tagged):,} items got a slot ({figure(told['slots_given']) or 'none'}); "
+        f"{told['slots_before']:,} had one, {told['without_slot']:,} have none."
+    )
+    print(f"Written to {target}. With the other tables beside it, as items.csv, it is a folder for --data.")
 
 
 @app.command()
@@ -90,7 +148,7 @@ def _loaded(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
     return bank, bank.get(reference)
 
 
-def _print_marked(text: str, entities: list[Entity]) -> None:
+def _print_marked(text: str, entities: Sequence[Entity]) -> None:
     """Print a text with its entities in colour, and in brackets with their type, which survive a pipe."""
     from rich.console import Console
     from rich.text import Text

@@ -6,7 +6,7 @@ Owns the statistics, the choice of a winner and the chart. Knows nothing of how 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,8 @@ class Comparison:
             where significance cannot be said.
         asked: what the questions were. machine: what the times were measured on.
         recipes: by label, as it was compared but for the seed.
+        answers: by label the metric of each question, (Q,), mean over the seeds; clusters: (Q,) what may not be
+            divided. Empty where the metric is no mean over questions.
     """
 
     metric: str
@@ -108,11 +110,31 @@ class Comparison:
     failed: tuple[Failed, ...]
     cheapest: str | None
     recipes: Mapping[str, Recipe] = field(repr=False)
+    answers: Mapping[str, NDArray[np.float64]] = field(repr=False, default_factory=dict)
+    clusters: NDArray[np.str_] = field(repr=False, default_factory=lambda: np.array([], np.str_))
 
     @property
     def best(self) -> Line:
         """The line with the highest mean."""
         return self.lines[0]
+
+    def against(self, label: str) -> dict[str, Gain]:
+        """Compare all others with one row, question by question; p corrected for their number by Holm.
+
+        Raises:
+            PeftComboError: the row has no answers to single questions.
+        """
+        if label not in self.answers:
+            raise PeftComboError(
+                f'There are no answers to single questions for "{label}". Known: {", ".join(self.answers) or "none"}.'
+            )
+        found = {
+            other: Gain.between(self.answers[label], mine, self.clusters)
+            for other, mine in self.answers.items()
+            if other != label
+        }
+        corrected = holm([gain.p for gain in found.values()])
+        return {other: replace(gain, p=p) for (other, gain), p in zip(found.items(), corrected, strict=True)}
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values, recipes included."""
@@ -176,6 +198,8 @@ def comparison_of(
         failed=failed,
         cheapest=cheapest if first.clusters is not None else None,
         recipes={variant.label: variant.recipe for variant in variants},
+        answers={label: one for label, one in after.items() if one is not None},
+        clusters=np.array(first.clusters or (), np.str_),
     )
 
 

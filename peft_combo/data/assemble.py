@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from peft_combo.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from peft_combo.recipe import DataConfig
+
+Needs = Literal["items", "interactions", "bundles"]
+"""What must be there beside the items. What is there is read whoever asks, so that one source is one dataset."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +42,12 @@ class Found:
     origin: str = "the data"
 
 
-def assemble(found: Found, config: DataConfig) -> Dataset:
-    """Apply the filters of `config` and return the dataset.
+def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
+    """Apply the filters of `config` and return the dataset; without bundles where there are none and none are needed.
 
     Raises:
-        DataError: the category filter matches nothing, or no usable bundle is left.
+        DataError: the category filter matches nothing, or no usable bundle (or no interaction) is left and it is
+            needed.
     """
     notes = list(found.notes)
     if config.category_filter is not None:
@@ -59,7 +63,14 @@ def assemble(found: Found, config: DataConfig) -> Dataset:
         new_row = np.searchsorted(rows, [first[text] for text in texts]).astype(np.int32)
         found = _moved(found, rows, new_row)
 
+    if needs == "interactions" and (found.interactions is None or not len(found.interactions)):
+        raise DataError(
+            f"{found.name} has no interactions{' of the items that are left' if notes else ''}, and they are what is "
+            "learned from. Add an interactions table with user_id and item_id, or loosen the filters."
+        )
     from_baskets = config.bundles_from == "baskets" or (config.bundles_from == "auto" and found.bundles is None)
+    if needs != "bundles" and not (_has_baskets(found) if from_baskets else found.bundles is not None):
+        return Dataset.build(found.name, found.catalog, found.interactions, Bundles.build([], []), notes)
     if from_baskets:
         if config.min_item_support > 1:
             rows = _supported(found, config.min_item_support)
@@ -77,7 +88,7 @@ def assemble(found: Found, config: DataConfig) -> Dataset:
     if config.max_bundles is not None and len(bundles) > config.max_bundles:
         notes.append(f"{config.max_bundles:,} of {len(bundles):,} bundles sampled by a hash of their id")
         bundles = _sample(bundles, config.max_bundles)
-    if not len(bundles):
+    if needs == "bundles" and not len(bundles):
         kind = "baskets" if from_baskets else "bundles"
         raise DataError(
             f"{found.origin} has no usable bundle: none of its {kind} has {config.min_bundle_size} to "
@@ -140,10 +151,14 @@ def _distinct(rows: NDArray[np.int32]) -> NDArray[np.int32]:
     return rows[np.sort(first)]
 
 
+def _has_baskets(found: Found) -> bool:
+    return found.interactions is not None and bool((found.interactions.baskets >= 0).any())
+
+
 def _basket_items(found: Found) -> NDArray[np.int64]:
     """Return (P, 2) distinct (basket, item) pairs in ascending order."""
     interactions = found.interactions
-    if interactions is None or not (interactions.baskets >= 0).any():
+    if interactions is None or not _has_baskets(found):
         raise DataError(
             f"Bundles are to be made from baskets, but {found.origin} has no basket ids. "
             "Give interactions a basket_id column, or a bundles table."

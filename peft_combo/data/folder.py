@@ -6,6 +6,8 @@ formats (that is `tables`) or of filters and splits.
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo.data.assemble import Found
+from peft_combo.data.assemble import Found, Needs
 from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Interactions
 from peft_combo.data.tables import SHOWN_FAULTS, Table, find_table, read_table
 from peft_combo.errors import Fault, did_you_mean
+from peft_combo.written import write_text
 
 if TYPE_CHECKING:
     from peft_combo.recipe import DataConfig
@@ -32,9 +35,11 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
 _OWN_ITEM_COLUMNS = ("item_id", "title", "category", "slot", "price", "description")
 
 
-def read_folder(folder: Path, config: DataConfig) -> tuple[Found | None, list[Fault]]:
+def read_folder(folder: Path, config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
     """Read every table of `folder` and return what was found and everything that is wrong with it.
 
+    Args:
+        needs: the tables that must be there beside items; interactions that are needed must tell whose they are.
     Returns:
         (found, faults); found is None where there are faults.
     """
@@ -45,6 +50,8 @@ def read_folder(folder: Path, config: DataConfig) -> tuple[Found | None, list[Fa
         file = find_table(folder, name, faults)
         if file is None:
             continue
+        if name == needs == "interactions":
+            required = (*required, "user_id")
         mapping = dict(config.columns.get(name, {}))  # type: ignore[call-overload]
         table = read_table(file, mapping, required, optional, faults)
         broken = broken or table is None
@@ -69,18 +76,50 @@ def read_folder(folder: Path, config: DataConfig) -> tuple[Found | None, list[Fa
     basket_ids: list[str] = []
     if "interactions" in tables:
         interactions, basket_ids = _interactions(tables["interactions"], catalog, notes)
-    if bundles is None and not basket_ids and not broken and not faults:
+    there = ", ".join(table.file.name for table in tables.values())
+    if needs == "bundles" and bundles is None and not basket_ids and not broken and not faults:
         faults.append(
             Fault(
                 str(folder),
-                "has neither a bundles table nor interactions with a basket_id column.",
-                "Bundles come from one of the two.",
+                f"has neither a bundles table nor interactions with a basket_id column; found {there}.",
+                "Bundles come from one of the two; only tasks that learn from bundles need them.",
+            )
+        )
+    if needs == "interactions" and interactions is None and not broken:
+        faults.append(
+            Fault(
+                str(folder),
+                f"has no interactions table (.csv, .parquet or .jsonl); found {there}.",
+                "Add one with user_id and item_id.",
             )
         )
     if faults:
         return None, faults
-    origin = tables["bundles" if bundles is not None else "interactions"].file.name
+    origin = next(tables[name].file.name for name in ("bundles", "interactions", "items") if name in tables)
     return Found(folder.resolve().name, catalog, interactions, basket_ids, bundles, tuple(notes), origin), []
+
+
+def write_items(catalog: Catalog, file: Path) -> None:
+    """Write a catalogue as the items table of a folder, which reads back as the same; unknown cells are empty.
+
+    Raises:
+        PeftComboError: the file cannot be written; what was there before stays.
+    """
+    columns: dict[str, Sequence[str | None]] = {
+        "item_id": catalog.item_ids,
+        "title": catalog.titles,
+        "category": [CATEGORY_SEPARATOR.join(path) for path in catalog.categories],
+        "slot": catalog.slots,
+        "price": ["" if np.isnan(price) else str(price) for price in catalog.prices],
+        "description": catalog.descriptions,
+        **catalog.attributes,
+    }
+    kept = {name: cells for name, cells in columns.items() if name in ("item_id", "title") or any(cells)}
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(kept)
+    writer.writerows(zip(*([cell or "" for cell in cells] for cells in kept.values()), strict=True))
+    write_text(file, lines.getvalue())
 
 
 def _items(table: Table) -> Catalog:

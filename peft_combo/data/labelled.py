@@ -136,7 +136,7 @@ def read_labels(config: DataConfig, multi_label: bool) -> LabelledTexts:
         texts = table.strings("text")
         single = [(one,) if one else () for one in table.strings("label")]
         labels = table.lists("label", SEVERAL) if multi_label else single
-        table.blame([row for row, text in enumerate(texts) if not text], "text is empty.")
+        table.blame([row for row, text in enumerate(texts) if not text], "text is empty.", "Write it, or drop the row.")
     if faults:
         raise DataError.from_faults(f"The labels in {file} cannot be used:", faults)
     return LabelledTexts.build(file.parent.resolve().name, texts, labels, multi_label, ())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, assert_never
 
 from peft_combo.data import bundlerec, completejourney
-from peft_combo.data.assemble import Found, assemble
+from peft_combo.data.assemble import Found, Needs, assemble
 from peft_combo.data.demo import demo_dataset
 from peft_combo.data.fetch import REMOTE
 from peft_combo.data.folder import TABLES, read_folder
@@ -26,28 +26,32 @@ if TYPE_CHECKING:
 Layout = Literal["folder", "bundlerec"]
 
 
-def open_dataset(config: DataConfig) -> Dataset:
+def open_dataset(config: DataConfig, needs: Needs = "bundles") -> Dataset:
     """Read the dataset a recipe describes, filters applied.
 
     With a path, the folder's own layout decides between "folder" and "bundlerec", whichever of the two was named.
 
+    Args:
+        needs: what must be there beside the items. "items": nothing; "interactions": who took what, with user ids;
+            "bundles": made bundles, or baskets they can be made of. What is there is read in any case, so the dataset
+            (and its digest) does not depend on who asks.
     Raises:
-        DataError: the source is not there, or has faults; all of them are in the message.
+        DataError: the source is not there, lacks what is needed, or has faults; all of them are in the message.
     """
-    found, faults = _read(config)
+    found, faults = _read(config, needs)
     if faults or found is None:
         where = config.path if config.path is not None else config.source
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise DataError.from_faults(f"The data in {where} cannot be used ({count}):", faults)
-    return assemble(found, config)
+    return assemble(found, config, needs)
 
 
-def check_source(config: DataConfig) -> list[Fault]:
+def check_source(config: DataConfig, needs: Needs = "bundles") -> list[Fault]:
     """Return everything that is wrong with the source of `config`; an empty list where `open_dataset` will work."""
     try:
-        found, faults = _read(config)
+        found, faults = _read(config, needs)
         if found is not None and not faults:
-            assemble(found, config)
+            assemble(found, config, needs)
     except DataError as error:
         return list(error.faults) or [Fault(config.path or config.source, str(error))]
     return faults
@@ -73,9 +77,11 @@ def detect_layout(path: str | Path) -> Layout:
     shown = ", ".join(sorted(one.name for one in folder.iterdir())[:10]) or "nothing"
     below = [one for one in sorted(folder.iterdir()) if one.is_dir() and _layout_of(one)]
     hint = f" Did you mean {below[0]}?" if below else ""
+    if any(one.stem in ("labels", "tags") for one in folder.iterdir()):
+        hint = " Labels and tags are for recipes that learn from them: classify-texts, tag-texts."
     raise DataError(
-        f"{path} holds no known layout. Expected items.csv (or .parquet, .jsonl) with bundles or interactions, or the "
-        f"BundleRec files {', '.join(bundlerec.FILES)}; found {shown}.{hint}"
+        f"{path} holds no known layout. Expected items.csv (or .parquet, .jsonl), with bundles or interactions where "
+        f"the task learns from them, or the BundleRec files {', '.join(bundlerec.FILES)}; found {shown}.{hint}"
     )
 
 
@@ -104,7 +110,7 @@ def available() -> Sequence[Source]:
     return (*built_in, *remote)
 
 
-def _read(config: DataConfig) -> tuple[Found | None, list[Fault]]:
+def _read(config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
     match config.source:
         case "demo":
             demo = demo_dataset()
@@ -117,7 +123,7 @@ def _read(config: DataConfig) -> tuple[Found | None, list[Fault]]:
             folder = Path(config.path).expanduser()
             match detect_layout(folder):
                 case "folder":
-                    return read_folder(folder, config)
+                    return read_folder(folder, config, needs)
                 case "bundlerec":
                     return bundlerec.read_bundlerec(folder)
                 case layout:

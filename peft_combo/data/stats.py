@@ -35,24 +35,24 @@ def describe(dataset: Dataset, template: str = "{title}") -> dict[str, Any]:
         "name": dataset.name,
         "digest": dataset.digest,
         "items": n_items,
-        "words_per_text": _quantiles(words),
+        "words_per_text": quantiles(words),
         "items_sharing_their_text": n_items - sum(count == 1 for count in Counter(texts).values()),
         "items_with_category": sum(path != () for path in catalog.categories),
         "top_categories": dict(_top_categories(dataset)),
         "slots": dict(Counter(slot for slot in catalog.slots if slot is not None).most_common(20)),
         "price_known": _share(len(priced), n_items),
-        "prices": _quantiles(priced),
+        "prices": quantiles(priced),
         "attributes": {
             name: _share(sum(value is not None for value in values), n_items)
             for name, values in catalog.attributes.items()
         },
         "bundles": len(bundles),
-        "items_per_bundle": _quantiles(bundles.sizes),
+        "items_per_bundle": quantiles(bundles.sizes),
         "bundle_sizes": {str(size): count for size, count in sorted(Counter(bundles.sizes.tolist()).items())},
         "bundles_repeating_an_item_set": len(bundles) - len(item_sets),
         "bundles_with_name": sum(name is not None for name in bundles.names),
         "bundle_owners": len(set(owners)),
-        "bundles_per_owner": _quantiles(np.array(list(Counter(owners).values()))),
+        "bundles_per_owner": quantiles(np.array(list(Counter(owners).values()))),
         "items_in_no_bundle": _share(int((bundled == 0).sum()), n_items),
         "items_in_one_bundle": _share(int((bundled == 1).sum()), n_items),
         "interactions": 0 if interactions is None else len(interactions),
@@ -72,7 +72,8 @@ def _top_categories(dataset: Dataset) -> list[tuple[str, int]]:
     return Counter(CATEGORY_SEPARATOR.join(path[:depth]) for path in paths).most_common(10)
 
 
-def _quantiles(values: NDArray[Any]) -> dict[str, float]:
+def quantiles(values: NDArray[Any]) -> dict[str, float]:
+    """Return the least, the mean, the middle, the 95th percentile and the greatest of some numbers; nothing of none."""
     if not len(values):
         return {}
     p50, p95 = np.percentile(values, [50, 95])

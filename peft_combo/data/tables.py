@@ -239,7 +239,7 @@ def read_table(
                 )
             )
         if optional is not None and ours not in (*required, *optional):
-            known = (*required, *optional)
+            known = tuple(dict.fromkeys((*required, *optional)))
             faults.append(
                 Fault(
                     f"data.columns.{name}",

@@ -1,7 +1,8 @@
 """Texts whose words are tagged: read as tokens with BIO tags, as text with spans or as CoNLL, or made of a catalogue.
 
-Owns the three formats, their faults, and the weak labeller. A tagged text keeps the text itself and where its words
-stand in it, so that whoever cuts it otherwise (word pieces) can find them again. Knows nothing of encoders.
+Owns the three formats, their faults, the weak labeller, and what entities say of a catalogue's items. A tagged text
+keeps the text itself and where its words stand in it, so that whoever cuts it otherwise (word pieces) can find them
+again. Knows nothing of encoders.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_combo.data.fashion_nouns import FASHION_NOUNS
 from peft_combo.data.labelled import table_file, text_key
-from peft_combo.data.model import Dataset
+from peft_combo.data.model import Catalog, Dataset
 from peft_combo.data.tables import SHOWN_FAULTS
 from peft_combo.errors import DataError, Fault, did_you_mean
 
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from peft_combo.recipe import DataConfig
 
 OUTSIDE = "O"
-_FORMATS = (".jsonl", ".conll")
+TAG_SUFFIXES = (".jsonl", ".conll")
 # A word is letters and digits, also around a hyphen or an apostrophe; any other mark stands for itself.
 _WORD = re.compile(r"\w+(?:[-'’&]\w+)*|[^\w\s]")
+# What follows one of these in a title is not the thing itself: "dress with belt", "case for phone".
+_BESIDE = re.compile(r"\b(?:with|and|for|in|from|by)\b|\bw/|[&+]", re.IGNORECASE)
 _TAG = re.compile(r"O|[BI]-\S+")
 
 
@@ -48,6 +51,26 @@ class TaggedText:
     def tokens(self) -> tuple[str, ...]:
         """The words themselves."""
         return tuple(self.text[start:end] for start, end in self.words)
+
+
+@dataclass(frozen=True)
+class Entity:
+    """What a text names.
+
+    Attributes:
+        start, end: its characters in the text, `end` not included.
+        score: how likely its tags are, the least sure of its words; 1 where a rule says so.
+    """
+
+    type: str
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+Tagger: TypeAlias = Callable[[Sequence[str]], Sequence[Sequence[Entity]]]
+"""Finds the entities of texts, in order of their place: a stored tagging adapter, or `noun_entities`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +136,7 @@ def read_tags(config: DataConfig) -> TaggedTexts:
     Raises:
         DataError: it is not there, or has faults; all of them are in the message.
     """
-    file = table_file(config, "tags", _FORMATS)
+    file = table_file(config, "tags", TAG_SUFFIXES)
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -140,12 +163,19 @@ def _json_lines(file: Path, lines: Sequence[str], faults: list[Fault]) -> Iterat
             continue
         match record:
             case {"tokens": list(tokens), "tags": list(tags)}:
-                one = _of_tokens(tokens, tags, where, faults)
+                one = _of_tokens(tokens, tags, lambda _, where=where: where, faults)  # type: ignore[misc]
             case {"text": str(text), "spans": list(spans)}:
                 one = _of_spans(text, spans, where, faults)
             case _:
                 one = None
-                faults.append(Fault(where, 'expected "tokens" and "tags", or "text" and "spans", each a list.'))
+                held = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                faults.append(
+                    Fault(
+                        where,
+                        f"expected the lists tokens and tags, or text and the list spans; found {held or 'nothing'}.",
+                        'For example {"tokens": ["Red", "dress"], "tags": ["O", "B-Clo"]}.',
+                    )
+                )
         if one is not None:
             yield one
 
@@ -153,34 +183,47 @@ def _json_lines(file: Path, lines: Sequence[str], faults: list[Fault]) -> Iterat
 def _conll(file: Path, lines: Sequence[str], faults: list[Fault]) -> Iterator[TaggedText]:
     tokens: list[str] = []
     tags: list[str] = []
-    start = 1
+    places: list[str] = []
     for number, line in enumerate([*lines, ""], start=1):
         cells = line.split()
         if cells and cells[0] != "-DOCSTART-":
-            start = start if tokens else number
             if len(cells) < 2:
-                faults.append(Fault(f"{file.name}:{number}", f"expected a word and its tag, found {line.strip()!r}."))
+                faults.append(
+                    Fault(
+                        f"{file.name}:{number}",
+                        f"expected a word and its tag, found {line.strip()!r}.",
+                        "Put a space between them; an empty line ends a text.",
+                    )
+                )
                 continue
             tokens.append(cells[0])
             tags.append(cells[-1])
+            places.append(f"{file.name}:{number}")
         elif tokens:
-            one = _of_tokens(tokens, tags, f"{file.name}:{start}", faults)
+            one = _of_tokens(tokens, tags, places.__getitem__, faults)
             if one is not None:
                 yield one
-            tokens, tags = [], []
+            tokens, tags, places = [], [], []
 
 
-def _of_tokens(tokens: Sequence[Any], tags: Sequence[Any], where: str, faults: list[Fault]) -> TaggedText | None:
+def _of_tokens(
+    tokens: Sequence[Any], tags: Sequence[Any], where: Callable[[int], str], faults: list[Fault]
+) -> TaggedText | None:
+    """Check tokens and tags; `where` says in which line each token stands."""
+    before = len(faults)
     if len(tokens) != len(tags):
-        faults.append(Fault(where, f"has {len(tokens)} tokens but {len(tags)} tags.", "One tag for each token."))
+        problem = f"tags: expected one for each of {len(tokens)} tokens, found {len(tags)}."
+        faults.append(Fault(where(0), problem, "Write O for a token outside of all entities."))
         return None
-    for token, tag in zip(tokens, tags, strict=True):
+    for place, (token, tag) in enumerate(zip(tokens, tags, strict=True)):
         if not isinstance(token, str) or not token.strip():
-            faults.append(Fault(where, f"has the token {token!r}, expected a word."))
-            return None
+            faults.append(Fault(where(place), f"tokens: expected words, found {token!r}.", "Drop it, and its tag."))
         if not isinstance(tag, str) or not _TAG.fullmatch(tag):
-            faults.append(Fault(where, f"has the tag {tag!r}, expected O, B-Type or I-Type."))
-            return None
+            kind = str(tag).rpartition("-")[2] or "Type"
+            remedy = f"Write B-{kind} where an entity begins and I-{kind} where it goes on."
+            faults.append(Fault(where(place), f"tags: expected O, B-Type or I-Type, found {tag!r}.", remedy))
+    if len(faults) > before:
+        return None
     words = []
     start = 0
     for token in tokens:
@@ -199,14 +242,19 @@ def _of_spans(text: str, spans: Sequence[Any], where: str, faults: list[Fault]) 
                 fits = False
         if not fits or not re.fullmatch(r"\S+", label):
             faults.append(
-                Fault(where, f"has the span {span!r}, expected [start, end, label] within {len(text)} characters.")
+                Fault(
+                    where,
+                    f"spans: expected [start, end, type] within {len(text)} characters, found {span!r}.",
+                    "Characters count from 0 and the end is not included; a type is one word.",
+                )
             )
             return None
         found.append((start, end, label))
     found.sort()
     for (_, end, _), (start, _, label) in pairwise(found):
         if start < end:
-            faults.append(Fault(where, f"has overlapping spans at {start} ({label}).", "A word has one tag."))
+            problem = f"spans: expected spans apart, found one at {start} ({label}) within the one before."
+            faults.append(Fault(where, problem, "A word has one tag: keep one of the two."))
             return None
     # A span may begin or end within a word: the word is parted there.
     edges = sorted({edge for start, end, _ in found for edge in (start, end)})
@@ -279,3 +327,52 @@ def _noun_tags(words: Sequence[str], kind: str) -> tuple[str, ...] | None:
         OUTSIDE if not here else f"I-{kind}" if went_on else f"B-{kind}"
         for here, went_on in zip(inside, before, strict=False)
     )
+
+
+def noun_entities(texts: Sequence[str]) -> list[list[Entity]]:
+    """Find the things to wear that texts name, by the list of nouns alone: of runs that overlap the longest.
+
+    It serves where no tagging adapter is at hand, and knows what stands in `FASHION_NOUNS` and nothing else.
+    """
+    return [list(_nouns_in(text)) for text in texts]
+
+
+def _nouns_in(text: str) -> Iterator[Entity]:
+    words = words_of(text)
+    folded = [text[start:end].casefold().replace("’", "'") for start, end in words]
+    place = 0
+    while place < len(words):
+        longest = 0
+        for kind, nouns in FASHION_NOUNS.items():
+            for end in range(min(len(words), place + nouns.longest), place + longest, -1):
+                if " ".join(folded[place:end]) in nouns:
+                    longest, named = end - place, kind
+                    break
+        if longest:
+            start, end = words[place][0], words[place + longest - 1][1]
+            yield Entity(named, text[start:end], start, end, 1.0)
+        place += longest or 1
+
+
+def head_entity(title: str, found: Sequence[Entity]) -> Entity | None:
+    """Return what a title is the title of: the last entity before "with", "for" and the like, else the first.
+
+    Args:
+        found: the entities of the title, in order.
+    """
+    beside = _BESIDE.search(title)
+    before = [one for one in found if beside is None or one.end <= beside.start()]
+    return before[-1] if before else found[0] if found else None
+
+
+def with_slots(catalog: Catalog, tagger: Tagger) -> Catalog:
+    """Give items without a slot the type of what their title names, and all items the attribute `entity`, its words.
+
+    A slot that is known stays, and an item whose title names nothing stays without.
+    """
+    heads = [head_entity(title, own) for title, own in zip(catalog.titles, tagger(catalog.titles), strict=True)]
+    slots = tuple(
+        slot or (None if head is None else head.type) for slot, head in zip(catalog.slots, heads, strict=True)
+    )
+    named = tuple(None if head is None else head.text.casefold() for head in heads)
+    return replace(catalog, slots=slots, attributes={**catalog.attributes, "entity": named})

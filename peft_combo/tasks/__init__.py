@@ -12,11 +12,13 @@ from torch import Tensor
 
 from peft_combo.errors import StoreError
 from peft_combo.recipe import Recipe
-from peft_combo.task_configs import BundleTask, ClassificationTask, RatingTask, TaggingTask
+from peft_combo.task_configs import BundleTask, ClassificationTask, MaskedTask, RatingTask, SequenceTask, TaggingTask
 from peft_combo.tasks.base import AnyTask, TaskHead
 from peft_combo.tasks.bundle import BundleCompletion, BundleHead
 from peft_combo.tasks.classification import Classification, ClassificationHead
+from peft_combo.tasks.masked import MaskedHead, MaskedWords
 from peft_combo.tasks.rating import Rating, RatingHead
+from peft_combo.tasks.sequence import SequenceGeneration, SequenceHead
 from peft_combo.tasks.tagging import Tagging, TaggingHead
 
 
@@ -33,8 +35,12 @@ def task_of(recipe: Recipe) -> AnyTask:
             return Classification(recipe, recipe.task)
         case RatingTask():
             return Rating(recipe, recipe.task)
+        case SequenceTask():
+            return SequenceGeneration(recipe, recipe.task)
         case TaggingTask():
             return Tagging(recipe, recipe.task)
+        case MaskedTask():
+            return MaskedWords(recipe, recipe.task)
         case _:
             assert_never(recipe.task)
 
@@ -52,7 +58,14 @@ def head_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> TaskHead:
             return ClassificationHead.from_spec(spec, weights)
         case "rating":
             return RatingHead.from_spec(spec, weights)
+        case "sequence":
+            return SequenceHead.from_spec(spec, weights)
         case "tagging":
             return TaggingHead.from_spec(spec, weights)
+        case "masked":
+            return MaskedHead.from_spec(spec, weights)
         case kind:
-            raise StoreError(f"The adapter was tuned for {kind!r}; expected bundle, classification, rating or tagging.")
+            raise StoreError(
+                f"The adapter was tuned for {kind!r}; expected bundle, classification, rating, sequence or tagging, "
+                "or masked."
+            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,6 +142,15 @@ class Batch(Protocol):
         """(M,) numbers of the texts to encode."""
 
 
+@runtime_checkable
+class RetokenizedBatch(Batch, Protocol):
+    """A micro-batch in which some tokens of the texts were exchanged."""
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """(T,) ids to run in place of the items' own, one text behind the other; the items' texts are distinct."""
+
+
 class TaskHead(nn.Module):
     """What stands on the encoder.
 
@@ -179,14 +188,18 @@ OutcomeT = TypeVar("OutcomeT")
 
 
 class Task(Protocol[HeadT, BatchT, OutcomeT]):
-    """What is learned. The loop calls, in this order: `head`, `start`, `outcome` of the frozen encoder, then `batch`
-    and `loss` for every step and `evaluate` now and then, then `settle`, `outcome` of the tuned encoder and `table`.
+    """What is learned. The loop calls, in this order: `head`, `start`, `outcome` of the frozen encoder, then `batch`,
+    `logits` and `loss` for every step and `evaluate` now and then, then `settle`, `outcome` of the tuned encoder and
+    `table`.
 
     Nothing here has a random state: a batch is a function of seed and place, and every process computes the same.
 
     Attributes:
         texts: what is encoded; everything else speaks of texts by their place here.
+        brands: brand of each text where it is known, for augmentation; None where no text has one.
         per_token: whether the head works on the state of every token, not on one vector a text.
+        retokenized: whether its batches exchange tokens of the texts (`RetokenizedBatch`).
+        exclusive: whether a row of logits is one softmax over its answers; else each is a sigmoid of its own.
         unit: what an example is, in the plural ("bundles").
         examples: part (train, valid, test) -> how many examples.
         per_epoch: optimizer steps an epoch.
@@ -198,7 +211,13 @@ class Task(Protocol[HeadT, BatchT, OutcomeT]):
     @property
     def texts(self) -> Sequence[str]: ...
     @property
+    def brands(self) -> Sequence[str | None] | None: ...
+    @property
     def per_token(self) -> bool: ...
+    @property
+    def retokenized(self) -> bool: ...
+    @property
+    def exclusive(self) -> bool: ...
     @property
     def unit(self) -> str: ...
     @property
@@ -221,8 +240,15 @@ class Task(Protocol[HeadT, BatchT, OutcomeT]):
     def batch(self, step: int, part: int = 0, parts: int = 1) -> BatchT:
         """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
 
-    def loss(self, head: HeadT, encoded: Tensor, batch: BatchT) -> Tensor:
-        """Return the scalar loss of a batch; `encoded` are the vectors or states of ``batch.items``."""
+    def logits(self, head: HeadT, encoded: Tensor, batch: BatchT) -> Tensor:
+        """Answer a batch, with gradients: (Q, C) log-odds, or (Q,) where each question is a yes or no.
+
+        Args:
+            encoded: the vectors or states of ``batch.items``.
+        """
+
+    def loss(self, logits: Tensor, batch: BatchT) -> Tensor:
+        """Return the scalar loss of what `logits` answered."""
 
     def evaluate(self, head: HeadT, encode: Encode, metric: str) -> Evaluation:
         """Return the validation metrics of the weights as they are, the head's own settings chosen for `metric`."""

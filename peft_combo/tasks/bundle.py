@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any, Generic, Self, TypeVar, assert_never
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ from torch.nn import functional
 from peft_combo import metrics
 from peft_combo.backbone import Backbone
 from peft_combo.data import Bundles, Dataset, Split, open_dataset, split_as
+from peft_combo.data.augmenting import brands_of
+from peft_combo.data.pseudo import Mined, mine
 from peft_combo.recipe import Recipe
 from peft_combo.scoring import ItemKNN, Popularity, Scorer, TextCosine, tfidf_vectors
-from peft_combo.task_configs import BundleTask
+from peft_combo.task_configs import BundleTask, CompletionTask
 from peft_combo.tasks.base import HEAD_FILE as HEAD_FILE
 from peft_combo.tasks.base import Encode, Epochs, Evaluation, Gain, PerQuestion, Row, Table, TaskHead, rebuilt
 
@@ -36,24 +38,22 @@ _SCORE_BLOCK = 256
 _ASKED_WHILE_TRAINING = 2000
 
 
-class BundleHead(TaskHead):
-    """Turns item vectors into a query (a set of items, as a whole) and into targets, two different spaces.
+class CompletionHead(TaskHead):
+    """Turns item vectors into queries (a set of items, as a whole) and into targets, two different spaces.
 
-    What goes together is rarely alike, so the two sides have projections of their own. Both start as the identity and
-    the set encoder as the plain mean: an untrained head scores exactly like cosine over the frozen encoder.
+    What goes together is rarely alike, so the two sides have projections of their own. Whatever moves a head away from
+    plain cosine starts at zero: an untrained head scores exactly like cosine over the frozen encoder.
     """
 
-    kind = "bundle"
+    kind = "bundle or sequence"
 
-    def __init__(self, dim: int, config: BundleTask) -> None:
+    def __init__(self, dim: int, config: CompletionTask) -> None:
         super().__init__()
         self.dim = dim
-        self.config = config
         projected = config.projection == "linear"
         self.query_projection = nn.Linear(dim, dim, bias=False) if projected else None
         self.target_projection = nn.Linear(dim, dim, bias=False) if projected else None
-        self.attention = nn.Linear(dim, 1, bias=False) if config.pooling == "attention" else None
-        for layer in (self.query_projection, self.target_projection, self.attention):
+        for layer in (self.query_projection, self.target_projection):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
         self.log_scale = nn.Parameter(
@@ -66,10 +66,46 @@ class BundleHead(TaskHead):
 
         Args:
             items: (M, D) item vectors.
-            contexts: (Q, S) rows of `items`, -1 where a set is smaller than S; no set is empty.
+            contexts: (Q, S) rows of `items`, -1 where a set is smaller than S.
         Returns:
-            (Q, D) of unit length.
+            (Q, D) of unit length; the same in whatever order a set is written.
         """
+        raise NotImplementedError
+
+    def target(self, items: Tensor) -> Tensor:
+        """Project (M, D) item vectors to targets, (M, D) of unit length."""
+        return projected(self.dropout(items), self.target_projection)
+
+    def learned(self) -> list[Tensor]:
+        """Return the weights that are the way from plain cosine: at 0 the head is untrained."""
+        return [layer.weight for layer in (self.query_projection, self.target_projection) if layer is not None]
+
+    def at_strength(self, share: float) -> Self:
+        """Return a copy that goes only a share of the way from plain cosine to what was learned.
+
+        Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT), eq. 1, applied to the head.
+        """
+        twin = copy.deepcopy(self)
+        with torch.no_grad():
+            for weight in twin.learned():
+                weight.mul_(share)
+        return twin
+
+
+class BundleHead(CompletionHead):
+    """The head of the bundle task: the set encoder is the mean, plain or weighted."""
+
+    kind = "bundle"
+
+    def __init__(self, dim: int, config: BundleTask) -> None:
+        super().__init__(dim, config)
+        self.config = config
+        self.attention = nn.Linear(dim, 1, bias=False) if config.pooling == "attention" else None
+        if self.attention is not None:
+            nn.init.zeros_(self.attention.weight)
+
+    def query(self, items: Tensor, contexts: Tensor) -> Tensor:
+        """Encode sets of items, see `CompletionHead`; no set is empty."""
         present = contexts >= 0  # (Q, S)
         members = items[contexts.clamp_min(0)]  # (Q, S, D)
         if self.attention is None:
@@ -79,23 +115,7 @@ class BundleHead(TaskHead):
             scores = self.attention(members)[..., 0].masked_fill(~present, float("-inf"))
             weights = scores.softmax(1)
         pooled = (weights[:, None] @ members)[:, 0]  # (Q, 1, S) @ (Q, S, D) -> (Q, D)
-        return _projected(self.dropout(pooled), self.query_projection)
-
-    def target(self, items: Tensor) -> Tensor:
-        """Project (M, D) item vectors to targets, (M, D) of unit length."""
-        return _projected(self.dropout(items), self.target_projection)
-
-    def at_strength(self, share: float) -> BundleHead:
-        """Return a copy that goes only a share of the way from the identity to the trained projections.
-
-        Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT), eq. 1, applied to the head.
-        """
-        twin = copy.deepcopy(self)
-        with torch.no_grad():
-            for layer in (twin.query_projection, twin.target_projection):
-                if layer is not None:
-                    layer.weight.mul_(share)
-        return twin
+        return projected(self.dropout(pooled), self.query_projection)
 
     def spec(self) -> dict[str, Any]:
         """Return what `from_spec` needs besides the weights."""
@@ -112,7 +132,8 @@ class BundleHead(TaskHead):
         return rebuilt(lambda: cls(int(spec["dim"]), BundleTask.model_validate(fields)), weights)
 
 
-def _projected(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
+def projected(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
+    """Move (..., D) vectors by a projection that starts at zero; (..., D) of unit length."""
     moved = vectors if projection is None else vectors + projection(vectors)
     return functional.normalize(moved, dim=-1)
 
@@ -126,16 +147,33 @@ class BundleBatch:
         contexts: (Q, S) positions in `items`, -1 for none.
         targets: (Q,) position of the right answer.
         barred: (Q, M) True where an item is neither the answer nor a fair wrong answer.
+        weights: (Q,) float32, what each question counts in the mean over the batch.
     """
 
     items: NDArray[np.int64]
     contexts: Tensor
     targets: Tensor
     barred: Tensor
+    weights: Tensor
 
 
-class BundleBatches:
-    """Makes the batches of an epoch; each is a function of seed and place alone, so a run can go on anywhere.
+@dataclass(frozen=True)
+class Asked:
+    """What comes next? The context and the right answer are of one bundle.
+
+    Attributes:
+        context: rows, may be none. answer: row. bundle: all rows of the bundle.
+    """
+
+    context: NDArray[np.int64]
+    answer: int
+    bundle: NDArray[np.int64]
+
+
+class Candidates:
+    """Which bundles and items a batch is made of, and which of these are no fair wrong answers.
+
+    All of it is a function of seed and place alone, so a run can go on anywhere.
 
     Args:
         bundles: training bundles, each an array of distinct catalogue rows.
@@ -148,15 +186,15 @@ class BundleBatches:
         bundles: Sequence[NDArray[np.int32]],
         duplicates: NDArray[np.int64],
         leaves: NDArray[np.int64],
-        config: BundleTask,
+        config: CompletionTask,
         batch_size: int,
         seed: int,
     ) -> None:
         self.bundles = [np.sort(rows).astype(np.int64) for rows in bundles]
-        self.duplicates = duplicates
-        self.config = config
-        self.seed = seed
-        self._epochs = Epochs(len(self.bundles), batch_size, seed)
+        self._epochs = Epochs(len(bundles), batch_size, seed)
+        self._seed = seed
+        self._duplicates = duplicates
+        self._config = config
         n_items = len(duplicates)
         membership = sparse.csr_array(
             (
@@ -177,43 +215,33 @@ class BundleBatches:
         """Optimizer steps an epoch."""
         return self._epochs.per_epoch
 
-    def batch(self, step: int, part: int = 0, parts: int = 1) -> BundleBatch:
-        """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
-        epoch, place = divmod(step, self.per_epoch)
-        rng = np.random.default_rng([self.seed, epoch, place, part])
-        return self._questions([self.bundles[row] for row in self._epochs.share(step, part, parts)], rng)
+    def share(self, step: int, part: int = 0, parts: int = 1) -> tuple[list[NDArray[np.int64]], np.random.Generator]:
+        """Return the bundles of a step or of one of its parts, see `Epochs.share`, and what draws for them."""
+        rng = np.random.default_rng([self._seed, *divmod(step, self.per_epoch), part])
+        return [self.bundles[row] for row in self.rows(step, part, parts)], rng
 
-    def _questions(self, bundles: list[NDArray[np.int64]], rng: np.random.Generator) -> BundleBatch:
+    def rows(self, step: int, part: int = 0, parts: int = 1) -> NDArray[np.int64]:
+        """Return which of `bundles` a step or one of its parts has."""
+        return self._epochs.share(step, part, parts)
+
+    def offered(self, bundles: Sequence[NDArray[np.int64]], rng: np.random.Generator) -> NDArray[np.int64]:
+        """Return (M,) distinct rows: those of some bundles, ascending, then extra negatives."""
         own = np.unique(np.concatenate(bundles))
-        items = np.concatenate([own, self._extra(own, rng)])
+        return np.concatenate([own, self._extra(own, rng)])
+
+    def barred(self, items: NDArray[np.int64], questions: Sequence[Asked]) -> NDArray[np.bool_]:
+        """Return (Q, M), True where an item offered is neither the answer nor a fair wrong answer."""
         position = {int(row): place for place, row in enumerate(items)}
-        contexts: list[NDArray[np.int64]] = []
-        answers: list[int] = []
-        barred: list[NDArray[np.int64]] = []
-        rate = self.config.context_dropout
-        for rows in bundles:
-            for index, target in enumerate(rows):
-                context = np.delete(rows, index)
-                # Everything that some training bundle holds together with this whole context is right as well.
-                also_right = self._completions(context)
-                if rate:
-                    kept = context[rng.random(len(context)) >= rate]
-                    context = kept if len(kept) else context[[rng.integers(len(context))]]
-                contexts.append(context)
-                answers.append(position[int(target)])
-                out = [position[row] for row in {*rows.tolist(), *also_right} if row in position and row != target]
-                barred.append(np.array(out, np.int64))
-        width = max(map(len, contexts))
-        padded = np.full((len(contexts), width), -1, np.int64)
-        mask = np.zeros((len(contexts), len(items)), bool)
-        for query, (context, places) in enumerate(zip(contexts, barred, strict=True)):
-            padded[query, : len(context)] = [position[int(row)] for row in context]
-            mask[query, places] = True
-        targets = np.array(answers)
-        if self.config.mask_duplicates:
-            copies = self.duplicates[items]
-            mask |= (copies[targets][:, None] == copies) & (np.arange(len(items)) != targets[:, None])
-        return BundleBatch(items, torch.from_numpy(padded), torch.from_numpy(targets), torch.from_numpy(mask))
+        mask = np.zeros((len(questions), len(items)), bool)
+        for barred, asked in zip(mask, questions, strict=True):
+            # Everything that some training bundle holds together with this whole context is right as well.
+            right = {*asked.bundle.tolist(), *self._completions(asked.context)} - {asked.answer}
+            barred[[position[row] for row in right if row in position]] = True
+        if self._config.mask_duplicates:
+            copies = self._duplicates[items]
+            answers = np.array([asked.answer for asked in questions])
+            mask |= (self._duplicates[answers][:, None] == copies) & (items != answers[:, None])
+        return mask
 
     def _completions(self, context: NDArray[np.int64]) -> set[int]:
         shared: set[int] | None = None
@@ -225,38 +253,139 @@ class BundleBatches:
 
     def _extra(self, own: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
         """Draw further negatives: from the leaves of the batch's items (hard), or from anywhere."""
-        wanted = self.config.extra_negatives
+        wanted = self._config.extra_negatives
         if not wanted:
             return np.empty(0, np.int64)
-        match self.config.negatives:
+        match self._config.negatives:
             case "leaf":
                 homes = rng.choice(self._leaves[own], size=4 * wanted)
                 pools = [self._by_leaf[self._leaf_place[int(leaf)]] for leaf in homes]
                 drawn = np.array([pool[int(rng.integers(len(pool)))] for pool in pools])
             case "random":
-                drawn = rng.integers(len(self.duplicates), size=4 * wanted)
+                drawn = rng.integers(len(self._duplicates), size=4 * wanted)
             case _:
-                assert_never(self.config.negatives)
+                assert_never(self._config.negatives)
         fresh = drawn[~np.isin(drawn, own)]
         _, first = np.unique(fresh, return_index=True)
         return np.sort(fresh[np.sort(first)][:wanted]).astype(np.int64)
 
 
-def bundle_loss(head: BundleHead, vectors: Tensor, batch: BundleBatch) -> Tensor:
-    """Softmax cross-entropy of the left-out item against all fair candidates of the batch.
+class BundleBatches:
+    """Makes the batches of the bundle task; see `Candidates`.
+
+    Args:
+        pseudo: sets that stand for bundles, and how sure each is; see `data.pseudo`.
+    """
+
+    def __init__(
+        self,
+        bundles: Sequence[NDArray[np.int32]],
+        duplicates: NDArray[np.int64],
+        leaves: NDArray[np.int64],
+        config: BundleTask,
+        batch_size: int,
+        seed: int,
+        pseudo: Mined | None = None,
+    ) -> None:
+        sets = [*bundles, *(pseudo.items if pseudo is not None else ())]
+        self._candidates = Candidates(sets, duplicates, leaves, config, batch_size, seed)
+        self._config = config
+        # A question weighs what its bundle does times what its answer does.
+        self._of_bundle = np.ones(len(sets), np.float32)
+        if pseudo is not None and config.pseudo_bundles is not None:
+            self._of_bundle[len(bundles) :] = config.pseudo_bundles.weight * pseudo.confidences
+        counts = np.bincount(np.concatenate(bundles), minlength=len(duplicates))
+        self._of_answer = inverse_propensities(counts, config.propensity_power, config.propensity_floor)
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimizer steps an epoch."""
+        return self._candidates.per_epoch
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> BundleBatch:
+        """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
+        bundles, rng = self._candidates.share(step, part, parts)
+        items = self._candidates.offered(bundles, rng)
+        questions = [
+            Asked(np.delete(rows, index), int(answer), rows) for rows in bundles for index, answer in enumerate(rows)
+        ]
+        contexts = [self._thinned(asked.context, rng) for asked in questions]
+        position = {int(row): place for place, row in enumerate(items)}
+        places = padded([np.array([position[int(row)] for row in context]) for context in contexts])
+        targets = np.array([position[asked.answer] for asked in questions])
+        barred = self._candidates.barred(items, questions)
+        of_bundle = np.repeat(self._of_bundle[self._candidates.rows(step, part, parts)], list(map(len, bundles)))
+        weights = of_bundle * self._of_answer[items[targets]]
+        return BundleBatch(items, *map(torch.from_numpy, (places, targets, barred, weights)))
+
+    def _thinned(self, context: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        if not (rate := self._config.context_dropout):
+            return context
+        kept = context[rng.random(len(context)) >= rate]
+        return kept if len(kept) else context[[rng.integers(len(context))]]
+
+
+def inverse_propensities(counts: NDArray[np.int64], power: float, floor: float) -> NDArray[np.float32]:
+    """Return what an answer weighs so that popular items do not speak for all: one over its propensity.
+
+    An item was seen in a bundle because it fits and because it was seen at all; the chance of the latter is taken to
+    grow with its popularity, as ((count + 1) / (highest count + 1)) to a power.
+
+    Args:
+        counts: (N,) training bundles that hold each item.
+        power: 0 weighs all alike.
+        floor: no propensity is taken to be lower, so that no weight is above 1 / floor.
+    Returns:
+        (N,) float32, 1 for the most popular item.
+    Source: Schnabel et al. 2016, "Recommendations as treatments", with weights normalised as in its SNIPS estimator;
+        the propensity of implicit feedback and its floor as in Saito et al. 2020, "Unbiased recommender learning from
+        missing-not-at-random implicit feedback".
+    """
+    propensities = ((counts + 1) / (counts.max(initial=0) + 1)) ** power
+    return np.asarray(1 / np.maximum(propensities, floor), np.float32)
+
+
+def bundle_logits(head: BundleHead, vectors: Tensor, batch: BundleBatch) -> Tensor:
+    """Score the candidates of a batch for each of its questions.
 
     Args:
         vectors: (M, D) vectors of ``batch.items``.
     Returns:
-        scalar, mean over the questions.
-    Source: InfoNCE, van den Oord et al. 2018, eq. 4; several positives by leaving the others out of the denominator,
-        as in Khosla et al. 2020, eq. 2.
+        (Q, M) float32, far below all others where an item is no candidate.
     """
-    device = vectors.device
-    query = head.query(vectors, batch.contexts.to(device))  # (Q, D)
-    logits = query @ head.target(vectors).T * head.log_scale.exp().clamp(max=100.0)  # (Q, D) @ (D, M) -> (Q, M)
-    logits = logits.float().masked_fill(batch.barred.to(device), _NEVER)
-    return functional.cross_entropy(logits, batch.targets.to(device))
+    return candidate_logits(head, head.query(vectors, batch.contexts.to(vectors.device)), vectors, batch.barred)
+
+
+def candidate_logits(head: CompletionHead, queries: Tensor, vectors: Tensor, barred: Tensor) -> Tensor:
+    """Score (M, D) items for (Q, D) queries: (Q, M) float32, far below all others where an item is barred, (Q, M)."""
+    logits = queries @ head.target(vectors).T * step_scale(head)  # (Q, D) @ (D, M) -> (Q, M)
+    return logits.float().masked_fill(barred.to(vectors.device), _NEVER)
+
+
+def step_scale(head: CompletionHead) -> Tensor:
+    """Return what turns a cosine into log-odds: one over the temperature, at most 100."""
+    return head.log_scale.exp().clamp(max=100.0)
+
+
+def bundle_loss(logits: Tensor, batch: BundleBatch, smoothing: float = 0.0) -> Tensor:
+    """Softmax cross-entropy of the left-out item against all fair candidates of the batch.
+
+    Args:
+        logits: (Q, M) of `bundle_logits`.
+        smoothing: this share of each target is spread evenly over the question's fair candidates, the answer among
+            them; nothing goes to what is barred.
+    Returns:
+        scalar, weighted mean over the questions.
+    Source: InfoNCE, van den Oord et al. 2018, eq. 4; several positives by leaving the others out of the denominator,
+        as in Khosla et al. 2020, eq. 2; smoothing as in Szegedy et al. 2016, section 7.
+    """
+    targets, weights = batch.targets.to(logits.device), batch.weights.to(logits.device)
+    losses = functional.cross_entropy(logits, targets, reduction="none")  # (Q,)
+    if smoothing:
+        barred = batch.barred.to(logits.device)
+        even = -logits.log_softmax(1).masked_fill(barred, 0.0).sum(1) / (~barred).sum(1)  # (Q,)
+        losses = (1 - smoothing) * losses + smoothing * even
+    return (weights * losses).sum() / weights.sum()
 
 
 @dataclass(frozen=True)
@@ -326,7 +455,7 @@ class Questions:
 
 
 @torch.inference_mode()
-def target_vectors(head: BundleHead, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def target_vectors(head: CompletionHead, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the target side of items, (N, D) -> (N, D) float32 of unit length."""
     # A mapped file is read-only, and torch warns of such arrays.
     items = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(head.log_scale.device)
@@ -336,26 +465,39 @@ def target_vectors(head: BundleHead, vectors: NDArray[np.float32]) -> NDArray[np
 
 @torch.inference_mode()
 def completion_scores(
-    head: BundleHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], contexts: NDArray[np.int64]
+    head: CompletionHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], contexts: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Score every item of a catalogue as the completion of each context.
 
     Args:
         vectors: (N, D) item vectors of the whole catalogue.
         targets: (N, D) what `target_vectors` made of them.
-        contexts: (Q, S) rows, -1 for none; no context is empty.
+        contexts: (Q, S) rows, -1 for none; a context may be empty where the head knows what to make of nothing.
     Returns:
         (Q, N) float32 cosine between query and target, higher is better; context items are scored like all others.
     """
+    query: NDArray[np.float32] = context_queries(head, vectors, contexts).float().cpu().numpy()
+    return query @ targets.T  # (Q, D) @ (D, N) -> (Q, N)
+
+
+def context_queries(head: CompletionHead, vectors: NDArray[np.float32], contexts: NDArray[np.int64]) -> Tensor:
+    """Encode sets of catalogue rows, (Q, S) with -1 for none -> (Q, D); only the vectors of their items are read."""
     used, place = np.unique(contexts, return_inverse=True)  # -1, where there is one, comes first
     absent = int(used[0] == -1) if len(used) else 0
     items = torch.from_numpy(np.array(vectors[used[absent:]])).to(head.log_scale.device)
     sets = torch.from_numpy(place.reshape(contexts.shape) - absent).to(items.device)
-    query: NDArray[np.float32] = head.query(items, sets).float().cpu().numpy()  # (Q, D)
-    return query @ targets.T  # (Q, D) @ (D, N) -> (Q, N)
+    return head.query(items, sets)
 
 
-def completion_ranks(head: BundleHead, vectors: NDArray[np.float32], questions: Questions) -> NDArray[np.float64]:
+def padded(sets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Write sets of rows as contexts: (S, longest), -1 behind the end of a smaller one."""
+    contexts = np.full((len(sets), max(map(len, sets), default=0)), -1, np.int64)
+    for own, rows in zip(contexts, sets, strict=True):
+        own[: len(rows)] = rows
+    return contexts
+
+
+def completion_ranks(head: CompletionHead, vectors: NDArray[np.float32], questions: Questions) -> NDArray[np.float64]:
     """Rank each answer among the whole catalogue without its context; ties at mid-rank.
 
     Args:
@@ -378,14 +520,19 @@ def completion_row(name: str, ranks: NDArray[np.float64], clusters: NDArray[Any]
     return Row(name, metrics.ranking_metrics(ranks), interval)
 
 
-class BundleCompletion:
-    """The bundle task as the loop sees it; see `base.Task`.
+CompletionHeadT = TypeVar("CompletionHeadT", bound=CompletionHead)
+
+
+class Completion(Generic[CompletionHeadT]):
+    """What all tasks share, as the loop sees them (`base.Task`), that complete bundles: the data and the questions.
 
     The untrained head scores like cosine, so there is nothing to start it with, and the outcome of a question is the
-    rank of its answer. What validation chooses is how far the head goes from there (`BundleHead.at_strength`).
+    rank of its answer. What validation chooses is how far the head goes from there (`CompletionHead.at_strength`).
     """
 
     per_token = False
+    retokenized = False
+    exclusive = True
     unit = "bundles"
     protocol = (
         "Validation bundles of held-out groups; every item of every bundle once the answer, ranked among the whole "
@@ -393,14 +540,15 @@ class BundleCompletion:
         "was chosen on these bundles, so the tuned row is slightly flattered; the test bundles were not looked at."
     )
 
-    def __init__(self, recipe: Recipe, config: BundleTask, read: tuple[Dataset, Split] | None = None) -> None:
-        self._config = config
+    def __init__(self, recipe: Recipe, config: CompletionTask, read: tuple[Dataset, Split] | None = None) -> None:
+        self._strengths = config.strengths
         if read is None:
             found = open_dataset(recipe.data)
             read = found, split_as(found, recipe.data)
         self._dataset, self._parts = dataset, parts = read
         self.notes = [f"{dataset.name}: {note}" for note in dataset.notes]
         self.texts = dataset.catalog.texts(recipe.data.text)
+        self.brands = brands_of(dataset.catalog)
         self.examples = {"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)}
         self.data = {
             "name": dataset.name,
@@ -409,43 +557,29 @@ class BundleCompletion:
             "items": len(dataset.catalog),
             "bundles": self.examples,
         }
-        _, duplicates = np.unique(np.array(self.texts), return_inverse=True)
+        _, self._duplicates = np.unique(np.array(self.texts), return_inverse=True)
         leaf_names = [dataset.catalog.leaf(row) or "" for row in range(len(self.texts))]
-        _, leaves = np.unique(np.array(leaf_names), return_inverse=True)
-        bundles = [dataset.bundles.items[row] for row in parts.train]
-        self._batches = BundleBatches(bundles, duplicates, leaves, config, recipe.training.batch_size, recipe.seed)
+        _, self._leaves = np.unique(np.array(leaf_names), return_inverse=True)
+        self._bundles = [dataset.bundles.items[row] for row in parts.train]
         self._questions = Questions.of(dataset.bundles, parts.valid)
         self._asked = self._questions.sample(_ASKED_WHILE_TRAINING, recipe.seed)
 
-    @property
-    def per_epoch(self) -> int:
-        return self._batches.per_epoch
-
-    def head(self, backbone: Backbone, max_length: int) -> BundleHead:
-        return BundleHead(backbone.dim, self._config)
-
-    def start(self, head: BundleHead, frozen: Encode) -> None:
+    def start(self, head: CompletionHeadT, frozen: Encode) -> None:
         pass
 
-    def batch(self, step: int, part: int = 0, parts: int = 1) -> BundleBatch:
-        return self._batches.batch(step, part, parts)
-
-    def loss(self, head: BundleHead, encoded: Tensor, batch: BundleBatch) -> Tensor:
-        return bundle_loss(head, encoded, batch)
-
-    def evaluate(self, head: BundleHead, encode: Encode, metric: str) -> Evaluation:
+    def evaluate(self, head: CompletionHeadT, encode: Encode, metric: str) -> Evaluation:
         vectors = encode(None)
         tried = {
             share: metrics.ranking_metrics(completion_ranks(head.at_strength(share), vectors, self._asked))
-            for share in (self._config.strengths if head.query_projection is not None else (1.0,))
+            for share in (self._strengths if head.learned() else (1.0,))
         }
         strength = max(tried, key=lambda share: tried[share][metric])
         return Evaluation(tried[strength], {"strength": strength})
 
-    def settle(self, head: BundleHead, choice: Mapping[str, float]) -> None:
+    def settle(self, head: CompletionHeadT, choice: Mapping[str, float]) -> None:
         head.load_state_dict(head.at_strength(choice["strength"]).state_dict())
 
-    def outcome(self, head: BundleHead, encode: Encode) -> NDArray[np.float64]:
+    def outcome(self, head: CompletionHeadT, encode: Encode) -> NDArray[np.float64]:
         return completion_ranks(head, encode(None), self._questions)
 
     def table(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Table:
@@ -480,3 +614,34 @@ class BundleCompletion:
             scores = scorer.score_baskets(contexts[block])
             ranks.append(metrics.midranks(scores, questions.targets[block], excluded[block]))
         return np.concatenate(ranks)
+
+
+class BundleCompletion(Completion[BundleHead]):
+    """The bundle task as the loop sees it; see `base.Task`."""
+
+    def __init__(self, recipe: Recipe, config: BundleTask, read: tuple[Dataset, Split] | None = None) -> None:
+        super().__init__(recipe, config, read)
+        self._config = config
+        pseudo = None
+        if config.pseudo_bundles is not None:
+            pseudo = mine(self._dataset, self._parts, config.pseudo_bundles)
+            self.notes += pseudo.notes
+        self._batches = BundleBatches(
+            self._bundles, self._duplicates, self._leaves, config, recipe.training.batch_size, recipe.seed, pseudo
+        )
+
+    @property
+    def per_epoch(self) -> int:
+        return self._batches.per_epoch
+
+    def head(self, backbone: Backbone, max_length: int) -> BundleHead:
+        return BundleHead(backbone.dim, self._config)
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> BundleBatch:
+        return self._batches.batch(step, part, parts)
+
+    def logits(self, head: BundleHead, encoded: Tensor, batch: BundleBatch) -> Tensor:
+        return bundle_logits(head, encoded, batch)
+
+    def loss(self, logits: Tensor, batch: BundleBatch) -> Tensor:
+        return bundle_loss(logits, batch, self._config.label_smoothing)

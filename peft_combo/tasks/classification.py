@@ -1,7 +1,7 @@
 """The classification task: which class a text is of, or which classes apply to it.
 
 Owns the head, its loss, what is measured and the baselines. Sees texts as numbers and vectors; where the labels come
-from is for `data.labelled` to know.
+from is for `data` to know.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from scipy.special import expit, softmax
 from torch import Tensor, nn
 
 from peft_combo.backbone import Backbone
-from peft_combo.data import CATEGORY_SEPARATOR, open_dataset
-from peft_combo.data.labelled import LabelledTexts, labels_of_catalogue, read_labels, split_texts
+from peft_combo.data import CATEGORY_SEPARATOR
+from peft_combo.data.labelled import split_texts
+from peft_combo.data.task_data import labelled_of
 from peft_combo.errors import DataError
 from peft_combo.recipe import Recipe
 from peft_combo.scoring.text import Tfidf
@@ -134,6 +135,8 @@ class Classification:
     """
 
     per_token = False
+    retokenized = False
+    brands = None
     unit = "texts"
     protocol = (
         "Test texts, none of which (but for case and spaces) occurs in training or validation. Step, strength of "
@@ -144,7 +147,7 @@ class Classification:
 
     def __init__(self, recipe: Recipe, config: ClassificationTask) -> None:
         self._config = config
-        found = _labelled(recipe, config)
+        found = labelled_of(recipe.data, config)
         parts = split_texts(found.texts, recipe.data)
         notes = [*found.notes]
         counted = Counter(label for place in parts.train for label in found.labels[place])
@@ -201,14 +204,18 @@ class Classification:
         with torch.no_grad():
             head.linear.weight.copy_(torch.from_numpy(probe.weight))
             head.linear.bias.copy_(torch.from_numpy(probe.bias))
-        self.settle(head, self._choice(_likely(probe.logits(valid), self._exclusive), "macro_f1")[1])
+        self.settle(head, self._choice(_likely(probe.logits(valid), self.exclusive), "macro_f1")[1])
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> TextBatch:
         rows = self._epochs.share(step, part, parts)
         return TextBatch(self._train[rows], self._targets.take(rows))
 
-    def loss(self, head: ClassificationHead, encoded: Tensor, batch: TextBatch) -> Tensor:
-        return linear_loss(head(encoded), batch.targets)
+    def logits(self, head: ClassificationHead, encoded: Tensor, batch: TextBatch) -> Tensor:
+        logits: Tensor = head(encoded)
+        return logits
+
+    def loss(self, logits: Tensor, batch: TextBatch) -> Tensor:
+        return linear_loss(logits, batch.targets)
 
     def evaluate(self, head: ClassificationHead, encode: Encode, metric: str) -> Evaluation:
         values, choice = self._choice(head.probabilities(encode(self._valid)), metric)
@@ -250,12 +257,12 @@ class Classification:
         )  # fmt: skip
 
     @property
-    def _exclusive(self) -> bool:
+    def exclusive(self) -> bool:
         return not self._config.multi_label
 
     def _choice(self, probabilities: NDArray[np.float32], metric: str) -> tuple[dict[str, float], dict[str, float]]:
         """Return the validation metrics, at the threshold that is best for `metric` where there is one to choose."""
-        if self._exclusive:
+        if self.exclusive:
             return self._values(_given(probabilities, True, 0.5), self._valid), {}
         tried = {t: self._values(_given(probabilities, False, t), self._valid) for t in _THRESHOLDS}
         threshold = max(tried, key=lambda one: tried[one][metric])
@@ -282,7 +289,7 @@ class Classification:
 
     def _calibration(self, answers: Answers) -> float:
         right = self._right[self._test]
-        if not self._exclusive:  # each class is a question of its own
+        if not self.exclusive:  # each class is a question of its own
             return calibration_error(answers.probabilities.ravel(), right.ravel())
         best = answers.probabilities.argmax(1)
         return calibration_error(answers.probabilities.max(1), right[np.arange(len(best)), best])
@@ -298,12 +305,12 @@ class Classification:
         words = Tfidf.fit(train, longest=2, sublinear=True)
         features = words.vectors(valid)
         model = best_linear(words.vectors(train), self._targets, features, self._held)
-        _, choice = self._choice(_likely(model.logits(features), self._exclusive), "macro_f1")
-        probabilities = _likely(model.logits(words.vectors(test)), self._exclusive)
-        return Answers(probabilities, _given(probabilities, self._exclusive, choice.get("threshold", 0.5)))
+        _, choice = self._choice(_likely(model.logits(features), self.exclusive), "macro_f1")
+        probabilities = _likely(model.logits(words.vectors(test)), self.exclusive)
+        return Answers(probabilities, _given(probabilities, self.exclusive, choice.get("threshold", 0.5)))
 
     def _confusions(self, answers: Answers) -> tuple[Detail, ...]:
-        if not self._exclusive:
+        if not self.exclusive:
             return ()
         right, said = self._right[self._test].argmax(1), answers.given.argmax(1)
         pairs = Counter((int(r), int(s)) for r, s in zip(right, said, strict=True) if r != s)
@@ -337,10 +344,3 @@ def _shown(classes: Sequence[str]) -> list[str]:
     while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
         paths = [path[1:] for path in paths]
     return [CATEGORY_SEPARATOR.join(path) for path in paths]
-
-
-def _labelled(recipe: Recipe, config: ClassificationTask) -> LabelledTexts:
-    if config.labels == "table":
-        return read_labels(recipe.data, config.multi_label)
-    dataset = open_dataset(recipe.data)
-    return labels_of_catalogue(dataset, recipe.data.text, config.labels, config.depth, config.multi_label)

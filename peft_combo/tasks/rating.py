@@ -28,12 +28,15 @@ from torch.nn import functional
 from peft_combo import metrics
 from peft_combo.backbone import Backbone
 from peft_combo.data import Interactions, open_dataset
-from peft_combo.errors import DataError
+from peft_combo.data.augmenting import brands_of
+from peft_combo.data.task_data import needs_of
+from peft_combo.errors import DataError, PeftComboError
 from peft_combo.recipe import DataConfig, Recipe
-from peft_combo.scoring import ItemKNN
+from peft_combo.scoring import ALS, ItemKNN, Scorer, UserKNN
 from peft_combo.task_configs import BundleTask, RatingTask
 from peft_combo.tasks.base import Detail, Encode, Epochs, Evaluation, Gain, Row, Table, TaskHead, rebuilt
 from peft_combo.tasks.bundle import BundleHead, completion_scores, target_vectors
+from peft_combo.tasks.counted import Counted, CrossFitted, Taken, baskets_of
 from peft_combo.tasks.measures import calibration_error
 
 # Events that are asked about while training and for the table; each ranks the whole catalogue.
@@ -41,8 +44,10 @@ _ASKED_WHILE_TRAINING, _ASKED = 1000, 5000
 _QUERY_BLOCK = 512
 # The head over the frozen encoder is fitted until validation has seen no gain for so many epochs.
 _PROBE_EPOCHS, _PROBE_PATIENCE = 10, 2
-# Batches from which three weights of the head are fitted before all else: thousands of pairs.
+# Batches from which the few weights of the head are fitted before all else: thousands of pairs.
 _WEIGHED = 4
+# Popularity and neighbours weighed against each other, as the head weighs them, but without any text.
+_COUNTING = "popularity and item-kNN"
 _BINS = 15
 
 Logits: TypeAlias = Callable[[NDArray[np.int64]], NDArray[np.float32]]
@@ -102,12 +107,28 @@ class Events:
     def histories(self, rows: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
         """Return what the users of these events liked earlier, latest first: (Q, longest) items, -1 for none."""
         first, stop = self.spans[rows].T
-        back = stop[:, None] - 1 - np.arange(longest)  # (Q, S)
-        return np.where(back >= first[:, None], np.append(self.liked, -1)[np.maximum(back, -1)], -1)
+        return self._latest(first, stop, longest)
 
-    def matrix(self, rows: NDArray[Any], shape: tuple[int, int]) -> sparse.csr_array[Any, tuple[int, int]]:
+    def pasts(self, users: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+        """Return what users, -1 for none, liked up to now, latest first: (Q, longest) items, -1 for none."""
+        likers = self.users[self.targets >= 0.5]
+        return self._latest(np.searchsorted(likers, users), np.searchsorted(likers, users, "right"), longest)
+
+    def counted(self, rows: NDArray[np.int64], shape: tuple[int, int], nearest: int) -> Counted:
+        """Count these events: of (U, N) users and items, with so many neighbours of each item."""
+        return Counted.of(np.bincount(self.items[rows], minlength=shape[1]), self.liked_of(rows, shape), nearest)
+
+    def liked_of(self, rows: NDArray[np.int64], shape: tuple[int, int]) -> Taken:
+        """Return (U, N) float32 with a 1 where one of these events is that the user liked the item."""
+        return self.matrix(rows[self.targets[rows] >= 0.5], shape)
+
+    def matrix(self, rows: NDArray[np.int64], shape: tuple[int, int]) -> Taken:
         """Return (U, N) float32 with a 1 where one of these events is the user's with the item."""
         return sparse.csr_array((np.ones(len(rows), np.float32), (self.users[rows], self.items[rows])), shape=shape)
+
+    def _latest(self, first: NDArray[np.int64], stop: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+        back = stop[:, None] - 1 - np.arange(longest)  # (Q, S)
+        return np.where(back >= first[:, None], np.append(self.liked, -1)[np.maximum(back, -1)], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +190,7 @@ class Negatives:
         counts: (N,) train events of each item; an item is drawn in proportion to (count + 1) ** power.
     """
 
-    def __init__(self, taken: sparse.csr_array[Any, tuple[int, int]], counts: NDArray[np.int64], power: float) -> None:
+    def __init__(self, taken: Taken, counts: NDArray[np.int64], power: float) -> None:
         weight = (counts + 1.0) ** power
         self.share: NDArray[np.float64] = weight / weight.sum()
         self._upto = np.cumsum(self.share)
@@ -213,10 +234,11 @@ class Negatives:
 
 
 class RatingHead(TaskHead):
-    """Log-odds that a user takes an item: their cosine in two towers, the item's popularity, and a constant.
+    """Log-odds that a user takes an item: their cosine in two towers, what counting says, and a constant.
 
-    The towers are those of the bundle task: one side reads sets of items, the other single ones. Scores, not the loss,
-    go through a last slope and constant that validation chose.
+    The towers are those of the bundle task: one side reads sets of items, the other single ones. Counting tells the
+    item's popularity and, where the recipe asks for neighbours, how near it is to what the user took (`Counted`).
+    Scores, not the loss, go through a last slope and constant that validation chose.
     """
 
     kind = "rating"
@@ -232,34 +254,50 @@ class RatingHead(TaskHead):
         )
         # Against an even draw, the log-odds of a user nothing is known of are the log-popularity itself.
         self.popularity = nn.Parameter(torch.ones(()))
+        self.neighbours = nn.Parameter(torch.zeros(())) if config.neighbours else None
         self.constant = nn.Parameter(torch.zeros(()))
         self.register_buffer("slope", torch.ones(()))
         self.register_buffer("shift", torch.zeros(()))
 
-    def logits(self, cosines: Tensor, log_popularity: Tensor) -> Tensor:
-        """Return the log-odds, against one evenly drawn item, of cosines and log-popularities of like shape."""
-        scale = self.towers.log_scale.exp().clamp(max=100.0)
-        return cosines * scale + log_popularity * self.popularity + self.constant
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The single numbers that weigh text, counts and the constant against each other, as far as they are free."""
+        every = (self.towers.log_scale, self.popularity, self.neighbours, self.constant)
+        return [weight for weight in every if weight is not None and weight.requires_grad]
+
+    def logits(self, cosines: Tensor, log_popularity: Tensor, nearness: Tensor | None) -> Tensor:
+        """Return the log-odds, against one evenly drawn item, of cosines and of counts of like shape."""
+        logits = cosines * self.towers.log_scale.exp().clamp(max=100.0) + log_popularity * self.popularity
+        if self.neighbours is not None:
+            assert nearness is not None
+            logits = logits + nearness * self.neighbours
+        return logits + self.constant
 
     @torch.inference_mode()
     def scores(
         self,
         vectors: NDArray[np.float32],
         histories: NDArray[np.int64],
-        log_popularity: NDArray[np.float32],
+        counted: Counted,
         targets: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Return the calibrated log-odds of every item; `expit` of them is the rating in [0, 1].
 
         Args:
             vectors: (N, D) items. histories: (Q, S) rows, -1 for none; no history is empty.
-            log_popularity: (N,) from `log_popularity`. targets: (N, D) of `target_vectors`, where at hand.
+            counted: with neighbours where the head reads them. targets: (N, D) of `target_vectors`, where at hand.
         Returns:
             (Q, N) float32.
         """
         targets = target_vectors(self.towers, vectors) if targets is None else targets
         cosines = completion_scores(self.towers, vectors, targets, histories)
-        logits = self.logits(*(torch.from_numpy(part).to(self.constant.device) for part in (cosines, log_popularity)))
+        nearness = counted.nearness(histories)
+        here = self.constant.device
+        logits = self.logits(
+            torch.from_numpy(cosines).to(here),
+            torch.from_numpy(counted.log_popularity).to(here),
+            None if nearness is None else torch.from_numpy(nearness).to(here),
+        )
         found: NDArray[np.float32] = (self.slope * logits + self.shift).float().cpu().numpy()
         return found
 
@@ -286,6 +324,7 @@ class RatingBatch:
         histories: (B, S) positions in `items`, -1 for none.
         events, candidates: (P,) which history is asked about the item at which position.
         targets: (P,) in [0, 1]. correction: (P,) see `Negatives.correction`. log_popularity: (P,).
+        nearness: (P,) see `CrossFitted`; None where the head reads no neighbours.
     """
 
     items: NDArray[np.int64]
@@ -295,15 +334,22 @@ class RatingBatch:
     targets: Tensor
     correction: Tensor
     log_popularity: Tensor
+    nearness: Tensor | None
 
 
-def rating_loss(head: RatingHead, vectors: Tensor, batch: RatingBatch) -> Tensor:
-    """Binary cross-entropy over the pairs of a batch, a scalar; `vectors` are the (M, D) ones of ``batch.items``."""
+def rating_logits(head: RatingHead, vectors: Tensor, batch: RatingBatch) -> Tensor:
+    """Return (P,) log-odds of the pairs of a batch; `vectors` are the (M, D) ones of ``batch.items``."""
     device = vectors.device
     users = head.towers.query(vectors, batch.histories.to(device))[batch.events.to(device)]  # (P, D)
     items = head.towers.target(vectors)[batch.candidates.to(device)]  # (P, D)
-    logits = head.logits((users * items).sum(1).float(), batch.log_popularity.to(device))
-    return functional.binary_cross_entropy_with_logits(logits + batch.correction.to(device), batch.targets.to(device))
+    nearness = None if batch.nearness is None else batch.nearness.to(device)
+    return head.logits((users * items).sum(1).float(), batch.log_popularity.to(device), nearness)
+
+
+def rating_loss(logits: Tensor, batch: RatingBatch) -> Tensor:
+    """Binary cross-entropy over (P,) log-odds, a scalar; what was drawn by popularity is corrected for."""
+    corrected = logits + batch.correction.to(logits.device)
+    return functional.binary_cross_entropy_with_logits(corrected, batch.targets.to(logits.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,18 +389,20 @@ class Rating:
     """
 
     per_token = False
+    retokenized = False
+    exclusive = False
     unit = "events"
 
     def __init__(self, recipe: Recipe, config: RatingTask) -> None:
         self._config = config
         self._recipe = recipe
-        dataset = open_dataset(recipe.data)
-        if dataset.interactions is None:
-            raise DataError(f"{dataset.name!r} has no interactions, and ratings are learned from them. Add the table.")
+        dataset = open_dataset(recipe.data, needs_of(config))
+        assert dataset.interactions is not None  # they were needed
         self._events = events = Events.of(dataset.interactions, config)
         self._parts = parts = split_events(events, dataset.interactions.user_ids, recipe.data)
         self._user_ids = np.array(dataset.interactions.user_ids)
         self.texts = dataset.catalog.texts(recipe.data.text)
+        self.brands = brands_of(dataset.catalog)
         self._shape = (len(self._user_ids), len(self.texts))
         self.notes = [f"{dataset.name}: {note}" for note in dataset.notes]
         self.notes.append(
@@ -362,7 +410,9 @@ class Rating:
         )
         self._train = _sampled(parts.train, config.max_events, recipe.seed)
         counts = np.bincount(events.items[parts.seen], minlength=len(self.texts))
-        self._log_popularity = log_popularity(counts)
+        self._liked = events.liked_of(parts.seen, self._shape)
+        self._counted = events.counted(parts.seen, self._shape, config.neighbours)
+        self._apart = CrossFitted(self._liked, config.neighbours, recipe.seed) if config.neighbours else None
         self._everyones = events.matrix(np.arange(len(events)), self._shape)
         self._negatives = Negatives(events.matrix(parts.seen, self._shape), counts, config.popularity_power)
         self._epochs = Epochs(len(self._train), recipe.training.batch_size, recipe.seed)
@@ -379,6 +429,8 @@ class Rating:
             "split_digest": parts.digest,
             "items": len(self.texts),
             "events": self.examples,
+            # The latest moments that were learned from and chosen by; what came after them was not.
+            "until": {"train": float(events.times[parts.seen].max()), "valid": float(events.times[parts.valid].max())},
         }
 
     @property
@@ -388,8 +440,8 @@ class Rating:
             f"Test events, split by {self._recipe.data.split}, each with the user's earlier ones as the question. AUC, "
             f"log-loss and ECE (15 bins) over pairs ({pairs}). NDCG@10: each liked item among the full catalogue "
             "without the user's other items, ties at mid-rank, first averaged by user; 95 % interval by bootstrap over "
-            "users, p by sign flips of users. Step, frozen head and the calibration of every row (Platt scaling) were "
-            "chosen on validation."
+            "users, p by sign flips of users. Step, frozen head, the settings of rows that only count and the "
+            "calibration of every row (Platt scaling) were chosen on validation."
         )
 
     @property
@@ -415,7 +467,7 @@ class Rating:
         best, best_state, waited = now(), copy.deepcopy(head.state_dict()), 0
         for epoch in range(_PROBE_EPOCHS):
             for step in range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch):
-                loss = self._frozen_loss(head, vectors, step)
+                loss = self._frozen_loss(head, vectors, self.batch(step))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -445,11 +497,16 @@ class Rating:
         return RatingBatch(
             items, torch.from_numpy(places), torch.from_numpy(which),
             torch.from_numpy(np.searchsorted(items, candidates)), torch.from_numpy(targets),
-            torch.from_numpy(correction), torch.from_numpy(self._log_popularity[candidates]),
+            torch.from_numpy(correction), torch.from_numpy(self._counted.log_popularity[candidates]),
+            None if self._apart is None
+            else torch.from_numpy(self._apart.nearness(events.users[rows], histories, which, candidates)),
         )  # fmt: skip
 
-    def loss(self, head: RatingHead, encoded: Tensor, batch: RatingBatch) -> Tensor:
-        return rating_loss(head, encoded, batch)
+    def logits(self, head: RatingHead, encoded: Tensor, batch: RatingBatch) -> Tensor:
+        return rating_logits(head, encoded, batch)
+
+    def loss(self, logits: Tensor, batch: RatingBatch) -> Tensor:
+        return rating_loss(logits, batch)
 
     def evaluate(self, head: RatingHead, encode: Encode, metric: str) -> Evaluation:
         raw = copy.deepcopy(head)
@@ -470,19 +527,8 @@ class Rating:
 
     def table(self, before: Answers, after: Answers) -> Table:
         asked = self._test
-        knn = ItemKNN().fit(self._events.matrix(self._parts.seen, self._shape))
-
-        def neighbours(histories: NDArray[np.int64]) -> NDArray[np.float32]:
-            return np.nan_to_num(knn.score_baskets(_as_rows(histories, self._shape[1])), nan=0.0)
-
-        answers = {
-            "popularity": self._calibrated(
-                lambda histories: np.repeat(self._log_popularity[None], len(histories), axis=0)
-            ),
-            "item-kNN": self._calibrated(neighbours),
-            "frozen backbone": before,
-            "tuned": after,
-        }
+        baselines = self._baselines()
+        answers = {**baselines, "frozen backbone": before, "tuned": after}
         users = asked.users[asked.liked]
         ndcg = {name: by_user(metrics.per_query(one.ranks, "ndcg@10"), users) for name, one in answers.items()}
         people = np.arange(len(np.unique(users)))
@@ -504,6 +550,11 @@ class Rating:
             caveat="Candidates are the full catalogue; every user weighs the same in NDCG@10. Step and frozen head "
             f"were chosen on {len(self._valid.items):,} validation events, and no test event was trained on.",
             details=(
+                Detail(
+                    "AUC of the tuned row less that of another",
+                    ("row", "its AUC", "tuned", "difference", "low", "high"),
+                    self._auc_gains(answers),
+                ),
                 Detail("Log-loss, lower is better", ("before", "tuned", "difference", "low", "high", "p"), (drop,)),
                 Detail(
                     "How far the tuned score can be taken at its word",
@@ -513,29 +564,96 @@ class Rating:
             ),
         )  # fmt: skip
 
-    def _frozen_loss(self, head: RatingHead, vectors: NDArray[np.float32], step: int) -> Tensor:
-        batch = self.batch(step)
-        return self.loss(head, torch.from_numpy(vectors[batch.items]).to(head.constant.device), batch)
+    def _frozen_loss(self, head: RatingHead, vectors: NDArray[np.float32], batch: RatingBatch) -> Tensor:
+        encoded = torch.from_numpy(vectors[batch.items]).to(head.constant.device)
+        return rating_loss(rating_logits(head, encoded, batch), batch)
 
     def _weigh(self, head: RatingHead, vectors: NDArray[np.float32]) -> None:
-        """Weigh cosine against popularity: three numbers, which steps made for thousands would hardly move."""
-        optimizer = torch.optim.LBFGS(
-            [p for p in (head.towers.log_scale, head.popularity, head.constant) if p.requires_grad],
-            line_search_fn="strong_wolfe",
-        )
-        steps = range(min(self.per_epoch, _WEIGHED))
+        """Weigh text against counts: a few numbers, which steps made for thousands would hardly move."""
+        optimizer = torch.optim.LBFGS(head.weights, line_search_fn="strong_wolfe")
+        batches = self._first_batches()
 
         def closure() -> float:
             head.zero_grad()
             total = 0.0
-            for step in steps:
-                loss = self._frozen_loss(head, vectors, step) / len(steps)
+            for batch in batches:
+                loss = self._frozen_loss(head, vectors, batch) / len(batches)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             return total
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
         head.zero_grad()
+
+    def _first_batches(self) -> list[RatingBatch]:
+        return [self.batch(step) for step in range(min(self.per_epoch, _WEIGHED))]
+
+    def _baselines(self) -> dict[str, Answers]:
+        """Answer as counting alone does; of a scorer with several settings, in the one that is best on validation."""
+        metric, n_items = self._recipe.metric, self._shape[1]
+
+        def popularity(histories: NDArray[np.int64]) -> NDArray[np.float32]:
+            return np.repeat(self._counted.log_popularity[None], len(histories), axis=0)
+
+        def asked(scorer: Scorer) -> Logits:
+            return lambda histories: np.nan_to_num(scorer.score_baskets(baskets_of(histories, n_items)), nan=0.0)
+
+        settings: dict[str, tuple[Scorer, ...]] = {
+            "item-kNN": (ItemKNN(), ItemKNN(similarity="tfidf"), ItemKNN(k=1000, similarity="tfidf")),
+            "user-kNN": (UserKNN(), UserKNN(k=300)),
+            "ALS": (ALS(seed=self._recipe.seed),),
+        }
+        answers = {"popularity": self._calibrated(popularity)}
+        for name, scorers in settings.items():
+            try:
+                models = [asked(scorer.fit(self._liked)) for scorer in scorers]
+            except PeftComboError:  # ALS without its package
+                continue
+            valid = [self._values(self._valid, self._answers(self._valid, model))[metric] for model in models]
+            answers[name] = self._calibrated(models[int(np.argmax(valid))])
+        if self._apart is not None:
+            answers[_COUNTING] = self._calibrated(self._counting())
+        return answers
+
+    def _counting(self) -> Logits:
+        """Weigh popularity and neighbours on training pairs as the head does: all it has but the texts."""
+        batches = self._first_batches()
+        nearness = torch.cat([batch.nearness for batch in batches if batch.nearness is not None])
+        popularity, correction, targets = (
+            torch.cat([getattr(batch, name) for batch in batches])
+            for name in ("log_popularity", "correction", "targets")
+        )
+        weights = torch.zeros(3, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            logits = weights[0] * popularity + weights[1] * nearness + weights[2]
+            loss = functional.binary_cross_entropy_with_logits(logits + correction, targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        first, second, constant = weights.detach().tolist()
+
+        def model(histories: NDArray[np.int64]) -> NDArray[np.float32]:
+            near = self._counted.nearness(histories)
+            assert near is not None
+            return np.asarray(first * self._counted.log_popularity + second * near + constant, np.float32)
+
+        return model
+
+    def _auc_gains(self, answers: Mapping[str, Answers]) -> tuple[tuple[str | float, ...], ...]:
+        asked = self._test
+        right, users = asked.targets >= 0.5, asked.users[asked.events]
+        drawn = {name: auc_draws(one.logits, right, users) for name, one in answers.items()}
+        whole = {name: auc(one.logits, right) for name, one in answers.items()}
+        rows = []
+        for name in (name for name in answers if name != "tuned"):
+            low, high = np.quantile(drawn["tuned"] - drawn[name], [0.025, 0.975])
+            gain = whole["tuned"] - whole[name]
+            rows.append((name, whole[name], whole["tuned"], gain, float(low), float(high)))
+        return tuple(rows)
 
     def _pairs(
         self, rows: NDArray[np.int64], negatives: Negatives, rng: np.random.Generator, each: int
@@ -570,7 +688,7 @@ class Rating:
 
     def _model(self, head: RatingHead, vectors: NDArray[np.float32]) -> Logits:
         targets = target_vectors(head.towers, vectors)
-        return lambda histories: head.scores(vectors, histories, self._log_popularity, targets)
+        return lambda histories: head.scores(vectors, histories, self._counted, targets)
 
     def _answers(self, asked: Questions, model: Logits) -> Answers:
         place = np.cumsum(asked.liked) - 1
@@ -611,12 +729,6 @@ def rated(weights: NDArray[np.float32], config: RatingTask) -> NDArray[np.float3
     return np.asarray(np.clip((weights - low) / (high - low), 0, 1), np.float32)
 
 
-def log_popularity(counts: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return the log of (count + 1) over its mean, (N,) float32: 0 for an item as popular as the mean."""
-    smoothed = counts + 1.0
-    return np.asarray(np.log(smoothed / smoothed.mean()), np.float32)
-
-
 def auc(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
     """Return how often a right pair scores above a wrong one, ties for half; 0.5 where either kind is absent.
 
@@ -626,6 +738,29 @@ def auc(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
     if not positive or not negative:
         return 0.5
     return float((rankdata(scores)[right].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def auc_draws(
+    scores: NDArray[np.float64], right: NDArray[np.bool_], users: NDArray[np.int64], n: int = 1000, seed: int = 0
+) -> NDArray[np.float64]:
+    """Return `auc` of `n` samples of whole users, drawn with replacement: (P,), (P,), (P,) whose pairs -> (n,).
+
+    Two scorers asked about the same pairs meet the same samples, so their differences draw an interval.
+
+    Source: Field and Welsh 2007, "Bootstrapping clustered data".
+    """
+    place = np.unique(scores, return_inverse=True)[1]
+    owners = np.unique(users, return_inverse=True)[1]
+    count = int(owners.max()) + 1
+    rng = np.random.default_rng(seed)
+    found = np.full(n, 0.5)
+    for draw in range(n):
+        times = rng.multinomial(count, np.full(count, 1 / count))[owners].astype(np.float64)
+        positive, negative = (np.bincount(place, weights=times * part) for part in (right, ~right))
+        total = positive.sum() * negative.sum()
+        if total:
+            found[draw] = positive @ (np.cumsum(negative) - negative / 2) / total
+    return found
 
 
 def log_losses(logits: NDArray[np.float64], targets: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -672,12 +807,6 @@ def by_user(values: NDArray[np.float64], users: NDArray[np.int64]) -> NDArray[np
     """Average what each user has, (L,) -> (U,), users ascending."""
     codes = np.unique(users, return_inverse=True)[1]
     return np.asarray(np.bincount(codes, weights=values) / np.bincount(codes), np.float64)
-
-
-def _as_rows(histories: NDArray[np.int64], n_items: int) -> sparse.csr_array[Any, tuple[int, int]]:
-    rows, places = np.nonzero(histories >= 0)
-    columns = histories[rows, places]
-    return sparse.csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(histories), n_items))
 
 
 def _sampled(rows: NDArray[np.int64], most: int | None, seed: int) -> NDArray[np.int64]:

@@ -21,9 +21,9 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from peft_combo.backbone import Backbone
-from peft_combo.data import open_dataset
 from peft_combo.data.labelled import split_texts
-from peft_combo.data.tags import OUTSIDE, TaggedText, TaggedTexts, entities, read_tags, weak_tags, words_of
+from peft_combo.data.tags import OUTSIDE, Entity, TaggedText, entities, words_of
+from peft_combo.data.task_data import tagged_of
 from peft_combo.errors import DataError
 from peft_combo.methods import AttachedAdapter
 from peft_combo.recipe import Recipe
@@ -44,6 +44,9 @@ from peft_combo.tasks.measures import (
 
 # The label of a piece that is asked nothing, by PyTorch's custom.
 IGNORED = -100
+# Texts whose states are held at once, and whose entities are remembered.
+_TAGGED_AT_ONCE = 1024
+_REMEMBERED = 200_000
 
 Tags = tuple[str, ...]
 
@@ -127,6 +130,9 @@ class Tagging:
     """
 
     per_token = True
+    retokenized = False
+    brands = None
+    exclusive = True
     unit = "texts"
     protocol = (
         "Test texts, none of which (but for case and spaces) occurs in training or validation. An entity counts where "
@@ -137,7 +143,7 @@ class Tagging:
 
     def __init__(self, recipe: Recipe, config: TaggingTask) -> None:
         self._config = config
-        found = _tagged(recipe, config)
+        found = tagged_of(recipe.data, config)
         self._texts = found.texts
         self.texts = [one.text for one in found.texts]
         parts = split_texts(self.texts, recipe.data)
@@ -185,8 +191,12 @@ class Tagging:
     def batch(self, step: int, part: int = 0, parts: int = 1) -> TagBatch:
         return self._batch(self._train[self._epochs.share(step, part, parts)])
 
-    def loss(self, head: TaggingHead, encoded: Tensor, batch: TagBatch) -> Tensor:
-        return linear_loss(head(encoded[torch.from_numpy(batch.pieces).to(encoded.device)]), batch.targets)
+    def logits(self, head: TaggingHead, encoded: Tensor, batch: TagBatch) -> Tensor:
+        logits: Tensor = head(encoded[torch.from_numpy(batch.pieces).to(encoded.device)])
+        return logits
+
+    def loss(self, logits: Tensor, batch: TagBatch) -> Tensor:
+        return linear_loss(logits, batch.targets)
 
     def evaluate(self, head: TaggingHead, encode: Encode, metric: str) -> Evaluation:
         return Evaluation(
@@ -370,7 +380,7 @@ def _windowed(
     """Tag each word by itself, its ending and its shape, and the two words on either side."""
     vocabulary: dict[str, int] = {}
     for one in train:
-        for features in _features(one):
+        for features in word_features(one):
             for feature in features:
                 vocabulary.setdefault(feature, len(vocabulary))
     model = best_linear(
@@ -385,7 +395,8 @@ def _word_targets(texts: Sequence[TaggedText], column: Mapping[str, int]) -> Tar
     return Targets.of(np.array(wanted)[:, None] == np.arange(len(column)), exclusive=True)
 
 
-def _features(one: TaggedText) -> list[list[str]]:
+def word_features(one: TaggedText) -> list[list[str]]:
+    """Describe each word by itself, its ending and its shape, and the two words on either side."""
     words = ["<2", "<1", *(token.casefold() for token in one.tokens), ">1", ">2"]
     return [
         [
@@ -401,7 +412,7 @@ def _features(one: TaggedText) -> list[list[str]]:
 def _one_hot(texts: Sequence[TaggedText], vocabulary: Mapping[str, int]) -> Any:
     indptr, indices = [0], []
     for one in texts:
-        for features in _features(one):
+        for features in word_features(one):
             indices += [place for feature in features if (place := vocabulary.get(feature)) is not None]
             indptr.append(len(indices))
     return sparse.csr_array(
@@ -415,20 +426,46 @@ def _by_text(texts: Sequence[TaggedText], said: NDArray[np.int64], tags: Sequenc
     return [tuple(tags[tag] for tag in own) for own in np.split(said, edges)]
 
 
-@dataclass(frozen=True)
-class Entity:
-    """What a text names.
+@dataclass(frozen=True, eq=False)
+class ReadText:
+    """A new text as a tagging adapter sees it.
 
     Attributes:
-        start, end: its characters in the text, `end` not included.
-        score: how likely its tags are, the least sure of its words.
+        words: where each word starts and ends.
+        likely: (W, number of tags) how likely each tag is; a word that was cut off is O for sure.
+        state: (D,) mean over the words that were not; 0 where there are none.
     """
 
-    type: str
     text: str
-    start: int
-    end: int
-    score: float
+    words: tuple[tuple[int, int], ...]
+    likely: NDArray[np.float32]
+    state: NDArray[np.float32]
+
+    def entities(self, tags: Sequence[str]) -> list[Entity]:
+        """Return what the likeliest tags name, in order."""
+        return [
+            Entity(
+                kind, self.text[self.words[begin][0] : self.words[end - 1][1]], self.words[begin][0],
+                self.words[end - 1][1], float(self.likely[begin:end].max(1).min()),
+            )
+            for kind, begin, end in entities([tags[tag] for tag in self.likely.argmax(1)])
+        ]  # fmt: skip
+
+
+def read_texts(backbone: Backbone, adapter: AttachedAdapter, head: TaggingHead, texts: Sequence[str]) -> list[ReadText]:
+    """Read new texts with the adapter and the head of one stored tagging adapter."""
+    pieces = backbone.pieces(texts, adapter.max_length)
+    states = np.split(backbone.states(texts, adapter), np.cumsum([len(own) for own in pieces])[:-1])
+    read = []
+    for text, own, state in zip(texts, pieces, states, strict=True):
+        words = words_of(text)
+        first = first_pieces(words, own)
+        seen = state[first[first >= 0]]
+        likely = np.zeros((len(words), len(head.tags)), np.float32)
+        likely[:, 0] = 1.0
+        likely[first >= 0] = head.probabilities(seen)
+        read.append(ReadText(text, words, likely, seen.sum(0) / max(1, len(seen))))
+    return read
 
 
 def tag_texts(
@@ -441,29 +478,26 @@ def tag_texts(
     Returns:
         for each text its entities, in order.
     """
-    pieces = backbone.pieces(texts, adapter.max_length)
-    states = np.split(backbone.states(texts, adapter), np.cumsum([len(own) for own in pieces])[:-1])
-    found = []
-    for text, own, state in zip(texts, pieces, states, strict=True):
-        words = words_of(text)
-        first = first_pieces(words, own)
-        likely = np.zeros((len(words), len(head.tags)), np.float32)
-        likely[:, 0] = 1.0
-        likely[first >= 0] = head.probabilities(state[first[first >= 0]])
-        tags = [head.tags[tag] for tag in likely.argmax(1)]
-        found.append(
-            [
-                Entity(
-                    kind, text[words[begin][0] : words[end - 1][1]], words[begin][0], words[end - 1][1],
-                    float(likely[begin:end].max(1).min()),
-                )
-                for kind, begin, end in entities(tags)
-            ]
-        )  # fmt: skip
-    return found
+    return [one.entities(head.tags) for one in read_texts(backbone, adapter, head, texts)]
 
 
-def _tagged(recipe: Recipe, config: TaggingTask) -> TaggedTexts:
-    if config.tags == "table":
-        return read_tags(recipe.data)
-    return weak_tags(open_dataset(recipe.data), config.types)
+class AdapterTagger:
+    """A stored tagging adapter as a `data.tags.Tagger`; safe to share between threads.
+
+    It remembers what it said of the texts it saw last: titles are asked about again with every query.
+    """
+
+    def __init__(self, backbone: Backbone, adapter: AttachedAdapter, head: TaggingHead) -> None:
+        self._backbone, self._adapter, self._head = backbone, adapter, head
+        self._known: dict[str, list[Entity]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> list[list[Entity]]:
+        known = self._known
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if len(known) + len(missing) > _REMEMBERED:
+            known = self._known = {}
+            missing = list(dict.fromkeys(texts))
+        for start in range(0, len(missing), _TAGGED_AT_ONCE):
+            some = missing[start : start + _TAGGED_AT_ONCE]
+            known.update(zip(some, tag_texts(self._backbone, self._adapter, self._head, some), strict=True))
+        return [known[text] for text in texts]

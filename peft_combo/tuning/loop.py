@@ -14,14 +14,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeAlias, assert_never
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,12 +31,16 @@ from peft_combo import methods
 from peft_combo.adapters import AdapterRecord, AdapterStore
 from peft_combo.architectures import bytes_of, set_dropout, set_training
 from peft_combo.backbone import Backbone
+from peft_combo.data.augmenting import Rewrite
 from peft_combo.errors import TuningError
 from peft_combo.item_encoder import ItemEncoder
 from peft_combo.methods import AttachedAdapter
-from peft_combo.recipe import Recipe, TrainingConfig
+from peft_combo.recipe import Recipe
 from peft_combo.tasks import task_of
-from peft_combo.tasks.base import AnyTask, Evaluation, Table, TaskHead
+from peft_combo.tasks.base import AnyTask, Evaluation, Table
+from peft_combo.tuning.averaging import WeightAverage
+from peft_combo.tuning.objective import Objective, passes_of
+from peft_combo.tuning.optimizing import Schedule, groups_of, learning_rate_factor, optimizer_of
 from peft_combo.tuning.plan import (
     Plan,
     assembled,
@@ -52,6 +56,7 @@ from peft_combo.tuning.progress import Progress, RunLog, flat, forget_checkpoint
 from peft_combo.tuning.starting import load_start
 from peft_combo.tuning.storing import store_adapter
 from peft_combo.tuning.trainee import Trainee, mixed, probe
+from peft_combo.tuning.wordings import wordings_of
 from peft_combo.watch import Watch
 
 
@@ -85,13 +90,10 @@ class Diverged(TuningError):
     """The loss is no number any more."""
 
 
-Schedule: TypeAlias = Callable[[TrainingConfig, int, int], float]
-"""Turns the recipe's section, an optimizer step from 0 and their total into the share of the peak learning rate."""
-
-
 def tune(
     recipe: Recipe, *, resume: bool = False, run_folder: Path | None = None, watch: Watch | None = None,
     schedule: Schedule | None = None, task: AnyTask | None = None, start: AdapterRecord | None = None,
+    rewrite: Rewrite | None = None,
 ) -> TuneResult:  # fmt: skip
     """Run a recipe and store what comes out.
 
@@ -102,6 +104,8 @@ def tune(
         watch: told of plan, steps and metrics, on the main process.
         schedule: course of the learning rate; default `learning_rate_factor`, the recipe's own.
         task: what is learned; default the recipe's task over the recipe's data.
+        rewrite: says texts in other words, for `augmentation`: back-translation, for example. A resumed run must be
+            given the same one, and it must answer the same.
         start: a stored adapter to go on from, as `starting.recipe_from` allows; default an untrained one.
     Returns:
         the stored adapter, already reloaded and compared, with the before/after table.
@@ -122,7 +126,8 @@ def tune(
             pass  # a store that cannot be written is better known now than after the training
 
     task = task_of(recipe) if task is None else task
-    for note in task.notes:
+    wordings, said = wordings_of(recipe, task, rewrite)
+    for note in (*task.notes, *said):
         watch.note(note)
     base = resident_mib()
     backbone = Backbone.of(recipe.backbone, accelerator.device)
@@ -136,15 +141,16 @@ def tune(
         set_dropout(attached.inner, recipe.training.encoder_dropout)
         head = task.head(backbone, attached.max_length).to(accelerator.device)
         head_start = None if start is None else load_start(start, backbone, attached, head, task.texts)
-        watch.stage("Encoding the texts", len(set(task.texts)))
+        others = () if wordings is None else wordings.texts
+        watch.stage("Encoding the texts", len({*task.texts, *(text for own in others for text in own)}))
         items = ItemEncoder(
-            backbone, attached, task.texts, per_token=task.per_token,
+            backbone, attached, task.texts, per_token=task.per_token, retokenized=task.retokenized, variants=wordings,
             fast=recipe.training.fast_path, cache_limit_bytes=recipe.training.cache_limit_mib * 2**20,
             process=accelerator.process_index, processes=accelerator.num_processes, progress=watch.advance,
         )  # fmt: skip
-        trainee = Trainee(task, items, attached, head)
+        trainee = Trainee(task, items, attached, head, recipe.training.r_drop)
 
-        groups, rates = _parameter_groups(recipe.training, attached, head)
+        groups = groups_of(recipe.training, attached, head)
 
         # How good is it without tuning? The same head over the frozen encoder, as good as it gets there.
         frozen = partial(items.catalogue, items.frozen)
@@ -171,18 +177,25 @@ def tune(
             frozen=bytes_of(backbone.model) / 2**20, loading=bytes_of(backbone.model) / 2**20, step=step_bytes / 2**20,
             states=items.cached_bytes / 2**20, vectors=vectors_mib, evaluation=max(0.0, evaluation_mib - vectors_mib),
             allocator=max(0.0, resident_mib() - base - (bytes_of(backbone.model) + items.cached_bytes) / 2**20),
-            seconds=total * step_seconds * recipe.training.accumulation
+            seconds=total * step_seconds * recipe.training.accumulation * passes_of(recipe.training)
             + evaluations_of(recipe.training, steps_per_epoch) * evaluation_seconds + outcome_seconds,
         )  # fmt: skip
         watch.planned(plan)
 
-        optimizer = _optimizer(recipe.training, groups)
+        optimizer = optimizer_of(recipe.training, groups)
         model, optimizer = accelerator.prepare(trainee, optimizer, device_placement=[False, False])
-        parameters = [p for group in groups for p in group["params"]]
+        objective = Objective(recipe.training, trainee, model, accelerator.backward)
+        parameters = [p for group in groups for p in group.parameters]
+        average = None
+        if recipe.training.averaging is not None:
+            learning = {**{f"adapter.{k}": p for k, p in attached.trainable().items()},
+                        **{f"head.{k}": p for k, p in head.named_parameters() if p.requires_grad}}  # fmt: skip
+            average = WeightAverage(recipe.training.averaging, learning)
+        averaged = nullcontext if average is None else average.applied
 
         progress = Progress()
         if resume:
-            progress = Progress.restored(run_folder, recipe, task, attached, head, optimizer)
+            progress = Progress.restored(run_folder, recipe, task, attached, head, optimizer, average)
             watch.note(f"Going on after step {progress.step} of {total}.")
         log = RunLog(run_folder / "log.jsonl", progress.step) if main else None
 
@@ -197,14 +210,12 @@ def tune(
             for part in range(recipe.training.accumulation):
                 with accelerator.accumulate(model):
                     batch = task.batch(step, part, recipe.training.accumulation)
-                    loss = model(batch, mixed(recipe.seed, step, part))
-                    accelerator.backward(loss)
-                    loss_sum += float(loss.detach())
+                    loss_sum += objective.add_gradients(batch, mixed(recipe.seed, step, part))
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(parameters, recipe.training.max_grad_norm)
                         factor = schedule(recipe.training, step, total)
-                        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                            group["lr"] = rate * factor
+                        for moved, group in zip(optimizer.param_groups, groups, strict=True):
+                            moved["lr"] = group.rate_at(factor, step, total)
                     optimizer.step()
                     if accelerator.sync_gradients:
                         attached.after_step(step + 1)  # AdaLoRA reads the gradients: after the step, before clearing
@@ -217,20 +228,24 @@ def tune(
                     f"{recipe.training.learning_rate:g}) or training.max_grad_norm, and start anew."
                 )
             if log is not None:
-                log.add(progress.step, loss=progress.losses[-1], lr=rates[0] * factor)
-            accelerator.log({"loss": progress.losses[-1], "learning_rate": rates[0] * factor}, step=progress.step)
+                log.add(progress.step, loss=progress.losses[-1], lr=groups[0].rate * factor)
+            accelerator.log({"loss": progress.losses[-1], "learning_rate": groups[0].rate * factor}, step=progress.step)
             watch.stepped(progress.step, progress.losses[-1])
 
-            if progress.step % evaluate_every == 0 or progress.step == total:
-                evaluation = _evaluate(accelerator, task, items, trainee, attached, recipe.metric)
-                best = progress.keep_if_best(evaluation, recipe, attached, head)
+            evaluated = progress.step % evaluate_every == 0 or progress.step == total
+            if average is not None:
+                average.step(progress.step / total, evaluated)
+            if evaluated:
+                with averaged():
+                    evaluation = _evaluate(accelerator, task, items, trainee, attached, recipe.metric)
+                    best = progress.keep_if_best(evaluation, recipe, attached, head)
                 if log is not None:
                     log.add(progress.step, **evaluation.values)
                 accelerator.log({f"valid/{name}": v for name, v in evaluation.values.items()}, step=progress.step)
                 watch.evaluated(progress.step, evaluation.values, best)
             interrupted = _any(accelerator, stop.is_set())
             if main and (interrupted or progress.step % recipe.training.checkpoint_every == 0):
-                progress.checkpoint(recipe, task, attached, head, optimizer).write(run_folder)
+                progress.checkpoint(recipe, task, attached, head, optimizer, average).write(run_folder)
             if interrupted:
                 accelerator.end_training()
                 raise Interrupted(
@@ -239,6 +254,8 @@ def tune(
                 )
 
         if progress.best is None:  # without early stopping the last state is taken
+            if average is not None:
+                average.keep()
             choice = _evaluate(accelerator, task, items, trainee, attached, recipe.metric).choice
         else:
             attached.load_state(progress.best.adapter, progress.best.values)
@@ -294,57 +311,6 @@ def _accelerator(recipe: Recipe, run_folder: Path) -> Accelerator:
     if trackers:
         accelerator.init_trackers(recipe.name, config=flat(recipe.model_dump(mode="json")))
     return accelerator
-
-
-def _parameter_groups(
-    config: TrainingConfig, attached: AttachedAdapter, head: TaskHead
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """Return the optimizer's groups and their peak learning rates; a head's vectors and scalars are not decayed."""
-    head_rate = config.head_learning_rate if config.head_learning_rate is not None else config.learning_rate
-    sides = [(group.parameters, config.learning_rate * group.rate, group.decayed) for group in attached.groups()]
-    learning = [p for p in head.parameters() if p.requires_grad]
-    sides += [([p for p in learning if (p.ndim >= 2) == decayed], head_rate, decayed) for decayed in (True, False)]
-    groups, rates = [], []
-    for parameters, rate, decayed in sides:
-        if parameters:
-            decay = config.weight_decay if decayed else 0.0
-            groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
-            rates.append(rate)
-    if not groups:
-        raise TuningError(
-            "Nothing would learn: the method trains no weights and the head has none. Set task.projection: linear or "
-            "use another adapter.method."
-        )
-    return groups, rates
-
-
-def _optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    match config.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(groups)
-        case "sgd":
-            return torch.optim.SGD(groups, momentum=config.momentum)
-        case "adafactor":
-            return torch.optim.Adafactor(groups)
-        case _:
-            assert_never(config.optimizer)
-
-
-def learning_rate_factor(config: TrainingConfig, step: int, total: int) -> float:
-    """Return the share of the peak learning rate at optimizer step `step`, counted from 0."""
-    warmup = config.warmup_fraction * total
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    course = (step - warmup) / max(1.0, total - warmup)
-    match config.schedule:
-        case "linear":
-            return 1 - course
-        case "cosine":
-            return 0.5 * (1 + math.cos(math.pi * course))
-        case "constant":
-            return 1.0
-        case _:
-            assert_never(config.schedule)
 
 
 def _evaluate(

@@ -40,7 +40,9 @@ from peft_combo.methods import AttachedAdapter
 from peft_combo.recipe import Recipe, TrainingConfig
 from peft_combo.tasks import task_of
 from peft_combo.tasks.base import AnyTask, Batch, Encode, TaskHead
+from peft_combo.tuning.objective import passes_of
 from peft_combo.tuning.trainee import Trainee, probe
+from peft_combo.tuning.wordings import wordings_of
 
 _FLOAT = 4  # bytes
 # Batches looked at for the heaviest: memory has to hold it, whenever it comes.
@@ -235,7 +237,12 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
         seed=recipe.seed, tokenizer=shapes.tokenizer,
     )  # fmt: skip
     adapted = 0 if whole.cut >= len(layers_of(shapes.model)) else shapes.layers - whole.cut
-    tokens = shapes.tokenize(list(dict.fromkeys(task.texts)), whole.max_length)
+    distinct = dict.fromkeys(task.texts)
+    tokens = shapes.tokenize(list(distinct), whole.max_length)
+    wordings, _ = wordings_of(recipe, task)
+    others = dict.fromkeys(text for own in (() if wordings is None else wordings.texts) for text in own)
+    further = [text for text in others if text not in distinct]
+    kept = len(tokens.ids) + (len(shapes.tokenize(further, whole.max_length).ids) if further else 0)
     batch = heaviest_batch(task, recipe.training)
     depths = (1, 2) if shapes.layers > 1 else (1,)
     trials = [_Trial(recipe, task, batch, depth, total, device) for depth in depths]
@@ -260,8 +267,8 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
 
     # The catalogue is encoded below the cut once, where that is kept, and above it for every evaluation.
     states_mib = 0.0
-    if recipe.training.fast_path and recipe.training.cache_limit_mib and whole.cut:
-        states_mib = _FLOAT * len(tokens.ids) * shapes.dim / 2**20
+    if recipe.training.fast_path and recipe.training.cache_limit_mib and whole.cut and not task.retokenized:
+        states_mib = _FLOAT * kept * shapes.dim / 2**20
     share = len(tokens.ids) / last.tokens
     lower_seconds = (shapes.layers - adapted) * layer_encode
     upper_seconds = adapted * layer_encode
@@ -270,9 +277,9 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
     if not states_mib:  # the lower layers run for whatever is encoded, in steps too
         step_seconds += lower_seconds * last.batch_tokens / last.tokens
         upper_seconds += lower_seconds
-    seconds = total * recipe.training.accumulation * step_seconds
+    seconds = total * recipe.training.accumulation * step_seconds * passes_of(recipe.training)
     seconds += (evaluations + _OTHER_EVALUATIONS) * (share * upper_seconds + ranking_seconds)
-    seconds += share * lower_seconds if states_mib else 0.0
+    seconds += kept / last.tokens * lower_seconds if states_mib else 0.0
     step_mib = (last.step_bytes + (adapted - len(depths)) * layer_bytes) / 2**20
     weights = {form: frozen_bytes(shapes.model, form) / 2**20 for form in ("none", bits)}
     found = assembled(
@@ -314,8 +321,15 @@ class _Trial:
         self.head = task.head(twin, attached.max_length).to(device)
         own = {int(item) for item in batch.items}
         texts = [text if number in own else "" for number, text in enumerate(task.texts)]
-        items = ItemEncoder(twin, attached, texts, per_token=task.per_token, fast=recipe.training.fast_path)
-        trainee = Trainee(task, items, attached, self.head)
+        items = ItemEncoder(
+            twin,
+            attached,
+            texts,
+            per_token=task.per_token,
+            retokenized=task.retokenized,
+            fast=recipe.training.fast_path,
+        )  # fmt: skip
+        trainee = Trainee(task, items, attached, self.head, recipe.training.r_drop)
         distinct = list(dict.fromkeys(task.texts))
         sample = distinct[:: max(1, len(distinct) // _SAMPLE)]
         with autocast_of(device, recipe.backbone.precision):

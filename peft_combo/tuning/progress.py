@@ -20,6 +20,7 @@ from peft_combo.errors import TuningError
 from peft_combo.methods import AttachedAdapter
 from peft_combo.recipe import Recipe
 from peft_combo.tasks.base import AnyTask, Evaluation, TaskHead
+from peft_combo.tuning.averaging import WeightAverage
 
 
 @dataclass
@@ -61,8 +62,9 @@ class Progress:
         return True
 
     def checkpoint(
-        self, recipe: Recipe, task: AnyTask, attached: AttachedAdapter, head: TaskHead, optimizer: Any
-    ) -> Checkpoint:
+        self, recipe: Recipe, task: AnyTask, attached: AttachedAdapter, head: TaskHead, optimizer: Any,
+        average: WeightAverage | None,
+    ) -> Checkpoint:  # fmt: skip
         """Return all that `restored` needs."""
         tensors, values = attached.state()
         groups = {
@@ -70,6 +72,8 @@ class Progress:
             "head": dict(head.state_dict()),
             "optimizer": optimizer_tensors(optimizer.state_dict()["state"]),
         }
+        if average is not None and average.mean:
+            groups["average"] = average.mean
         best: dict[str, Any] | None = None
         if self.best is not None:
             groups |= {"best-adapter": self.best.adapter, "best-head": self.best.head}
@@ -89,6 +93,7 @@ class Progress:
                 "continued": task.data.get("continued"),
                 "adapter": values,
                 "best": best,
+                "averaged": average.count if average is not None else 0,
                 "losses": self.losses,
                 "waited": self.waited,
                 "stopped_early": self.stopped_early,
@@ -98,9 +103,10 @@ class Progress:
 
     @classmethod
     def restored(
-        cls, run_folder: Path, recipe: Recipe, task: AnyTask, attached: AttachedAdapter, head: TaskHead, optimizer: Any
-    ) -> Self:
-        """Put the last checkpoint back into adapter, head and optimizer.
+        cls, run_folder: Path, recipe: Recipe, task: AnyTask, attached: AttachedAdapter, head: TaskHead, optimizer: Any,
+        average: WeightAverage | None,
+    ) -> Self:  # fmt: skip
+        """Put the last checkpoint back into adapter, head, optimizer and the average of weights.
 
         Raises:
             TuningError: there is none, it cannot be read, or it is of another recipe or other data.
@@ -137,6 +143,8 @@ class Progress:
         optimizer.load_state_dict({**state, "state": optimizer_state(tensors["optimizer"])})
         if values["scaler"] is not None and getattr(optimizer, "scaler", None) is not None:
             optimizer.scaler.load_state_dict(values["scaler"])
+        if average is not None and values["averaged"]:
+            average.load(tensors["average"], values["averaged"])
         best = values["best"]
         return cls(
             checkpoint.step,

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from peft_combo.architectures import set_training
 from peft_combo.errors import TuningError
-from peft_combo.item_encoder import ItemEncoder
+from peft_combo.item_encoder import ItemEncoder, Push
 from peft_combo.methods import AttachedAdapter
 from peft_combo.recipe import Recipe
-from peft_combo.tasks.base import AnyTask, Batch, TaskHead
+from peft_combo.tasks.base import AnyTask, Batch, RetokenizedBatch, TaskHead
 
 
 class Trainee(nn.Module):
     """Encoder and head behind one forward, as data-parallel wrappers want it."""
 
-    def __init__(self, task: AnyTask, items: ItemEncoder, attached: AttachedAdapter, head: TaskHead) -> None:
+    def __init__(
+        self, task: AnyTask, items: ItemEncoder, attached: AttachedAdapter, head: TaskHead, r_drop: float = 0.0
+    ) -> None:
         super().__init__()
         self.encoder = items.encoder
         self.head = head
@@ -31,13 +33,45 @@ class Trainee(nn.Module):
         self._items = items
         self._attached = [attached]  # in a list, so that its modules are not registered a second time
 
-    def forward(self, batch: Batch, seed: int) -> Tensor:
-        torch.manual_seed(mixed(seed, self._items.process + 1))  # other texts, other masks
-        encoded = self._items.encode(self.encoder, batch.items)
-        torch.manual_seed(mixed(seed, 0))  # the loss is the same on every process
-        loss = self._task.loss(self.head, encoded, batch)
+        self._r_drop = r_drop
+
+    def forward(self, batch: Batch, seed: int, push: Push | None = None) -> Tensor:
+        """Return the scalar loss of a batch; `push` is added where states enter the layers that learn."""
+        first = self._answers(batch, seed, seed, push)
+        loss = self._task.loss(first, batch)
+        if self._r_drop:
+            second = self._answers(batch, seed, mixed(seed, 1), push)
+            loss = (loss + self._task.loss(second, batch)) / 2
+            loss = loss + self._r_drop * disagreement(first, second, self._task.exclusive)
         extra = self._attached[0].regularizer()
         return loss if extra is None else loss + extra
+
+    def pushed(self, batch: Batch, seed: int) -> Push:
+        """Return a push of nothing for the texts that `forward` would encode."""
+        return self._items.pushed(batch.items, seed)
+
+    def _answers(self, batch: Batch, seed: int, dropout: int, push: Push | None) -> Tensor:
+        torch.manual_seed(mixed(dropout, self._items.process + 1))  # other texts, other masks
+        tokens = batch.tokens if isinstance(batch, RetokenizedBatch) else None
+        encoded = self._items.encode(self.encoder, batch.items, seed=seed, push=push, tokens=tokens)
+        torch.manual_seed(mixed(dropout, 0))  # the loss is the same on every process
+        return self._task.logits(self.head, encoded, batch)
+
+
+def disagreement(first: Tensor, second: Tensor, exclusive: bool) -> Tensor:
+    """Return the mean over questions of the symmetric Kullback-Leibler divergence of two answers, in nats.
+
+    Args:
+        first, second: (Q, C) log-odds, or (Q,) where each question is a yes or no.
+        exclusive: whether a row is one softmax; else each number is a sigmoid of its own, and their divergences add up.
+    Source: Liang et al. 2021, "R-Drop: regularized dropout for neural networks", eq. 2.
+    """
+    if exclusive:
+        one, two = first.log_softmax(-1), second.log_softmax(-1)
+        apart = (one.exp() - two.exp()) * (one - two)
+    else:
+        apart = (first.sigmoid() - second.sigmoid()) * (first - second)
+    return 0.5 * apart.sum() / len(first)
 
 
 def mixed(*numbers: int) -> int:

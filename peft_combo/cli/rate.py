@@ -1,0 +1,62 @@
+"""`rate`: how likely a customer is to take items, by the head of a tuned rating adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peft_combo.cli.app import CacheOption, DataOption, JsonOption, StoreOption, app
+from peft_combo.cli.shown import console_watch, print_json, print_table
+
+
+@app.command()
+def rate(
+    adapter: Annotated[str, typer.Option("--adapter", help="A rating adapter: home-rating or home-rating@v2.")],
+    items: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ids or titles of what is rated; the likeliest items without any.", show_default=False),
+    ] = None,
+    user: Annotated[str | None, typer.Option("--user", help="User id; what is known of them counts.")] = None,
+    liked: Annotated[
+        list[str] | None,
+        typer.Option("--liked", help="Id or title of what they liked, the latest first; may be repeated."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many, where no items are given.")] = 10,
+    data: DataOption = None,
+    store: StoreOption = Path("adapters"),
+    cache: CacheOption = Path("vectors"),
+    as_json: JsonOption = False,
+) -> None:
+    """Tell how likely a customer is to take items, by what they took before, with a rating adapter."""
+    with console_watch() as watch:
+        from peft_combo.adapters import AdapterStore
+        from peft_combo.backbone import Backbone
+        from peft_combo.bank import AdapterBank
+        from peft_combo.data import open_dataset
+        from peft_combo.rated import Rater
+        from peft_combo.rated import rate as told_by
+        from peft_combo.recipe import parse_recipe
+        from peft_combo.tasks.rating import RatingHead
+        from peft_combo.vectors import VectorCache
+
+        opened = AdapterStore(store)
+        recipe = parse_recipe(opened.open(adapter).manifest.recipe, f"The recipe of {adapter} cannot be read:")
+        bank = AdapterBank(Backbone.of(recipe.backbone), opened)
+        head = bank.get(adapter).head_as(RatingHead)
+        config = recipe.data
+        if data is not None:
+            source = "bundlerec" if config.source == "bundlerec" else "folder"
+            config = config.model_copy(update={"source": source, "path": str(data)})
+        dataset = open_dataset(config, "interactions")
+        texts = dataset.catalog.texts(config.text)
+        watch.stage("Encoding the catalogue", len(texts))
+        vectors = VectorCache(cache).vectors(bank, texts, adapter, watch.advance)
+        rater = Rater.of(vectors, head, dataset.interactions)
+    found = told_by(rater, dataset, liked=liked or (), user=user, items=items or (), k=k)
+    if as_json:
+        print_json([asdict(one) for one in found])
+        return
+    print_table(("item", "title", "probability"), [(one.item_id, one.title, f"{one.probability:.3f}") for one in found])

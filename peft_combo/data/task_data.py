@@ -1,0 +1,198 @@
+"""What the task of a recipe learns from: a dataset, labelled texts or tagged texts; opened, checked and described.
+
+Owns which of them a task needs, and what is looked at where no task is named. Knows nothing of encoders.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, assert_never
+
+import numpy as np
+
+from peft_combo.data.assemble import Needs
+from peft_combo.data.folder import TABLES
+from peft_combo.data.labelled import LabelledTexts, TextSplit, labels_of_catalogue, read_labels, split_texts
+from peft_combo.data.model import Dataset
+from peft_combo.data.plain import PlainTexts
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import Split, split_as
+from peft_combo.data.stats import describe, quantiles
+from peft_combo.data.tables import SUFFIXES
+from peft_combo.data.tags import TAG_SUFFIXES, TaggedTexts, entities, read_tags, weak_tags
+from peft_combo.errors import DataError, Fault
+from peft_combo.task_configs import (
+    BundleTask,
+    ClassificationTask,
+    MaskedTask,
+    RatingTask,
+    SequenceTask,
+    TaggingTask,
+    TaskConfig,
+)
+
+if TYPE_CHECKING:
+    from peft_combo.recipe import DataConfig
+
+
+def needs_of(task: TaskConfig) -> Needs:
+    """Return what a task needs beside the items where it learns from a catalogue."""
+    match task:
+        case BundleTask() | SequenceTask():
+            return "bundles"
+        case RatingTask():
+            return "interactions"
+        case ClassificationTask() | TaggingTask() | MaskedTask():
+            return "items"
+        case _:
+            assert_never(task)
+
+
+def labelled_of(data: DataConfig, task: ClassificationTask) -> LabelledTexts:
+    """Read the labels table, or label the items of the catalogue, as the task says.
+
+    Raises:
+        DataError: what the labels come from is not there, or has faults.
+    """
+    if task.labels == "table":
+        return read_labels(data, task.multi_label)
+    dataset = open_dataset(data, needs_of(task))
+    return labels_of_catalogue(dataset, data.text, task.labels, task.depth, task.multi_label)
+
+
+def tagged_of(data: DataConfig, task: TaggingTask) -> TaggedTexts:
+    """Read the tags table, or tag the titles of the catalogue, as the task says.
+
+    Raises:
+        DataError: what the tags come from is not there, or has faults.
+    """
+    if task.tags == "table":
+        return read_tags(data)
+    return weak_tags(open_dataset(data, needs_of(task)), task.types)
+
+
+def texts_of(data: DataConfig, task: MaskedTask) -> PlainTexts:
+    """Read the texts of the catalogue, whatever else is known of its items.
+
+    Raises:
+        DataError: there is no catalogue, or it has faults.
+    """
+    return PlainTexts.of_catalogue(open_dataset(data, needs_of(task)), data.text)
+
+
+def check_data(data: DataConfig, task: TaskConfig | None = None) -> list[Fault]:
+    """Return everything that is wrong with what a task learns from; an empty list where it can be opened.
+
+    Args:
+        task: None checks every table there is, and a catalogue for what bundles need.
+    """
+    faults: list[Fault] = []
+    for opened in _openers(data, task):
+        try:
+            opened()
+        except DataError as error:
+            faults += error.faults or [Fault(data.path or data.source, str(error))]
+    return faults
+
+
+def describe_data(data: DataConfig, task: TaskConfig | None = None) -> list[dict[str, Any]]:
+    """Return figures of what a task learns from and how it would be split, as plain values that go into JSON.
+
+    Args:
+        task: None describes every table there is: a catalogue, labels and tags may lie in one folder.
+    Raises:
+        DataError: it cannot be opened.
+    """
+    return [_figures(opened(), data) for opened in _openers(data, task)]
+
+
+_Data = Dataset | LabelledTexts | TaggedTexts | PlainTexts
+
+
+def _openers(data: DataConfig, task: TaskConfig | None) -> list[Callable[[], _Data]]:
+    match task:
+        case None:
+            every: dict[str, Callable[[], _Data]] = {
+                "dataset": lambda: open_dataset(data),
+                "labels": lambda: labelled_of(data, ClassificationTask(labels="table")),
+                "tags": lambda: tagged_of(data, TaggingTask()),
+            }
+            return [every[kind] for kind in _kinds_in(data)]
+        case ClassificationTask():
+            return [lambda: labelled_of(data, task)]
+        case TaggingTask():
+            return [lambda: tagged_of(data, task)]
+        case MaskedTask():
+            return [lambda: texts_of(data, task)]
+        case BundleTask() | SequenceTask() | RatingTask():
+            return [lambda: open_dataset(data, needs_of(task))]
+        case _:
+            assert_never(task)
+
+
+def _kinds_in(data: DataConfig) -> list[str]:
+    """Return what lies in the folder; the dataset where nothing is known, since its reader says what is missing."""
+    if data.source != "folder" or data.path is None:
+        return ["dataset"]
+    path = Path(data.path).expanduser()
+    if path.is_file():
+        return ["tags" if path.suffix == ".conll" or path.stem == "tags" else "labels"]
+
+    def there(names: Iterable[str], suffixes: Iterable[str]) -> bool:
+        return any((path / f"{name}{suffix}").is_file() for name in names for suffix in suffixes)
+
+    beside = [kind for kind, suffixes in (("labels", SUFFIXES), ("tags", TAG_SUFFIXES)) if there([kind], suffixes)]
+    return ["dataset", *beside] if there(TABLES, SUFFIXES) or not beside else beside
+
+
+def _figures(found: _Data, data: DataConfig) -> dict[str, Any]:
+    match found:
+        case Dataset():
+            return {**describe(found, data.text), **_split(lambda: split_as(found, data), {"by": data.split})}
+        case LabelledTexts():
+            counts = Counter(label for own in found.labels for label in own)
+            texts = list(found.texts)
+            own: dict[str, Any] = {
+                "classes": len(counts),
+                "texts_per_class": _ranked(counts),
+                "classes_per_text": quantiles(np.array([len(labels) for labels in found.labels])),
+            }
+        case TaggedTexts():
+            named = [entities(one.tags) for one in found.texts]
+            texts = [one.text for one in found.texts]
+            own = {
+                "entities": sum(map(len, named)),
+                "entities_per_type": _ranked(Counter(kind for those in named for kind, _, _ in those)),
+                "words_per_entity": quantiles(np.array([end - start for those in named for _, start, end in those])),
+                "texts_without_entity": sum(not those for those in named),
+            }
+        case PlainTexts():
+            texts, own = list(found.texts), {}
+        case _:
+            assert_never(found)
+    return {
+        "name": found.name,
+        "digest": found.digest,
+        "texts": len(texts),
+        "words_per_text": quantiles(np.array([len(text.split()) for text in texts])),
+        **own,
+        **_split(lambda: split_texts(texts, data), {"by": "text"}),
+        "notes": list(found.notes),
+    }
+
+
+def _split(divided: Callable[[], Split | TextSplit], how: dict[str, str]) -> dict[str, Any]:
+    """Return the sizes of the parts, or why there are none."""
+    try:
+        parts = divided()
+    except DataError as error:
+        return {"split": str(error)}
+    dropped = {"dropped": len(parts.dropped)} if isinstance(parts, Split) else {}
+    sizes = {"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)}
+    return {"split": {**how, **sizes, **dropped, "digest": parts.digest}}
+
+
+def _ranked(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda one: (-one[1], one[0])))
