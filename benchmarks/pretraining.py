@@ -167,7 +167,7 @@ def page(found: dict[int, dict[str, Any]]) -> str:
     texts = reading["texts"]
     lines += [
         f"{texts['train']:,} titles to read, {texts['valid']:,} to validate, {texts['test']:,} to test; "
-        f"{reading['asked']}, seed {seeds[0]}.", "",
+        f"{reading['asked']}, seed {seeds[0]}. Set for this: {' '.join(READING)}.", "",
         "| | log-likelihood | perplexity | right | among the first five |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, row in reading["rows"].items():
@@ -223,9 +223,9 @@ et al. 2019; whole words). It needs no label and no bundle. Another task then st
     peft-combo tune --recipe classify-fashion --data PATH --from fashion-text
 
 Rank and layers have to be those of the pretrained adapter; where they are not, the error says which keys to set. What
-comes out is one adapter. Merging the first into the frozen weights and stacking the second on it would learn as much,
-but every encoder that serves it would have to be merged the same way, and adapters of one encoder could no longer share
-its weights.
+comes out is one adapter. The other way, merging the first into the frozen weights and stacking the second on them, was
+not taken: every encoder that serves it would have to be merged the same way, and adapters of one encoder could no
+longer share its weights.
 
 **Protocol.** Titles are divided by a hash of each title into those that are read, those that choose the step and those
 that test the reading. The tasks divide bundles and labels by their own rule, so titles of items that a task holds out
@@ -233,8 +233,9 @@ may have been read, though nothing that is said of them: the figures are for a c
 (transductive). Both sides of a comparison have the same adapter, batches and passes; the pretrained one has read the
 titles besides. Validation questions only: each run keeps the step that is best on them, so both sides are flattered
 alike, and the test parts of the tasks were not looked at. Bundles: NDCG@10 among the whole catalogue; difference
-question by question, interval and p over whole groups. Shelves: macro F1 of the category in four levels. "Pretrained,
-cosine" is the pretrained adapter before any task, with the mean over tokens that it was not tuned for.
+question by question, interval and p over whole groups. "Pretrained, cosine" is the pretrained adapter before any task,
+with the mean over tokens that it was not tuned for. Shelves: macro F1 of the category in four levels, without interval;
+the few labels are one text in twenty, and classes of three texts count.
 """
 
 

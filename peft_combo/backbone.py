@@ -457,12 +457,9 @@ class _FewWords:
         self._size = size
         self.pad_token_id = int(tokenizer.pad_token_id or 0) % size
 
-    def __call__(self, texts: Sequence[str], **options: Any) -> dict[str, list[list[int]]]:
-        return {
-            "input_ids": [
-                [token % self._size for token in ids] for ids in self._tokenizer(texts, **options)["input_ids"]
-            ]
-        }
+    def __call__(self, texts: Sequence[str], **options: Any) -> dict[str, list[list[Any]]]:
+        encoded = dict(self._tokenizer(texts, **options))
+        return encoded | {"input_ids": [[token % self._size for token in ids] for ids in encoded["input_ids"]]}
 
     def get_vocab(self) -> dict[str, int]:
         return {word: number % self._size for word, number in self._tokenizer.get_vocab().items()}

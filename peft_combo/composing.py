@@ -22,7 +22,7 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeAlias
@@ -53,7 +53,7 @@ _SETS = 256  # sets the scorer is asked about at once
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the parts of the objective; see the module."""
+    """Of the parts of the objective; see the module. `weighing.fit_weights` finds those that bundles ask for."""
 
     relevance: float = 1.0
     compatibility: float = 1.0
@@ -73,7 +73,7 @@ class Options:
     Attributes:
         k: bundles to return; fewer come back where there are not so many.
         mode: "complement" adds what the template lacks; "substitute" adds items of the slots the context has.
-        weights: of the objective.
+        weights: of the objective; None takes the composer's own.
         diversity: 0 takes the k best; towards 1 the list avoids bundles like those before (maximal marginal relevance,
             Carbonell and Goldstein 1998: (1 - diversity) * score scaled to 0..1 - diversity * greatest likeness).
         near_duplicate: an added item may not have a higher cosine than this with another item of the bundle, nor the
@@ -90,7 +90,7 @@ class Options:
 
     k: int = 5
     mode: Mode = "complement"
-    weights: Weights = field(default_factory=Weights)
+    weights: Weights | None = None
     diversity: float = 0.3
     near_duplicate: float | None = 0.95
     seed: int = 0
@@ -184,6 +184,7 @@ class Composer:
         templates: what bundles look like.
         vectors: (N, D) float32 of length 1, for likeness between items; None knows of equal titles only.
         history: (B, N) training bundles, for counts in the evidence.
+        weights: of the objective, where a request names none.
     Raises:
         ValueError: vectors or history are not of N items.
     """
@@ -195,12 +196,14 @@ class Composer:
         *,
         vectors: NDArray[np.float32] | None = None,
         history: SparseRows | None = None,
+        weights: Weights = Weights(),
     ) -> None:
         if vectors is not None and (vectors.ndim != 2 or len(vectors) != len(catalog)):
             raise ValueError(f"vectors must be ({len(catalog)}, D), found {vectors.shape}.")
         self.catalog = catalog
         self.templates = templates
         self.vectors = vectors
+        self.weights = weights
         self._history: Any = None if history is None else sparse.csc_array(history)
         if self._history is not None and self._history.shape[1] != len(catalog):
             raise ValueError(f"history must have {len(catalog)} columns, found {self._history.shape[1]}.")
@@ -268,7 +271,7 @@ class Composer:
             DataError: no bundle meets the constraints; the message names those that bind.
             ValueError: a row or a shape does not fit the catalogue.
         """
-        wanted, how = constraints or Constraints(), options or Options()
+        wanted, how = constraints or Constraints(), self._weighed(options)
         given = self._distinct(context)
         scene = self._scene(relevance, compatibility, how)
         if wished:
@@ -305,7 +308,7 @@ class Composer:
         Raises:
             ValueError: a bundle lacks the context, or has nothing besides.
         """
-        how = options or Options()
+        how = self._weighed(options)
         given = self._distinct(context)
         added = []
         for bundle in bundles:
@@ -333,7 +336,7 @@ class Composer:
             DataError: no bundle meets the constraints; the message names those that bind.
             ValueError: a row does not fit the catalogue.
         """
-        wanted, how = constraints or Constraints(), options or Options()
+        wanted, how = constraints or Constraints(), self._weighed(options)
         given = self._distinct(context)
         request = self._request(given, wanted, how)
         if not request.feasible:
@@ -355,9 +358,38 @@ class Composer:
         Raises:
             ValueError: the bundle lacks the context, or has nothing besides.
         """
-        how = options or Options()
-        (only,) = self.rank([items], context=context, relevance=relevance, compatibility=compatibility, options=how)
+        (only,) = self.rank([items], context=context, relevance=relevance, compatibility=compatibility, options=options)
         return only.parts
+
+    def completions(
+        self, contexts: Sequence[Rows], relevance: NDArray[np.floating[Any]], beside: NDArray[np.floating[Any]] | None
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return the parts of the objective, unweighed, of each context with any one item more.
+
+        Args:
+            contexts: Q arrays of distinct rows.
+            relevance, beside: (Q, N) scores; None for none.
+        Returns:
+            "relevance", "compatibility" and "slots", (Q, N) each. Redundancy is no question of what fits.
+        """
+        zero = np.zeros((len(contexts), 1))
+        logs = np.empty((len(contexts), len(self.catalog)))
+        for place, rows in enumerate(contexts):
+            held = self._slot_of[rows].tolist()
+            of_slot = [
+                self.templates.log_probability(tuple(sorted((*held, slot))))
+                for slot in range(len(self.templates.names))
+            ]
+            logs[place] = np.array(of_slot)[self._slot_of]
+        return {
+            "relevance": _Scale(relevance).of(relevance),
+            "compatibility": zero if beside is None else _Scale(beside[:, self._sample]).of(beside),
+            "slots": logs,
+        }
+
+    def _weighed(self, options: Options | None) -> Options:
+        how = options or Options()
+        return how if how.weights is not None else replace(how, weights=self.weights)
 
     def _distinct(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[int, ...]:
         found = tuple(int(row) for row in rows)
@@ -369,7 +401,9 @@ class Composer:
 
     def _scene(self, relevance: ArrayLike | None, compatibility: Compatibility | None, options: Options) -> _Scene:
         n = len(self.catalog)
+        assert options.weights is not None
         return _Scene(
+            weights=options.weights,
             relevance=None if relevance is None else _scores(relevance, (n,), "relevance"),
             compatibility=compatibility,
             options=options,
@@ -464,9 +498,14 @@ class Composer:
             return list(_every(request, scene))
         plans = self._plans(request, scene.options)
         likely = [plan for plan in plans if plan[1] >= plans[0][1] - _PLAUSIBLE]
-        found = _beam(request, scene, likely)
+        first = None
+        if scene.options.mode == "complement" and scene.tells([request.context]):
+            first = _gains(request, scene, [request.context], sorted(request.free))
+            request, first = _shortlisted(request, scene, first)
+            likely = list(dict([*likely, *self._promising(request, scene, first)]).items())
+        found = _beam(request, scene, likely, first)
         if not found and len(plans) > len(likely):
-            found = _beam(request, scene, plans)
+            found = _beam(request, scene, plans, first)
         return found or list(itertools.islice(_every(request, scene, _TRIES), _SPARE))
 
     def _around(
@@ -556,6 +595,45 @@ class Composer:
         fallback = tuple(sorted([*held, *self._slot_of[cheapest].tolist()]))
         plans.append((fallback, self.templates.log_probability(fallback)))
         return [(tuple(sorted((Counter(whole) - context).elements())), log) for whole, log in dict(plans).items()]
+
+    def _promising(
+        self, request: _Request, scene: _Scene, gains: Mapping[int, NDArray[np.float64]]
+    ) -> list[tuple[Template, float]]:
+        """The slots to add as the items ask for them, with the log-probability of the whole template.
+
+        What is rare may still be what fits best: slots are added one at a time by what the best item of each that is
+        not counted yet would add beside the context, and by how probable the template is.
+
+        Args:
+            gains: per slot what each item of its shelf adds beside the context, (1, items).
+        """
+        how, held = scene.options, np.flatnonzero(request.held)
+        context = tuple(np.repeat(held, request.held[held]).tolist())
+        # (S, high + 1): by slot what its best item adds, its second best and so on; nothing beyond what may be added.
+        best = np.full((len(request.held), request.high + 1), -np.inf)
+        for slot, values in gains.items():
+            most = min(request.high, request.free[slot])
+            own = np.sort(values[0][scene.best(request.shelves[slot], values[0], most)])[::-1]
+            best[slot, : len(own)] = own
+        grown: dict[Template, float] = {(): 0.0}  # slots added -> gain of their best items
+        found: dict[Template, float] = {}
+        for size in range(1, request.high + 1):
+            larger: dict[Template, tuple[float, float, float]] = {}
+            for slots, gain in grown.items():
+                more = best[:, 0].copy()
+                for slot, count in Counter(slots).items():
+                    more[slot] = best[slot, count]
+                for slot in np.argsort(-more, kind="stable")[: how.per_slot].tolist():
+                    added = tuple(sorted((*slots, slot)))
+                    if np.isfinite(more[slot]) and added not in larger:
+                        log = self.templates.log_probability(tuple(sorted((*context, *added))))
+                        total = gain + float(more[slot])
+                        larger[added] = (total / size + scene.weights.slots * log, total, log)
+            kept = sorted(larger, key=lambda one: (-larger[one][0], one))[: how.beam]
+            grown = {slots: larger[slots][1] for slots in kept}
+            if size >= request.low:
+                found |= {slots: larger[slots][2] for slots in kept if request.required <= set(slots)}
+        return list(found.items())
 
     def _keeps(self, request: _Request, added: tuple[int, ...], size: tuple[int, int] | None) -> bool:
         n = len(request.context) + len(added)
@@ -876,6 +954,7 @@ class _Scene:
         relevance: NDArray[np.floating[Any]] | None,
         compatibility: Compatibility | None,
         options: Options,
+        weights: Weights,
         templates: SlotTemplates,
         slot_of: NDArray[np.int32],
         vectors: NDArray[np.float32] | None,
@@ -883,6 +962,7 @@ class _Scene:
         sample: Rows,
     ) -> None:
         self.options = options
+        self.weights = weights
         self.slot_of = slot_of
         self.order = _order(len(slot_of), options.seed)
         self._relevance = relevance
@@ -940,7 +1020,7 @@ class _Scene:
     def _judge(
         self, context: tuple[int, ...], added: tuple[int, ...], known: dict[tuple[tuple[int, ...], int], float]
     ) -> _Judged:
-        weights, n = self.options.weights, len(added)
+        weights, n = self.weights, len(added)
         whole = sorted((*context, *added))
         relevance = weights.relevance / n * self.relevance_of(np.array(added, np.int64))
         beside = [known[tuple(other for other in whole if other != row), row] for row in added]
@@ -961,7 +1041,7 @@ class _Scene:
         if self.options.mode == "substitute":
             return 0.0
         template = tuple(sorted(self.slot_of[whole].tolist()))
-        return self.options.weights.slots * self._templates.log_probability(template)
+        return self.weights.slots * self._templates.log_probability(template)
 
     def _redundancy(self, added: tuple[int, ...], whole: list[int]) -> float:
         if self._vectors is None or len(whole) < 2:
@@ -1040,20 +1120,28 @@ class _Partial:
         return own + weights.slots * log_probability
 
 
-def _beam(request: _Request, scene: _Scene, plans: Sequence[tuple[Template, float]]) -> list[tuple[int, ...]]:
+def _beam(
+    request: _Request, scene: _Scene, plans: Sequence[tuple[Template, float]],
+    first: dict[int, NDArray[np.float64]] | None,
+) -> list[tuple[int, ...]]:  # fmt: skip
     """Fill templates item by item, asking the scorer anew for every partial bundle that is kept.
 
     An item is taken at the score it has beside those before it; the best finished bundles, a beam of them, are left to
     the objective, which scores every item beside all others.
+
+    Args:
+        first: what each item of the shelves, which are shortlists then, adds beside the context, as of `_gains`.
     """
     how = scene.options
     states = [_Partial((), _tree(request, plans), 0, 0.0, 0.0)]
     finished: list[tuple[float, _Partial]] = []
-    wide = set().union(*(slots for slots, _ in plans))  # slots whose every item is still looked at
+    # Slots whose every item is still looked at.
+    wide = set().union(*(slots for slots, _ in plans)) if first is None else set()
     while states:
         sets = [(*request.context, *state.added) for state in states]
         slots = wide | set().union(*(state.node.children for state in states))
-        gains = _gains(request, scene, sets, sorted(slots))
+        gains = _gains(request, scene, sets, sorted(slots)) if first is None else first
+        first = None
         if wide and scene.tells(sets):
             request, gains = _shortlisted(request, scene, gains)
             wide = set()
@@ -1062,7 +1150,7 @@ def _beam(request: _Request, scene: _Scene, plans: Sequence[tuple[Template, floa
             own = {slot: gains[slot][place] for slot in state.node.children}
             grown += _extensions(request, scene, state, held, own)
         ends = [(state, state.node.log_probability) for state in grown]
-        finished += [(state.estimate(log, how.weights), state) for state, log in ends if log is not None]
+        finished += [(state.estimate(log, scene.weights), state) for state, log in ends if log is not None]
         states = _kept([state for state in grown if state.node.children], scene)
     finished.sort(key=lambda one: (-one[0], scene.tie_break(one[1].added)))
     return [state.added for _, state in _varied(finished, max(how.beam, 3 * how.k), how)]
@@ -1072,7 +1160,7 @@ def _gains(
     request: _Request, scene: _Scene, sets: Sequence[tuple[int, ...]], slots: Sequence[int]
 ) -> dict[int, NDArray[np.float64]]:
     """Per slot what each item of its shelf would add beside each set: (S, items of the shelf)."""
-    weights, shelves = scene.options.weights, [request.shelves[slot] for slot in slots]
+    weights, shelves = scene.weights, [request.shelves[slot] for slot in slots]
     rows = np.concatenate([np.empty(0, np.int64), *shelves])
     gains = weights.relevance * scene.relevance_of(rows) + weights.compatibility * scene.beside(sets, rows)
     ends = np.cumsum([len(shelf) for shelf in shelves])[:-1]
@@ -1171,7 +1259,7 @@ def _kept(states: list[_Partial], scene: _Scene) -> list[_Partial]:
     """The beam: the best partial bundles, each set once, no template and no first item taking more than its share."""
     how = scene.options
     ranked = [
-        (state.estimate(state.node.best, how.weights), state)
+        (state.estimate(state.node.best, scene.weights), state)
         for state in {(frozenset(state.added), id(state.node)): state for state in states}.values()
     ]
     ranked.sort(key=lambda one: (-one[0], scene.tie_break(one[1].added)))

@@ -1,7 +1,7 @@
 """Who composes whole held-out bundles best, given one of their items: the composer, the beam search, or a plain list.
 
 Owns the protocol of that comparison and its table. The evaluation fits everybody and hands over the same test bundles
-it measures completion on; nothing is fitted, chosen or looked at here that it did not.
+it measures completion on; only the composer's weights are chosen here, on its validation questions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from peft_combo import metrics
 from peft_combo.composing import Composer, Options
 from peft_combo.constraints import Constraints
-from peft_combo.contenders import Fitted, FittedHead, ItemVectors, Known, beside, blocks
+from peft_combo.contenders import Fitted, FittedHead, ItemVectors, Known, beside, blocks, fused
 from peft_combo.data import Dataset, Split
 from peft_combo.errors import DataError
 from peft_combo.fusion import Fusion
@@ -24,6 +24,7 @@ from peft_combo.generating import Sizes, Steps, generate, steps_of
 from peft_combo.slots import SlotTemplates
 from peft_combo.tasks.bundle import Questions
 from peft_combo.tasks.sequence import SequenceHead
+from peft_combo.weighing import fit_weights
 
 PROTOCOL = (
     "For each test bundle one of its items, drawn once for the seed, and its size are given; the others are composed. "
@@ -31,7 +32,8 @@ PROTOCOL = (
     "told; exact is the share of bundles met as a whole, Jaccard the shared of all such items. Valid is the share with "
     "the items asked for, each of the catalogue and none twice. Diversity is 1 - mean cosine of the frozen vectors "
     "within a whole bundle (of the words of the titles without an encoder). Top-k takes the best single completions. "
-    "The composer is the one that serves, with slot templates of training bundles. The beam search takes no text "
+    "The composer is the one that serves, with slot templates of training bundles and weights chosen on validation "
+    "where one item is missing. The beam search takes no text "
     'twice; "to its end" is not told the size. 95 % intervals by bootstrap over groups; p by paired permutation of '
     "groups, two-sided, of the difference in recall to the composer of the fusion."
 )
@@ -62,10 +64,12 @@ class CompositionReport:
     """What the comparison found.
 
     Attributes:
+        weights: of the composer's objective, as validation chose them.
         bundles: how many were composed, of so many independent `groups`.
     """
 
     protocol: str
+    weights: dict[str, float]
     bundles: int
     groups: int
     rows: tuple[ComposedRow, ...]
@@ -128,6 +132,7 @@ def compare(
     asks: Mapping[str, Fitted],
     fusion: Fusion,
     text_side: Fitted | None,
+    valid: Questions,
     test: Questions,
     seed: int,
     advance: Callable[[str], None],
@@ -136,20 +141,19 @@ def compare(
 
     Args:
         asks: by name whoever the fusion needs, and the heads of the tuned adapters.
+        valid: validation questions, which choose the composer's weights.
         text_side: judges how well an item goes with a set, as for the composer that serves; None for none.
         advance: told the name of each row that is done.
     """
     openings = Openings.of(test, seed)
     texts = np.unique(np.array(known.texts), return_inverse=True)[1]
     templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
-    composer = Composer(dataset.catalog, templates, vectors=known.frozen, history=known.history)
+    ask_all = fused(fusion, asks, known)
+    weights = fit_weights(Composer(dataset.catalog, templates), valid, ask_all, text_side, seed=seed)
+    composer = Composer(dataset.catalog, templates, vectors=known.frozen, history=known.history, weights=weights)
     vectors: ItemVectors = known.words if known.frozen is None else known.frozen
-
-    def fused(questions: Questions) -> NDArray[np.float32]:
-        return fusion.combine({name: asks[name](questions) for name in fusion.needs}, known.evidence(questions))
-
     heads = {name: ask for name, ask in asks.items() if isinstance(ask, FittedHead)}
-    judges: list[tuple[str, Fitted, Fitted | None]] = [(FUSION, fused, text_side)]
+    judges: list[tuple[str, Fitted, Fitted | None]] = [(FUSION, ask_all, text_side)]
     judges += [(name, head, head) for name, head in heads.items()]
     composed: dict[str, list[tuple[int, ...]]] = {}
     for name, ask, side in judges:
@@ -173,7 +177,7 @@ def compare(
         _row(name, values, openings.clusters, None if values["recall"] is against else against, seed)
         for name, values in found.items()
     )
-    return CompositionReport(PROTOCOL, len(openings), len(set(openings.clusters.tolist())), rows)
+    return CompositionReport(PROTOCOL, asdict(weights), len(openings), len(set(openings.clusters.tolist())), rows)
 
 
 def _lists(openings: Openings, scores: NDArray[np.float32]) -> list[tuple[int, ...]]:

@@ -22,7 +22,7 @@ from peft_combo import metrics
 from peft_combo.categories import Areas, Calibration
 from peft_combo.data import Catalog, Dataset, Interactions
 from peft_combo.errors import PeftComboError
-from peft_combo.fusion import Evidence
+from peft_combo.fusion import Evidence, Fusion
 from peft_combo.rated import FittedRating, Rater
 from peft_combo.scoring import (
     ALS,
@@ -451,6 +451,15 @@ class Picked:
     fitted: Fitted
     scores: NDArray[np.float32]
     ndcg: float
+
+
+def fused(fusion: Fusion, asks: Mapping[str, Fitted], known: Known) -> Fitted:
+    """Return what a fusion makes of the scorers it needs, by name in `asks`."""
+
+    def ask(questions: Questions) -> NDArray[np.float32]:
+        return fusion.combine({name: asks[name](questions) for name in fusion.needs}, known.evidence(questions))
+
+    return ask
 
 
 def pick(choices: Sequence[Setting], valid: Questions) -> Picked:

@@ -31,10 +31,11 @@ from peft_combo.errors import DataError, StoreError, TuningError
 from peft_combo.recipe import Recipe
 from peft_combo.references import check_alias
 from peft_combo.task_configs import BundleTask
-from peft_combo.tasks.base import Gain, Row
+from peft_combo.tasks import task_of
+from peft_combo.tasks.base import AnyTask, Gain, Row
 from peft_combo.tasks.bundle import BundleCompletion, BundleHead, Questions, completion_ranks, completion_row
 from peft_combo.tuning import TuneResult, tune
-from peft_combo.tuning.starting import recipe_from
+from peft_combo.tuning.starting import only_encoder, recipe_from
 from peft_combo.watch import Watch
 
 METRIC = "ndcg@10"
@@ -104,6 +105,44 @@ class Continued:
             "promoted": self.promoted,
             "promotion": self.promotion,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A run that starts from an adapter pretrained on texts alone, before its first step.
+
+    Attributes:
+        recipe: the given one, its adapter shaped as the stored one is.
+        task: the recipe's own, told where it comes from.
+    """
+
+    recipe: Recipe
+    start: AdapterRecord
+    task: AnyTask
+
+
+def pretrained_start(recipe: Recipe, reference: str) -> Pretrained | None:
+    """Return what `tuning.tune` needs to start a task from a pretrained adapter; None where it was not pretrained.
+
+    What comes out is one adapter like any other: nothing is stacked on anything, and serving loads it alone.
+
+    Args:
+        reference: the stored adapter, in the recipe's store, of task masked: `fashion-text`, `fashion-text@v2`.
+    Raises:
+        PeftComboError: the adapter is not there or has another shape than the recipe's, or the data is not enough.
+    """
+    recipe.ready()
+    record = AdapterStore(recipe.store).open(reference)
+    if not only_encoder(record, recipe.task.kind):
+        return None
+    recipe = recipe_from(recipe, record)
+    task: Any = task_of(recipe)  # each keeps `data` and `notes` as its own; the protocol only promises to show them
+    task.data = {**task.data, "continued": {"from": record.reference, "digest": record.digest, "pretrained": True}}
+    task.notes = [
+        *task.notes,
+        f"starts from {record.reference}, which read texts without labels, those of held-out items perhaps among them",
+    ]
+    return Pretrained(recipe, record, task)
 
 
 @dataclass(frozen=True, eq=False)

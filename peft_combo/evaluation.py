@@ -295,7 +295,7 @@ def evaluate(
     if compose:
         if side is None and frozen is not None:
             side = FittedHead.untuned(frozen)
-        composition = compare(dataset, parts, known, asks, fusion, side, test, seed, advance)
+        composition = compare(dataset, parts, known, asks, fusion, side, valid, test, seed, advance)
     return Report(
         dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, counts, lines, fusion, tuple(notes), answers,
         composition,

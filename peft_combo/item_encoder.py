@@ -154,9 +154,7 @@ class ItemEncoder:
         texts, place = np.unique(self.text_of[items], return_inverse=True)
         wordings = self._worded(texts, seed)
         own = wordings[self.process :: self.processes]
-        if tokens is not None:
-            spans = np.split(tokens, np.cumsum(self.tokens.lengths[texts])[:-1])
-            tokens = np.concatenate(spans[self.process :: self.processes] or spans[:1])
+        tokens = self._share_of(tokens, texts)
         # With more processes than texts an idle one must still touch every weight: the others wait for its gradients.
         encoded = self._encode(encoder, own if len(own) else wordings[:1], push, tokens)
         encoded = encoded[: int(self._sizes[own].sum())]
@@ -166,16 +164,24 @@ class ItemEncoder:
         return whole[torch.from_numpy(rows).to(whole.device)]
 
     @torch.no_grad()
-    def pushed(self, items: NDArray[np.int64], seed: int | None) -> Push:
+    def pushed(self, items: NDArray[np.int64], seed: int | None, tokens: NDArray[np.int64] | None = None) -> Push:
         """Return a push of nothing for this process's share of `items`, to be filled by who looks for a bad one."""
-        wordings = self._worded(np.unique(self.text_of[items]), seed)
+        texts = np.unique(self.text_of[items])
+        wordings = self._worded(texts, seed)
         own = wordings[self.process :: self.processes]
         own = own if len(own) else wordings[:1]
-        padded, mask = self._entering(own)
+        padded, mask = self._entering(own, self._share_of(tokens, texts))
         states = padded[mask.bool()]
         text = torch.from_numpy(np.repeat(np.arange(len(own)), self.tokens.lengths[own])).to(states.device)
         push = Push(torch.zeros_like(states).requires_grad_(True), text, states.new_zeros(len(own)))
         return Push(push.added, text, push.lengths(states))
+
+    def _share_of(self, tokens: NDArray[np.int64] | None, texts: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Return the exchanged ids of this process's share of the texts."""
+        if tokens is None:
+            return None
+        spans = np.split(tokens, np.cumsum(self.tokens.lengths[texts])[:-1])
+        return np.concatenate(spans[self.process :: self.processes] or spans[:1])
 
     def _worded(self, texts: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
         """Return the texts by number, some in another wording."""
@@ -211,13 +217,12 @@ class ItemEncoder:
         begin = np.cumsum(lengths) - lengths  # where each text's tokens begin among those of `texts`
         for chunk in chunks:
             rows = texts[chunk]
+            shown = None if tokens is None else tokens[_ragged(begin[chunk], lengths[chunk])]
             if self._cache is None and push is None:
-                ids, mask = (part.to(self._backbone.device) for part in self.tokens.padded(rows, self._backbone.pad_id))
-                if tokens is not None:
-                    ids[mask.bool()] = torch.from_numpy(tokens[_ragged(begin[chunk], lengths[chunk])]).to(ids)
+                ids, mask = self._ids(rows, shown)
                 hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             else:
-                states, mask = self._entering(rows)
+                states, mask = self._entering(rows, shown)
                 if push is not None:
                     added = push.added[torch.from_numpy(_ragged(begin[chunk], lengths[chunk])).to(states.device)]
                     states = states.masked_scatter(mask.bool()[..., None], states[mask.bool()] + added)
@@ -230,13 +235,20 @@ class ItemEncoder:
         starts[order] = np.cumsum(sizes[order]) - sizes[order]
         return torch.cat(encoded)[torch.from_numpy(_ragged(starts, sizes)).to(encoded[0].device)]
 
-    def _entering(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _ids(self, rows: NDArray[np.int64], tokens: NDArray[np.int64] | None) -> tuple[Tensor, Tensor]:
+        """Return ids and mask of texts, both (B, L); `tokens` in place of their own where there are some."""
+        ids, mask = (part.to(self._backbone.device) for part in self.tokens.padded(rows, self._backbone.pad_id))
+        if tokens is not None:
+            ids[mask.bool()] = torch.from_numpy(tokens).to(ids)
+        return ids, mask
+
+    def _entering(self, rows: NDArray[np.int64], tokens: NDArray[np.int64] | None) -> tuple[Tensor, Tensor]:
         """Return the states (B, L, D) that enter the first layer in training, and their mask (B, L).
 
         Without a cache that is the first of all layers, and the states are the embeddings of the tokens.
         """
         if self._cache is None:
-            ids, mask = (part.to(self._backbone.device) for part in self.tokens.padded(rows, self._backbone.pad_id))
+            ids, mask = self._ids(rows, tokens)
             return self._inner.get_input_embeddings()(ids), mask  # type: ignore[operator]
         lengths = self.tokens.lengths[rows]
         position = np.arange(int(lengths.max()))

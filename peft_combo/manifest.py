@@ -326,6 +326,8 @@ _PURPOSES = {
     "classification": "classification",
     "tagging": "tagging",
     "rating": "rating",
+    "sequence": "writing bundles item by item",
+    "masked": "reading texts without labels",
 }
 
 

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from peft_combo.bank import AdapterBank, LiveAdapter
 from peft_combo.categories import Areas
-from peft_combo.composing import Composer, Composition, Options, Wished, co_counts
+from peft_combo.composing import Composer, Composition, Options, Weights, Wished, co_counts
 from peft_combo.constraints import Constraints
 from peft_combo.contenders import (
     ALIKE,
@@ -32,6 +32,7 @@ from peft_combo.contenders import (
     beside,
     best_text,
     families,
+    fused,
     past_of,
     picked_all,
 )
@@ -44,6 +45,7 @@ from peft_combo.slots import SlotTemplates
 from peft_combo.tasks.bundle import CompletionHead, Questions
 from peft_combo.tasks.rating import RatingHead
 from peft_combo.vectors import VectorCache
+from peft_combo.weighing import fit_weights
 from peft_combo.wishes import Wish, same_thing, understand
 
 # A user is described by so many of the items taken last; older ones say more about a past than about a next purchase.
@@ -138,6 +140,7 @@ class BundleRecommender:
         settings: of each scorer the fusion needs, and of the text side, the setting that validation picked.
         serving: the scorers the fusion needs, fitted on all bundles.
         text_side: judges how well an item goes with a set by its text alone; its name is "" for the frozen encoder.
+        weights: of a composed bundle's objective, as validation chose them.
         known: what they were fitted on. users: what reads the past of users alike, where the fusion could not weigh it.
         text: template of the items' texts. split_digest: of the split that settings and weights were chosen on.
         notes: what was left out, and why.
@@ -146,7 +149,7 @@ class BundleRecommender:
     def __init__(
         self, dataset: Dataset, bank: AdapterBank, adapters: Sequence[LiveAdapter], serving: Mapping[str, Fitted],
         text_side_name: str, text_side: Fitted, fusion: Fusion, settings: Mapping[str, str], known: Known,
-        users: FittedPast | None, split_digest: str, notes: Sequence[str] = (),
+        users: FittedPast | None, weights: Weights, split_digest: str, notes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         assert known.frozen is not None
         self.dataset = dataset
@@ -159,9 +162,12 @@ class BundleRecommender:
         self.serving, self.known, self.users = dict(serving), known, users
         self.text_side_name, self.text_side = text_side_name, text_side
         self.text, self.split_digest = known.text, split_digest
+        self.weights = weights
         self._frozen = known.frozen
         self._history: Any = sparse.csc_array(known.history)
-        self._composer = Composer(dataset.catalog, self.templates, vectors=self._frozen, history=known.history)
+        self._composer = Composer(
+            dataset.catalog, self.templates, vectors=self._frozen, history=known.history, weights=weights
+        )
         self._user_rows = (
             {} if dataset.interactions is None else {u: r for r, u in enumerate(dataset.interactions.user_ids)}
         )
@@ -222,18 +228,25 @@ class BundleRecommender:
         fusion = Fusion.fit(scores, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
         scores.clear()
 
+        name = best_text(picked)
+        text_side = picked[name].fitted if name else FittedHead.untuned(side.frozen)
+        templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
+        weights = fit_weights(
+            Composer(dataset.catalog, templates), valid,
+            fused(fusion, {name: one.fitted for name, one in picked.items()}, known), text_side, seed=seed,
+        )  # fmt: skip
+
         everything = Known.of(dataset, None, None, text, side.frozen, side.tuned, side.areas, side.rated)
         wanted = {name: picked[name].setting for name in fusion.needs}
         serving = fitted_as(everything, wanted, seed, {name: picked[name].fitted for name in wanted})
         # What was not weighed, because no validation user was met before, still speaks for a user who is known.
         weighed = not known.user_rows.keys().isdisjoint(owners)
-        name = best_text(picked)
         if name:
             wanted = {**wanted, name: picked[name].setting}
         return cls(
-            dataset, bank, side.live, serving, name,
-            picked[name].fitted if name else FittedHead.untuned(side.frozen), fusion, wanted, everything,
-            None if weighed or not everything.user_rows else past_of(everything, neighbours=True), parts.digest, notes,
+            dataset, bank, side.live, serving, name, text_side, fusion, wanted, everything,
+            None if weighed or not everything.user_rows else past_of(everything, neighbours=True), weights,
+            parts.digest, notes,
         )  # fmt: skip
 
     def complete(

@@ -17,6 +17,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 from peft_combo import scoring
 from peft_combo.bank import AdapterBank
 from peft_combo.categories import Calibration
+from peft_combo.composing import Weights
 from peft_combo.contenders import (
     ALIKE,
     BOUGHT,
@@ -51,7 +53,7 @@ from peft_combo.recommender import BundleRecommender, text_knowledge
 from peft_combo.scoring import Scorer
 from peft_combo.vectors import VectorCache
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "recommender.json"
 _MANIFEST_LIMIT = 16 * 2**20
 # The scorers whose state may be read; the name in a file is looked up here and nowhere else.
@@ -86,6 +88,7 @@ class _Manifest(_Stored):
     fusion: dict[str, JsonValue]
     calibration: dict[str, JsonValue] | None
     text_side: str
+    weights: dict[str, float]
     weighed_past: bool
     scorers: dict[str, _ScorerFile]
     notes: tuple[str, ...]
@@ -120,8 +123,8 @@ def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None
             backbone=recommender.bank.backbone.fingerprint, text=recommender.text,
             adapters={one.reference: one.digest for one in recommender.adapters}, settings=recommender.settings,
             fusion=recommender.fusion.state(), calibration=calibrations[0] if calibrations else None,
-            text_side=recommender.text_side_name, weighed_past=recommender.users is None, scorers=files,
-            notes=recommender.notes,
+            text_side=recommender.text_side_name, weights=asdict(recommender.weights),
+            weighed_past=recommender.users is None, scorers=files, notes=recommender.notes,
         )  # fmt: skip
         (draft / _MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
         old = draft.with_name(f"{draft.name}.old")
@@ -251,6 +254,7 @@ def _rebuilt(
         text_scorer(manifest.text_side) if manifest.text_side else FittedHead.untuned(side.frozen), fusion,
         manifest.settings, known,
         users=None if manifest.weighed_past or not known.user_rows else past_of(known, neighbours=True),
+        weights=Weights(**manifest.weights),
         split_digest=manifest.split, notes=manifest.notes,
     )  # fmt: skip
 

@@ -169,6 +169,11 @@ def test_an_encoder_runs_the_tokens_it_is_shown(backbone: Backbone) -> None:
             own = slice(masker.tokens.offsets[row], masker.tokens.offsets[row + 1])
             alone = backbone.model(input_ids=torch.from_numpy(asked.tokens[own])[None]).last_hidden_state[0].numpy()
             assert np.allclose(states[own], alone, atol=1e-5)
+        first = backbone.model.get_input_embeddings()(torch.from_numpy(asked.tokens[:8]))  # type: ignore[operator]
+        push = items.pushed(asked.items, None, asked.tokens)
+        assert torch.allclose(push.sizes[0], first.norm(), atol=1e-5)
+        again = items.encode(items.frozen, asked.items, push=push, tokens=asked.tokens).numpy()
+        assert np.allclose(states, again, atol=1e-5)  # what is pushed is what is shown
 
 
 # --- what an answer costs ---------------------------------------------------------------------------------------------

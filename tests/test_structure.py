@@ -36,6 +36,7 @@ ORDER = [
     ["bank", "generating"],
     ["vectors", "rated"],
     ["tuning", "contenders", "importing", "exporting"],
+    ["weighing"],
     ["composition"],
     ["recommender", "evaluation", "arithmetic", "comparing", "rate_range", "continuing", "suggesting"],
     ["recommender_files", "batch", "searching"],

@@ -13,7 +13,7 @@ from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption
 from peft_combo.cli.shown import console_watch, metric_name, print_json, print_table, rank
 
 if TYPE_CHECKING:
-    from peft_combo.continuing import Continued
+    from peft_combo.continuing import Continuation, Continued, Pretrained
     from peft_combo.recipe import Recipe
     from peft_combo.tasks.base import Row
     from peft_combo.tuning import Plan, TuneResult
@@ -40,7 +40,9 @@ def tune(
     start: Annotated[
         str | None,
         typer.Option(
-            "--from", help="Go on from a stored adapter (fashion@prod): same method and shapes, a new version."
+            "--from",
+            help="Go on from a stored adapter (fashion@prod): same method and shapes, a new version. Or start any task "
+            "from one that read texts alone (fashion-text).",
         ),
     ] = None,
     new_data: Annotated[
@@ -104,8 +106,14 @@ def tune(
         from peft_combo.tuning import tune as run
 
         try:
+            pretrained = _pretrained(loaded, start, options, promote)
             if start is None:
                 result = run(loaded, resume=resume, run_folder=run_folder, watch=watch)
+            elif pretrained is not None:
+                result = run(
+                    pretrained.recipe, resume=resume, run_folder=run_folder, watch=watch, task=pretrained.task,
+                    start=pretrained.start,
+                )  # fmt: skip
             else:
                 from peft_combo.continuing import Gate, continue_tuning
 
@@ -140,6 +148,24 @@ def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
             raise PeftComboError(f"{option} means nothing without {needed}. Add {needed}, or drop it.")
 
 
+def _pretrained(
+    recipe: Recipe, start: str | None, options: dict[str, Any], promote: str | None = None
+) -> Pretrained | None:
+    """Return the start of a task from a pretrained adapter; None where --from names none, or an adapter of the task."""
+    if start is None:
+        return None
+    from peft_combo.continuing import pretrained_start
+    from peft_combo.errors import PeftComboError
+
+    found = pretrained_start(recipe, start)
+    if found is not None and (options["new_data"] is not None or promote is not None):
+        raise PeftComboError(
+            f"{found.start.reference} was pretrained on texts: there is no old data to join and no earlier version of "
+            "the task to compare with. Drop --new-data and --promote."
+        )
+    return found
+
+
 def _dry_run(
     recipe: Recipe, start: str | None, options: dict[str, Any], run_folder: Path | None, max_memory_gib: float | None,
     max_minutes: float | None, as_json: bool,
@@ -148,10 +174,12 @@ def _dry_run(
     from peft_combo.tuning import plan
 
     task = None
-    if start is not None:
+    run: Pretrained | Continuation | None = _pretrained(recipe, start, options)
+    if start is not None and run is None:
         from peft_combo.continuing import continuation
 
         run = continuation(recipe, start, **options)
+    if run is not None:
         recipe, task = run.recipe, run.task
     found = plan(recipe, task)
     short = found.shortfalls(recipe, run_folder or Path("runs") / recipe.name, max_memory_gib, max_minutes)

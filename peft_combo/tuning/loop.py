@@ -160,8 +160,10 @@ def tune(
             clock = time.perf_counter()
             before = task.outcome(head, frozen)
             outcome_seconds = time.perf_counter() - clock
-        if head_start is not None:
-            head.load_state_dict(head_start)
+            if head_start is not None:
+                head.load_state_dict(head_start)
+            elif start is not None:  # pretrained: its states are not the frozen encoder's, so the head suits them first
+                task.start(head, partial(items.catalogue, trainee.encoder))
         evaluation_seconds, evaluation_mib = measured(
             lambda: _evaluate(accelerator, task, items, trainee, attached, recipe.metric)
         )

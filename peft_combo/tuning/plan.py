@@ -243,9 +243,8 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
     others = dict.fromkeys(text for own in (() if wordings is None else wordings.texts) for text in own)
     further = [text for text in others if text not in distinct]
     kept = len(tokens.ids) + (len(shapes.tokenize(further, whole.max_length).ids) if further else 0)
-    batch = heaviest_batch(task, recipe.training)
     depths = (1, 2) if shapes.layers > 1 else (1,)
-    trials = [_Trial(recipe, task, batch, depth, total, device) for depth in depths]
+    trials = [_Trial(recipe, task, depth, total, device) for depth in depths]
     first, last = trials[0], trials[-1]
     layer_bytes = last.step_bytes - first.step_bytes
     # Seconds are too noisy for differences; the little besides layers is counted with them.
@@ -259,7 +258,7 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
     slower = 1.0
     if bits != "none":
         plain = recipe.backbone.model_copy(update={"quantization": "none"})
-        twin = _Trial(recipe.model_copy(update={"backbone": plain}), task, batch, depths[-1], total, device)
+        twin = _Trial(recipe.model_copy(update={"backbone": plain}), task, depths[-1], total, device)
         slower = last.step_seconds / max(twin.step_seconds, 1e-9)
         del twin
     del trials, first
@@ -309,9 +308,9 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
 
 
 class _Trial:
-    """A twin of so many layers, put through one step of the batch and through encoding its texts."""
+    """A twin of so many layers, put through one step of the heaviest batch and through encoding texts."""
 
-    def __init__(self, recipe: Recipe, task: AnyTask, batch: Batch, layers: int, total: int, device: str) -> None:
+    def __init__(self, recipe: Recipe, task: AnyTask, layers: int, total: int, device: str) -> None:
         twin = Backbone.twin(recipe.backbone, layers, device)
         attached = methods.attach(
             twin.model, _of_all_layers(recipe.adapter, layers), max_length=twin.max_length, total_steps=total,
@@ -319,6 +318,7 @@ class _Trial:
         )  # fmt: skip
         set_dropout(attached.inner, recipe.training.encoder_dropout)
         self.head = task.head(twin, attached.max_length).to(device)
+        batch = heaviest_batch(task, recipe.training)  # after the head: some tasks cut their texts for it
         own = {int(item) for item in batch.items}
         texts = [text if number in own else "" for number, text in enumerate(task.texts)]
         items = ItemEncoder(
@@ -425,7 +425,7 @@ def stand_in_vectors(task: AnyTask, backbone: Backbone, max_length: int) -> Enco
     """Return an encoder that takes no time: as many rows as the real one gives, of unit length, and at random."""
     sizes = backbone.tokenize(task.texts, max_length).lengths if task.per_token else np.ones(len(task.texts), np.int64)
 
-    def encode(items: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    def encode(items: NDArray[np.int64] | None, *, tokens: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         rows = int(sizes.sum() if items is None else sizes[items].sum())
         vectors = np.random.default_rng(0).standard_normal((rows, backbone.dim), dtype=np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

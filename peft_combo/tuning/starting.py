@@ -1,6 +1,7 @@
 """A run that starts from a stored adapter instead of from nothing.
 
 Owns what may start from what, and how stored weights get into an adapter that learns: never silently into another one.
+An adapter that was pretrained on texts alone (task masked) may start any task; its head stays behind.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from peft_combo.backbone import Backbone
 from peft_combo.errors import TuningError
 from peft_combo.methods import CONFIG_FILE, AttachedAdapter
 from peft_combo.recipe import Recipe
+from peft_combo.task_configs import MaskedTask
 from peft_combo.tasks.base import HEAD_FILE, TaskHead
 
 # Fields that say how an adapter is trained, and not what it is.
@@ -32,6 +34,8 @@ _HEAD_SHAPE = ("kind", "dim", "pooling", "projection", "labels", "tags")
 # Equal up to the order of additions; see `storing`.
 _SAME = 1e-4
 _SAMPLE = 64
+# The task whose adapters may start any other.
+PRETRAINING = MaskedTask().kind
 
 
 def recipe_from(recipe: Recipe, record: AdapterRecord) -> Recipe:
@@ -93,17 +97,30 @@ def _as_lora(record: AdapterRecord, mine: AdapterConfig) -> LoraAdapter:
     )
 
 
+def only_encoder(record: AdapterRecord, kind: str) -> bool:
+    """Return whether an adapter starts a task of this kind by its encoder alone: it was pretrained, the task is not."""
+    return record.manifest.task.get("kind") == PRETRAINING != kind
+
+
 def load_start(
     record: AdapterRecord, backbone: Backbone, attached: AttachedAdapter, head: TaskHead, texts: Sequence[str]
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor] | None:
     """Put the weights of a stored adapter into one that is about to learn; return those of its head.
 
     Args:
         texts: what both must encode alike.
+    Returns:
+        None where the adapter was pretrained, so that it has no head for the task.
     Raises:
         TuningError: they are not the weights of such an adapter or head, or do not give the vectors they gave.
         StoreError: they belong to another encoder, or do not read.
     """
+    weights = None if only_encoder(record, head.kind) else _head_weights(record, head)
+    _load_encoder(record, backbone, attached, texts)
+    return weights
+
+
+def _head_weights(record: AdapterRecord, head: TaskHead) -> dict[str, Tensor]:
     spec = head.spec()
     stored_spec = record.manifest.task
     other = [key for key in _HEAD_SHAPE if spec.get(key) != stored_spec.get(key)]
@@ -117,7 +134,10 @@ def load_start(
     shapes = {name: tensor.shape for name, tensor in head.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in weights.items()}:
         raise TuningError(f"The head of {record.reference} has other weights than the recipe's head.")
+    return weights
 
+
+def _load_encoder(record: AdapterRecord, backbone: Backbone, attached: AttachedAdapter, texts: Sequence[str]) -> None:
     loaded = backbone.attach(record)
     shared = {id(tensor) for tensor in (*backbone.model.parameters(), *backbone.model.buffers())}
     stored = {name: p for name, p in loaded.encoder.named_parameters() if id(p) not in shared}
@@ -142,7 +162,6 @@ def load_start(
             f"{difference:.1e}, allowed {_SAME:.0e}): something else than its weights differs, such as a scale or the "
             f"random matrices that come from the seed, which was {seed}. Go on with the recipe it was tuned with."
         )
-    return weights
 
 
 def _fill(parameter: Tensor, name: str, tensor: Tensor) -> bool:

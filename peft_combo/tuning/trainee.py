@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_combo.architectures import set_training
@@ -48,14 +49,17 @@ class Trainee(nn.Module):
 
     def pushed(self, batch: Batch, seed: int) -> Push:
         """Return a push of nothing for the texts that `forward` would encode."""
-        return self._items.pushed(batch.items, seed)
+        return self._items.pushed(batch.items, seed, _tokens(batch))
 
     def _answers(self, batch: Batch, seed: int, dropout: int, push: Push | None) -> Tensor:
         torch.manual_seed(mixed(dropout, self._items.process + 1))  # other texts, other masks
-        tokens = batch.tokens if isinstance(batch, RetokenizedBatch) else None
-        encoded = self._items.encode(self.encoder, batch.items, seed=seed, push=push, tokens=tokens)
+        encoded = self._items.encode(self.encoder, batch.items, seed=seed, push=push, tokens=_tokens(batch))
         torch.manual_seed(mixed(dropout, 0))  # the loss is the same on every process
         return self._task.logits(self.head, encoded, batch)
+
+
+def _tokens(batch: Batch) -> NDArray[np.int64] | None:
+    return batch.tokens if isinstance(batch, RetokenizedBatch) else None
 
 
 def disagreement(first: Tensor, second: Tensor, exclusive: bool) -> Tensor:
