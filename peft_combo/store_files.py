@@ -107,9 +107,12 @@ def content_problem(path: Path) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the files in a folder and below, links not followed; a file is its own size."""
+    """Bytes of the files in a folder and below, links not followed; of a file its own size; 0 of what went meanwhile."""
     if not path.is_dir() or path.is_symlink():
-        return path.lstat().st_size
+        try:
+            return path.lstat().st_size
+        except FileNotFoundError:
+            return 0
     total = 0
     for folder, _, names in os.walk(path):
         for name in names:

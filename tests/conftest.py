@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from peft_combo.watch import Watch
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Two threads fight over two cores with whatever else runs; one thread gives the same sums in the same order.
@@ -31,6 +33,17 @@ def shared_data(name: str) -> Path:
     if not folder.exists():
         pytest.skip(f"real data {name!r} is not on this machine (PEFT_COMBO_DATA names its folder)")
     return folder
+
+
+class StopAt(Watch):
+    """Raises after a step, like a kill between two checkpoints."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def stepped(self, step: int, loss: float) -> None:
+        if step == self.step:
+            raise SystemExit
 
 
 def build_encoder(folder: Path, architecture: str = "bert", seed: int = 0, **changes: Any) -> Path:

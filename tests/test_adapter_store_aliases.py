@@ -404,3 +404,9 @@ def test_of_a_promotion_and_a_removal_one_is_refused(four: AdapterStore) -> None
     assert promoted | removed >= set(range(1, 20))
     assert max(promoted) not in removed
     assert four.verify() == []
+
+
+def test_what_went_while_it_was_looked_at_has_no_size(tmp_path: Path) -> None:
+    (tmp_path / "left").write_bytes(b"12345")
+    assert store_files.size_of(tmp_path / "left") == 5
+    assert store_files.size_of(tmp_path / "gone") == 0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import StopAt
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -24,7 +25,6 @@ from peft_combo.tasks import head_of, task_of
 from peft_combo.tasks.bundle import BundleHead
 from peft_combo.tasks.classification import Classification, ClassificationHead
 from peft_combo.tuning import TuneResult, tune
-from peft_combo.watch import Watch
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -99,15 +99,6 @@ def test_it_learns_is_stored_and_tells_the_same_again(recipe: MakeRecipe, tmp_pa
     assert sum(int(row[1]) for row in classes.rows) == table.questions
     wrong = round((1 - table.after.values["accuracy"]) * table.questions)
     assert sum(int(row[2]) for detail in confusions for row in detail.rows) == wrong
-
-
-class StopAt(Watch):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def stepped(self, step: int, loss: float) -> None:
-        if step == self.step:
-            raise SystemExit
 
 
 def test_a_run_that_died_goes_on_to_the_same_end(recipe: MakeRecipe, tmp_path: Path) -> None:

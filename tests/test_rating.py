@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import StopAt
 from safetensors.torch import load_file
 from scipy import sparse
 from scipy.special import expit
@@ -45,7 +46,6 @@ from peft_combo.tasks.rating import (
     split_events,
 )
 from peft_combo.tuning import TuneResult, tune
-from peft_combo.watch import Watch
 
 MakeRecipe = Callable[..., Recipe]
 DAY = 86_400
@@ -348,15 +348,6 @@ def test_it_learns_is_stored_and_says_the_same_again(neighbours: int, recipe: Ma
     vectors = backbone.encode(task.texts, live.attached)
     again = task.outcome(live.head_as(RatingHead), lambda rows: vectors)
     assert task.table(again, again).after.values == pytest.approx(table.after.values, abs=1e-5)
-
-
-class StopAt(Watch):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def stepped(self, step: int, loss: float) -> None:
-        if step == self.step:
-            raise SystemExit
 
 
 def test_a_run_that_died_goes_on_to_the_same_end(recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import StopAt
 from safetensors.torch import load_file
 from torch import nn
 
@@ -311,15 +312,6 @@ def test_training_sees_other_wordings_and_evaluation_does_not(tiny_recipe: MakeR
 
 
 # --- all of it at once ------------------------------------------------------------------------------------------------
-
-
-class StopAt(Watch):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def stepped(self, step: int, loss: float) -> None:
-        if step == self.step:
-            raise SystemExit
 
 
 def test_a_run_with_every_switch_goes_on_exactly_after_it_died(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import StopAt
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -24,7 +25,6 @@ from peft_combo.recipe_files import load_recipe
 from peft_combo.tasks import task_of
 from peft_combo.tasks.tagging import AdapterTagger, Dictionary, Tagging, TaggingHead, first_pieces, tag_texts
 from peft_combo.tuning import TuneResult, tune
-from peft_combo.watch import Watch
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -203,17 +203,11 @@ def test_the_fast_path_leaves_the_result_what_it_would_have_been(
     np.testing.assert_allclose(fast.losses, plain.losses, rtol=1e-4)
 
 
-class StopAt(Watch):
-    def stepped(self, step: int, loss: float) -> None:
-        if step == 8:
-            raise SystemExit
-
-
 def test_a_run_that_died_goes_on_to_the_same_end(recipe: MakeRecipe, tmp_path: Path) -> None:
     made = recipe(**{"training.epochs": 2, "training.accumulation": 2})
     straight = run(made, tmp_path / "straight")
     with pytest.raises(SystemExit):
-        tune(made, run_folder=tmp_path / "run", watch=StopAt())
+        tune(made, run_folder=tmp_path / "run", watch=StopAt(8))
     resumed = run(made, tmp_path, resume=True)
     assert resumed.losses == straight.losses
     theirs = load_file(straight.record.path / "head.safetensors")

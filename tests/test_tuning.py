@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, StopAt
 from safetensors.torch import load_file
 
 from peft_combo import AdapterStore, Backbone, PeftComboError
@@ -113,17 +113,6 @@ def test_a_cache_on_disk_gives_the_same_as_one_in_memory(tiny_recipe: MakeRecipe
     np.testing.assert_allclose(memory.catalogue(memory.encoder), backbone.encode(texts), atol=1e-6)
     disk.close()
     assert not list(tmp_path.glob("layer-cache-*"))
-
-
-class StopAt(Watch):
-    """Raises after a step, like a kill between two checkpoints."""
-
-    def __init__(self, step: int, error: type[BaseException] = SystemExit) -> None:
-        self.step, self.error = step, error
-
-    def stepped(self, step: int, loss: float) -> None:
-        if step == self.step:
-            raise self.error
 
 
 @pytest.mark.parametrize("method", RESUMABLE)

@@ -144,4 +144,5 @@ def _print_composition(found: CompositionReport) -> None:
         ],
         numbers=True,
     )
-    print(found.protocol)
+    weights = ", ".join(f"{name} {value:g}" for name, value in found.weights.items())
+    print(f"The composer's weights: {weights}. {found.protocol}")
