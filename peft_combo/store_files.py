@@ -107,7 +107,7 @@ def content_problem(path: Path) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of the files in a folder and below, links not followed; of a file its own size; 0 of what went meanwhile."""
+    """Bytes of the files in a folder and below, links not followed; of a file its own; 0 of what went meanwhile."""
     if not path.is_dir() or path.is_symlink():
         try:
             return path.lstat().st_size
