@@ -63,13 +63,14 @@ SWITCHES = {
     "attributes 0.3": Switch(("augmentation.attributes=0.3",)),
     "word drop 0.1": Switch(("augmentation.word_drop=0.1",)),
     "title shuffling 0.5": Switch(("augmentation.shuffle=0.5",)),
-    "FGM 0.1": Switch(("training.adversarial.kind=fgm",)),
-    "PGD 0.1": Switch(("training.adversarial.kind=pgd",)),
-    "FreeLB 0.1": Switch(("training.adversarial.kind=freelb",)),
     "SWA": Switch(("training.averaging.kind=swa",)),
     "EMA 0.99": Switch(("training.averaging.kind=ema",)),
     "pseudo-bundles": Switch(PSEUDO),
     "inverse propensity 0.5": Switch(("task.propensity_power=0.5",)),
+    "FGM 0.1": Switch(("training.adversarial.kind=fgm", "training.adversarial.epsilon=0.1")),
+    "FGM 0.01": Switch(("training.adversarial.kind=fgm", "training.adversarial.epsilon=0.01")),
+    "FreeLB 0.01": Switch(("training.adversarial.kind=freelb", "training.adversarial.epsilon=0.01")),
+    "PGD 0.01": Switch(("training.adversarial.kind=pgd", "training.adversarial.epsilon=0.01")),
 }
 
 
@@ -111,7 +112,11 @@ def main() -> None:
 def table(case: str, found: Comparison, chosen: dict[str, Switch]) -> str:
     """Return one case as a table, in the order of the switches."""
     lines = {line.label: line for line in found.lines}
-    gains = {base: found.against(base) for base in {switch.base for switch in chosen.values()} if base in lines}
+    others: dict[str, list[str]] = {}
+    for name, switch in chosen.items():
+        if name in lines and name != switch.base:
+            others.setdefault(switch.base, []).append(name)
+    gains = {base: found.against(base, names) for base, names in others.items() if base in lines}
     seeds = f"seed{'s' if len(found.seeds) > 1 else ''} {', '.join(map(str, found.seeds))}"
     rows = [
         f"## {case}", "", f"{CASES[case]}, {seeds}, {found.asked}.", "",

@@ -195,7 +195,7 @@ class Adversarial(Section):
         "al. 2018). freelb: several, all learned from, at the cost of no clean pass (Zhu et al. 2020).",
     )
     epsilon: Real = Field(
-        default=0.1, gt=0, le=10, description="Length of the push, as a share of the length of a text's states."
+        default=0.01, gt=0, le=10, description="Length of the push, as a share of the length of a text's states."
     )
     steps: Int = Field(default=3, ge=1, le=100, description="Pushes of pgd and freelb; fgm has one.")
     step_size: Real = Field(default=0.5, gt=0, le=10, description="Length of each of them, as a share of epsilon.")

@@ -122,6 +122,13 @@ def test_the_table_is_made_of_questions_averaged_over_seeds() -> None:
     assert best.spread == pytest.approx(0.2 / np.sqrt(2))  # standard deviation of two values 0.2 apart
     assert best.gain is not None
     assert best.gain.value == pytest.approx(0.2)
+    # Against a row of one's choice, and Holm counts those that were asked for alone.
+    beside = found.against("poor", ["good"])
+    assert beside.keys() == {"good"}
+    assert beside["good"].value == pytest.approx(0.25)
+    assert beside["good"].p == pytest.approx(found.against("poor")["good"].p / 2)
+    with pytest.raises(PeftComboError, match=r'single questions for "broken". Known: good, near, poor'):
+        found.against("broken")
     clusters = np.array([f"u{place // 2}" for place in range(40)])
     assert best.interval == metrics.bootstrap_interval(base + 0.2, clusters)
     assert best.p is None

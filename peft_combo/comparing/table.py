@@ -5,7 +5,7 @@ Owns the statistics, the choice of a winner and the chart. Knows nothing of how 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -118,9 +118,11 @@ class Comparison:
         """The line with the highest mean."""
         return self.lines[0]
 
-    def against(self, label: str) -> dict[str, Gain]:
-        """Compare all others with one row, question by question; p corrected for their number by Holm.
+    def against(self, label: str, others: Collection[str] | None = None) -> dict[str, Gain]:
+        """Compare others with one row, question by question; p corrected for their number by Holm.
 
+        Args:
+            others: labels; None takes all.
         Raises:
             PeftComboError: the row has no answers to single questions.
         """
@@ -131,7 +133,7 @@ class Comparison:
         found = {
             other: Gain.between(self.answers[label], mine, self.clusters)
             for other, mine in self.answers.items()
-            if other != label
+            if other != label and (others is None or other in others)
         }
         corrected = holm([gain.p for gain in found.values()])
         return {other: replace(gain, p=p) for (other, gain), p in zip(found.items(), corrected, strict=True)}
