@@ -271,7 +271,7 @@ class Composer:
             DataError: no bundle meets the constraints; the message names those that bind.
             ValueError: a row or a shape does not fit the catalogue.
         """
-        wanted, how = constraints or Constraints(), self._weighed(options)
+        wanted, how = constraints or Constraints(), options or Options()
         given = self._distinct(context)
         scene = self._scene(relevance, compatibility, how)
         if wished:
@@ -308,7 +308,7 @@ class Composer:
         Raises:
             ValueError: a bundle lacks the context, or has nothing besides.
         """
-        how = self._weighed(options)
+        how = options or Options()
         given = self._distinct(context)
         added = []
         for bundle in bundles:
@@ -336,7 +336,7 @@ class Composer:
             DataError: no bundle meets the constraints; the message names those that bind.
             ValueError: a row does not fit the catalogue.
         """
-        wanted, how = constraints or Constraints(), self._weighed(options)
+        wanted, how = constraints or Constraints(), options or Options()
         given = self._distinct(context)
         request = self._request(given, wanted, how)
         if not request.feasible:
@@ -387,10 +387,6 @@ class Composer:
             "slots": logs,
         }
 
-    def _weighed(self, options: Options | None) -> Options:
-        how = options or Options()
-        return how if how.weights is not None else replace(how, weights=self.weights)
-
     def _distinct(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[int, ...]:
         found = tuple(int(row) for row in rows)
         if len(set(found)) != len(found):
@@ -401,9 +397,8 @@ class Composer:
 
     def _scene(self, relevance: ArrayLike | None, compatibility: Compatibility | None, options: Options) -> _Scene:
         n = len(self.catalog)
-        assert options.weights is not None
         return _Scene(
-            weights=options.weights,
+            weights=options.weights or self.weights,
             relevance=None if relevance is None else _scores(relevance, (n,), "relevance"),
             compatibility=compatibility,
             options=options,

@@ -149,8 +149,9 @@ def compare(
     texts = np.unique(np.array(known.texts), return_inverse=True)[1]
     templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
     ask_all = fused(fusion, asks, known)
-    weights = fit_weights(Composer(dataset.catalog, templates), valid, ask_all, text_side, seed=seed)
-    composer = Composer(dataset.catalog, templates, vectors=known.frozen, history=known.history, weights=weights)
+    composer = Composer(dataset.catalog, templates, vectors=known.frozen, history=known.history)
+    weights = fit_weights(composer, valid, ask_all, text_side, seed=seed)
+    options = Options(k=1, weights=weights, seed=seed)
     vectors: ItemVectors = known.words if known.frozen is None else known.frozen
     heads = {name: ask for name, ask in asks.items() if isinstance(ask, FittedHead)}
     judges: list[tuple[str, Fitted, Fitted | None]] = [(FUSION, ask_all, text_side)]
@@ -159,7 +160,7 @@ def compare(
     for name, ask, side in judges:
         scores = np.concatenate([ask(part) for part in blocks(openings.questions)])  # (B, N)
         composed[f"{TOP_K}, {name}"] = _lists(openings, scores)
-        composed[f"{COMPOSER}, {name}"] = _compositions(openings, composer, scores, side, seed)
+        composed[f"{COMPOSER}, {name}"] = _compositions(openings, composer, scores, side, options)
         advance(f"{COMPOSER}, {name}")
     most = int(dataset.bundles.sizes[parts.train].max()) - 1
     for name, head in heads.items():
@@ -192,7 +193,7 @@ def _lists(openings: Openings, scores: NDArray[np.float32]) -> list[tuple[int, .
 
 
 def _compositions(
-    openings: Openings, composer: Composer, scores: NDArray[np.float32], side: Fitted | None, seed: int
+    openings: Openings, composer: Composer, scores: NDArray[np.float32], side: Fitted | None, options: Options
 ) -> list[tuple[int, ...]]:
     def compatibility(sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         assert side is not None
@@ -204,7 +205,7 @@ def _compositions(
         try:
             best = composer.compose(
                 [given], relevance=relevance, compatibility=None if side is None else compatibility,
-                constraints=Constraints(size=(size, size)), options=Options(k=1, seed=seed),
+                constraints=Constraints(size=(size, size)), options=options,
             )  # fmt: skip
             found.append(best[0].added)
         except DataError:  # the catalogue or its slots have no room for such a bundle, so nothing is right

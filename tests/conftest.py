@@ -46,16 +46,11 @@ class StopAt(Watch):
             raise SystemExit
 
 
-def build_encoder(folder: Path, architecture: str = "bert", seed: int = 0, **changes: Any) -> Path:
-    """Save a tiny encoder with a word tokenizer into `folder`, the way a model folder looks."""
-    import torch
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+def save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Let a tokenizer, whose first words are [PAD] [UNK] [CLS] [SEP] [MASK], frame texts, and save it as a model's."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(195))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -63,6 +58,19 @@ def build_encoder(folder: Path, architecture: str = "bert", seed: int = 0, **cha
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
         mask_token="[MASK]",
     ).save_pretrained(folder)  # fmt: skip
+
+
+def build_encoder(folder: Path, architecture: str = "bert", seed: int = 0, **changes: Any) -> Path:
+    """Save a tiny encoder with a word tokenizer into `folder`, the way a model folder looks."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import AutoConfig, AutoModel
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(195))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    save_tokenizer(folder, tokenizer)
     common = {"vocab_size": len(words), "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3,
               "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
     options = {**common, **_SIZES[architecture], **changes}

@@ -32,22 +32,15 @@ MakeRecipe = Callable[..., Recipe]
 @pytest.fixture(scope="session")
 def piece_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny BERT with a tokenizer that parts words: "w12x" is "w12" and "##x"."""
-    from conftest import build_encoder
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from conftest import build_encoder, save_tokenizer
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     folder = build_encoder(tmp_path_factory.mktemp("piece-bert"))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##x", *(f"w{n}" for n in range(194))]
     tokenizer = Tokenizer(models.WordPiece({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]",
-    ).save_pretrained(folder)  # fmt: skip
+    save_tokenizer(folder, tokenizer)
     return folder
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar, assert_never
+from typing import Any, ClassVar, Generic, Self, TypeVar, assert_never
 
 import numpy as np
 import torch
@@ -46,10 +46,13 @@ class CompletionHead(TaskHead):
     """
 
     kind = "bundle or sequence"
+    described_by: ClassVar[type[CompletionTask]]
+    config: CompletionTask
 
     def __init__(self, dim: int, config: CompletionTask) -> None:
         super().__init__()
         self.dim = dim
+        self.config = config
         projected = config.projection == "linear"
         self.query_projection = nn.Linear(dim, dim, bias=False) if projected else None
         self.target_projection = nn.Linear(dim, dim, bias=False) if projected else None
@@ -91,15 +94,30 @@ class CompletionHead(TaskHead):
                 weight.mul_(share)
         return twin
 
+    def spec(self) -> dict[str, Any]:
+        """Return what `from_spec` needs besides the weights."""
+        return {**self.config.model_dump(mode="json"), "dim": self.dim}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Self:
+        """Rebuild a stored head, in evaluation mode.
+
+        Raises:
+            StoreError: the weights are not those of such a head.
+        """
+        fields = {key: value for key, value in spec.items() if key != "dim"}
+        return rebuilt(lambda: cls(int(spec["dim"]), cls.described_by.model_validate(fields)), weights)
+
 
 class BundleHead(CompletionHead):
     """The head of the bundle task: the set encoder is the mean, plain or weighted."""
 
     kind = "bundle"
+    described_by = BundleTask
+    config: BundleTask
 
     def __init__(self, dim: int, config: BundleTask) -> None:
         super().__init__(dim, config)
-        self.config = config
         self.attention = nn.Linear(dim, 1, bias=False) if config.pooling == "attention" else None
         if self.attention is not None:
             nn.init.zeros_(self.attention.weight)
@@ -116,20 +134,6 @@ class BundleHead(CompletionHead):
             weights = scores.softmax(1)
         pooled = (weights[:, None] @ members)[:, 0]  # (Q, 1, S) @ (Q, S, D) -> (Q, D)
         return projected(self.dropout(pooled), self.query_projection)
-
-    def spec(self) -> dict[str, Any]:
-        """Return what `from_spec` needs besides the weights."""
-        return {**self.config.model_dump(mode="json"), "dim": self.dim}
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> BundleHead:
-        """Rebuild a stored head, in evaluation mode.
-
-        Raises:
-            StoreError: the weights are not those of such a head.
-        """
-        fields = {key: value for key, value in spec.items() if key != "dim"}
-        return rebuilt(lambda: cls(int(spec["dim"]), BundleTask.model_validate(fields)), weights)
 
 
 def projected(vectors: Tensor, projection: nn.Linear | None) -> Tensor:

@@ -16,9 +16,9 @@ there they are 95 % of the answers (see `fusion.GATES`). For all other answers i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from peft_combo.backbone import Backbone
 from peft_combo.data import Dataset, Split
 from peft_combo.recipe import Recipe
 from peft_combo.task_configs import SequenceTask
-from peft_combo.tasks.base import Encode, rebuilt
+from peft_combo.tasks.base import Encode
 from peft_combo.tasks.bundle import (
     Asked,
     Candidates,
@@ -53,11 +53,12 @@ class SequenceHead(CompletionHead):
     """
 
     kind = "sequence"
+    described_by = SequenceTask
+    config: SequenceTask
     size_log_odds: Tensor
 
     def __init__(self, dim: int, config: SequenceTask) -> None:
         super().__init__(dim, config)
-        self.config = config
         self.begin = nn.Parameter(torch.full((dim,), dim**-0.5))
         self.member_norm = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(_Block(dim, config, seed) for seed in range(config.layers))
@@ -91,20 +92,6 @@ class SequenceHead(CompletionHead):
 
     def learned(self) -> list[Tensor]:
         return super().learned() + [weight for block in self._each() for weight in block.exits()]
-
-    def spec(self) -> dict[str, Any]:
-        """Return what `from_spec` needs besides the weights."""
-        return {**self.config.model_dump(mode="json"), "dim": self.dim}
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SequenceHead:
-        """Rebuild a stored head, in evaluation mode.
-
-        Raises:
-            StoreError: the weights are not those of such a head.
-        """
-        fields = {key: value for key, value in spec.items() if key != "dim"}
-        return rebuilt(lambda: cls(int(spec["dim"]), SequenceTask.model_validate(fields)), weights)
 
     def _each(self) -> Iterable[_Block]:
         return cast("Iterable[_Block]", self.blocks)

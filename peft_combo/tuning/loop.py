@@ -55,7 +55,7 @@ from peft_combo.tuning.plan import (
 from peft_combo.tuning.progress import Progress, RunLog, flat, forget_checkpoints
 from peft_combo.tuning.starting import load_start
 from peft_combo.tuning.storing import store_adapter
-from peft_combo.tuning.trainee import Trainee, mixed, probe
+from peft_combo.tuning.trainee import Trainee, learning, mixed, probe
 from peft_combo.tuning.wordings import wordings_of
 from peft_combo.watch import Watch
 
@@ -190,9 +190,7 @@ def tune(
         parameters = [p for group in groups for p in group.parameters]
         average = None
         if recipe.training.averaging is not None:
-            learning = {**{f"adapter.{k}": p for k, p in attached.trainable().items()},
-                        **{f"head.{k}": p for k, p in head.named_parameters() if p.requires_grad}}  # fmt: skip
-            average = WeightAverage(recipe.training.averaging, learning)
+            average = WeightAverage(recipe.training.averaging, learning(attached, head))
         averaged = nullcontext if average is None else average.applied
 
         progress = Progress()

@@ -33,7 +33,6 @@ class Trainee(nn.Module):
         self._task = task
         self._items = items
         self._attached = [attached]  # in a list, so that its modules are not registered a second time
-
         self._r_drop = r_drop
 
     def forward(self, batch: Batch, seed: int, push: Push | None = None) -> Tensor:
@@ -78,6 +77,12 @@ def disagreement(first: Tensor, second: Tensor, exclusive: bool) -> Tensor:
     return 0.5 * apart.sum() / len(first)
 
 
+def learning(attached: AttachedAdapter, head: TaskHead) -> dict[str, nn.Parameter]:
+    """Return the parameters of adapter and head that learn, by name."""
+    return {**{f"adapter: {k}": p for k, p in attached.trainable().items()},
+            **{f"head: {k}": p for k, p in head.named_parameters() if p.requires_grad}}  # fmt: skip
+
+
 def mixed(*numbers: int) -> int:
     """Return a 63-bit seed that any change of any number changes."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -96,8 +101,7 @@ def probe(
     Raises:
         TuningError: a trained tensor gets no gradient.
     """
-    trained = {**{f"adapter: {k}": p for k, p in attached.trainable().items()},
-               **{f"head: {k}": p for k, p in head.named_parameters() if p.requires_grad}}  # fmt: skip
+    trained = learning(attached, head)
     start = {name: p.detach().clone() for name, p in trained.items()}
     set_training(attached.inner, attached.cut, False)
     head.eval()
