@@ -11,7 +11,7 @@ The objective of a bundle B, of which C was given and A = B without C is added, 
     redundancy     -weight * mean over i in A of max cosine(i, j)  over the other items j of B; no less than 0
 
 r and c are made comparable first: z-scores over the items the scorer knows, all of them for r and a fixed sample of the
-catalogue for c (all where there are at most `_SAMPLE`), then arcsinh, which is linear near 0 and logarithmic in the
+catalogue for c (all where there are at most `sample`), then arcsinh, which is linear near 0 and logarithmic in the
 tails, so that one huge score cannot outweigh all else. Items the scorer cannot speak of (NaN or infinite) get the
 lowest known score. Nothing depends on the order in which items were added.
 """
@@ -46,7 +46,7 @@ Mode = Literal["complement", "substitute"]
 _PLAUSIBLE = 6.0  # templates e^6 times less probable than the best are filled only where the others yield nothing
 _TRIES = 50_000  # steps of the last, exhaustive look for a bundle before we say there is none
 _SPARE = 64  # bundles that look collects at most
-_SAMPLE = 2048  # items the mean and deviation of c are taken over; both are then known to 2 % of the deviation
+_SCALE_SAMPLE = 2048  # items the mean and deviation of c are taken over; both are then known to 2 % of the deviation
 _SETS_KEPT = 6  # sets of wished items that are completed, at least
 _SETS = 256  # sets the scorer is asked about at once
 
@@ -185,6 +185,7 @@ class Composer:
         vectors: (N, D) float32 of length 1, for likeness between items; None knows of equal titles only.
         history: (B, N) training bundles, for counts in the evidence.
         weights: of the objective, where a request names none.
+        sample: items that the mean and deviation of the compatibility term are taken over.
     Raises:
         ValueError: vectors or history are not of N items.
     """
@@ -197,6 +198,7 @@ class Composer:
         vectors: NDArray[np.float32] | None = None,
         history: SparseRows | None = None,
         weights: Weights = Weights(),
+        sample: int = _SCALE_SAMPLE,
     ) -> None:
         if vectors is not None and (vectors.ndim != 2 or len(vectors) != len(catalog)):
             raise ValueError(f"vectors must be ({len(catalog)}, D), found {vectors.shape}.")
@@ -211,7 +213,7 @@ class Composer:
         self._slot_of = templates.slots_of(catalog)
         by_slot_and_price = np.lexsort((self._shelf.cents, self._slot_of))
         ends = np.searchsorted(self._slot_of[by_slot_and_price], np.arange(len(templates.names) + 1))
-        self._sample = np.sort(np.random.default_rng(0).permutation(len(catalog))[:_SAMPLE])
+        self._sample = np.sort(np.random.default_rng(0).permutation(len(catalog))[:sample])
         # Per slot its rows, cheapest first, so that whatever a budget still allows is a head of the list.
         self._rows_of = [by_slot_and_price[start:stop] for start, stop in itertools.pairwise(ends.tolist())]
 

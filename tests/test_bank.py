@@ -27,7 +27,7 @@ from peft_combo.adapter_configs import (
 from peft_combo.adapters import AdapterRecord, AdapterStore, Version
 from peft_combo.architectures import bytes_of
 from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank, LiveAdapter
+from peft_combo.bank import AdapterBank
 from peft_combo.errors import StoreError
 from peft_combo.recipe import BundleTask
 from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
@@ -209,8 +209,8 @@ def test_many_threads_asking_at_once_load_it_once(
     backbone: Backbone, every_method: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bank = AdapterBank(backbone, every_method)
-    loads, load = [], bank._load
-    monkeypatch.setattr(bank, "_load", lambda reference: (loads.append(reference), load(reference))[1])
+    loads, attach = [], backbone.attach
+    monkeypatch.setattr(backbone, "attach", lambda record: (loads.append(record.reference), attach(record))[1])
     found = in_threads([lambda name=name: bank.get(name) for name in ["lora", "full", "lora@v1"] * 8])
     assert sorted(loads) == ["full@v1", "lora@v1"]
     assert len({id(live) for live in found}) == 2
@@ -222,15 +222,15 @@ def test_a_slow_load_holds_up_nobody_who_wants_something_else(
 ) -> None:
     bank = AdapterBank(backbone, every_method)
     bank.get("lora")
-    begun, go_on, load = threading.Event(), threading.Event(), bank._load
+    begun, go_on, attach = threading.Event(), threading.Event(), backbone.attach
 
-    def slow(reference: str) -> LiveAdapter:
-        if reference == "full@v1":
+    def slow(record: AdapterRecord) -> Any:
+        if record.reference == "full@v1":
             begun.set()
             assert go_on.wait(30)
-        return load(reference)
+        return attach(record)
 
-    monkeypatch.setattr(bank, "_load", slow)
+    monkeypatch.setattr(backbone, "attach", slow)
     with ThreadPoolExecutor(1) as pool:
         full = pool.submit(bank.get, "full")
         assert begun.wait(30)

@@ -233,7 +233,7 @@ def test_the_scorer_gets_ascending_distinct_rows_and_never_an_empty_set() -> Non
     assert 0 not in sizes
 
 
-def styled_shop(n: int, seed: int = 0) -> tuple[Composer, np.ndarray, Compatibility]:
+def styled_shop(n: int, seed: int = 0, **options: Any) -> tuple[Composer, np.ndarray, Compatibility]:
     """Items of styles that go together, a relevance that knows the style of item 0, and the cosine with a set."""
     rng = np.random.default_rng(seed)
     styles = rng.integers(max(4, n // 60), size=n)
@@ -248,7 +248,7 @@ def styled_shop(n: int, seed: int = 0) -> tuple[Composer, np.ndarray, Compatibil
     def compatibility(sets: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
         return np.stack([vectors[one].mean(axis=0) for one in sets]) @ vectors[rows].T
 
-    composer = Composer(catalog, SlotTemplates.learn(catalog, past), vectors=vectors)
+    composer = Composer(catalog, SlotTemplates.learn(catalog, past), vectors=vectors, **options)
     return composer, vectors @ vectors[0] + 0.2 * rng.normal(size=n).astype(np.float32), compatibility
 
 
@@ -262,14 +262,13 @@ WAYS_TO_ASK: dict[str, tuple[list[int], bool, Constraints]] = {
 
 
 @pytest.mark.parametrize("way", WAYS_TO_ASK)
-def test_a_shortlist_as_long_as_the_shelves_changes_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shortlist_as_long_as_the_shelves_changes_nothing(way: str) -> None:
     composer, relevance, compatibility = styled_shop(400)
     context, is_relevant, constraints = WAYS_TO_ASK[way]
     asked: dict[str, Any] = {"compatibility": compatibility, "constraints": constraints}
     asked["relevance"] = relevance if is_relevant else None
-    long = composer.compose(context, options=Options(shortlist=100), **asked)
-    monkeypatch.setattr("peft_combo.composing._shortlisted", lambda request, _, gains: (request, gains))
-    assert composer.compose(context, options=Options(shortlist=1), **asked) == long
+    as_long = composer.compose(context, options=Options(shortlist=100), **asked)
+    assert composer.compose(context, options=Options(shortlist=1_000_000), **asked) == as_long
 
 
 @pytest.mark.parametrize("way", WAYS_TO_ASK)
@@ -325,9 +324,8 @@ def test_the_scorer_is_asked_once_a_step_and_once_to_judge() -> None:
     assert all(rows <= 4 * 50 + 2_000 for _, rows in asked[1:])
 
 
-def test_the_scale_of_compatibility_is_that_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_combo.composing._SAMPLE", 500)
-    composer, _, compatibility = styled_shop(2_000)
+def test_the_scale_of_compatibility_is_that_of_a_sample() -> None:
+    composer, _, compatibility = styled_shop(2_000, sample=500)
     parts = composer.objective([5, 10], context=[5], compatibility=compatibility)
     raw = compatibility([np.array([5])], np.arange(2_000))[0]
     sample = raw[np.sort(np.random.default_rng(0).permutation(2_000)[:500])]

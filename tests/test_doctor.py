@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_versions_are_held_against_what_is_declared(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor.metadata, "version", version)
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["transformers>=4", "peft>=0.19,<0.22", "typer>=0.15",
                                                                   'implicit>=0.7 ; extra == "als"'])  # fmt: skip
-    found = list(doctor._packages())
+    found = list(doctor.CHECKS["packages"](Path()))
     assert [(one.what, one.status) for one in found] == [
         ("transformers", "ok"), ("peft", "problem"), ("typer", "problem"), ("transformers", "problem"),
     ]  # fmt: skip
@@ -47,11 +48,11 @@ def test_versions_are_held_against_what_is_declared(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_broken_package_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def broken() -> None:
+    def broken(store: Path) -> Any:
         raise OSError("libcudart.so.12: cannot open shared object file\nmore")
 
-    monkeypatch.setattr(doctor, "_bitsandbytes", broken)
-    monkeypatch.setattr(doctor, "_torch", lambda: iter(()))
+    monkeypatch.setitem(doctor.CHECKS, "8-bit and 4-bit weights", broken)
+    monkeypatch.setitem(doctor.CHECKS, "torch", lambda store: iter(()))
     found = named(examine(tmp_path), "8-bit and 4-bit weights")
     assert (found.status, found.found) == (
         "problem",
@@ -61,6 +62,6 @@ def test_a_broken_package_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_a_damaged_store_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "adapters" / "fashion" / "v1").mkdir(parents=True)
-    (found,) = doctor._store(tmp_path / "adapters")
+    (found,) = doctor.CHECKS["adapter store"](tmp_path / "adapters")
     assert found.status == "problem"
     assert "adapters verify" in found.remedy

@@ -12,6 +12,7 @@ from scipy import special, stats
 
 from peft_combo import metrics
 from peft_combo.fusion import BEST_SINGLE, Evidence, Form, Fusion, comparable
+from peft_combo.machine import LIMITS
 
 QUESTIONS, ITEMS = 300, 120
 FORMS = get_args(Form)
@@ -159,7 +160,7 @@ def test_questions_do_not_see_each_other(form: Form, monkeypatch: pytest.MonkeyP
     world, fusion = World(0), some_fusion(form)
     scores = some_scores(world)
     whole = fusion.combine(scores, world.evidence)
-    monkeypatch.setattr("peft_combo.fusion._BLOCK_CELLS", 7 * ITEMS)
+    monkeypatch.setattr(LIMITS, "block_cells", 7 * ITEMS)
     np.testing.assert_allclose(fusion.combine(scores, world.evidence), whole, atol=1e-6)
     one = fusion.combine({name: part[9:10] for name, part in scores.items()}, world.evidence.take(slice(9, 10)))
     np.testing.assert_allclose(one[0], whole[9], atol=1e-6)

@@ -14,6 +14,7 @@ import pytest
 from scipy import sparse
 
 from peft_combo.errors import PeftComboError
+from peft_combo.machine import LIMITS
 from peft_combo.scoring import (
     ALS,
     BPR,
@@ -28,7 +29,6 @@ from peft_combo.scoring import (
     Tfidf,
     UserKNN,
     bm25_vectors,
-    linear,
     load_scorer,
     tfidf_vectors,
 )
@@ -404,8 +404,8 @@ class TestItemKNN:
 
     def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = ItemKNN(k=4).fit(baskets()).score_baskets(baskets(6, seed=9))
-        monkeypatch.setattr("peft_combo.scoring.neighbours._BLOCK_PRODUCTS", 50)
-        monkeypatch.setattr("peft_combo.scoring.base.BLOCK_CELLS", 30)
+        monkeypatch.setattr(LIMITS, "block_products", 50)
+        monkeypatch.setattr(LIMITS, "block_cells", 30)
         np.testing.assert_array_equal(ItemKNN(k=4).fit(baskets()).score_baskets(baskets(6, seed=9)), whole)
 
     def test_options_that_mean_nothing_are_refused(self) -> None:
@@ -468,7 +468,7 @@ class TestUserKNN:
 
     def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = UserKNN(k=4).fit(baskets()).score_users(np.arange(60))
-        monkeypatch.setattr("peft_combo.scoring.base.BLOCK_CELLS", 300)
+        monkeypatch.setattr(LIMITS, "block_cells", 300)
         np.testing.assert_allclose(UserKNN(k=4).fit(baskets()).score_users(np.arange(60)), whole, rtol=1e-6)
 
 
@@ -495,7 +495,7 @@ class TestEASE:
         np.testing.assert_allclose(scores, [[0, 0.5], [2 / 3, 0]], rtol=1e-6)
 
     def test_the_inverse_is_right_beyond_a_leaf(self) -> None:
-        n = 3 * linear._LEAF + 5
+        n = 101  # more than three leaves of the recursive inverse
         history = baskets(400, n_items=n)
         gram = history.toarray().astype(float).T @ history.toarray() + 0.5 * np.eye(n)
         arrays, _ = EASE(l2=0.5).fit(history).state()
@@ -515,7 +515,7 @@ class TestEASE:
         )
 
     def test_too_many_items_names_the_way_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(linear, "MAX_ITEMS", 10)
+        monkeypatch.setattr(LIMITS, "inverted_items", 10)
         with pytest.raises(PeftComboError, match=r"(?s)10 items; found 24.*ItemKNN or ALS"):
             EASE().fit(baskets())
         scorer = EASE().fit(baskets(40, n_items=10))

@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "peft_combo"
 
 # Each group may import from those above it and, within itself, from the left. A package counts as one module.
 ORDER = [
-    ["errors"],
+    ["errors", "machine"],
     ["recipe_fields", "written"],
     ["adapter_configs", "augmentation_config", "task_configs"],
     ["metrics", "recipe", "watch", "charts"],
@@ -46,6 +46,7 @@ ORDER = [
 ]
 LIGHT = [
     "errors",
+    "machine",
     "metrics",
     "recipe_fields",
     "adapter_configs",

@@ -11,7 +11,7 @@ from peft_combo.errors import Fault, PeftComboError
 from peft_combo.watch import Watch
 
 if TYPE_CHECKING:
-    from peft_combo.tuning import Plan
+    pass
 
 
 class ConsoleWatch(Watch):
@@ -45,9 +45,9 @@ class ConsoleWatch(Watch):
     def advance(self, units: int) -> None:
         self._bar.advance(self._task, units)
 
-    def planned(self, plan: Plan) -> None:
-        self._metric = plan.metric
-        self.note(f"Plan: {plan.line()}")
+    def planned(self, summary: str, metric: str) -> None:
+        self._metric = metric
+        self.note(f"Plan: {summary}")
 
     def stepped(self, step: int, loss: float) -> None:
         self._told["loss"] = f"loss {loss:.3f}"

@@ -6,7 +6,7 @@ row and column numbers only: ids were exchanged for numbers before a matrix gets
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar, cast
 
@@ -19,9 +19,6 @@ SparseRows: TypeAlias = "sparse.sparray | sparse.spmatrix"
 ItemFeatures: TypeAlias = "NDArray[np.floating[Any]] | sparse.sparray | sparse.spmatrix"
 Vectors: TypeAlias = "NDArray[np.float32] | Csr"
 State: TypeAlias = tuple[dict[str, NDArray[Any]], dict[str, Any]]
-
-# Rows are scored a block at a time, so that what lies between contexts and scores stays small: 2^23 float32 are 32 MiB.
-BLOCK_CELLS = 1 << 23
 
 
 class Scorer(Protocol):
@@ -332,12 +329,6 @@ def silenced(
     if rows_known is not None:
         scores[~rows_known] = np.nan
     return scores
-
-
-def blocks(n_rows: int, width: int) -> Iterator[slice]:
-    """Cut n_rows into slices of at most `BLOCK_CELLS` cells each."""
-    step = max(1, BLOCK_CELLS // max(1, width))
-    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
 def hyperparameters(scorer: object) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_combo.machine import row_blocks
 from peft_combo.scoring.base import (
     Csr,
     HistoryScorer,
     Learned,
     Vectors,
     binary,
-    blocks,
     concatenated,
     no_interactions,
     positive,
@@ -187,7 +187,7 @@ class CoOccurrence(HistoryScorer[PairCounts]):
         if self.measure != "count":
             weights.data = weights.data / np.maximum(known.support, 1).astype(np.float32)[weights.indices]
         scores = np.empty(contexts.shape, np.float32)
-        for block in blocks(*contexts.shape):
+        for block in row_blocks(*contexts.shape):
             scores[block] = (weights[block] @ known.pairs).toarray()
         match self.measure:
             case "lift":

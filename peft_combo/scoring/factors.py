@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from peft_combo.errors import PeftComboError
+from peft_combo.machine import row_blocks
 from peft_combo.scoring.base import (
     Csr,
     HistoryScorer,
     Learned,
     Vectors,
     binary,
-    blocks,
     positive,
     scaled_rows,
     silenced,
@@ -114,7 +114,7 @@ class ALS(HistoryScorer[Factors]):
         """The factors of each row given those of its columns: (Y'Y + Y'(C - I)Y + reg I)^-1 Y'c, (Q, F)."""
         base = square + self.regularization * np.eye(len(square))
         found = np.zeros((rows.shape[0], len(square)), np.float32)
-        for block in blocks(rows.shape[0], base.size):
+        for block in row_blocks(rows.shape[0], base.size):
             systems, sides = [], []
             for row in range(block.start, block.stop):
                 cells = slice(rows.indptr[row], rows.indptr[row + 1])

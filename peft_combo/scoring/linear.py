@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from peft_combo.errors import PeftComboError
+from peft_combo.machine import LIMITS, row_blocks
 from peft_combo.scoring.base import (
     Csr,
     HistoryScorer,
     Learned,
     Vectors,
-    blocks,
     dense,
     positive,
     row_of,
@@ -29,8 +29,6 @@ from peft_combo.scoring.base import (
 )
 from peft_combo.scoring.text import has_vector
 
-# The inverse is n x n float64, twice while it is made: 20,000 items take 6.4 GB and minutes, 40,000 four times that.
-MAX_ITEMS = 20_000
 _LEAF = 32  # small enough that LAPACK stays on one thread
 
 
@@ -131,10 +129,10 @@ class CEASE(HistoryScorer[Inverse]):
 def _solved(history: Csr, l2: float, vectors: Vectors | None, alpha: float, who: str) -> Inverse:
     support = support_of(history)
     active = np.flatnonzero((support > 0) if vectors is None else (support > 0) | has_vector(vectors))
-    if len(active) > MAX_ITEMS:
+    if len(active) > LIMITS.inverted_items:
         raise PeftComboError(
-            f"{who} inverts an items-by-items matrix, practical to {MAX_ITEMS:,} items; found {len(active):,}. "
-            "Use ItemKNN or ALS, or one category at a time."
+            f"{who} inverts an items-by-items matrix, practical to {LIMITS.inverted_items:,} items; "
+            f"found {len(active):,}. Use ItemKNN or ALS, or one category at a time."
         )
     rows: Csr = history[:, active].astype(np.float64)
     gram: NDArray[np.float64] = (rows.T.tocsr() @ rows).toarray()
@@ -183,7 +181,7 @@ def _corrected(known: Inverse, rows: Csr, l2: float) -> Inverse | None:
     support = np.pad(known.support, (0, width - len(known.support))) + support_of(rows)
     fresh = np.setdiff1d(np.unique(rows.indices), known.active)
     active = np.concatenate([known.active, fresh])
-    if rows.shape[0] * 3 > len(active) or len(active) > MAX_ITEMS:
+    if rows.shape[0] * 3 > len(active) or len(active) > LIMITS.inverted_items:
         return None
     if known.vectors is not None and width > known.history.shape[1]:
         return None
@@ -210,7 +208,7 @@ def _scores(known: Inverse, contexts: Csr) -> NDArray[np.float32]:
     scores = np.full(contexts.shape, np.nan, np.float32)
     inside: Csr = contexts[:, known.active].astype(np.float64)  # (Q, n)
     diagonal = np.diagonal(known.inverse)
-    for block in blocks(inside.shape[0], inside.shape[1] * 2):
+    for block in row_blocks(inside.shape[0], inside.shape[1] * 2):
         part = inside[block]
         product = part @ known.inverse  # (q, n) @ (n, n)
         product /= -diagonal

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.machine import LIMITS, row_blocks
 from peft_combo.scoring.base import (
     Csr,
     HistoryScorer,
     Learned,
     Vectors,
     binary,
-    blocks,
     concatenated,
     lengths,
     no_interactions,
@@ -33,9 +33,6 @@ from peft_combo.scoring.base import (
     with_data,
 )
 from peft_combo.scoring.text import bm25
-
-# Multiplications in one sparse product: bounds its size to some hundred MB whatever the rows look like.
-_BLOCK_PRODUCTS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class ItemKNN(HistoryScorer[Similar]):
         weight = with_data(contexts, np.abs(contexts.data)) @ seen.astype(np.float32)  # (Q,)
         scores = np.empty(contexts.shape, np.float32)
         weights = scaled_rows(contexts, np.divide(1, weight, out=np.zeros_like(weight), where=weight > 0))
-        for block in blocks(*contexts.shape):
+        for block in row_blocks(*contexts.shape):
             scores[block] = (weights[block] @ known.similarity).toarray()
         return silenced(scores, weight > 0, seen)
 
@@ -219,7 +216,7 @@ class UserKNN(HistoryScorer[Raters]):
         scores = np.empty(contexts.shape, np.float32)
         means = self._means(contexts)
         has = binary(known.history)
-        for block in blocks(contexts.shape[0], sum(known.history.shape)):
+        for block in row_blocks(contexts.shape[0], sum(known.history.shape)):
             weights = self._weights(known, contexts[block], means[block])  # (q, R), -inf where nothing is shared
             if own is not None:
                 weights[np.arange(len(weights)), own[block]] = -np.inf
@@ -291,10 +288,10 @@ def _centred(rows: Csr, means: NDArray[np.float32]) -> Csr:
 
 
 def _by_cost(cost: NDArray[np.float64]) -> Iterator[slice]:
-    """Cut items into runs whose products stay within `_BLOCK_PRODUCTS`, at least one item each."""
+    """Cut items into runs whose products stay within `LIMITS.block_products`, at least one item each."""
     start = 0
     total = np.concatenate([[0.0], np.cumsum(cost)])
     while start < len(cost):
-        stop = max(start + 1, int(np.searchsorted(total, total[start] + _BLOCK_PRODUCTS, side="right")) - 1)
+        stop = max(start + 1, int(np.searchsorted(total, total[start] + LIMITS.block_products, side="right")) - 1)
         yield slice(start, stop)
         start = stop

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.machine import row_blocks
 from peft_combo.scoring.base import (
     Csr,
     HistoryScorer,
@@ -23,7 +24,6 @@ from peft_combo.scoring.base import (
     State,
     Vectors,
     binary,
-    blocks,
     dense,
     positive,
     silenced,
@@ -212,7 +212,7 @@ class TextCosine(HistoryScorer[TextVectors]):
         familiar = inside @ has_text.astype(np.float32) > 0
         scores = np.empty(contexts.shape, np.float32)
         if self.context == "mean":
-            for block in blocks(contexts.shape[0], max(known.vectors.shape)):
+            for block in row_blocks(contexts.shape[0], max(known.vectors.shape)):
                 # The mean up to a factor that the unit length undoes: (q, N) @ (N, D) -> (q, D).
                 scores[block] = known.cosines(dense(unit_rows(cast(Any, inside[block]) @ known.vectors)))
         else:

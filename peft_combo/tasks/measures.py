@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.machine import row_blocks
+
 Counts: TypeAlias = "sparse.csr_array[Any, tuple[int, int]]"
 Statistic: TypeAlias = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Turns summed counts (..., C, 3) into one number each, (...)."""
-
-_BLOCK_CELLS = 1 << 22
 
 
 def class_counts(answers: Sequence[Sequence[tuple[int, int, int, int]]], classes: int) -> Counts:
@@ -94,10 +94,9 @@ def paired_test(before: Counts, after: Counts, statistic: Statistic, n: int = 10
     changed = np.flatnonzero(np.diff(sparse.csr_array(difference).indptr))  # where both say the same, nothing moves
     rng = np.random.default_rng(seed)
     extreme = 0
-    step = max(1, _BLOCK_CELLS // max(1, len(changed), difference.shape[1]))
     moved = sparse.csr_array(difference)[changed]
-    for start in range(0, n, step):
-        exchanged = rng.integers(0, 2, size=(min(step, n - start), len(changed))).astype(np.float64)
+    for block in row_blocks(n, max(len(changed), difference.shape[1])):
+        exchanged = rng.integers(0, 2, size=(block.stop - block.start, len(changed))).astype(np.float64)
         shift = np.asarray(exchanged @ moved).reshape(-1, *first.shape)  # (n, Q') @ (Q', 3 C)
         drawn = np.abs(statistic(second - shift) - statistic(first + shift))
         extreme += int(np.count_nonzero(drawn >= seen))
@@ -129,10 +128,8 @@ def _resampled(
     count, width = sides[0].shape
     rng = np.random.default_rng(seed)
     values = np.empty(n)
-    step = max(1, _BLOCK_CELLS // max(1, count, width))
-    for start in range(0, n, step):
-        block = slice(start, min(start + step, n))
-        times = rng.multinomial(count, np.full(count, 1 / count), size=block.stop - start).astype(np.float64)
+    for block in row_blocks(n, max(count, width)):
+        times = rng.multinomial(count, np.full(count, 1 / count), size=block.stop - block.start).astype(np.float64)
         values[block] = statistic([np.asarray(times @ side).reshape(len(times), -1, 3) for side in sides])
     return values
 

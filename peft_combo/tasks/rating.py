@@ -36,7 +36,7 @@ from peft_combo.scoring import ALS, ItemKNN, Scorer, UserKNN
 from peft_combo.task_configs import BundleTask, RatingTask
 from peft_combo.tasks.base import Detail, Encode, Epochs, Evaluation, Gain, Row, Table, TaskHead, rebuilt
 from peft_combo.tasks.bundle import BundleHead, completion_scores, target_vectors
-from peft_combo.tasks.counted import Counted, CrossFitted, Taken, baskets_of
+from peft_combo.tasks.counted import Counted, CrossFitted, baskets_of
 from peft_combo.tasks.measures import calibration_error
 
 # Events that are asked about while training and for the table; each ranks the whole catalogue.
@@ -52,6 +52,10 @@ _BINS = 15
 
 Logits: TypeAlias = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Turns (Q, S) histories into (Q, N) log-odds."""
+
+
+Taken: TypeAlias = "sparse.csr_array[Any, tuple[int, int]]"
+"""(U, N) float32, 1 where the user took the item."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +117,6 @@ class Events:
         """Return what users, -1 for none, liked up to now, latest first: (Q, longest) items, -1 for none."""
         likers = self.users[self.targets >= 0.5]
         return self._latest(np.searchsorted(likers, users), np.searchsorted(likers, users, "right"), longest)
-
-    def counted(self, rows: NDArray[np.int64], shape: tuple[int, int], nearest: int) -> Counted:
-        """Count these events: of (U, N) users and items, with so many neighbours of each item."""
-        return Counted.of(np.bincount(self.items[rows], minlength=shape[1]), self.liked_of(rows, shape), nearest)
 
     def liked_of(self, rows: NDArray[np.int64], shape: tuple[int, int]) -> Taken:
         """Return (U, N) float32 with a 1 where one of these events is that the user liked the item."""
@@ -411,7 +411,7 @@ class Rating:
         self._train = _sampled(parts.train, config.max_events, recipe.seed)
         counts = np.bincount(events.items[parts.seen], minlength=len(self.texts))
         self._liked = events.liked_of(parts.seen, self._shape)
-        self._counted = events.counted(parts.seen, self._shape, config.neighbours)
+        self._counted = Counted.of_events(events, parts.seen, self._shape, config.neighbours)
         self._apart = CrossFitted(self._liked, config.neighbours, recipe.seed) if config.neighbours else None
         self._everyones = events.matrix(np.arange(len(events)), self._shape)
         self._negatives = Negatives(events.matrix(parts.seen, self._shape), counts, config.popularity_power)

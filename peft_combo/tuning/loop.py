@@ -182,7 +182,7 @@ def tune(
             seconds=total * step_seconds * recipe.training.accumulation * passes_of(recipe.training)
             + evaluations_of(recipe.training, steps_per_epoch) * evaluation_seconds + outcome_seconds,
         )  # fmt: skip
-        watch.planned(plan)
+        watch.planned(plan.line(), plan.metric)
 
         optimizer = optimizer_of(recipe.training, groups)
         model, optimizer = accelerator.prepare(trainee, optimizer, device_placement=[False, False])

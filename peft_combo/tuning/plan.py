@@ -34,8 +34,8 @@ from peft_combo import methods
 from peft_combo.adapter_configs import AdapterConfig, LoraAdapter, TopLayers
 from peft_combo.architectures import layers_of, set_dropout
 from peft_combo.backbone import Backbone, Quantization
-from peft_combo.doctor import available_memory
 from peft_combo.item_encoder import ItemEncoder
+from peft_combo.machine import available_memory
 from peft_combo.methods import AttachedAdapter
 from peft_combo.recipe import Recipe, TrainingConfig
 from peft_combo.tasks import task_of
