@@ -16,10 +16,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_combo.cli.shown import ConsoleWatch
-from peft_combo.comparing import Comparison, Variant, compare
+from peft_combo.cli.output import ConsoleWatch
 from peft_combo.errors import PeftComboError
-from peft_combo.recipe_files import load_recipe
+from peft_combo.evaluation.comparison.runs import compare
+from peft_combo.evaluation.comparison.table import Comparison
+from peft_combo.evaluation.comparison.variants import Variant
+from peft_combo.recipe.files import load_recipe
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 CASES = {"clothing": "lora-fashion", "electronic": "lora-electronics"}

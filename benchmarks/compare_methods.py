@@ -14,9 +14,10 @@ import re
 import sys
 from pathlib import Path
 
-from peft_combo.cli.shown import ConsoleWatch, metric_name
-from peft_combo.comparing import Comparison, Line, compare, variants_of
-from peft_combo.comparing.table import PROTOCOL, SIGNIFICANT
+from peft_combo.cli.output import ConsoleWatch, metric_name
+from peft_combo.evaluation.comparison.runs import compare
+from peft_combo.evaluation.comparison.table import PROTOCOL, SIGNIFICANT, Comparison, Line
+from peft_combo.evaluation.comparison.variants import variants_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 RECIPE, DATA, SPLIT = "lora-fashion", "bundlerec/clothing", "data.split=user"

@@ -41,16 +41,16 @@ ALLOWED = 0.15
 
 PLAN = """
 import dataclasses, json, sys
-from peft_combo.recipe import parse_recipe
-from peft_combo.tuning import plan
+from peft_combo.recipe.parse import parse_recipe
+from peft_combo.tuning.plan import plan
 found = plan(parse_recipe(json.loads(sys.argv[1])))
 print(json.dumps({"mib": found.memory.host, "seconds": found.seconds, "parts": dataclasses.asdict(found.memory)}))
 """
 RUN = """
 import json, sys
 from pathlib import Path
-from peft_combo.recipe import parse_recipe
-from peft_combo.tuning import tune
+from peft_combo.recipe.parse import parse_recipe
+from peft_combo.tuning.loop import tune
 done = tune(parse_recipe(json.loads(sys.argv[1])), run_folder=Path(sys.argv[2]))
 print(json.dumps({"mib": done.peak_mib, "seconds": done.seconds}))
 """
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--case", action="append", choices=list(CASES), help="one case; may be repeated; default all")
     options = parser.parse_args()
 
-    from peft_combo.recipe_files import load_recipe
+    from peft_combo.recipe.files import load_recipe
 
     print(f"{'':22}{'estimate':>10}{'measured':>10}{'ratio':>7}{'est. s':>9}{'meas. s':>9}{'ratio':>7}   parts, MiB")
     worst = 0.0

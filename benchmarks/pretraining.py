@@ -23,16 +23,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo import AdapterStore, Backbone, metrics
-from peft_combo.adapters import AdapterRecord
-from peft_combo.cli.shown import ConsoleWatch
-from peft_combo.continuing import pretrained_start
+from peft_combo import metrics
+from peft_combo.cli.output import ConsoleWatch
+from peft_combo.encoder.backbone import Backbone
 from peft_combo.errors import PeftComboError
-from peft_combo.recipe import Recipe
-from peft_combo.recipe_files import load_recipe
-from peft_combo.tasks import task_of
-from peft_combo.tuning import tune
-from peft_combo.written import write_text
+from peft_combo.files import write_text
+from peft_combo.recipe.files import load_recipe
+from peft_combo.recipe.model import Recipe
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.versions import AdapterRecord
+from peft_combo.tuning.continual import pretrained_start
+from peft_combo.tuning.loop import tune
+from peft_combo.tuning.tasks import task_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "pretraining.md"
 TEXTS = "fashion-text"

@@ -5,7 +5,7 @@
 
 PATH holds `bundlerec/clothing`, `bundlerec/electronic`, `online_retail` and `polyvore`; `--data-root` says the same.
 For each data set and split: tune an adapter by its recipe (on training bundles; validation chooses the step), then
-`peft_combo.evaluation.evaluate`. The table shows means over the splits; p is of a paired permutation test over the
+`peft_combo.evaluate`. The table shows means over the splits; p is of a paired permutation test over the
 questions of all splits together, users being exchanged as a whole. BundleRec and Polyvore are divided by user (for
 Polyvore each outfit stands alone), Online Retail by time, which has one split only. `clothing_categories` asks whether
 adapters of single categories, brought to one scale, are worth more than one adapter for all and none at all, above all
@@ -31,14 +31,16 @@ import numpy as np
 from safetensors.torch import load_file
 
 from peft_combo import metrics
-from peft_combo.backbone import Backbone
-from peft_combo.categories import Areas
-from peft_combo.contenders import BY_CATEGORY, FROZEN, PEER, TUNED
-from peft_combo.data import open_dataset, split_as
-from peft_combo.evaluation import FUSION, Report, canary, evaluate
-from peft_combo.recipe_files import load_recipe
-from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
-from peft_combo.tuning import tune
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import split_as
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.heads.base import HEAD_FILE
+from peft_combo.encoder.heads.completion import BundleHead
+from peft_combo.evaluation.completion import FUSION, Report, canary, evaluate
+from peft_combo.recipe.files import load_recipe
+from peft_combo.recommender.category_calibration import Areas
+from peft_combo.recommender.model_selection import BY_CATEGORY, FROZEN, PEER, TUNED
+from peft_combo.tuning.loop import tune
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ ENCODE = """
 import json, sys, time, warnings
 warnings.simplefilter("ignore")
 import numpy as np
-from peft_combo import AdapterStore, Backbone
-from peft_combo.data import open_dataset
-from peft_combo.recipe import parse_recipe
-from peft_combo.tuning import peak_mib
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.data.sources import open_dataset
+from peft_combo.recipe.parse import parse_recipe
+from peft_combo.tuning.resources import peak_mib
 from peft_combo.tuning.plan import autocast_of
 raw, bits, precision, adapter, vectors = sys.argv[1:]
 recipe = parse_recipe(json.loads(raw))
@@ -67,13 +68,13 @@ def main() -> None:
     from safetensors.torch import load_file
 
     from peft_combo import metrics
-    from peft_combo.adapter_configs import LoraAdapter
-    from peft_combo.arithmetic import Exam
-    from peft_combo.recipe import BundleTask
-    from peft_combo.recipe_files import load_recipe
-    from peft_combo.tasks.base import HEAD_FILE
-    from peft_combo.tasks.bundle import BundleHead
-    from peft_combo.tuning import tune
+    from peft_combo.adapters.validation import Exam
+    from peft_combo.encoder.heads.base import HEAD_FILE
+    from peft_combo.encoder.heads.completion import BundleHead
+    from peft_combo.recipe.adapter import LoraAdapter
+    from peft_combo.recipe.files import load_recipe
+    from peft_combo.recipe.task import BundleTask
+    from peft_combo.tuning.loop import tune
 
     with tempfile.TemporaryDirectory(prefix="quantized-") as folder:
         overrides = (f"training.epochs={options.epochs}", f"backbone.model={options.model}", f"store={folder}/adapters")

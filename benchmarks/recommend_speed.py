@@ -43,18 +43,24 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from scipy import sparse
 
-from peft_combo import methods
-from peft_combo.adapters import AdapterStore
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank
-from peft_combo.contenders import TUNED, Fitted, FittedHead, FittedScorer, Known
-from peft_combo.data import Bundles, Catalog, Dataset
-from peft_combo.fusion import GATES, Form, Fusion
-from peft_combo.recipe_files import load_recipe
-from peft_combo.recommender import BundleRecommender
-from peft_combo.scoring import CEASE, ItemKNN, TextCosine, tfidf_vectors
-from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
-from peft_combo.vectors import ExactIndex, FaissIndex
+from peft_combo.data.model import Bundles, Catalog, Dataset
+from peft_combo.encoder import methods
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads.base import HEAD_FILE
+from peft_combo.encoder.heads.completion import BundleHead
+from peft_combo.encoder.index import ExactIndex, FaissIndex
+from peft_combo.recipe.files import load_recipe
+from peft_combo.recommender.evidence import GATES
+from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedScorer
+from peft_combo.recommender.fusion import Form, Fusion
+from peft_combo.recommender.model_selection import TUNED
+from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.scoring.linear import CEASE
+from peft_combo.scoring.neighbours import ItemKNN
+from peft_combo.scoring.text import TextCosine, tfidf_vectors
+from peft_combo.store.adapter_store import AdapterStore
 
 BARS = {5_000: 5.0, 100_000: 20.0}  # milliseconds of the median completion
 SWAP_BAR = 2.0  # milliseconds more than without

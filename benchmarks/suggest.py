@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from peft_combo.backbone import Backbone
-from peft_combo.data.labelled import split_texts
+from peft_combo.data.labels.texts import split_texts
 from peft_combo.data.task_data import labelled_of
-from peft_combo.recipe_files import load_recipe
-from peft_combo.suggesting import margins, spread
-from peft_combo.task_configs import ClassificationTask
-from peft_combo.tasks.linear import Targets, best_linear
-from peft_combo.tasks.measures import macro_f1
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.metrics.classification import macro_f1
+from peft_combo.recipe.files import load_recipe
+from peft_combo.recipe.task import ClassificationTask
+from peft_combo.tuning.active_learning import margins, spread
+from peft_combo.tuning.tasks.linear import Targets, best_linear
 
 Choose = Callable[[NDArray[np.float32], NDArray[np.float64], int, int], list[int]]
 """Chooses so many rows of a pool by its (N, D) vectors, (N,) uncertainties and a seed."""

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_combo.data.labelled import split_texts
-from peft_combo.data.tags import TaggedText, entities
+from peft_combo.data.labels.tags import TaggedText, entities
+from peft_combo.data.labels.texts import split_texts
 from peft_combo.data.task_data import tagged_of
-from peft_combo.recipe_files import load_recipe
-from peft_combo.task_configs import TaggingTask
-from peft_combo.tasks.measures import f1_values, interval, micro_f1, totals
-from peft_combo.tasks.tagging import Tags, entity_counts, word_features
+from peft_combo.metrics.classification import f1_values, interval, micro_f1, totals
+from peft_combo.recipe.files import load_recipe
+from peft_combo.recipe.task import TaggingTask
+from peft_combo.tuning.tasks.tagging import Tags, entity_counts, word_features
 
 
 def main() -> None:

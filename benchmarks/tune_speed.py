@@ -35,12 +35,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from peft_combo import methods
-from peft_combo.adapter_configs import LoraAdapter
-from peft_combo.architectures import layers_of, set_dropout, set_training
-from peft_combo.backbone import Backbone, length_sorted_chunks
-from peft_combo.item_encoder import ItemEncoder
-from peft_combo.recipe_files import load_recipe
+from peft_combo.encoder import methods
+from peft_combo.encoder.architectures import layers_of, set_dropout, set_training
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.tokens import length_sorted_chunks
+from peft_combo.recipe.adapter import LoraAdapter
+from peft_combo.recipe.files import load_recipe
+from peft_combo.tuning.item_encoder import ItemEncoder
 
 BATCH = 192  # distinct items in a batch of lora-fashion: 32 bundles and 64 extra negatives
 
@@ -56,7 +57,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
-    from peft_combo.data import open_dataset
+    from peft_combo.data.sources import open_dataset
 
     recipe = load_recipe("lora-fashion", data=options.data)
     texts = list(dict.fromkeys(open_dataset(recipe.data).catalog.texts(recipe.data.text)))
@@ -179,8 +180,8 @@ def sentence_transformers_step(backbone: Backbone, adapter: LoraAdapter, texts: 
     )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from peft_combo.architectures import target_modules
-    from peft_combo.backbone import _locate
+    from peft_combo.encoder.architectures import target_modules
+    from peft_combo.encoder.loading import _locate
 
     model = SentenceTransformer(_locate("embedded"), device="cpu")
     model.max_seq_length = backbone.max_length

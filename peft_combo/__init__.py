@@ -9,32 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_combo.adapters import AdapterRecord, AdapterStore
-    from peft_combo.backbone import Backbone
-    from peft_combo.bank import AdapterBank
+    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.encoder.bank import AdapterBank
     from peft_combo.errors import PeftComboError
-    from peft_combo.evaluation import evaluate
-    from peft_combo.recipe import Recipe
-    from peft_combo.recipe_files import load_recipe
-    from peft_combo.recommender import BundleRecommender
-    from peft_combo.recommender_files import load_recommender, save_recommender
-    from peft_combo.tuning import TuneResult, tune
+    from peft_combo.evaluation.completion import evaluate
+    from peft_combo.recipe.files import load_recipe
+    from peft_combo.recipe.model import Recipe
+    from peft_combo.recommender.persistence import load_recommender, save_recommender
+    from peft_combo.recommender.recommender import BundleRecommender
+    from peft_combo.store.adapter_store import AdapterRecord, AdapterStore
+    from peft_combo.tuning.loop import TuneResult, tune
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterBank": "peft_combo.bank",
-    "AdapterRecord": "peft_combo.adapters",
-    "AdapterStore": "peft_combo.adapters",
-    "Backbone": "peft_combo.backbone",
-    "BundleRecommender": "peft_combo.recommender",
+    "AdapterBank": "peft_combo.encoder.bank",
+    "AdapterRecord": "peft_combo.store.adapter_store",
+    "AdapterStore": "peft_combo.store.adapter_store",
+    "Backbone": "peft_combo.encoder.backbone",
+    "BundleRecommender": "peft_combo.recommender.recommender",
     "PeftComboError": "peft_combo.errors",
-    "Recipe": "peft_combo.recipe",
+    "Recipe": "peft_combo.recipe.model",
     "TuneResult": "peft_combo.tuning",
-    "evaluate": "peft_combo.evaluation",
-    "load_recipe": "peft_combo.recipe_files",
-    "load_recommender": "peft_combo.recommender_files",
-    "save_recommender": "peft_combo.recommender_files",
+    "evaluate": "peft_combo.evaluation.completion",
+    "load_recipe": "peft_combo.recipe.files",
+    "load_recommender": "peft_combo.recommender.persistence",
+    "save_recommender": "peft_combo.recommender.persistence",
     "tune": "peft_combo.tuning",
 }
 

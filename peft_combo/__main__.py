@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from peft_combo.cli import app
+from peft_combo.cli.app import app
 from peft_combo.errors import PeftComboError
 
 

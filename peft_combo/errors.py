@@ -81,3 +81,9 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``Did you mean "x"?`` for the nearest option, or an empty string."""
     close = nearest(name, options)
     return f'Did you mean "{close}"?' if close else ""
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """Text from outside, made fit for one line of a terminal."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -18,8 +18,10 @@ import torch
 from conftest import build_encoder
 from numpy.typing import NDArray
 
-from peft_combo import methods
-from peft_combo.adapter_configs import (
+from peft_combo.encoder import methods
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.errors import BackboneError
+from peft_combo.recipe.adapter import (
     AdaloraAdapter,
     AdapterConfig,
     BitfitTuning,
@@ -40,9 +42,7 @@ from peft_combo.adapter_configs import (
     TopLayers,
     VeraAdapter,
 )
-from peft_combo.backbone import Backbone
-from peft_combo.checkpoint import optimizer_state, optimizer_tensors
-from peft_combo.errors import BackboneError
+from peft_combo.tuning.checkpoint import optimizer_state, optimizer_tensors
 
 METHODS: dict[str, AdapterConfig] = {
     "lora": LoraAdapter(rank=4),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from peft_combo.watch import Watch
+from peft_combo.callbacks import Watch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -115,7 +115,7 @@ def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_recipe(tiny_bert: Path, tiny_shop: Path, tmp_path: Path) -> Callable[..., Any]:
     """Make a recipe of the tiny encoder and shop: ``tiny_recipe("lora", **{"training.epochs": 2})``."""
-    from peft_combo.recipe import parse_recipe
+    from peft_combo.recipe.parse import parse_recipe
 
     adapters: dict[str, dict[str, Any]] = {
         "lora": {"rank": 4, "top_layers": 2, "dropout": 0.1},

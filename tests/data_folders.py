@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft_combo.recipe import DataConfig
+from peft_combo.recipe.model import DataConfig
 
 Rows = list[dict[str, Any]]
 

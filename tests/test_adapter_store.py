@@ -15,8 +15,12 @@ import pytest
 import yaml
 from safetensors.numpy import load, save_file
 
-from peft_combo.adapters import AdapterRecord, AdapterStore, BackboneStamp, model_card, parse_reference
 from peft_combo.errors import StoreError
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.manifest import BackboneStamp
+from peft_combo.store.model_card import model_card
+from peft_combo.store.references import parse_reference
+from peft_combo.store.versions import AdapterRecord
 
 FIELDS: dict[str, Any] = {
     "method": "adalora",
@@ -288,7 +292,7 @@ def test_references_are_read_or_refused() -> None:
 
 def test_importing_the_store_stays_light() -> None:
     heavy = "{'torch', 'peft', 'transformers', 'numpy', 'safetensors', 'datasets'}"
-    code = f"import sys, peft_combo.adapters; sys.exit(repr(h) if (h := {heavy} & set(sys.modules)) else 0)"
+    code = f"import sys, peft_combo.store.adapter_store; sys.exit(repr(h) if (h := {heavy} & set(sys.modules)) else 0)"
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

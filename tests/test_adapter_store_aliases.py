@@ -18,10 +18,12 @@ import pytest
 from test_adapter_store import hidden, write
 from test_adapter_store_faults import dead_pid
 
-from peft_combo import store_files
-from peft_combo.adapters import AdapterStore, Alias, Move
-from peft_combo.aliases import parse_alias
+from peft_combo import files
 from peft_combo.errors import StoreError
+from peft_combo.files import size_of
+from peft_combo.store import integrity as store_files
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.aliases import Alias, Move, parse_alias
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -233,7 +235,7 @@ def test_a_move_the_disk_refuses_leaves_the_alias_where_it_was(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((store_files, "write", full) if step == "write" else (os, step, full)))
+        patch.setattr(*((files, "write", full) if step == "write" else (os, step, full)))
         assert "the disk is full" in refusal(lambda: four.alias("fashion@v2", "prod"))
     assert four.open("fashion@prod").version == 1
     assert os.listdir(four.path / ".aliases") == ["fashion@prod.json"]
@@ -300,7 +302,7 @@ def test_an_absent_store_has_no_garbage_and_is_not_made(store: AdapterStore) -> 
 MOVER = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from peft_combo.adapters import AdapterStore
+from peft_combo.store.adapter_store import AdapterStore
 store = AdapterStore(sys.argv[1])
 print("ready", flush=True)
 for turn in range(60):
@@ -408,5 +410,5 @@ def test_of_a_promotion_and_a_removal_one_is_refused(four: AdapterStore) -> None
 
 def test_what_went_while_it_was_looked_at_has_no_size(tmp_path: Path) -> None:
     (tmp_path / "left").write_bytes(b"12345")
-    assert store_files.size_of(tmp_path / "left") == 5
-    assert store_files.size_of(tmp_path / "gone") == 0
+    assert size_of(tmp_path / "left") == 5
+    assert size_of(tmp_path / "gone") == 0

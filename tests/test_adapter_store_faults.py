@@ -22,9 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_adapter_store import FIELDS, hidden, write
 
-from peft_combo.adapters import AdapterStore, Manifest, model_card
 from peft_combo.errors import StoreError
-from peft_combo.manifest import FORMAT, parse_manifest
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.manifest import FORMAT, Manifest, parse_manifest
+from peft_combo.store.model_card import model_card
 
 ROOT = Path(__file__).resolve().parent.parent
 TENSORS = (8).to_bytes(8, "little") + b"{}      "  # the smallest safetensors file there is
@@ -471,7 +472,7 @@ WRITER = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from test_adapter_store_faults import FIELDS, TENSORS
-from peft_combo.adapters import AdapterStore
+from peft_combo.store.adapter_store import AdapterStore
 store, count, remove = AdapterStore(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "remove"
 print("ready", flush=True)
 for i in range(count):

@@ -17,7 +17,18 @@ from scipy import sparse
 from test_bank import store_adapter
 from torch import Tensor
 
-from peft_combo.adapter_configs import (
+from peft_combo.adapters.convert import ConvertError, convert
+from peft_combo.adapters.deltas import Spectrum, changes_of, combined
+from peft_combo.adapters.diff import diff
+from peft_combo.adapters.merge import MergeError, merge
+from peft_combo.adapters.transfer import alignment, transfer
+from peft_combo.adapters.validation import Exam
+from peft_combo.data.queries import Questions
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank, LiveAdapter
+from peft_combo.encoder.methods.attached import WEIGHTS_FILE
+from peft_combo.errors import BackboneError, StoreError
+from peft_combo.recipe.adapter import (
     AdapterConfig,
     BitfitTuning,
     BottleneckAdapter,
@@ -32,26 +43,8 @@ from peft_combo.adapter_configs import (
     RandloraAdapter,
     VeraAdapter,
 )
-from peft_combo.adapters import AdapterStore
-from peft_combo.arithmetic import (
-    ConvertError,
-    Exam,
-    MergeError,
-    alignment,
-    changes_of,
-    combined,
-    convert,
-    diff,
-    merge,
-    transfer,
-)
-from peft_combo.arithmetic.changes import Spectrum
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank, LiveAdapter
-from peft_combo.errors import BackboneError, StoreError
-from peft_combo.methods import WEIGHTS_FILE
-from peft_combo.recipe import BundleTask
-from peft_combo.tasks.bundle import Questions
+from peft_combo.recipe.task import BundleTask
+from peft_combo.store.adapter_store import AdapterStore
 
 TEXTS = [" ".join(f"w{(11 * text + 5 * word) % 190}" for word in range(1 + text % 9)) for text in range(40)]
 QUESTIONS = Questions.leave_one_out([np.array([row, row + 1, row + 15], np.int32) for row in range(20)], ["g"] * 20)
@@ -445,9 +438,9 @@ def test_the_commands_from_a_tuned_adapter_on(
 
     import yaml
 
-    import peft_combo.cli.arithmetic  # noqa: F401  (registers the commands)
+    import peft_combo.cli.adapter_tools  # noqa: F401  (registers the commands)
     from peft_combo import __main__
-    from peft_combo.tuning import tune
+    from peft_combo.tuning.loop import tune
 
     monkeypatch.chdir(tmp_path)
     recipe = tiny_recipe(**{"data.valid_fraction": 0.4, "training.epochs": 6, "training.early_stopping": None})

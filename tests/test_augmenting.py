@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from peft_combo.augmentation_config import AugmentationConfig
-from peft_combo.data import Catalog
-from peft_combo.data.augmenting import brands_of, told, variants
-from peft_combo.data.labelled import text_key
-from peft_combo.data.lexicon import SHIPPED, read_lexicon
+from peft_combo.data.augmentation.lexicon import SHIPPED, read_lexicon
+from peft_combo.data.augmentation.variants import brands_of, told, variants
+from peft_combo.data.labels.texts import text_key
+from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError
+from peft_combo.recipe.augmentation import AugmentationConfig
 
 # So near to 1 that a change is certain for every seed used here.
 SURE = 0.999999

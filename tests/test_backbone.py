@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import build_encoder
 
-from peft_combo.architectures import (
+from peft_combo.encoder.architectures import (
     ARCHITECTURES,
     architecture_of,
     layers_of,
@@ -18,7 +18,8 @@ from peft_combo.architectures import (
     target_modules,
     upper_view,
 )
-from peft_combo.backbone import Backbone, length_sorted_chunks
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.tokens import length_sorted_chunks
 from peft_combo.errors import BackboneError
 
 BUILT = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet", "albert")

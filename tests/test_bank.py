@@ -14,8 +14,14 @@ import torch
 from conftest import build_encoder
 from safetensors.torch import save_file
 
-from peft_combo import methods
-from peft_combo.adapter_configs import (
+from peft_combo.encoder import methods
+from peft_combo.encoder.architectures import bytes_of
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads.base import HEAD_FILE
+from peft_combo.encoder.heads.completion import BundleHead
+from peft_combo.errors import StoreError
+from peft_combo.recipe.adapter import (
     AdaloraAdapter,
     AdapterConfig,
     FullTuning,
@@ -24,13 +30,10 @@ from peft_combo.adapter_configs import (
     PrefixAdapter,
     TopLayers,
 )
-from peft_combo.adapters import AdapterRecord, AdapterStore, Version
-from peft_combo.architectures import bytes_of
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank
-from peft_combo.errors import StoreError
-from peft_combo.recipe import BundleTask
-from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
+from peft_combo.recipe.task import BundleTask
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.references import Version
+from peft_combo.store.versions import AdapterRecord
 
 METHODS: dict[str, AdapterConfig] = {
     "lora": LoraAdapter(rank=4),

@@ -11,14 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from peft_combo.adapters import AdapterStore
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank
-from peft_combo.batch import Request, answer, answer_file, count_requests
-from peft_combo.data import open_dataset, split_as
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import split_as
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
 from peft_combo.errors import DataError
-from peft_combo.recipe import Recipe
-from peft_combo.recommender import BundleRecommender
+from peft_combo.recipe.model import Recipe
+from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.recommender.requests import Request, answer, answer_file, count_requests
+from peft_combo.store.adapter_store import AdapterStore
 
 
 @pytest.fixture

@@ -8,17 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from peft_combo.data.queries import Questions
+from peft_combo.encoder.heads.completion import BundleHead, completion_ranks
 from peft_combo.errors import StoreError
-from peft_combo.recipe import BundleTask
-from peft_combo.tasks.bundle import (
-    BundleBatch,
-    BundleBatches,
-    BundleHead,
-    Questions,
-    bundle_logits,
-    bundle_loss,
-    completion_ranks,
-)
+from peft_combo.recipe.task import BundleTask
+from peft_combo.tuning.tasks.bundle import BundleBatch, BundleBatches, bundle_logits, bundle_loss
 
 # Four items on the axes of the plane: 0 and 2 point right, 1 points up, 3 points left.
 VECTORS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from peft_combo.data import Bundles, Catalog, Dataset, Interactions, Split
-from peft_combo.data.pseudo import Mined
-from peft_combo.recipe import parse_recipe
-from peft_combo.task_configs import BundleTask
-from peft_combo.tasks.bundle import (
+from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
+from peft_combo.data.pseudo_bundles import Mined
+from peft_combo.data.splits import Split
+from peft_combo.recipe.parse import parse_recipe
+from peft_combo.recipe.task import BundleTask
+from peft_combo.tuning.tasks.bundle import (
     BundleBatch,
     BundleBatches,
     BundleCompletion,
@@ -123,7 +124,7 @@ def test_the_task_learns_from_what_was_bought_together() -> None:
 
 
 def test_a_run_with_all_of_it_goes_through(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
-    from peft_combo.tuning import tune
+    from peft_combo.tuning.loop import tune
 
     changes = {"task.label_smoothing": 0.1, "task.propensity_power": 0.5, "task.pseudo_bundles": {"most": 5}}
     done = tune(tiny_recipe("head", **{"training.epochs": 1, **changes}), run_folder=tmp_path / "run")

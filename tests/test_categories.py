@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from peft_combo import metrics
-from peft_combo.categories import Areas, Calibration
-from peft_combo.data import Catalog
+from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError
+from peft_combo.recommender.category_calibration import Areas, Calibration
 
 CATALOG = Catalog.build(
     [f"i{n}" for n in range(6)],

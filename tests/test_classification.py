@@ -14,17 +14,20 @@ from conftest import StopAt
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from peft_combo import AdapterStore, Backbone
-from peft_combo.bank import AdapterBank
-from peft_combo.cli import app
+from peft_combo.cli.app import app
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads.classification import ClassificationHead
+from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.errors import DataError, RecipeError, StoreError
-from peft_combo.recipe import Recipe
-from peft_combo.recipe_files import load_recipe
-from peft_combo.task_configs import ClassificationTask
-from peft_combo.tasks import head_of, task_of
-from peft_combo.tasks.bundle import BundleHead
-from peft_combo.tasks.classification import Classification, ClassificationHead
-from peft_combo.tuning import TuneResult, tune
+from peft_combo.recipe.files import load_recipe
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.task import ClassificationTask
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.loop import TuneResult, tune
+from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks.classification import Classification
 
 MakeRecipe = Callable[..., Recipe]
 

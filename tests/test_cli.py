@@ -19,9 +19,9 @@ from test_importing import foreign
 from typer.testing import CliRunner
 
 from peft_combo import __main__
-from peft_combo.adapters import KEPT_VERSIONS, AdapterStore
-from peft_combo.cli import app
-from peft_combo.data.tags import Entity
+from peft_combo.cli.app import app
+from peft_combo.data.labels.tags import Entity
+from peft_combo.store.adapter_store import KEPT_VERSIONS, AdapterStore
 
 Run = Callable[..., tuple[int, str, str]]
 

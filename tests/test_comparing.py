@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 
 from peft_combo import metrics
-from peft_combo.adapters import AdapterStore
-from peft_combo.charts import Bar, Bars, Curve, Plane, Point, draw
-from peft_combo.comparing import Failed, Variant, compare, one, over_of, variants_of
-from peft_combo.comparing.result import Result, kept
-from peft_combo.comparing.table import comparison_of, holm
+from peft_combo.callbacks import Watch
 from peft_combo.errors import PeftComboError, RecipeError
-from peft_combo.recipe import Recipe
-from peft_combo.recipe_files import check, load_recipe
-from peft_combo.recipe_writing import write_recipe
-from peft_combo.watch import Watch
+from peft_combo.evaluation.comparison import worker as one
+from peft_combo.evaluation.comparison.result import Result, kept
+from peft_combo.evaluation.comparison.runs import compare
+from peft_combo.evaluation.comparison.table import Failed, comparison_of
+from peft_combo.evaluation.comparison.variants import Variant, over_of, variants_of
+from peft_combo.metrics.charts import Bar, Bars, Curve, Plane, Point, draw
+from peft_combo.metrics.significance import holm
+from peft_combo.recipe.files import check, load_recipe, write_recipe
+from peft_combo.recipe.model import Recipe
+from peft_combo.store.adapter_store import AdapterStore
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -16,12 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from peft_combo.composing import Compatibility, Composer, Composition, Options, Weights, Wished, co_counts
-from peft_combo.constraints import ALL_SEASONS, Constraints
-from peft_combo.data import Catalog, demo_dataset
+from peft_combo.data.model import Catalog
+from peft_combo.data.readers.demo import demo_dataset
 from peft_combo.errors import DataError
-from peft_combo.scoring import CEASE, tfidf_vectors
-from peft_combo.slots import SlotTemplates
+from peft_combo.recommender.composing.composer import Composer
+from peft_combo.recommender.composing.constraints import ALL_SEASONS, Constraints
+from peft_combo.recommender.composing.evidence import Composition, co_counts
+from peft_combo.recommender.composing.options import Compatibility, Options, Weights, Wished
+from peft_combo.recommender.composing.slots import SlotTemplates
+from peft_combo.scoring.linear import CEASE
+from peft_combo.scoring.text import tfidf_vectors
 
 NAN = float("nan")
 SLOTS = ["top", "bottom", "shoes", "bag"]

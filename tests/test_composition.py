@@ -13,15 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from peft_combo.composition import Openings, _lists, _measured
-from peft_combo.data import Dataset, Split, open_dataset, split
-from peft_combo.evaluation import Report, evaluate
-from peft_combo.generating import Sizes, generate, steps_of
-from peft_combo.recipe import Recipe
-from peft_combo.slots import SlotTemplates
-from peft_combo.task_configs import BundleTask, SequenceTask
-from peft_combo.tasks.bundle import BundleHead, CompletionHead, Questions, completion_scores, target_vectors
-from peft_combo.tasks.sequence import SequenceHead
+from peft_combo.data.model import Dataset
+from peft_combo.data.queries import Questions
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import Split, split
+from peft_combo.encoder.heads.completion import BundleHead, CompletionHead, completion_scores, target_vectors
+from peft_combo.encoder.heads.sequence import SequenceHead
+from peft_combo.evaluation.completion import Report, evaluate
+from peft_combo.evaluation.composition import Openings, _lists, _measured
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.task import BundleTask, SequenceTask
+from peft_combo.recommender.composing.generation import Sizes, generate, steps_of
+from peft_combo.recommender.composing.slots import SlotTemplates
 
 NAN = float("nan")
 

@@ -26,8 +26,8 @@ from conformance_cases import (
 )
 from conftest import REPOSITORY
 
-from peft_combo.recipe import Recipe
-from peft_combo.tuning import tune
+from peft_combo.recipe.model import Recipe
+from peft_combo.tuning.loop import tune
 
 REFUSED = {
     *((method, encoder)
@@ -154,9 +154,9 @@ def test_two_processes_learn_what_one_does(tiny_recipe: Callable[..., Recipe], t
     (tmp_path / "pair.py").write_text(
         "import json, os\n"
         "from pathlib import Path\n"
-        "from peft_combo.recipe import parse_recipe\n"
+        "from peft_combo.recipe.parse import parse_recipe\n"
         "from accelerate import Accelerator\n"
-        "from peft_combo.tuning import tune\n"
+        "from peft_combo.tuning.loop import tune\n"
         "Accelerator.end_training = lambda self: None  # the pair stays a pair between the runs\n"
         "here, losses = Path(__file__).parent, {}\n"
         "for name, raw in json.loads((here / 'recipes.json').read_text()).items():\n"

@@ -20,15 +20,20 @@ import torch
 from conftest import REPOSITORY
 from safetensors.torch import load_file
 
-from peft_combo import AdapterStore, Backbone
-from peft_combo.categories import split_problem
-from peft_combo.continuing import Comparison, Gate, continuation, continue_tuning, judged
-from peft_combo.data import joined, open_dataset, split_as
+from peft_combo.callbacks import Watch
+from peft_combo.data.join import joined
+from peft_combo.data.leakage import split_problem
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import split_as
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.errors import DataError, StoreError, TuningError
-from peft_combo.recipe import Recipe, parse_recipe
-from peft_combo.tasks.base import HEAD_FILE, Gain, Row
-from peft_combo.tuning import TuneResult, tune
-from peft_combo.watch import Watch
+from peft_combo.metrics.report import Gain, Row
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.parse import parse_recipe
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.continual import Comparison, Gate, continuation, continue_tuning, judged
+from peft_combo.tuning.loop import TuneResult, tune
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -325,8 +330,8 @@ sys.path[:0] = [{str(REPOSITORY)!r}]
 warnings.simplefilter("ignore")
 from pathlib import Path
 import torch
-from peft_combo.continuing import Gate, continue_tuning
-from peft_combo.recipe import parse_recipe
+from peft_combo.tuning.continual import Gate, continue_tuning
+from peft_combo.recipe.parse import parse_recipe
 torch.set_num_threads(1)
 recipe = parse_recipe(json.loads(sys.argv[1]))
 

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from data_folders import BUNDLES, INTERACTIONS, ITEMS, WRITERS, write_folder, write_text
 
-from peft_combo.data import Catalog, Interactions, check_source, demo_dataset, describe, open_dataset
+from peft_combo.data.model import Catalog, Interactions
+from peft_combo.data.readers.demo import demo_dataset
+from peft_combo.data.sources import check_source, open_dataset
+from peft_combo.data.stats import describe
 from peft_combo.errors import DataError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from data_folders import BUNDLES, ITEMS, write_folder, write_text
 
-from peft_combo.data import check_source, open_dataset
+from peft_combo.data.sources import check_source, open_dataset
 from peft_combo.errors import DataError
-from peft_combo.recipe import DataConfig
+from peft_combo.recipe.model import DataConfig
 
 GOOD_ITEMS = "item_id,title,price\na,Shirt,10\nb,Jeans,20\nc,Shoes,30\n"
 GOOD_BUNDLES = "bundle_id,item_id\n1,a\n1,b\n2,b\n2,c\n"

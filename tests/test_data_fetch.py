@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_combo.data.fetch import LOCK, REMOTE, Remote, RemoteFile, fetch, get
+from peft_combo.data.readers.download import LOCK, REMOTE, Remote, RemoteFile, fetch, get
 from peft_combo.errors import DataError
 
 

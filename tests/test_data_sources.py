@@ -9,11 +9,11 @@ import pytest
 from conftest import shared_data
 from data_folders import write_folder, write_text
 
-from peft_combo.data import available, check_source, detect_layout, open_dataset
-from peft_combo.data.bundlerec import longest_path
-from peft_combo.data.completejourney import tidy
+from peft_combo.data.readers.bundlerec import longest_path
+from peft_combo.data.readers.completejourney import tidy
+from peft_combo.data.sources import available, check_source, detect_layout, open_dataset
 from peft_combo.errors import DataError
-from peft_combo.recipe import DataConfig
+from peft_combo.recipe.model import DataConfig
 
 
 def write_bundlerec(folder: Path, **changed: str) -> DataConfig:

@@ -9,8 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from peft_combo.data import demo_dataset, describe, open_dataset, split
-from peft_combo.recipe import DataConfig
+from peft_combo.data.readers.demo import demo_dataset
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import split
+from peft_combo.data.stats import describe
+from peft_combo.recipe.model import DataConfig
 
 # Changes only when the generator's rules or words change; say so in the changelog, for figures on the demo change too.
 DIGEST = "d8af0e3f79495e15edc5620cbb52c543e1e168c3dc8565be40f442de15871b81"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from peft_combo import doctor
-from peft_combo.doctor import Finding, examine
+from peft_combo.cli import diagnostics as doctor
+from peft_combo.cli.diagnostics import Finding, examine
 
 
 def named(findings: tuple[Finding, ...], what: str) -> Finding:

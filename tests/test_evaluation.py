@@ -14,17 +14,22 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from peft_combo.contenders import FittedEnsemble, FittedHead, Known, families
-from peft_combo.data import Dataset, Interactions, Split, open_dataset, split
+from peft_combo.data.model import Dataset, Interactions
+from peft_combo.data.queries import Questions
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import Split, split
+from peft_combo.encoder.heads.completion import BundleHead, completion_ranks, target_vectors
+from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import PeftComboError
-from peft_combo.evaluation import FUSION, Report, canary, evaluate, plot
-from peft_combo.rated import Rater
-from peft_combo.recipe import BundleTask, Recipe
-from peft_combo.scoring import Popularity
+from peft_combo.evaluation.completion import FUSION, Report, canary, evaluate, plot
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.task import BundleTask, RatingTask
+from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fitted_scorers import FittedEnsemble, FittedHead
+from peft_combo.recommender.model_selection import families
+from peft_combo.recommender.rating import Rater
 from peft_combo.scoring.base import HistoryScorer
-from peft_combo.task_configs import RatingTask
-from peft_combo.tasks.bundle import BundleHead, Questions, completion_ranks, target_vectors
-from peft_combo.tasks.rating import RatingHead
+from peft_combo.scoring.popularity import Popularity
 
 
 @pytest.fixture

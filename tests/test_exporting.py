@@ -17,15 +17,18 @@ from numpy.typing import NDArray
 from test_bank import store_adapter
 
 import peft_combo.cli.export  # noqa: F401  (registers the command)
-from peft_combo import __main__, exporting, onnx_graphs
-from peft_combo.adapter_configs import AdapterConfig, BottleneckAdapter, LoraAdapter, PrefixAdapter
-from peft_combo.adapters import AdapterStore
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank, LiveAdapter
+from peft_combo import __main__
+from peft_combo.adapters import export as exporting
+from peft_combo.adapters import onnx_graph as onnx_graphs
+from peft_combo.adapters.export import Export, ExportError, export
+from peft_combo.adapters.onnx_graph import Scheme
+from peft_combo.data.queries import Questions
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank, LiveAdapter
+from peft_combo.encoder.heads.completion import target_vectors
 from peft_combo.errors import BackboneError
-from peft_combo.exporting import Export, ExportError, export
-from peft_combo.onnx_graphs import Scheme
-from peft_combo.tasks.bundle import Questions, target_vectors
+from peft_combo.recipe.adapter import AdapterConfig, BottleneckAdapter, LoraAdapter, PrefixAdapter
+from peft_combo.store.adapter_store import AdapterStore
 
 Make = Callable[[AdapterConfig], LiveAdapter]
 TEXTS = [" ".join(f"w{(11 * text + 5 * word) % 190}" for word in range(1 + text % 12)) for text in range(80)]
@@ -275,7 +278,7 @@ def test_what_is_asked_wrongly_is_refused_with_a_remedy_and_leaves_nothing(
 def test_the_command_exports_by_the_adapters_own_recipe_and_names_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_recipe: Callable[..., Any]
 ) -> None:
-    from peft_combo.tuning import tune
+    from peft_combo.tuning.loop import tune
 
     monkeypatch.chdir(tmp_path)
     tune(tiny_recipe(**{"training.epochs": 1}))

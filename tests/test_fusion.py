@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from peft_combo import metrics
-from peft_combo.fusion import BEST_SINGLE, Evidence, Form, Fusion, comparable
 from peft_combo.machine import LIMITS
+from peft_combo.recommender.evidence import Evidence
+from peft_combo.recommender.fusion import BEST_SINGLE, Form, Fusion, comparable
 
 QUESTIONS, ITEMS = 300, 120
 FORMS = get_args(Form)

@@ -27,13 +27,15 @@ from safetensors.numpy import save_file
 from test_adapter_store import FIELDS, write
 from test_importing import foreign
 
-from peft_combo.adapters import AdapterRecord, AdapterStore, parse_reference
-from peft_combo.aliases import parse_alias
-from peft_combo.backbone import Backbone
+from peft_combo.adapters.import_peft import import_adapter
+from peft_combo.encoder.backbone import Backbone
 from peft_combo.errors import PeftComboError, StoreError
-from peft_combo.importing import import_adapter
-from peft_combo.manifest import parse_manifest
-from peft_combo.recipe_files import load_recipe, recipe_text
+from peft_combo.recipe.files import load_recipe, recipe_text
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.aliases import parse_alias
+from peft_combo.store.manifest import parse_manifest
+from peft_combo.store.references import parse_reference
+from peft_combo.store.versions import AdapterRecord
 
 _QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 _COMMON: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": _QUIET}

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from test_composing import SLOTS, THREE, outfits, shop
 from torch.nn import functional
 
-from peft_combo.composing import Composer, Options
-from peft_combo.constraints import Constraints
+from peft_combo.encoder.heads.completion import BundleHead, completion_scores, target_vectors
+from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.errors import DataError
-from peft_combo.generating import Sizes, Steps, generate, steps_of
-from peft_combo.task_configs import BundleTask, SequenceTask
-from peft_combo.tasks.bundle import BundleHead, completion_scores, target_vectors
-from peft_combo.tasks.sequence import SequenceHead
+from peft_combo.recipe.task import BundleTask, SequenceTask
+from peft_combo.recommender.composing.composer import Composer
+from peft_combo.recommender.composing.constraints import Constraints
+from peft_combo.recommender.composing.generation import Sizes, Steps, generate, steps_of
+from peft_combo.recommender.composing.options import Options
 
 
 def told(

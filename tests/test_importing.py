@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from peft_combo.adapters import AdapterRecord, AdapterStore
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank
+from peft_combo.adapters.import_peft import import_adapter
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.errors import BackboneError, PeftComboError, StoreError
-from peft_combo.importing import import_adapter
-from peft_combo.tasks.bundle import BundleHead
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.versions import AdapterRecord
 
 TEXTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11", "w12 w13"]
 SOME_LAYERS = r".*layer\.[02]\.attention\.self\.(query|value)"

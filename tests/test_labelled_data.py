@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 from data_folders import write_folder
 
-from peft_combo.composing import Composer, Options
-from peft_combo.data import Dataset, open_dataset, write_items
-from peft_combo.data.fashion_nouns import FASHION_NOUNS
-from peft_combo.data.labelled import labels_of_catalogue, read_labels, split_texts, text_key
-from peft_combo.data.tags import head_entity, noun_entities, read_tags, weak_tags, with_slots, words_of
+from peft_combo.data.augmentation.fashion_nouns import FASHION_NOUNS
+from peft_combo.data.labels.tags import head_entity, noun_entities, read_tags, weak_tags, with_slots, words_of
+from peft_combo.data.labels.texts import labels_of_catalogue, read_labels, split_texts, text_key
+from peft_combo.data.model import Dataset
+from peft_combo.data.readers.folder import write_items
+from peft_combo.data.sources import open_dataset
 from peft_combo.data.task_data import check_data, describe_data, labelled_of, tagged_of
 from peft_combo.errors import DataError
-from peft_combo.recipe import DataConfig
-from peft_combo.slots import SlotTemplates
-from peft_combo.task_configs import ClassificationTask, TaggingTask, TaskConfig
+from peft_combo.recipe.model import DataConfig
+from peft_combo.recipe.task import ClassificationTask, TaggingTask, TaskConfig
+from peft_combo.recommender.composing.composer import Composer
+from peft_combo.recommender.composing.options import Options
+from peft_combo.recommender.composing.slots import SlotTemplates
 
 
 def config(folder: Path | None = None, **changes: Any) -> DataConfig:

@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch.nn import functional
 
-from peft_combo.tasks.linear import PENALTIES, Targets, best_linear, fit_linear, linear_loss
+from peft_combo.tuning.tasks.linear import PENALTIES, Targets, best_linear, fit_linear, linear_loss
 
 rng = np.random.default_rng(0)
 FEATURES = rng.normal(size=(60, 5)).astype(np.float32)

@@ -15,28 +15,22 @@ import torch
 from conftest import build_encoder
 from torch.nn import functional
 
-from peft_combo import AdapterStore, Backbone
-from peft_combo.adapter_configs import LoraAdapter
-from peft_combo.bank import AdapterBank
+from peft_combo.callbacks import Watch
 from peft_combo.data.task_data import check_data, describe_data
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads.masked import MaskedHead
+from peft_combo.encoder.methods import attach
 from peft_combo.errors import BackboneError, DataError, RecipeError
-from peft_combo.item_encoder import ItemEncoder
-from peft_combo.methods import attach
-from peft_combo.recipe import Recipe
-from peft_combo.task_configs import MaskedTask
-from peft_combo.tasks import head_of, task_of
-from peft_combo.tasks.masked import (
-    MaskedBatch,
-    MaskedHead,
-    MaskedWords,
-    Masker,
-    Surroundings,
-    fit_head,
-    frequencies,
-    told,
-)
-from peft_combo.tuning import Interrupted, tune
-from peft_combo.watch import Watch
+from peft_combo.recipe.adapter import LoraAdapter
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.task import MaskedTask
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.item_encoder import ItemEncoder
+from peft_combo.tuning.loop import Interrupted, tune
+from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks.masked import MaskedBatch, MaskedWords, Masker, Surroundings, fit_head, frequencies, told
 
 MakeRecipe = Callable[..., Recipe]
 MASK, FIRST_WORD = 4, 5  # ids of the tiny tokenizer: [PAD] [UNK] [CLS] [SEP] [MASK] w0 w1 ...

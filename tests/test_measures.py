@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from peft_combo.data.tags import entities
-from peft_combo.tasks import measures
-from peft_combo.tasks.tagging import entity_counts
+from peft_combo.data.labels.tags import entities
+from peft_combo.metrics import classification as measures
+from peft_combo.tuning.tasks.tagging import entity_counts
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,11 @@ from conftest import REPOSITORY, build_encoder
 from torch import nn
 from transformers import AutoModel
 
-from peft_combo import methods
-from peft_combo.adapter_configs import (
+from peft_combo.encoder import methods
+from peft_combo.encoder.architectures import layers_of, lower_view, set_dropout, sharing_copy, upper_view
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.errors import BackboneError, StoreError
+from peft_combo.recipe.adapter import (
     AdaloraAdapter,
     AdapterConfig,
     BitfitTuning,
@@ -39,10 +42,7 @@ from peft_combo.adapter_configs import (
     TopLayers,
     VeraAdapter,
 )
-from peft_combo.architectures import layers_of, lower_view, set_dropout, sharing_copy, upper_view
-from peft_combo.backbone import Backbone
-from peft_combo.errors import BackboneError, StoreError
-from peft_combo.recipe_fields import shown
+from peft_combo.recipe.fields import shown
 
 PROMPTED = [name for name in METHODS if name.startswith(("prefix", "prompt", "p-tuning"))]
 WITHOUT_FILES_OF_PEFT = ["bottleneck: houlsby", "bottleneck: pfeiffer", "bottleneck: parallel", "bitfit", "head",

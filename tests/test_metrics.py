@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from peft_combo.metrics import bootstrap_interval, midranks, paired_permutation, per_query, ranking_metrics
+from peft_combo.metrics.ranking import midranks, per_query, ranking_metrics
+from peft_combo.metrics.significance import bootstrap_interval, paired_permutation
 
 NAN = float("nan")
 

@@ -16,12 +16,14 @@ from conformance_cases import METHODS
 from conftest import build_encoder
 from torch import nn
 
-from peft_combo import Backbone, methods
+from peft_combo.encoder import methods
+from peft_combo.encoder.backbone import Backbone
 from peft_combo.errors import BackboneError, TuningError
-from peft_combo.recipe import BackboneConfig, Recipe
-from peft_combo.tuning import Memory, plan, tune
-from peft_combo.tuning.plan import frozen_bytes, measured
-from peft_combo.tuning.trainee import probe
+from peft_combo.recipe.model import BackboneConfig, Recipe
+from peft_combo.tuning.loop import tune
+from peft_combo.tuning.plan import Memory, frozen_bytes, plan
+from peft_combo.tuning.probe import probe
+from peft_combo.tuning.resources import measured
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -104,7 +106,7 @@ def test_what_the_backward_pass_needs_is_counted_once_and_without_weights() -> N
     attached: Any = Attached()
     head: Any = nn.Module()
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("peft_combo.tuning.trainee.set_training", lambda *_: None)
+    monkey.setattr("peft_combo.tuning.probe.set_training", lambda *_: None)
     try:
         assert probe(model, attached, head, None, recipe)[1] == 2 * 100 * 8 * 4  # type: ignore[arg-type]
     finally:

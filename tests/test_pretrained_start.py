@@ -12,18 +12,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from peft_combo import AdapterStore, Backbone
-from peft_combo.adapters import AdapterRecord
-from peft_combo.bank import AdapterBank
-from peft_combo.cli import app
-from peft_combo.continuing import pretrained_start
+from peft_combo.cli.app import app
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads.classification import ClassificationHead
+from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.errors import TuningError
-from peft_combo.recipe import Recipe, parse_recipe
-from peft_combo.recipe_writing import write_recipe
-from peft_combo.tasks import task_of
-from peft_combo.tasks.bundle import BundleHead
-from peft_combo.tasks.classification import ClassificationHead
-from peft_combo.tuning import TuneResult, plan, tune
+from peft_combo.recipe.files import write_recipe
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.parse import parse_recipe
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.versions import AdapterRecord
+from peft_combo.tuning.continual import pretrained_start
+from peft_combo.tuning.loop import TuneResult, tune
+from peft_combo.tuning.plan import plan
+from peft_combo.tuning.tasks import task_of
 
 MakeRecipe = Callable[..., Recipe]
 

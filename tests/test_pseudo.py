@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from peft_combo.data import Bundles, Catalog, Dataset, Interactions, Split, split
-from peft_combo.data.pseudo import Mined, mine, wilson_lower
-from peft_combo.task_configs import PseudoBundles
+from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
+from peft_combo.data.pseudo_bundles import Mined, mine, wilson_lower
+from peft_combo.data.splits import Split, split
+from peft_combo.recipe.task import PseudoBundles
 
 Baskets = Sequence[Sequence[int]]
 N_ITEMS = 50

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_combo import AdapterStore, Backbone
-from peft_combo.bank import AdapterBank
-from peft_combo.recipe import Recipe
-from peft_combo.tasks.base import HEAD_FILE
-from peft_combo.tuning import tune
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads.base import HEAD_FILE
+from peft_combo.recipe.model import Recipe
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.loop import tune
 
 
 def test_only_frozen_weights_are_quantised_and_another_quantisation_is_told_once(

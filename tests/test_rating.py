@@ -15,37 +15,29 @@ from safetensors.torch import load_file
 from scipy import sparse
 from scipy.special import expit
 
-from peft_combo import AdapterStore, Backbone
-from peft_combo.bank import AdapterBank
-from peft_combo.contenders import Known
-from peft_combo.data import Interactions, open_dataset, split_as
+from peft_combo.data.events import Events, rated, split_events
+from peft_combo.data.leakage import rating_problem
+from peft_combo.data.model import Interactions
+from peft_combo.data.queries import Questions
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import split_as
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import DataError, RecipeError, StoreError
-from peft_combo.rated import FittedRating, Rater, after, rate, rating_problem
-from peft_combo.recipe import Recipe
-from peft_combo.recipe_files import load_recipe
-from peft_combo.task_configs import RatingTask
-from peft_combo.tasks import head_of, task_of
-from peft_combo.tasks.bundle import Questions
-from peft_combo.tasks.counted import Counted, CrossFitted, log_popularity
-from peft_combo.tasks.measures import calibration_error
-from peft_combo.tasks.rating import (
-    Events,
-    Negatives,
-    Rating,
-    RatingBatch,
-    RatingHead,
-    auc,
-    auc_draws,
-    by_user,
-    log_losses,
-    platt,
-    rated,
-    rating_logits,
-    rating_loss,
-    reliability,
-    split_events,
-)
-from peft_combo.tuning import TuneResult, tune
+from peft_combo.metrics.classification import calibration_error
+from peft_combo.metrics.probability import auc, auc_draws, by_user, log_losses, platt, reliability
+from peft_combo.recipe.files import load_recipe
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.task import RatingTask
+from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.rating import FittedRating, Rater, after, rate
+from peft_combo.scoring.features import Counted, CrossFitted, log_popularity
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.loop import TuneResult, tune
+from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks.rating import Negatives, Rating, RatingBatch, rating_logits, rating_loss
 
 MakeRecipe = Callable[..., Recipe]
 DAY = 86_400

@@ -17,24 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from peft_combo.adapter_configs import (
-    AdaloraAdapter,
-    AdapterConfig,
-    LoraAdapter,
-    PrefixAdapter,
-    TokensAdapter,
-)
 from peft_combo.errors import Fault, RecipeError
-from peft_combo.recipe import Recipe, key_paths, parse_recipe, recipe_schema
-from peft_combo.recipe_files import (
-    check,
-    copy_recipe,
-    list_recipes,
-    load_recipe,
-    recipe_text,
-    recipes_folder,
-    schema,
-)
+from peft_combo.recipe.adapter import AdaloraAdapter, AdapterConfig, LoraAdapter, PrefixAdapter, TokensAdapter
+from peft_combo.recipe.files import check, copy_recipe, list_recipes, load_recipe, recipe_text, recipes_folder, schema
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.parse import key_paths, parse_recipe, recipe_schema
 
 SHIPPED = sorted(file.stem for file in recipes_folder().glob("*.yaml"))
 SMALLEST: dict[str, Any] = {
@@ -536,7 +523,7 @@ def test_a_recipe_that_is_not_there_is_an_error_of_ours(name: str) -> None:
 
 def test_an_installed_package_carries_its_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_recipes").mkdir()
-    monkeypatch.setattr("peft_combo.recipe_files._PACKAGE", tmp_path)
+    monkeypatch.setattr("peft_combo.recipe.files._PACKAGE", tmp_path)
     assert recipes_folder() == tmp_path / "_recipes"
 
 
@@ -661,7 +648,7 @@ def test_the_schema_covers_every_key_of_every_shipped_recipe() -> None:
 def test_reading_a_recipe_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'transformers', 'peft', 'datasets', 'numpy', 'scipy', 'pandas', 'accelerate'}"
     code = (
-        "import sys; from peft_combo.recipe_files import load_recipe; load_recipe('lora-food'); "
+        "import sys; from peft_combo.recipe.files import load_recipe; load_recipe('lora-food'); "
         f"print(sorted({heavy} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -11,22 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_combo import recommender
-from peft_combo.adapters import AdapterStore
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank
-from peft_combo.composing import Options
-from peft_combo.constraints import Constraints
-from peft_combo.data import Bundles, Dataset, Interactions, Split, open_dataset, split
-from peft_combo.data.tags import Entity
+from peft_combo.data.labels.tags import Entity
+from peft_combo.data.model import Bundles, Dataset, Interactions
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import Split, split
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
-from peft_combo.fusion import Fusion
-from peft_combo.recipe import Recipe
-from peft_combo.recommender import BundleRecommender, Recommendation
-from peft_combo.recommender_files import fitted_recommender, load_recommender, save_recommender
-from peft_combo.tuning import tune
-from peft_combo.vectors import VectorCache
-from peft_combo.wishes import understand
+from peft_combo.recipe.model import Recipe
+from peft_combo.recommender import recommender
+from peft_combo.recommender.composing.constraints import Constraints
+from peft_combo.recommender.composing.options import Options
+from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.persistence import fitted_recommender, load_recommender, save_recommender
+from peft_combo.recommender.query import understand
+from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.recommender.results import Recommendation
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.loop import tune
 
 
 @pytest.fixture

@@ -14,19 +14,20 @@ from conftest import StopAt
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_combo import Backbone, methods
-from peft_combo.architectures import set_training
+from peft_combo.callbacks import Watch
+from peft_combo.encoder import methods
+from peft_combo.encoder.architectures import set_training
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.errors import RecipeError, TuningError
-from peft_combo.item_encoder import ItemEncoder, Push, Variants
-from peft_combo.recipe import Averaging, Recipe, TrainingConfig
-from peft_combo.tasks import task_of
-from peft_combo.tasks.base import TaskHead
-from peft_combo.tuning import tune
+from peft_combo.recipe.model import Averaging, Recipe, TrainingConfig
+from peft_combo.tuning.adversarial import Objective, passes_of
 from peft_combo.tuning.averaging import WeightAverage
-from peft_combo.tuning.objective import Objective, passes_of
-from peft_combo.tuning.optimizing import Group, groups_of
-from peft_combo.tuning.trainee import Trainee, disagreement
-from peft_combo.watch import Watch
+from peft_combo.tuning.item_encoder import ItemEncoder, Push, Variants
+from peft_combo.tuning.loop import tune
+from peft_combo.tuning.model import Trainee, disagreement
+from peft_combo.tuning.optimizer import Group, groups_of
+from peft_combo.tuning.tasks import task_of
 
 MakeRecipe = Callable[..., Recipe]
 

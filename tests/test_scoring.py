@@ -15,24 +15,13 @@ from scipy import sparse
 
 from peft_combo.errors import PeftComboError
 from peft_combo.machine import LIMITS
-from peft_combo.scoring import (
-    ALS,
-    BPR,
-    CEASE,
-    EASE,
-    CoOccurrence,
-    ItemKNN,
-    Popularity,
-    Random,
-    Scorer,
-    TextCosine,
-    Tfidf,
-    UserKNN,
-    bm25_vectors,
-    load_scorer,
-    tfidf_vectors,
-)
-from peft_combo.scoring.text import bm25
+from peft_combo.scoring import load_scorer
+from peft_combo.scoring.base import Scorer
+from peft_combo.scoring.factors import ALS, BPR
+from peft_combo.scoring.linear import CEASE, EASE
+from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
+from peft_combo.scoring.text import TextCosine, Tfidf, bm25, bm25_vectors, tfidf_vectors
 
 NAN = float("nan")
 DAY = 86_400.0

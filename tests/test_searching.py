@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_combo.comparing import Over
+from peft_combo.callbacks import Watch
 from peft_combo.errors import PeftComboError, RecipeError
-from peft_combo.rate_range import lr_range, read_range
-from peft_combo.recipe import Recipe
-from peft_combo.recipe_files import load_recipe
-from peft_combo.recipe_writing import write_recipe
-from peft_combo.searching import Span, axis_of, search
-from peft_combo.watch import Watch
+from peft_combo.evaluation.comparison.variants import Over
+from peft_combo.evaluation.lr_range import lr_range, read_range
+from peft_combo.evaluation.search import Span, axis_of, search
+from peft_combo.recipe.files import load_recipe, write_recipe
+from peft_combo.recipe.model import Recipe
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from peft_combo.data.queries import Questions
+from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads.completion import BundleHead, completion_ranks
+from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.errors import StoreError
-from peft_combo.recipe import Recipe
-from peft_combo.task_configs import BundleTask, SequenceTask
-from peft_combo.tasks import head_of, task_of
-from peft_combo.tasks.bundle import BundleHead, Questions, completion_ranks
-from peft_combo.tasks.sequence import (
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.task import BundleTask, SequenceTask
+from peft_combo.tuning.loop import tune
+from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks.sequence import (
     SequenceBatch,
     SequenceBatches,
-    SequenceHead,
     sequence_logits,
     sequence_loss,
     size_log_odds,
 )
-from peft_combo.tuning import tune
 
 DIM = 8
 

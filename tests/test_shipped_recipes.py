@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from peft_combo import AdapterStore, Backbone, load_recipe
-from peft_combo.recipe_files import recipes_folder
-from peft_combo.tasks import head_of
-from peft_combo.tasks.base import HEAD_FILE
-from peft_combo.tuning import tune
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads.base import HEAD_FILE
+from peft_combo.recipe.files import load_recipe, recipes_folder
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.loop import tune
 
 SHIPPED = sorted(file.stem for file in recipes_folder().glob("*.yaml"))
 # transformers' own attribute, which it deprecates, is read by peft when a prompt-learning model is made.

@@ -9,9 +9,10 @@ import math
 import numpy as np
 import pytest
 
-from peft_combo.data import Catalog, demo_dataset
+from peft_combo.data.model import Catalog
+from peft_combo.data.readers.demo import demo_dataset
 from peft_combo.errors import DataError
-from peft_combo.slots import OTHER, SlotTemplates
+from peft_combo.recommender.composing.slots import OTHER, SlotTemplates
 
 # One item per letter: t(op), b(ottom), s(hoes), d(ress), g (bag).
 SLOTS = {"t": "top", "b": "bottom", "s": "shoes", "d": "dress", "g": "bag"}

@@ -10,9 +10,12 @@ from conftest import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_combo.data import Bundles, Catalog, Dataset, Interactions, Split, demo_dataset, open_dataset, split
+from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
+from peft_combo.data.readers.demo import demo_dataset
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import Split, split
 from peft_combo.errors import DataError
-from peft_combo.recipe import DataConfig
+from peft_combo.recipe.model import DataConfig
 
 
 def make_dataset(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from test_adapter_store import hidden, write
 
-from peft_combo.adapters import AdapterStore
+from peft_combo.store.adapter_store import AdapterStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,7 @@ import os, random, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from contextlib import suppress
 from test_adapter_store_faults import FIELDS, TENSORS
-from peft_combo.adapters import AdapterStore
+from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.errors import StoreError
 
 assert "torch" not in sys.modules

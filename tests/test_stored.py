@@ -12,12 +12,17 @@ import pytest
 from conftest import REPOSITORY
 from safetensors.torch import load_file
 
-from peft_combo import AdapterBank, AdapterStore, Backbone, load_recommender
-from peft_combo.data import Dataset, open_dataset
-from peft_combo.recipe import Recipe, parse_recipe
-from peft_combo.tasks import head_of
-from peft_combo.tasks.base import HEAD_FILE
-from peft_combo.tuning import tune
+from peft_combo.data.model import Dataset
+from peft_combo.data.sources import open_dataset
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads.base import HEAD_FILE
+from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.parse import parse_recipe
+from peft_combo.recommender.persistence import load_recommender
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.loop import tune
 
 STORED = Path("tests/stored")
 EXPECTED: dict[str, Any] = json.loads((REPOSITORY / STORED / "expected.json").read_text())

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from peft_combo import __main__
-from peft_combo.adapters import AdapterStore
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank
-from peft_combo.data import Bundles, Catalog, Dataset
+from peft_combo.data.labels.annotation import unlabelled_texts, write_to_label
+from peft_combo.data.model import Bundles, Catalog, Dataset
 from peft_combo.data.task_data import check_data
-from peft_combo.data.unlabelled import unlabelled_texts, write_to_label
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
 from peft_combo.errors import DataError, StoreError
-from peft_combo.recipe import DataConfig, Recipe
-from peft_combo.recipe_writing import write_recipe
-from peft_combo.suggesting import entropies, margins, spread, suggest_bundles, suggest_texts
-from peft_combo.task_configs import ClassificationTask, TaggingTask
-from peft_combo.tuning import tune
+from peft_combo.recipe.files import write_recipe
+from peft_combo.recipe.model import DataConfig, Recipe
+from peft_combo.recipe.task import ClassificationTask, TaggingTask
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.active_learning import entropies, margins, spread, suggest_bundles, suggest_texts
+from peft_combo.tuning.loop import tune
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -14,17 +14,22 @@ from conftest import StopAt
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from peft_combo import AdapterStore, Backbone, methods
-from peft_combo.bank import AdapterBank
-from peft_combo.cli import app
-from peft_combo.data.tags import TaggedText, entities, words_of
+from peft_combo.cli.app import app
+from peft_combo.data.labels.tags import TaggedText, entities, words_of
+from peft_combo.encoder import methods
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead, first_pieces, tag_texts
 from peft_combo.errors import RecipeError
-from peft_combo.item_encoder import ItemEncoder, gather_shares
-from peft_combo.recipe import LoraAdapter, Recipe
-from peft_combo.recipe_files import load_recipe
-from peft_combo.tasks import task_of
-from peft_combo.tasks.tagging import AdapterTagger, Dictionary, Tagging, TaggingHead, first_pieces, tag_texts
-from peft_combo.tuning import TuneResult, tune
+from peft_combo.recipe.adapter import LoraAdapter
+from peft_combo.recipe.files import load_recipe
+from peft_combo.recipe.model import Recipe
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.gather import gather_shares
+from peft_combo.tuning.item_encoder import ItemEncoder
+from peft_combo.tuning.loop import TuneResult, tune
+from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks.tagging import Dictionary, Tagging
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -19,12 +19,15 @@ import torch
 from conftest import REPOSITORY, StopAt
 from safetensors.torch import load_file
 
-from peft_combo import AdapterStore, Backbone, PeftComboError
-from peft_combo.errors import DataError, StoreError, TuningError
-from peft_combo.recipe import Recipe
-from peft_combo.tasks.bundle import HEAD_FILE, BundleHead
-from peft_combo.tuning import Interrupted, TuneResult, learning_rate_factor, tune
-from peft_combo.watch import Watch
+from peft_combo.callbacks import Watch
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.heads.base import HEAD_FILE
+from peft_combo.encoder.heads.completion import BundleHead
+from peft_combo.errors import DataError, PeftComboError, StoreError, TuningError
+from peft_combo.recipe.model import Recipe
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.loop import Interrupted, TuneResult, tune
+from peft_combo.tuning.optimizer import learning_rate_factor
 
 ALL_METHODS = ["lora", "adalora", "prefix", "head", "top-layers", "full"]
 RESUMABLE = ["lora", "adalora", "prefix"]
@@ -73,8 +76,10 @@ def test_every_method_learns_and_is_stored(
 
 def _ndcg_again(recipe: Recipe, backbone: Backbone, attached: Any, head: BundleHead) -> float:
     from peft_combo import metrics
-    from peft_combo.data import open_dataset, split
-    from peft_combo.tasks.bundle import Questions, completion_ranks
+    from peft_combo.data.queries import Questions
+    from peft_combo.data.sources import open_dataset
+    from peft_combo.data.splits import split
+    from peft_combo.encoder.heads.completion import completion_ranks
 
     dataset = open_dataset(recipe.data)
     rows = split(dataset, "user", recipe.data.valid_fraction, recipe.data.test_fraction).valid
@@ -98,8 +103,8 @@ def test_the_fast_path_leaves_the_result_what_it_would_have_been(
 
 
 def test_a_cache_on_disk_gives_the_same_as_one_in_memory(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    from peft_combo import methods
-    from peft_combo.item_encoder import ItemEncoder
+    from peft_combo.encoder import methods
+    from peft_combo.tuning.item_encoder import ItemEncoder
 
     recipe = tiny_recipe()
     backbone = Backbone.load(recipe.backbone.model, max_length=16)
@@ -294,7 +299,7 @@ def test_early_stopping_keeps_the_best_step(tiny_recipe: MakeRecipe, tmp_path: P
 def test_the_plan_counts_every_scoring_of_an_evaluation(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft_combo.tasks import bundle
+    from peft_combo.tuning.tasks import bundle
 
     honest, calls = bundle.completion_ranks, []
 
@@ -327,7 +332,7 @@ def test_learning_rates_follow_their_schedules(tiny_recipe: MakeRecipe) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: Any) -> None:
-    from peft_combo.tasks import bundle
+    from peft_combo.tuning.tasks import bundle
 
     recipe = tiny_recipe()
     honest = bundle.bundle_loss
@@ -338,7 +343,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_recipe: MakeRecipe, tmp_pat
 
 
 def test_a_method_that_reaches_nothing_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: Any) -> None:
-    from peft_combo import methods
+    from peft_combo.encoder import methods
 
     honest = methods.attach
 
@@ -365,7 +370,7 @@ def test_a_store_that_is_a_file_is_said_before_training(tiny_recipe: MakeRecipe,
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: Any) -> None:
-    from peft_combo import checkpoint
+    from peft_combo.tuning import checkpoint
 
     honest = checkpoint.save_file
 

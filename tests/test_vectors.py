@@ -20,12 +20,14 @@ from conftest import REPOSITORY
 from numpy.typing import NDArray
 from test_bank import METHODS, in_threads, store_adapter
 
-from peft_combo import vectors as vectors_module
-from peft_combo.adapters import AdapterStore
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank
+from peft_combo.encoder import index as index_module
+from peft_combo.encoder import vectors as vectors_module
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.index import ExactIndex, FaissIndex, open_index
+from peft_combo.encoder.vectors import VectorCache, embed
 from peft_combo.errors import PeftComboError, StoreError
-from peft_combo.vectors import ExactIndex, FaissIndex, VectorCache, embed, open_index
+from peft_combo.store.adapter_store import AdapterStore
 
 TEXTS = [f"w{number} w{number + 7} w{190 - number}" for number in range(40)]
 
@@ -359,10 +361,10 @@ def test_one_writer_finds_what_another_damaged_meanwhile(bank: AdapterBank, cach
 _PROGRAM = """
 import sys, time, numpy as np, warnings
 warnings.simplefilter("error")
-from peft_combo.adapters import AdapterStore
-from peft_combo.backbone import Backbone
-from peft_combo.bank import AdapterBank
-from peft_combo.vectors import VectorCache, embed
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.vectors import VectorCache, embed
 model, store, folder, texts, process, processes, delay = sys.argv[1:]
 bank = AdapterBank(Backbone.load(model, max_length=16), AdapterStore(store))
 time.sleep(float(delay))
@@ -462,8 +464,8 @@ def clustered(n_rows: int, dim: int, seed: int = 0) -> NDArray[np.float32]:
 @pytest.mark.parametrize("k", [1, 3, 10, 50, 1000])
 @pytest.mark.parametrize("n_rows", [1, 9, 10, 11, 64, 200])
 def test_exact_search_is_a_full_sort(n_rows: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors_module, "_ROWS", 10)
-    monkeypatch.setattr(vectors_module, "_QUERIES", 4)
+    monkeypatch.setattr(index_module, "_ROWS", 10)
+    monkeypatch.setattr(index_module, "_QUERIES", 4)
     vectors, queries = whole_numbers(n_rows, 3, 0), whole_numbers(9, 3, 1)
     dice = np.random.default_rng(2)
     excluded = [dice.integers(0, n_rows, dice.integers(0, n_rows + 1)).tolist() for _ in queries]
@@ -572,7 +574,7 @@ def test_small_sets_are_searched_too(kind: Any, n_rows: int, capfd: pytest.Captu
 def test_faiss_comes_in_by_size_and_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = clustered(400, 8)
     assert isinstance(open_index(vectors), ExactIndex)
-    monkeypatch.setattr(vectors_module, "EXACT_ROWS", 100)
+    monkeypatch.setattr(index_module, "EXACT_ROWS", 100)
     monkeypatch.setitem(sys.modules, "faiss", None)
     for kind in ("hnsw", "ivfpq"):
         with pytest.raises(PeftComboError, match=r"pip install \"peft-combo\[faiss\]\""):
@@ -581,11 +583,11 @@ def test_faiss_comes_in_by_size_and_only_where_it_is_installed(monkeypatch: pyte
         assert isinstance(open_index(vectors), ExactIndex)
     monkeypatch.undo()
     pytest.importorskip("faiss", reason="the extra faiss is not installed")
-    monkeypatch.setattr(vectors_module, "EXACT_ROWS", 100)
+    monkeypatch.setattr(index_module, "EXACT_ROWS", 100)
     index = open_index(vectors)
     assert isinstance(index, FaissIndex)
     assert index.kind == "hnsw"
-    monkeypatch.setattr(vectors_module, "HNSW_ROWS", 200)
+    monkeypatch.setattr(index_module, "HNSW_ROWS", 200)
     index = open_index(vectors)
     assert isinstance(index, FaissIndex)
     assert index.kind == "ivfpq"

@@ -7,11 +7,12 @@ import pytest
 from numpy.typing import NDArray
 from test_composing import SLOTS, outfits, shop
 
-from peft_combo.composing import Composer, Options, Weights
-from peft_combo.constraints import Constraints
-from peft_combo.contenders import Fitted
-from peft_combo.tasks.bundle import Questions
-from peft_combo.weighing import fit_weights
+from peft_combo.data.queries import Questions
+from peft_combo.recommender.composing.composer import Composer
+from peft_combo.recommender.composing.constraints import Constraints
+from peft_combo.recommender.composing.fit_weights import fit_weights
+from peft_combo.recommender.composing.options import Options, Weights
+from peft_combo.recommender.fitted_scorers import Fitted
 
 EACH = 20
 PAIRS = [("top", "bottom"), ("shoes", "bag")]

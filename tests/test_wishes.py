@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from peft_combo.data.tags import noun_entities
-from peft_combo.wishes import same_thing, understand
+from peft_combo.data.labels.tags import noun_entities
+from peft_combo.recommender.query import same_thing, understand
 
 
 @pytest.mark.parametrize(

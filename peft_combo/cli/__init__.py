@@ -17,9 +17,9 @@ from peft_combo.cli import rate
 from peft_combo.cli import recipes
 from peft_combo.cli import adapters
 from peft_combo.cli import export
-from peft_combo.cli import arithmetic
+from peft_combo.cli import adapter_tools
 from peft_combo.cli import data
-from peft_combo.cli import suggest
+from peft_combo.cli import label
 from peft_combo.cli import doctor
 from peft_combo.cli.app import app
 

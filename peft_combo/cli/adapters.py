@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, adapters_app
-from peft_combo.cli.shown import metric, print_faults, print_json, print_table
+from peft_combo.cli.output import metric, print_faults, print_json, print_table
 from peft_combo.errors import StoreError
 
 
 @adapters_app.command("list")
 def adapters_list(store: StoreOption = Path("adapters"), as_json: JsonOption = False) -> None:
     """List the stored adapters."""
-    from peft_combo.adapters import AdapterStore
+    from peft_combo.store.adapter_store import AdapterStore
 
     opened = AdapterStore(store)
     records = opened.list()
@@ -54,7 +54,7 @@ def adapters_show(
     as_json: JsonOption = False,
 ) -> None:
     """Show an adapter's model card, or its manifest with --json."""
-    from peft_combo.adapters import AdapterStore
+    from peft_combo.store.adapter_store import AdapterStore
 
     record = AdapterStore(store).open(adapter)
     if as_json:
@@ -71,7 +71,7 @@ def adapters_verify(
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Check every file of the store against its manifest."""
-    from peft_combo.adapters import AdapterStore
+    from peft_combo.store.adapter_store import AdapterStore
 
     opened = AdapterStore(store)
     if adapter is None and not store.is_dir():
@@ -94,9 +94,9 @@ def adapters_import(
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Check a PEFT adapter from elsewhere and store it. PEFT opens what is stored: there is no export."""
-    from peft_combo.adapters import AdapterStore
-    from peft_combo.backbone import Backbone
-    from peft_combo.importing import import_adapter
+    from peft_combo.adapters.import_peft import import_adapter
+    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.store.adapter_store import AdapterStore
 
     encoder = Backbone.load(backbone, pooling=pooling, max_length=max_length)
     record = import_adapter(folder, category, encoder, AdapterStore(store))
@@ -113,7 +113,7 @@ def adapters_alias(
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Let an alias point to a version; fashion@prod then stands for it everywhere."""
-    from peft_combo.adapters import AdapterStore
+    from peft_combo.store.adapter_store import AdapterStore
 
     alias = AdapterStore(store).alias(adapter, name)
     print(f"{alias.reference} -> v{alias.version}")
@@ -126,7 +126,8 @@ def adapters_aliases(
     as_json: JsonOption = False,
 ) -> None:
     """List where aliases point, and where one pointed before."""
-    from peft_combo.adapters import AdapterStore, parse_reference
+    from peft_combo.store.adapter_store import AdapterStore
+    from peft_combo.store.references import parse_reference
 
     wanted = None if of is None else parse_reference(of)
     if wanted is not None and wanted.version is not None:
@@ -165,7 +166,7 @@ def adapters_rollback(
     alias: Annotated[str, typer.Argument(help="fashion@prod.")], store: StoreOption = Path("adapters")
 ) -> None:
     """Let an alias point to what it pointed to before."""
-    from peft_combo.adapters import AdapterStore
+    from peft_combo.store.adapter_store import AdapterStore
 
     moved = AdapterStore(store).rollback(alias)
     print(f"{moved.reference} -> v{moved.version}, back from v{moved.moves[-2].version}")
@@ -176,7 +177,7 @@ def adapters_unalias(
     alias: Annotated[str, typer.Argument(help="fashion@prod.")], store: StoreOption = Path("adapters")
 ) -> None:
     """Remove an alias; the version it points to stays."""
-    from peft_combo.adapters import AdapterStore
+    from peft_combo.store.adapter_store import AdapterStore
 
     gone = AdapterStore(store).unalias(alias)
     print(f"removed {gone.reference}, which pointed to v{gone.version}")
@@ -189,7 +190,7 @@ def adapters_remove(
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Remove a version, or with --all a whole category."""
-    from peft_combo.adapters import AdapterStore
+    from peft_combo.store.adapter_store import AdapterStore
 
     for reference in AdapterStore(store).remove(adapter, all=everything):
         print(f"removed {reference}")
@@ -210,7 +211,7 @@ def adapters_gc(
     """Remove old versions and what dead writers left; never what an alias points to or would roll back to."""
     from datetime import timedelta
 
-    from peft_combo.adapters import KEPT_VERSIONS, AdapterStore
+    from peft_combo.store.adapter_store import KEPT_VERSIONS, AdapterStore
 
     if older_than is not None and not 0 <= older_than <= 100_000:
         raise StoreError(f"--older-than: expected a number of days from 0 to 100000, found {older_than}.")

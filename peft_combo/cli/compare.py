@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app
-from peft_combo.cli.shown import console_watch, metric_name, print_json, print_table
+from peft_combo.cli.output import console_watch, metric_name, print_json, print_table
 from peft_combo.errors import PeftComboError
 
 if TYPE_CHECKING:
-    from peft_combo.comparing import Comparison
-    from peft_combo.searching import Search
+    from peft_combo.evaluation.comparison.table import Comparison
+    from peft_combo.evaluation.search import Search
+
 
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a chart: .html, or .png with [plot].")]
 ToOption = Annotated[Path | None, typer.Option("--to", help="Write the best one as a recipe: winner.yaml.")]
@@ -42,8 +43,8 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Tune methods, values or recipes on the same data and budget, and say which differences are more than luck."""
-    from peft_combo.charts import check_ending, draw
-    from peft_combo.recipe_writing import free_destination, write_recipe
+    from peft_combo.metrics.charts import check_ending, draw
+    from peft_combo.recipe.files import free_destination, write_recipe
 
     numbers = _seeds(seeds)
     if plot is not None:
@@ -51,8 +52,10 @@ def compare(
     if to is not None:
         free_destination(to)
     with console_watch() as watch:
-        from peft_combo.comparing import Stopped, chart, over_of, variants_of
-        from peft_combo.comparing import compare as run
+        from peft_combo.evaluation.comparison.runs import Stopped
+        from peft_combo.evaluation.comparison.runs import compare as run
+        from peft_combo.evaluation.comparison.table import chart
+        from peft_combo.evaluation.comparison.variants import over_of, variants_of
 
         variants = variants_of(
             recipe, methods=methods or (), over=[over_of(one) for one in over or ()], others=others or (),
@@ -98,14 +101,14 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Search for the best values of some keys with Optuna, cutting off trials that fall behind."""
-    from peft_combo.recipe_writing import free_destination, write_recipe
+    from peft_combo.recipe.files import free_destination, write_recipe
 
     if to is not None:
         free_destination(to)
     with console_watch() as watch:
-        from peft_combo.searching import axis_of
-        from peft_combo.searching import search as run
-        from peft_combo.tuning import Interrupted
+        from peft_combo.evaluation.search import axis_of
+        from peft_combo.evaluation.search import search as run
+        from peft_combo.tuning.loop import Interrupted
 
         try:
             found = run(
@@ -141,8 +144,8 @@ def lr_range(
     as_json: JsonOption = False,
 ) -> None:
     """Raise the learning rate step by step until the loss runs away, and suggest one; stores nothing."""
-    from peft_combo.charts import check_ending, draw
-    from peft_combo.recipe_files import load_recipe
+    from peft_combo.metrics.charts import check_ending, draw
+    from peft_combo.recipe.files import load_recipe
 
     if low >= high:
         raise PeftComboError(f"--from and --to: expected a rate that grows, found {low:g} to {high:g}.")
@@ -152,7 +155,7 @@ def lr_range(
     with console_watch() as watch:
         from dataclasses import asdict
 
-        from peft_combo.rate_range import lr_range as run
+        from peft_combo.evaluation.lr_range import lr_range as run
 
         found = run(loaded, low=low, high=high, steps=steps, watch=watch)
     if plot is not None:
@@ -181,7 +184,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _print_comparison(found: Comparison) -> None:
-    from peft_combo.comparing.table import PROTOCOL
+    from peft_combo.evaluation.comparison.table import PROTOCOL
 
     seeds = ", ".join(map(str, found.seeds))
     print(f"{found.asked}; seed{'s' if len(found.seeds) > 1 else ''} {seeds}")

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, SetOption, data_app
-from peft_combo.cli.shown import figure, print_faults, print_json, print_table
+from peft_combo.cli.output import figure, print_faults, print_json, print_table
 
 if TYPE_CHECKING:
-    from peft_combo.recipe import DataConfig
-    from peft_combo.task_configs import TaskConfig
+    from peft_combo.recipe.model import DataConfig
+    from peft_combo.recipe.task import TaskConfig
+
 
 TaskOption = Annotated[
     str | None,
@@ -23,7 +24,7 @@ TaskOption = Annotated[
 @data_app.command("list")
 def data_list(as_json: JsonOption = False) -> None:
     """List the data sources and what it takes to use each."""
-    from peft_combo.data import available
+    from peft_combo.data.sources import available
 
     found = available()
     if as_json:
@@ -63,7 +64,7 @@ def data_stats(
 
 def _asked(recipe: str | None, data: Path | None, overrides: list[str] | None) -> tuple[DataConfig, TaskConfig | None]:
     """Return the data of a recipe and its task; of no recipe the demo or --data, whatever task it is for."""
-    from peft_combo.recipe_files import load_recipe
+    from peft_combo.recipe.files import load_recipe
 
     loaded = load_recipe(recipe or "lora-fashion", tuple(overrides or ()), data).ready()
     return loaded.data, None if recipe is None else loaded.task
@@ -75,6 +76,6 @@ def data_get(
     folder: Annotated[Path, typer.Option("--to", help="Where downloads are kept.")] = Path("data"),
 ) -> None:
     """Download a public data set (checksum, cache) and print its folder."""
-    from peft_combo.data import get
+    from peft_combo.data.readers.download import get
 
     print(get(name, folder))

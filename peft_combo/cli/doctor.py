@@ -8,13 +8,13 @@ from pathlib import Path
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
-from peft_combo.cli.shown import console_watch, print_json, print_table
+from peft_combo.cli.output import console_watch, print_json, print_table
 
 
 @app.command()
 def doctor(store: StoreOption = Path("adapters"), as_json: JsonOption = False) -> None:
     """Look at versions, back-ends, GPUs, disk and the store; works offline and sends nothing anywhere."""
-    from peft_combo.doctor import examine
+    from peft_combo.cli.diagnostics import examine
 
     with console_watch() as watch:
         findings = examine(store, lambda what: watch.note(f"looking at {what}"))

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
-from peft_combo.cli.shown import console_watch, print_json, print_table
+from peft_combo.cli.output import console_watch, print_json, print_table
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from peft_combo.composition import CompositionReport
-    from peft_combo.evaluation import Report
+    from peft_combo.evaluation.completion import Report
+    from peft_combo.evaluation.composition import CompositionReport
 
 
 @app.command()
@@ -36,21 +36,22 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure completion of the test bundles, every baseline beside it: fitted on train, chosen on validation."""
-    from peft_combo.recipe_files import load_recipe
+    from peft_combo.recipe.files import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     with console_watch() as watch:
-        from peft_combo.adapters import AdapterStore
-        from peft_combo.backbone import Backbone
-        from peft_combo.bank import AdapterBank
-        from peft_combo.categories import Areas, split_problem
-        from peft_combo.data import open_dataset, split_as
-        from peft_combo.evaluation import evaluate as run
-        from peft_combo.evaluation import plot
-        from peft_combo.rated import rating_problem
-        from peft_combo.tasks.bundle import CompletionHead
-        from peft_combo.tasks.rating import RatingHead
-        from peft_combo.vectors import VectorCache
+        from peft_combo.data.leakage import rating_problem, split_problem
+        from peft_combo.data.sources import open_dataset
+        from peft_combo.data.splits import split_as
+        from peft_combo.encoder.backbone import Backbone
+        from peft_combo.encoder.bank import AdapterBank
+        from peft_combo.encoder.heads.completion import CompletionHead
+        from peft_combo.encoder.heads.rating import RatingHead
+        from peft_combo.encoder.vectors import VectorCache
+        from peft_combo.evaluation.completion import evaluate as run
+        from peft_combo.evaluation.completion import plot
+        from peft_combo.recommender.category_calibration import Areas
+        from peft_combo.store.adapter_store import AdapterStore
 
         config = loaded.data
         dataset = open_dataset(config)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, SetOption, StoreOption, adapters_app
-from peft_combo.cli.shown import console_watch, print_json, print_table
+from peft_combo.cli.output import console_watch, print_json, print_table
 from peft_combo.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from peft_combo.exporting import Export
-    from peft_combo.manifest import Manifest
-    from peft_combo.recipe import Recipe
+    from peft_combo.adapters.export import Export
+    from peft_combo.recipe.model import Recipe
+    from peft_combo.store.manifest import Manifest
 
 
 @adapters_app.command("export")
@@ -44,18 +44,19 @@ def adapters_export(
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a merged encoder or an ONNX graph, and measure what of it was kept."""
-    from peft_combo.adapters import AdapterStore
+    from peft_combo.store.adapter_store import AdapterStore
 
     opened = AdapterStore(store)
     record = opened.open(adapter)
     manifest = record.manifest
     loaded = recipe_for(manifest, recipe, tuple(overrides or ()), data)
     with console_watch() as watch:
-        from peft_combo.backbone import Backbone
-        from peft_combo.bank import AdapterBank
-        from peft_combo.data import open_dataset, split_as
-        from peft_combo.exporting import export as run
-        from peft_combo.tasks.bundle import Questions
+        from peft_combo.adapters.export import export as run
+        from peft_combo.data.queries import Questions
+        from peft_combo.data.sources import open_dataset
+        from peft_combo.data.splits import split_as
+        from peft_combo.encoder.backbone import Backbone
+        from peft_combo.encoder.bank import AdapterBank
 
         questions = None
         if texts is not None:
@@ -79,8 +80,8 @@ def adapters_export(
 
 
 def recipe_for(manifest: Manifest, name: str | None, overrides: tuple[str, ...], data: Path | None) -> Recipe:
-    from peft_combo.recipe import parse_recipe
-    from peft_combo.recipe_files import load_recipe
+    from peft_combo.recipe.files import load_recipe
+    from peft_combo.recipe.parse import parse_recipe
 
     if name is not None:
         return load_recipe(name, overrides, data)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, StoreOption, app
-from peft_combo.cli.shown import console_watch, print_json, print_table
+from peft_combo.cli.output import console_watch, print_json, print_table
 
 
 @app.command()
@@ -32,15 +32,15 @@ def rate(
 ) -> None:
     """Tell how likely a customer is to take items, by what they took before, with a rating adapter."""
     with console_watch() as watch:
-        from peft_combo.adapters import AdapterStore
-        from peft_combo.backbone import Backbone
-        from peft_combo.bank import AdapterBank
-        from peft_combo.data import open_dataset
-        from peft_combo.rated import Rater
-        from peft_combo.rated import rate as told_by
-        from peft_combo.recipe import parse_recipe
-        from peft_combo.tasks.rating import RatingHead
-        from peft_combo.vectors import VectorCache
+        from peft_combo.data.sources import open_dataset
+        from peft_combo.encoder.backbone import Backbone
+        from peft_combo.encoder.bank import AdapterBank
+        from peft_combo.encoder.heads.rating import RatingHead
+        from peft_combo.encoder.vectors import VectorCache
+        from peft_combo.recipe.parse import parse_recipe
+        from peft_combo.recommender.rating import Rater
+        from peft_combo.recommender.rating import rate as told_by
+        from peft_combo.store.adapter_store import AdapterStore
 
         opened = AdapterStore(store)
         recipe = parse_recipe(opened.open(adapter).manifest.recipe, f"The recipe of {adapter} cannot be read:")

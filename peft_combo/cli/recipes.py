@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, SetOption, recipes_app
-from peft_combo.cli.shown import print_faults, print_json, print_table
+from peft_combo.cli.output import print_faults, print_json, print_table
 
 
 @recipes_app.command("list")
 def recipes_list(as_json: JsonOption = False) -> None:
     """List the shipped recipes."""
-    from peft_combo.recipe_files import list_recipes
+    from peft_combo.recipe.files import list_recipes
 
     found = list_recipes()
     if as_json:
@@ -32,7 +32,7 @@ def recipes_show(
     overrides: SetOption = None,
 ) -> None:
     """Print a recipe as it is written, or complete."""
-    from peft_combo.recipe_files import load_recipe, recipe_text
+    from peft_combo.recipe.files import load_recipe, recipe_text
 
     if resolved or overrides:
         print_json(load_recipe(name, tuple(overrides or ())).model_dump(mode="json"))
@@ -47,7 +47,7 @@ def recipes_copy(
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> None:
     """Copy a recipe, to make it your own."""
-    from peft_combo.recipe_files import copy_recipe
+    from peft_combo.recipe.files import copy_recipe
 
     print(copy_recipe(name, destination, force=force))
 
@@ -58,7 +58,7 @@ def recipes_check(
     overrides: SetOption = None,
 ) -> None:
     """Say everything that is wrong with a recipe."""
-    from peft_combo.recipe_files import check
+    from peft_combo.recipe.files import check
 
     print_faults(f"{name}: ", check(name, tuple(overrides or ())), fine=f"{name} is a valid recipe.")
 
@@ -66,6 +66,6 @@ def recipes_check(
 @recipes_app.command("schema")
 def recipes_schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from peft_combo.recipe_files import schema
+    from peft_combo.recipe.files import schema
 
     print_json(schema())

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
-from peft_combo.cli.shown import ConsoleWatch, console_watch, print_json, print_table, words
+from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table, words
 from peft_combo.cli.tag import adapter_tagger
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
-    from peft_combo.recipe import Recipe
-    from peft_combo.recommender import BundleRecommender, Recommendation, Suggestion
-    from peft_combo.wishes import Wish
+    from peft_combo.recipe.model import Recipe
+    from peft_combo.recommender.query import Wish
+    from peft_combo.recommender.recommender import BundleRecommender
+    from peft_combo.recommender.results import Recommendation, Suggestion
 
 
 @app.command()
@@ -62,7 +63,7 @@ def recommend(
     as_json: JsonOption = False,
 ) -> None:
     """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
-    from peft_combo.recipe_files import load_recipe
+    from peft_combo.recipe.files import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     if (source is None) != (target is None):
@@ -79,8 +80,8 @@ def recommend(
         references = [] if frozen else adapters or [loaded.category]
         names = None if tagger is None else adapter_tagger(tagger, store)
         fitted = _recommender(loaded, references, store, cache, fitted_folder, watch)
-        from peft_combo.batch import Request, answer, answer_file, count_requests
-        from peft_combo.wishes import understand
+        from peft_combo.recommender.query import understand
+        from peft_combo.recommender.requests import Request, answer, answer_file, count_requests
 
         if source is not None and target is not None:
             watch.stage("Answering", count_requests(source))
@@ -125,12 +126,13 @@ def _listed(text: str | None) -> list[str] | None:
 def _recommender(
     recipe: Recipe, adapters: Sequence[str], store: Path, cache: Path, folder: Path, watch: ConsoleWatch
 ) -> BundleRecommender:
-    from peft_combo.adapters import AdapterStore
-    from peft_combo.backbone import Backbone
-    from peft_combo.bank import AdapterBank
-    from peft_combo.data import open_dataset, split_as
-    from peft_combo.recommender_files import fitted_recommender
-    from peft_combo.vectors import VectorCache
+    from peft_combo.data.sources import open_dataset
+    from peft_combo.data.splits import split_as
+    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.encoder.bank import AdapterBank
+    from peft_combo.encoder.vectors import VectorCache
+    from peft_combo.recommender.persistence import fitted_recommender
+    from peft_combo.store.adapter_store import AdapterStore
 
     opened = AdapterStore(store)
     for reference in adapters:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
-from peft_combo.cli.shown import figure, print_json, print_table
+from peft_combo.cli.output import figure, print_json, print_table
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
-    from peft_combo.bank import AdapterBank, LiveAdapter
-    from peft_combo.data.tags import Entity, Tagger
+    from peft_combo.data.labels.tags import Entity, Tagger
+    from peft_combo.encoder.bank import AdapterBank, LiveAdapter
+
 
 TextsArgument = Annotated[list[str], typer.Argument(help="One text or more, each in quotes.", show_default=False)]
 _COLOURS = ("bold cyan", "bold magenta", "bold green", "bold yellow", "bold blue", "bold red")
@@ -38,7 +39,7 @@ def tag(
     as_json: JsonOption = False,
 ) -> None:
     """Find the entities of texts and mark them; or give the items of a catalogue their slots by their titles."""
-    from peft_combo.data.tags import noun_entities
+    from peft_combo.data.labels.tags import noun_entities
 
     if bool(texts) == (data is not None) or (data is None) != (target is None):
         raise DataError("Expected texts to tag, or --data FOLDER with --to items.csv for a whole catalogue.")
@@ -62,7 +63,7 @@ def tag(
 
 def adapter_tagger(reference: str, store: Path) -> Tagger:
     """Load a tagging adapter over the encoder that its own recipe names."""
-    from peft_combo.tasks.tagging import AdapterTagger, TaggingHead
+    from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead
 
     bank, live = _loaded(reference, store)
     return AdapterTagger(bank.backbone, live.attached, live.head_as(TaggingHead))
@@ -71,9 +72,10 @@ def adapter_tagger(reference: str, store: Path) -> Tagger:
 def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) -> None:
     from collections import Counter
 
-    from peft_combo.data import open_dataset, write_items
-    from peft_combo.data.tags import with_slots
-    from peft_combo.recipe import DataConfig
+    from peft_combo.data.labels.tags import with_slots
+    from peft_combo.data.readers.folder import write_items
+    from peft_combo.data.sources import open_dataset
+    from peft_combo.recipe.model import DataConfig
 
     if target.suffix != ".csv":
         raise DataError(
@@ -109,7 +111,7 @@ def classify(
     as_json: JsonOption = False,
 ) -> None:
     """Tell the class of texts with a classification adapter, and how likely it is."""
-    from peft_combo.tasks.classification import ClassificationHead
+    from peft_combo.encoder.heads.classification import ClassificationHead
 
     bank, live = _loaded(adapter, store)
     head = live.head_as(ClassificationHead)
@@ -137,10 +139,10 @@ def classify(
 
 def _loaded(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
     """Load an adapter over the encoder that its own recipe names."""
-    from peft_combo.adapters import AdapterStore
-    from peft_combo.backbone import Backbone
-    from peft_combo.bank import AdapterBank
-    from peft_combo.recipe import parse_recipe
+    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.encoder.bank import AdapterBank
+    from peft_combo.recipe.parse import parse_recipe
+    from peft_combo.store.adapter_store import AdapterStore
 
     adapters = AdapterStore(store)
     recipe = parse_recipe(adapters.open(reference).manifest.recipe, f"The recipe of {reference} cannot be read:")

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
-from peft_combo.cli.shown import console_watch, metric_name, print_json, print_table, rank
+from peft_combo.cli.output import console_watch, metric_name, print_json, print_table, rank
 
 if TYPE_CHECKING:
-    from peft_combo.continuing import Continuation, Continued, Pretrained
-    from peft_combo.recipe import Recipe
-    from peft_combo.tasks.base import Row
-    from peft_combo.tuning import Plan, TuneResult
+    from peft_combo.metrics.report import Row
+    from peft_combo.recipe.model import Recipe
+    from peft_combo.tuning.continual import Continuation, Continued, Pretrained
+    from peft_combo.tuning.loop import TuneResult
+    from peft_combo.tuning.plan import Plan
 
 
 @app.command()
@@ -77,7 +78,7 @@ def tune(
     stored, compared with the one it came from on new and old questions, and --promote moves an alias to it only if it
     is better; else the alias stays, and the last line says why.
     """
-    from peft_combo.recipe_files import load_recipe
+    from peft_combo.recipe.files import load_recipe
 
     asked = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
     gate = {name: value for name, value in asked.items() if value is not None}
@@ -102,8 +103,8 @@ def tune(
             fits = _dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
             raise typer.Exit(0 if fits else 3)
         watch.note(f"Loading {loaded.backbone.model} ...")
-        from peft_combo.tuning import Interrupted
-        from peft_combo.tuning import tune as run
+        from peft_combo.tuning.loop import Interrupted
+        from peft_combo.tuning.loop import tune as run
 
         try:
             pretrained = _pretrained(loaded, start, options, promote)
@@ -115,7 +116,7 @@ def tune(
                     start=pretrained.start,
                 )  # fmt: skip
             else:
-                from peft_combo.continuing import Gate, continue_tuning
+                from peft_combo.tuning.continual import Gate, continue_tuning
 
                 continued = continue_tuning(
                     loaded, start, **options, promote=promote, gate=Gate(**gate), resume=resume, run_folder=run_folder,
@@ -154,8 +155,8 @@ def _pretrained(
     """Return the start of a task from a pretrained adapter; None where --from names none, or an adapter of the task."""
     if start is None:
         return None
-    from peft_combo.continuing import pretrained_start
     from peft_combo.errors import PeftComboError
+    from peft_combo.tuning.continual import pretrained_start
 
     found = pretrained_start(recipe, start)
     if found is not None and (options["new_data"] is not None or promote is not None):
@@ -171,12 +172,12 @@ def _dry_run(
     max_minutes: float | None, as_json: bool,
 ) -> bool:  # fmt: skip
     """Print the plan; return whether the run would fit."""
-    from peft_combo.tuning import plan
+    from peft_combo.tuning.plan import plan
 
     task = None
     run: Pretrained | Continuation | None = _pretrained(recipe, start, options)
     if start is not None and run is None:
-        from peft_combo.continuing import continuation
+        from peft_combo.tuning.continual import continuation
 
         run = continuation(recipe, start, **options)
     if run is not None:
@@ -195,7 +196,7 @@ def _dry_run(
 
 
 def _print_plan(plan: Plan) -> None:
-    from peft_combo.tuning import duration
+    from peft_combo.tuning.resources import duration
 
     memory, disk = plan.memory, plan.disk
     encoder = plan.frozen_parameters
@@ -265,15 +266,15 @@ def embed(
     """Encode a catalogue once; under `accelerate launch` each process takes a share."""
     import os
 
-    from peft_combo.recipe_files import load_recipe
+    from peft_combo.recipe.files import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     with console_watch() as watch:
-        from peft_combo.adapters import AdapterStore
-        from peft_combo.backbone import Backbone
-        from peft_combo.bank import AdapterBank
-        from peft_combo.data import open_dataset
-        from peft_combo.vectors import embed as run
+        from peft_combo.data.sources import open_dataset
+        from peft_combo.encoder.backbone import Backbone
+        from peft_combo.encoder.bank import AdapterBank
+        from peft_combo.encoder.vectors import embed as run
+        from peft_combo.store.adapter_store import AdapterStore
 
         texts = open_dataset(loaded.data).catalog.texts(loaded.data.text)
         backbone = Backbone.of(loaded.backbone)
@@ -289,7 +290,7 @@ def embed(
 
 
 def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
-    from peft_combo.tuning import duration
+    from peft_combo.tuning.resources import duration
 
     plan, table = result.plan, result.table
     print(f"{recipe.category} by {recipe.adapter.method}: {table.asked}")

@@ -1,11 +1,13 @@
 """Items, interactions and bundles: read from where they lie, checked, described and divided without leaks."""
 
+from __future__ import annotations
+
 from peft_combo.data.assemble import Needs
-from peft_combo.data.demo import demo_dataset
-from peft_combo.data.fetch import get
-from peft_combo.data.folder import write_items
-from peft_combo.data.joining import joined
+from peft_combo.data.join import joined
 from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset, Interactions
+from peft_combo.data.readers.demo import demo_dataset
+from peft_combo.data.readers.download import get
+from peft_combo.data.readers.folder import write_items
 from peft_combo.data.sources import Source, available, check_source, detect_layout, open_dataset
 from peft_combo.data.splits import Split, split, split_as
 from peft_combo.data.stats import describe

@@ -17,7 +17,8 @@ from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset,
 from peft_combo.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
-    from peft_combo.recipe import DataConfig
+    from peft_combo.recipe.model import DataConfig
+
 
 Needs = Literal["items", "interactions", "bundles"]
 """What must be there beside the items. What is there is read whoever asks, so that one source is one dataset."""

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, assert_never
 
-from peft_combo.data import bundlerec, completejourney
 from peft_combo.data.assemble import Found, Needs, assemble
-from peft_combo.data.demo import demo_dataset
-from peft_combo.data.fetch import REMOTE
-from peft_combo.data.folder import TABLES, read_folder
 from peft_combo.data.model import Dataset
-from peft_combo.data.tables import SUFFIXES
+from peft_combo.data.readers import bundlerec, completejourney
+from peft_combo.data.readers.demo import demo_dataset
+from peft_combo.data.readers.download import REMOTE
+from peft_combo.data.readers.folder import TABLES, read_folder
+from peft_combo.data.readers.tables import SUFFIXES
 from peft_combo.errors import DataError, Fault, nearest
 
 if TYPE_CHECKING:
-    from peft_combo.recipe import DataConfig
+    from peft_combo.recipe.model import DataConfig
+
 
 Layout = Literal["folder", "bundlerec"]
 

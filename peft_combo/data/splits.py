@@ -17,7 +17,8 @@ from peft_combo.data.model import Dataset
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
-    from peft_combo.recipe import DataConfig
+    from peft_combo.recipe.model import DataConfig
+
 
 SplitBy = Literal["user", "bundle", "time", "cold-item"]
 

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, assert_never
 import numpy as np
 
 from peft_combo.data.assemble import Needs
-from peft_combo.data.folder import TABLES
-from peft_combo.data.labelled import LabelledTexts, TextSplit, labels_of_catalogue, read_labels, split_texts
+from peft_combo.data.labels.tags import TAG_SUFFIXES, TaggedTexts, entities, read_tags, weak_tags
+from peft_combo.data.labels.texts import LabelledTexts, TextSplit, labels_of_catalogue, read_labels, split_texts
+from peft_combo.data.labels.unlabelled import PlainTexts
 from peft_combo.data.model import Dataset
-from peft_combo.data.plain import PlainTexts
+from peft_combo.data.readers.folder import TABLES
+from peft_combo.data.readers.tables import SUFFIXES
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.data.stats import describe, quantiles
-from peft_combo.data.tables import SUFFIXES
-from peft_combo.data.tags import TAG_SUFFIXES, TaggedTexts, entities, read_tags, weak_tags
 from peft_combo.errors import DataError, Fault
-from peft_combo.task_configs import (
+from peft_combo.recipe.task import (
     BundleTask,
     ClassificationTask,
     MaskedTask,
@@ -34,7 +34,7 @@ from peft_combo.task_configs import (
 )
 
 if TYPE_CHECKING:
-    from peft_combo.recipe import DataConfig
+    from peft_combo.recipe.model import DataConfig
 
 
 def needs_of(task: TaskConfig) -> Needs:

@@ -3,6 +3,8 @@
 Counting, neighbours, linear models, text and factors under one protocol, `Scorer`. NumPy and SciPy only.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.scoring.base import ItemFeatures, Scorer, State
-from peft_combo.scoring.counting import CoOccurrence, Popularity, Random
 from peft_combo.scoring.factors import ALS, BPR
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, Tfidf, bm25_vectors, tfidf_vectors
 
 __all__ = [

@@ -1,9 +1,16 @@
-"""Tuning: one run of a recipe (`loop`), what it would need (`plan`), what learns (`trainee`), its state (`progress`),
-what it leaves (`storing`)."""
+"""Tuning: adapters trained by one loop for six tasks, planned, resumed, continued and stored.
 
+The only importer of accelerate. Knows nothing of the recommender.
+"""
+
+from __future__ import annotations
+
+from peft_combo.tuning.continual import continue_tuning
 from peft_combo.tuning.loop import Diverged, Interrupted, TuneResult, tune
-from peft_combo.tuning.optimizing import Schedule, learning_rate_factor
-from peft_combo.tuning.plan import Disk, Memory, Plan, duration, peak_mib, plan
+from peft_combo.tuning.optimizer import Schedule, learning_rate_factor
+from peft_combo.tuning.plan import Disk, Memory, Plan, plan
+from peft_combo.tuning.resources import duration, peak_mib
+from peft_combo.tuning.tasks import task_of
 
 __all__ = [
     "Disk",
@@ -13,9 +20,11 @@ __all__ = [
     "Plan",
     "Schedule",
     "TuneResult",
+    "continue_tuning",
     "duration",
     "learning_rate_factor",
     "peak_mib",
     "plan",
+    "task_of",
     "tune",
 ]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from peft_combo.recipe import Averaging
+from peft_combo.recipe.model import Averaging
 
 
 class WeightAverage:

@@ -27,37 +27,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from peft_combo import methods
-from peft_combo.adapters import AdapterRecord, AdapterStore
-from peft_combo.architectures import bytes_of, set_dropout, set_training
-from peft_combo.backbone import Backbone
-from peft_combo.data.augmenting import Rewrite
+from peft_combo.callbacks import Watch
+from peft_combo.data.augmentation.variants import Rewrite
+from peft_combo.encoder import methods
+from peft_combo.encoder.architectures import bytes_of, set_dropout, set_training
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import TuningError
-from peft_combo.item_encoder import ItemEncoder
-from peft_combo.methods import AttachedAdapter
-from peft_combo.recipe import Recipe
-from peft_combo.tasks import task_of
-from peft_combo.tasks.base import AnyTask, Evaluation, Table
+from peft_combo.metrics.report import Table
+from peft_combo.recipe.model import Recipe
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.versions import AdapterRecord
+from peft_combo.tuning.adversarial import Objective, passes_of
+from peft_combo.tuning.augmentation import wordings_of
 from peft_combo.tuning.averaging import WeightAverage
-from peft_combo.tuning.objective import Objective, passes_of
-from peft_combo.tuning.optimizing import Schedule, groups_of, learning_rate_factor, optimizer_of
-from peft_combo.tuning.plan import (
-    Plan,
-    assembled,
-    autocast_of,
-    evaluation_interval,
-    evaluations_of,
-    heaviest_batch,
-    measured,
-    peak_mib,
-    resident_mib,
-)
-from peft_combo.tuning.progress import Progress, RunLog, flat, forget_checkpoints
-from peft_combo.tuning.starting import load_start
-from peft_combo.tuning.storing import store_adapter
-from peft_combo.tuning.trainee import Trainee, learning, mixed, probe
-from peft_combo.tuning.wordings import wordings_of
-from peft_combo.watch import Watch
+from peft_combo.tuning.item_encoder import ItemEncoder
+from peft_combo.tuning.model import Trainee, learning, mixed
+from peft_combo.tuning.optimizer import Schedule, groups_of, learning_rate_factor, optimizer_of
+from peft_combo.tuning.plan import Plan, assembled, autocast_of, evaluation_interval, evaluations_of, heaviest_batch
+from peft_combo.tuning.probe import probe
+from peft_combo.tuning.resources import measured, peak_mib, resident_mib
+from peft_combo.tuning.run_state import Progress, RunLog, flat, forget_checkpoints
+from peft_combo.tuning.save import store_adapter
+from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks.base import AnyTask, Evaluation
+from peft_combo.tuning.warm_start import load_start
 
 
 @dataclass(frozen=True)

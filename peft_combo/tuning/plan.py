@@ -11,17 +11,11 @@ anyway and measures on it instead.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-import os
 import shutil
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,19 +24,23 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from peft_combo import methods
-from peft_combo.adapter_configs import AdapterConfig, LoraAdapter, TopLayers
-from peft_combo.architectures import layers_of, set_dropout
-from peft_combo.backbone import Backbone, Quantization
-from peft_combo.item_encoder import ItemEncoder
+from peft_combo.encoder import methods
+from peft_combo.encoder.architectures import layers_of, set_dropout
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.heads.base import TaskHead
+from peft_combo.encoder.loading import Quantization
+from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.machine import available_memory
-from peft_combo.methods import AttachedAdapter
-from peft_combo.recipe import Recipe, TrainingConfig
-from peft_combo.tasks import task_of
-from peft_combo.tasks.base import AnyTask, Batch, Encode, TaskHead
-from peft_combo.tuning.objective import passes_of
-from peft_combo.tuning.trainee import Trainee, probe
-from peft_combo.tuning.wordings import wordings_of
+from peft_combo.recipe.adapter import AdapterConfig, LoraAdapter, TopLayers
+from peft_combo.recipe.model import Recipe, TrainingConfig
+from peft_combo.tuning.adversarial import passes_of
+from peft_combo.tuning.augmentation import wordings_of
+from peft_combo.tuning.item_encoder import ItemEncoder
+from peft_combo.tuning.model import Trainee
+from peft_combo.tuning.probe import probe
+from peft_combo.tuning.resources import duration, give_back, measured, resident_mib
+from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks.base import AnyTask, Batch, Encode
 
 _FLOAT = 4  # bytes
 # Batches looked at for the heaviest: memory has to hold it, whenever it comes.
@@ -454,66 +452,3 @@ def frozen_bytes(model: nn.Module, quantization: Quantization) -> int:
 def autocast_of(device: str, precision: str) -> AbstractContextManager[object]:
     """Return the context in which a run of this precision computes; float16 needs a scaler to learn in, so not here."""
     return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def measured(work: Callable[[], object]) -> tuple[float, float]:
-    """Do `work`; return its seconds and the MiB that this process grew by meanwhile."""
-    before = highest = resident_mib()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.002):
-            highest = max(highest, resident_mib())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    clock = time.perf_counter()
-    try:
-        work()
-    finally:
-        seconds = time.perf_counter() - clock
-        done.set()
-        watcher.join()
-    return seconds, max(highest, resident_mib()) - before
-
-
-def give_back() -> None:
-    """Hand the memory that was freed back to the system, where the C library can, so that what is measured is new."""
-    gc.collect()
-    with suppress(OSError, AttributeError):  # glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident_mib() -> float:
-    """Return the MiB of memory this process has now; where the system does not say, the most it had."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except (OSError, ValueError, IndexError):
-        return _peak_of_process()
-
-
-def peak_mib() -> float:
-    """Return the peak memory so far in MiB: of the GPU where there is one, else of this process."""
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _peak_of_process()
-
-
-def _peak_of_process() -> float:
-    with suppress(OSError, ValueError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
-        # Not ru_maxrss where it can be had: that counts what the parent had when it started this process.
-        return int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) / 2**10
-    if sys.platform == "win32":
-        return 0.0
-    import resource  # absent on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def duration(seconds: float) -> str:
-    """Return seconds the way people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,325 @@
+"""`adapters diff`, `merge`, `convert`, `transfer`: what can be computed from stored adapters without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, StoreOption, adapters_app
+from peft_combo.cli.export import lines_of, recipe_for
+from peft_combo.cli.output import console_watch, print_json, print_table, words
+from peft_combo.errors import PeftComboError, RecipeError
+
+if TYPE_CHECKING:
+    from peft_combo.adapters.convert import Conversion
+    from peft_combo.adapters.diff import Change, Difference
+    from peft_combo.adapters.merge import Merge
+    from peft_combo.adapters.transfer import Transfer
+    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.metrics.report import Gain, Row
+    from peft_combo.recipe.model import Recipe
+    from peft_combo.store.manifest import Manifest
+
+
+AdapterArgument = Annotated[str, typer.Argument(help="fashion (its latest version), fashion@v2 or fashion@prod.")]
+OptionalRecipe = Annotated[str | None, typer.Option("--recipe", "-r", help="Backbone and data to measure on.")]
+TextsOption = Annotated[Path | None, typer.Option("--texts", help="Compare on this file's lines, one text a line.")]
+
+
+@adapters_app.command("diff")
+def adapters_diff(
+    a: AdapterArgument,
+    b: AdapterArgument,
+    recipe: OptionalRecipe = None,
+    texts: TextsOption = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two adapters: what each changes in the weights and, with --recipe or --texts, in the answers."""
+    from peft_combo.store.adapter_store import AdapterStore
+
+    opened = AdapterStore(store)
+    records = [opened.open(reference) for reference in (a, b)]
+    loaded = _named(recipe, overrides, data)
+    with console_watch() as watch:
+        from peft_combo.adapters.diff import diff
+        from peft_combo.adapters.validation import Exam
+        from peft_combo.encoder.bank import AdapterBank
+
+        exam = None if loaded is None or texts is not None else Exam.of(loaded)
+        compared = exam.texts if exam is not None else None if texts is None else lines_of(texts)
+        backbone = _backbone([record.manifest for record in records], loaded)
+        bank = AdapterBank(backbone, opened)
+        found = diff(
+            bank.get(records[0].reference), bank.get(records[1].reference), backbone,
+            texts=compared, questions=None if exam is None else exam.questions, watch=watch,
+        )  # fmt: skip
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_difference(found)
+
+
+@adapters_app.command("merge")
+def adapters_merge(
+    adapters: Annotated[list[str], typer.Argument(help="Two or more: fashion home@v2 ...")],
+    into: Annotated[str, typer.Option("--into", help="Category to store it under.")],
+    method: Annotated[
+        Literal["average", "svd", "ties", "dare"],
+        typer.Option("--method", help="average: the mean, whole; svd: the mean at --rank; ties, dare: less conflict."),
+    ] = "average",
+    weights: Annotated[str | None, typer.Option("--weights", help="One an adapter, as in 2,1; default all alike.")] = (
+        None
+    ),
+    density: Annotated[
+        float | None, typer.Option("--density", help="Share of values kept; default 0.2 for ties, 0.5 for dare.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="Most that an update may have; default that of the widest adapter.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of what dare drops.")] = 0,
+    recipe: OptionalRecipe = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Make one LoRA of several adapters; with --recipe it is measured beside them and the frozen encoder."""
+    from peft_combo.store.adapter_store import AdapterStore
+
+    opened = AdapterStore(store)
+    records = [opened.open(reference) for reference in adapters]
+    shares = _numbers(weights)
+    loaded = _named(recipe, overrides, data)
+    with console_watch() as watch:
+        from peft_combo.adapters.merge import merge
+        from peft_combo.adapters.validation import Exam
+        from peft_combo.encoder.bank import AdapterBank
+
+        exam = None if loaded is None else Exam.of(loaded)
+        backbone = _backbone([record.manifest for record in records], loaded)
+        bank = AdapterBank(backbone, opened)
+        done = merge(
+            [bank.get(record.reference) for record in records], backbone, opened, into,
+            method=method, weights=shares, density=density, rank=rank, seed=seed, exam=exam, watch=watch,
+        )  # fmt: skip
+    if as_json:
+        print_json(done.to_json())
+    else:
+        _print_merge(done)
+
+
+@adapters_app.command("convert")
+def adapters_convert(
+    adapter: AdapterArgument,
+    rank: Annotated[int | None, typer.Option("--rank", help="Refuse an update that needs a higher rank.")] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option("--max-error", help="Share of an update's norm that may be left out; default 1e-5, exact."),
+    ] = None,
+    texts: TextsOption = None,
+    recipe: OptionalRecipe = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Store an adapter of another method as plain LoRA, its next version, where that is the same thing."""
+    from peft_combo.store.adapter_store import AdapterStore
+
+    opened = AdapterStore(store)
+    record = opened.open(adapter)
+    loaded = _named(recipe, overrides, data)
+    with console_watch() as watch:
+        from peft_combo.adapters.convert import MAX_ERROR, convert
+        from peft_combo.data.sources import open_dataset
+        from peft_combo.encoder.bank import AdapterBank
+
+        if texts is not None:
+            compared = lines_of(texts)
+        else:
+            source = (loaded or recipe_for(record.manifest, None, (), None)).ready().data
+            compared = open_dataset(source).catalog.texts(source.text)
+        backbone = _backbone([record.manifest], loaded)
+        done = convert(
+            AdapterBank(backbone, opened).get(record.reference), backbone, opened,
+            texts=compared, rank=rank, max_error=MAX_ERROR if max_error is None else max_error, watch=watch,
+        )  # fmt: skip
+    if as_json:
+        print_json(done.to_json())
+    else:
+        _print_conversion(done)
+
+
+@adapters_app.command("transfer")
+def adapters_transfer(
+    recipe: RecipeOption,
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="Adapters to try; default the newest of every category.")
+    ] = None,
+    data: DataOption = None,
+    overrides: SetOption = None,
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Find the best stored adapter to start a new category from, on the recipe's validation questions."""
+    from peft_combo.recipe.files import load_recipe
+
+    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    with console_watch() as watch:
+        from peft_combo.adapters.transfer import transfer
+        from peft_combo.adapters.validation import Exam
+        from peft_combo.encoder.backbone import Backbone
+        from peft_combo.store.adapter_store import AdapterStore
+
+        found = transfer(Exam.of(loaded), Backbone.of(loaded.backbone), AdapterStore(store), adapters or None, watch)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_transfer(found, recipe)
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def _named(name: str | None, overrides: list[str] | None, data: Path | None) -> Recipe | None:
+    from peft_combo.recipe.files import load_recipe
+
+    if name is not None:
+        return load_recipe(name, tuple(overrides or ()), data)
+    if data is not None or overrides:
+        raise RecipeError("--data and --set go with --recipe; without it nothing is measured on data of yours.")
+    return None
+
+
+def _backbone(manifests: Sequence[Manifest], recipe: Recipe | None) -> Backbone:
+    """Load the encoder the adapters were tuned on, in full precision: arithmetic on weights needs all their bits."""
+    from peft_combo.encoder.backbone import Backbone
+
+    stamp = manifests[0].backbone
+    own = recipe or next((recipe_for(manifest, None, (), None) for manifest in manifests if manifest.recipe), None)
+    model = stamp.model if own is None else own.backbone.model
+    pooling: Literal["mean", "cls"] = "cls" if stamp.pooling == "cls" else "mean"
+    return Backbone.load(model, pooling=pooling, max_length=stamp.max_length)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(word) for word in words(text) or ()]
+    except ValueError as error:
+        raise PeftComboError(f'--weights: expected numbers with commas between them, as in 2,1; found "{text}".') from (
+            error
+        )
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def _print_difference(found: Difference) -> None:
+    for title, changes in (("by layer", found.layers), ("by weight", found.modules), ("head", found.head)):
+        if changes:
+            print_table(
+                (title, found.a, found.b, "cosine", "subspace", "of"), list(map(_change, changes)), numbers=True
+            )
+            print()
+    if found.layers:
+        print(
+            "Changes are Frobenius norms relative to the frozen weight, in the head to the identity. Subspace: how far "
+            "the inputs that the strongest directions of both read are the same, from 0 to 1."
+        )
+    print(f"The heads multiply cosines by {found.scales[0]:.1f} and {found.scales[1]:.1f}.")
+    answers = found.predictions
+    if answers is not None:
+        print(
+            f"{answers.texts:,} texts: mean cosine between the two vectors {answers.cosine:.4f}; of the ten nearest "
+            f"neighbours {answers.neighbours:.1%} are the same ({answers.queries:,} texts asked)."
+        )
+        if answers.questions is not None and answers.ndcg is not None:
+            print(
+                f"Of {answers.questions:,} validation questions the first answer changes in {answers.first_churn:.1%}, "
+                f"the set of ten in {answers.list_churn:.1%}; NDCG@10 {answers.ndcg[0]:.4f} and {answers.ndcg[1]:.4f}."
+            )
+    else:
+        print("Answers were not compared: name a recipe with --recipe, or texts with --texts.")
+    for note in found.notes:
+        print(f"Note: {note}")
+
+
+def _change(change: Change) -> tuple[str, ...]:
+    overlap = () if change.overlap is None else (f"{change.overlap:.2f}", str(change.directions))
+    cosine = "" if change.cosine is None else f"{change.cosine:+.3f}"
+    return (change.name, f"{change.a:.4f}", f"{change.b:.4f}", cosine, *(overlap or ("", "")))
+
+
+def _print_merge(done: Merge) -> None:
+    if done.rows:
+        _print_rows(done.rows)
+    if done.gain is not None:
+        print(f"Over the frozen encoder: {_gain(done.gain)}. The test bundles were not looked at.")
+    told = ", ".join(f"{name} ({weight:.2f})" for name, weight in done.parents)
+    ranks = sorted(done.ranks.values())
+    wide = (
+        f"ranks {ranks[0]} to {ranks[-1]}, {done.truncation:.1e} of the change's norm left out" if ranks else "a head"
+    )
+    measured = "" if done.rows else "; not measured"
+    print(f"Stored {done.record.reference} in {done.record.path}: {told} by {done.method}; {wide}{measured}.")
+    for note in done.notes:
+        print(f"Note: {note}")
+
+
+def _print_conversion(done: Conversion) -> None:
+    ranks = sorted(done.ranks.values())
+    print(
+        f"Stored {done.record.reference} in {done.record.path}: {done.source} as plain LoRA, {len(ranks)} updates of "
+        f"ranks {ranks[0]} to {ranks[-1]}, at most {done.error:.1e} of an update's norm left out."
+    )
+    print(
+        f"Largest difference in a component of a vector: {done.difference:.1e} over {done.texts:,} texts; "
+        f"{done.bytes_before / 2**20:.2f} MiB before, {done.bytes_after / 2**20:.2f} MiB now."
+    )
+    if done.bytes_after > done.bytes_merged:
+        print(
+            f"Note: the weights it changes have {done.bytes_merged / 2**20:.2f} MiB, so merged it would be smaller: "
+            "peft-combo adapters export."
+        )
+
+
+def _print_transfer(found: Transfer, recipe: str) -> None:
+    rows = [("frozen backbone", "identity", *_figures(found.frozen), "", "", f"{found.frozen_alignment:.3f}", "")]
+    rows += [
+        (
+            start.adapter, start.head, *_figures(start.row), f"{start.gain.value:+.4f}", f"{start.gain.p:.4f}",
+            f"{start.alignment:.3f}", start.caveat,
+        )
+        for start in found.starts
+    ]  # fmt: skip
+    header = ("", "head", "R@10", "NDCG@10", "95 % interval", "over frozen", "p", "alignment", "caveat")
+    print_table(header, rows, numbers=True)
+    print(found.protocol)
+    for note in found.notes:
+        print(f"Note: {note}")
+    if found.advised is None:
+        print("No adapter that can be relied on here is surely better than the frozen one: start without --from.")
+    else:
+        print(f"Start from it with: peft-combo tune --recipe {recipe} --from {found.advised}")
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    print_table(
+        ("", "R@10", "NDCG@10", "95 % interval"), [(row.name, *_figures(row)) for row in rows], numbers=True
+    )  # fmt: skip
+
+
+def _figures(row: Row) -> tuple[str, str, str]:
+    low, high = row.interval
+    return f"{row.values['r@10']:.3f}", f"{row.values['ndcg@10']:.3f}", f"{low:.3f} to {high:.3f}"
+
+
+def _gain(gain: Gain) -> str:
+    low, high = gain.interval
+    return f"NDCG@10 {gain.value:+.4f} [{low:+.4f}, {high:+.4f}], paired by group, p = {gain.p:.4f}"

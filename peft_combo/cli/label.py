@@ -1,0 +1,120 @@
+"""`data suggest`: what is most worth labelling, and a file to label it in."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from peft_combo.cli.app import DataOption, JsonOption, SetOption, StoreOption, data_app
+from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table
+from peft_combo.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.encoder.bank import LiveAdapter
+    from peft_combo.recipe.model import Recipe
+    from peft_combo.tuning.active_learning import Suggestion
+
+
+@data_app.command("suggest")
+def data_suggest(
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Recipe of the data and the task to label for.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="What is unsure: a stored adapter of that task.")],
+    data: DataOption = None,
+    what: Annotated[
+        Literal["bundles", "titles"] | None, typer.Option("--what", help="What to label; the adapter's task says it.")
+    ] = None,
+    count: Annotated[int, typer.Option("-n", min=1, max=100_000, help="How many.")] = 20,
+    target: Annotated[
+        Path | None, typer.Option("--to", help="File to label them in: .csv or .jsonl (tags: .jsonl).")
+    ] = None,
+    overrides: SetOption = None,
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Suggest what is most worth labelling: where an adapter is least sure, and nothing twice."""
+    from peft_combo.data.labels.annotation import write_to_label
+    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.encoder.bank import AdapterBank
+    from peft_combo.recipe.files import load_recipe
+    from peft_combo.store.adapter_store import AdapterStore
+
+    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    opened = AdapterStore(store)
+    kind = str(opened.open(adapter).manifest.task.get("kind"))
+    if kind != loaded.task.kind:
+        raise RecipeError(
+            f'Adapter {adapter} was tuned for {kind}, recipe "{loaded.name}" is for {loaded.task.kind}; expected one '
+            "task. Give the recipe that the adapter was tuned with."
+        )
+    fitting = {"bundle": "bundles", "classification": "titles", "tagging": "titles"}.get(kind)
+    if fitting is None or what not in (None, fitting):
+        remedy = f"Leave --what out, or set it to {fitting}." if fitting else "Use a bundle, class or tag adapter."
+        raise DataError(f"An adapter for {kind} cannot say which {what or 'texts'} to label. {remedy}")
+    bank = AdapterBank(Backbone.of(loaded.backbone), opened)
+    with console_watch() as watch:
+        choose = _bundles if fitting == "bundles" else _titles
+        found = choose(loaded, bank.backbone, bank.get(adapter), count, watch)
+    rows = [row for one in found for row in one.rows]
+    if target is not None:
+        write_to_label(target, rows)
+    if as_json:
+        print_json([asdict(one) for one in found])
+        return
+    guessed = fitting == "titles"
+    print_table(
+        ("", "unsure", *(("text", "guess") if guessed else ("items",))),
+        [
+            (place, f"{one.uncertainty:.2f}", one.shown, *((one.guess,) if guessed else ()))
+            for place, one in enumerate(found, start=1)
+        ],
+    )
+    if target is not None:
+        print(f"{len(found):,} to label in {target}. {_HOW[kind]}")
+
+
+_HOW = {
+    "classification": "Fill in the column label, then: peft-combo data check.",
+    "tagging": "Put the spans right, then: peft-combo data check.",
+    "bundle": "Take out what does not go together, add the rest to your bundles, then: peft-combo data check.",
+}
+
+
+def _titles(recipe: Recipe, backbone: Backbone, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[Suggestion]:
+    from peft_combo.data.labels.annotation import unlabelled_texts
+    from peft_combo.recipe.task import ClassificationTask, TaggingTask
+    from peft_combo.tuning.active_learning import suggest_texts
+
+    assert isinstance(recipe.task, ClassificationTask | TaggingTask)
+    pool = unlabelled_texts(recipe.data, recipe.task)
+    watch.note(f"{pool.name}: {len(pool.texts):,} texts wait for a label, {pool.labelled:,} have one")
+    watch.stage("Reading", len(pool.texts))
+    return suggest_texts(backbone, live, pool.texts, count, recipe.seed, watch.advance)
+
+
+def _bundles(
+    recipe: Recipe, backbone: Backbone, live: LiveAdapter, count: int, watch: ConsoleWatch
+) -> list[Suggestion]:
+    from peft_combo.data.pseudo_bundles import Mined, mine
+    from peft_combo.data.sources import open_dataset
+    from peft_combo.data.splits import split_as
+    from peft_combo.recipe.task import BundleTask, PseudoBundles
+    from peft_combo.tuning.active_learning import suggest_bundles
+
+    assert isinstance(recipe.task, BundleTask)
+    dataset = open_dataset(recipe.data, "items")
+    mined: Mined | None = None
+    if dataset.interactions is not None:
+        try:
+            parts = split_as(dataset, recipe.data)
+        except DataError:  # without enough bundles to divide, the adapter's own pairs are what there is
+            watch.note("too few bundles to divide: what was bought together is not looked at")
+        else:
+            mined = mine(dataset, parts, recipe.task.pseudo_bundles or PseudoBundles())
+            watch.note(mined.notes[0])
+    watch.stage("Encoding", len(dataset.catalog))
+    sets = () if mined is None else mined.items
+    return suggest_bundles(backbone, live, dataset, recipe.data.text, sets, count, recipe.seed, watch.advance)

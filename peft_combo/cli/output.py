@@ -1,0 +1,134 @@
+"""What commands print: tables, JSON, faults on stdout; progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from peft_combo.callbacks import Watch
+from peft_combo.errors import Fault, PeftComboError
+
+if TYPE_CHECKING:
+    pass
+
+
+class ConsoleWatch(Watch):
+    """Shows a run on stderr: notes, one plan line, a bar with loss and validation metric."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.main = rank() == 0
+        self._console = Console(stderr=True, quiet=not self.main, soft_wrap=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[told]}"), console=self._console, transient=True,
+            disable=not (self.main and self._console.is_terminal),
+        )  # fmt: skip
+        self._task: Any = None
+        self._metric = ""
+        self._told = {"loss": "", "valid": ""}
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def stage(self, name: str, total: int) -> None:
+        if self._task is None:
+            self._bar.start()
+        else:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=total, told="")
+
+    def advance(self, units: int) -> None:
+        self._bar.advance(self._task, units)
+
+    def planned(self, summary: str, metric: str) -> None:
+        self._metric = metric
+        self.note(f"Plan: {summary}")
+
+    def stepped(self, step: int, loss: float) -> None:
+        self._told["loss"] = f"loss {loss:.3f}"
+        self._bar.update(self._task, advance=1, told="  ".join(filter(None, self._told.values())))
+
+    def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
+        self._told["valid"] = f"valid {metric_name(self._metric)} {values[self._metric]:.4f}"
+        self.note(f"step {step}: {self._told['loss']}, {self._told['valid']}{' *' if best else ''}")
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+@contextmanager
+def console_watch() -> Iterator[ConsoleWatch]:
+    watch = ConsoleWatch()
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+def rank() -> int:
+    import os
+
+    return int(os.environ.get("RANK", "0"))
+
+
+def metric(metrics: Mapping[str, Any], when: str, name: str) -> str:
+    values = metrics.get(when)
+    value = values.get(name) if isinstance(values, Mapping) else None
+    value = value.get("value") if isinstance(value, Mapping) else value
+    return f"{value:.3f}" if isinstance(value, int | float) else "?"
+
+
+def metric_name(name: str) -> str:
+    """Write a metric as people do: NDCG@10, macro F1."""
+    return name.upper() if "@" in name or name == "mrr" else name.replace("_", " ").replace("f1", "F1")
+
+
+def figure(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {figure(inner)}" for key, inner in value.items())
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, list | tuple):
+        return "; ".join(map(figure, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool = False) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, name in enumerate(header):
+        table.add_column(name, justify="right" if numbers and place else "left", overflow="fold", no_wrap=numbers)
+    for row in rows:
+        table.add_row(*(str(cell).replace("[", r"\[") for cell in row))
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a pipe has no width; do not fold what a program will read
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    return str(value)
+
+
+def print_faults(prefix: str, faults: Sequence[Fault], fine: str) -> None:
+    if not faults:
+        print(fine)
+        return
+    raise PeftComboError.from_faults(f"{prefix}{len(faults)} fault{'s' if len(faults) > 1 else ''}:", faults)
+
+
+def words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())

@@ -1,0 +1,208 @@
+"""Texts with labels, of a table or made of a catalogue, and how they are divided without a text on both sides.
+
+Owns what a labels table must look like and what becomes of texts that occur twice. Knows nothing of tasks or encoders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_combo.data.model import CATEGORY_SEPARATOR, Dataset
+from peft_combo.data.readers.tables import SUFFIXES, read_table
+from peft_combo.errors import DataError, Fault, did_you_mean
+
+if TYPE_CHECKING:
+    from peft_combo.recipe.model import DataConfig
+
+
+SEVERAL = "|"
+"""Between the labels of one text."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledTexts:
+    """Distinct texts, each with at least one label.
+
+    Attributes:
+        labels: of each text; one where a text has one class.
+        digest: sha256 over texts and labels.
+        notes: what was dropped or merged while reading.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    labels: tuple[tuple[str, ...], ...]
+    digest: str
+    notes: tuple[str, ...]
+
+    @classmethod
+    def build(
+        cls, name: str, texts: Iterable[str], labels: Iterable[tuple[str, ...]], multi_label: bool, notes: Iterable[str]
+    ) -> LabelledTexts:
+        """Take equal texts (but for case and spaces) for one, under all its labels or under the most frequent.
+
+        Raises:
+            DataError: no text has a label.
+        """
+        told = list(notes)
+        first: dict[str, str] = {}
+        seen: dict[str, Counter[str]] = {}
+        count = unlabelled = 0
+        for text, own in zip(texts, labels, strict=True):
+            key = text_key(text)
+            if not own or not key:
+                unlabelled += 1
+                continue
+            count += 1
+            first.setdefault(key, text)
+            seen.setdefault(key, Counter()).update(own)
+        if not first:
+            raise DataError(f"None of the {unlabelled:,} texts of {name} has a label.")
+        if unlabelled:
+            told.append(f"{unlabelled:,} texts without a label were left out")
+        if count > len(first):
+            told.append(f"{count:,} texts are {len(first):,} distinct ones")
+        undecided = sum(len(votes) > 1 for votes in seen.values())
+        if undecided and not multi_label:
+            told.append(f"{undecided:,} texts occur under several labels; the most frequent one stands")
+        kept = [
+            tuple(sorted(votes)) if multi_label else (min(votes, key=lambda label: (-votes[label], label)),)
+            for votes in seen.values()
+        ]
+        digest = hashlib.sha256(b"peft-combo labelled texts 1\n")
+        digest.update(json.dumps([list(first.values()), kept]).encode())
+        return cls(name, tuple(first.values()), tuple(kept), digest.hexdigest(), tuple(told))
+
+
+def text_key(text: str) -> str:
+    """Return what two texts share that may not stand on both sides of a split."""
+    return " ".join(text.casefold().split())
+
+
+@dataclass(frozen=True, eq=False)
+class TextSplit:
+    """Places of texts per part, ascending, and the sha256 over the texts of each part."""
+
+    train: NDArray[np.int64]
+    valid: NDArray[np.int64]
+    test: NDArray[np.int64]
+    digest: str
+
+
+def split_texts(texts: Sequence[str], config: DataConfig) -> TextSplit:
+    """Divide distinct texts by a hash of the seed and each text: adding texts never moves those that were there.
+
+    Raises:
+        DataError: a part would be empty.
+    """
+    valid, test = config.valid_fraction, config.test_fraction
+    parts: dict[str, list[int]] = {"train": [], "valid": [], "test": []}
+    for place, text in enumerate(texts):
+        hashed = hashlib.sha256(f"{config.split_seed}:{text_key(text)}".encode("utf-8", "surrogatepass")).digest()
+        position = int.from_bytes(hashed[:8], "big") / 2**64
+        parts["test" if position < test else "valid" if position < test + valid else "train"].append(place)
+    if short := [name for name, places in parts.items() if not places]:
+        raise DataError(
+            f"{len(texts):,} distinct texts are too few to divide: none is left for {' and '.join(short)}. Give more, "
+            "or larger data.valid_fraction and data.test_fraction."
+        )
+    digest = hashlib.sha256(f"peft-combo text split 1\n{valid!r} {test!r} {config.split_seed}\n".encode())
+    for name, places in parts.items():
+        digest.update(f"{name}\n".encode())
+        digest.update("\n".join(sorted(texts[place] for place in places)).encode("utf-8", "surrogatepass"))
+    train, held, asked = (np.array(parts[name], np.int64) for name in ("train", "valid", "test"))
+    return TextSplit(train, held, asked, digest.hexdigest())
+
+
+def read_labels(config: DataConfig, multi_label: bool) -> LabelledTexts:
+    """Read the labels table: text and label, as CSV, Parquet or JSON Lines; a label may be a list where several apply.
+
+    Raises:
+        DataError: it is not there, or has faults; all of them are in the message.
+    """
+    file = table_file(config, "labels", SUFFIXES)
+    faults: list[Fault] = []
+    mapping: Mapping[str, str] = config.columns.get("labels", {})
+    table = read_table(file, mapping, ("text", "label"), (), faults)
+    if table is not None:
+        texts = table.strings("text")
+        single = [(one,) if one else () for one in table.strings("label")]
+        labels = table.lists("label", SEVERAL) if multi_label else single
+        table.blame([row for row, text in enumerate(texts) if not text], "text is empty.", "Write it, or drop the row.")
+    if faults:
+        raise DataError.from_faults(f"The labels in {file} cannot be used:", faults)
+    return LabelledTexts.build(file.parent.resolve().name, texts, labels, multi_label, ())
+
+
+def table_file(config: DataConfig, name: str, suffixes: Sequence[str]) -> Path:
+    """Return the file of a table that stands beside the catalogue: `data.path` itself, or `name` in that folder.
+
+    Raises:
+        DataError: there is none, or more than one.
+    """
+    if config.source != "folder" or config.path is None:
+        raise DataError(
+            f"A {name} table lies in a folder of yours, but data.source is {config.source}. Use --data PATH."
+        )
+    path = Path(config.path).expanduser()
+    if path.is_file() and path.suffix in suffixes:
+        return path
+    found = [path / f"{name}{suffix}" for suffix in suffixes if (path / f"{name}{suffix}").is_file()]
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise DataError(f"{names} exist in {path}; expected one. Remove all but one.")
+    if not found:
+        wanted = " or ".join(f"{name}{suffix}" for suffix in suffixes)
+        there = ", ".join(sorted(one.name for one in path.iterdir())[:10]) if path.is_dir() else "no such folder"
+        raise DataError(f"Expected {wanted} in {path}; found {there or 'nothing'}.")
+    return found[0]
+
+
+def labels_of_catalogue(
+    dataset: Dataset, template: str, labels: str, depth: int | None, multi_label: bool
+) -> LabelledTexts:
+    """Label the text of every item by what the catalogue says of it.
+
+    Args:
+        template: of the text, as `Catalog.texts` takes it.
+        labels: category, leaf, slot or an attribute.
+        depth: levels of the category path that make the class; items of a shorter path are left out.
+        multi_label: every name of the path is a label; other columns are parted at "|".
+    Raises:
+        DataError: the catalogue has no such column, or the text itself would give the label away.
+    """
+    catalog = dataset.catalog
+    columns = ("category", "leaf", "slot", *catalog.attributes)
+    if labels not in columns:
+        raise DataError(
+            f"task.labels: the items of {dataset.name} have no {labels!r}; expected one of {', '.join(columns)}. "
+            f"{did_you_mean(labels, columns)}".rstrip()
+        )
+    telling = {"category", "leaf"} if labels in ("category", "leaf") else {labels}
+    if given_away := [name for name in sorted(telling) if f"{{{name}}}" in template]:
+        raise DataError(
+            f"data.text: {template!r} names {given_away[0]}, which gives task.labels: {labels} away. Take it out."
+        )
+    found: list[tuple[str, ...]]
+    if labels == "category":
+        paths = [path[:depth] if len(path) >= (depth or 1) else () for path in catalog.categories]
+        found = [path if multi_label or not path else (CATEGORY_SEPARATOR.join(path),) for path in paths]
+    else:
+        cells = (
+            [catalog.leaf(row) for row in range(len(catalog))]
+            if labels == "leaf"
+            else (catalog.slots if labels == "slot" else catalog.attributes[labels])
+        )
+        parted = [(cell or "").split(SEVERAL) if multi_label else [cell or ""] for cell in cells]
+        found = [tuple(name for part in parts if (name := part.strip())) for parts in parted]
+    notes = [f"{dataset.name}: {note}" for note in dataset.notes]
+    return LabelledTexts.build(dataset.name, catalog.texts(template), found, multi_label, notes)

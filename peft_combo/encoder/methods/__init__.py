@@ -1,0 +1,172 @@
+"""Adapter methods: how each is put into an encoder, trained, checkpointed, saved and loaded.
+
+Owns everything that differs between the methods, one module to a family, and is the only package that imports peft.
+Each adapter sits in an encoder copy of its own that shares the frozen weights (`architectures.sharing_copy`), so there
+is no active adapter to set, and nothing one adapter does reaches another. Knows nothing of tasks, stores or the
+training loop.
+"""
+# ruff: noqa: E402  (one line has to run before peft is imported)
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, assert_never
+
+# bitsandbytes, which peft imports, warns on processors for which it looks for faster 4-bit kernels on a hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import peft
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from peft_combo.encoder.architectures import layers_of, sharing_copy
+from peft_combo.encoder.methods.attached import (
+    CONFIG_FILE,
+    NAME,
+    WEIGHTS_FILE,
+    AttachedAdapter,
+    ParameterGroup,
+    PeftAdapter,
+    peft_quiet,
+    peft_state,
+)
+from peft_combo.encoder.methods.base_weights import TUNED_WEIGHTS_FILE, attach_weights, load_weights
+from peft_combo.encoder.methods.bottleneck import attach_bottleneck, load_bottleneck
+from peft_combo.encoder.methods.low_rank import Lora, attach_adalora, attach_lora
+from peft_combo.encoder.methods.merge_weights import delta_weights, merged
+from peft_combo.encoder.methods.peft_updates import attach_update
+from peft_combo.encoder.methods.prompts import attach_prompt, prompted
+from peft_combo.encoder.methods.trainable_tokens import Tokens, attach_tokens
+from peft_combo.errors import StoreError
+from peft_combo.recipe.adapter import (
+    AdaloraAdapter,
+    AdapterConfig,
+    BitfitTuning,
+    BottleneckAdapter,
+    FullTuning,
+    HeadOnly,
+    Ia3Adapter,
+    LayerNormTuning,
+    LohaAdapter,
+    LokrAdapter,
+    LoraAdapter,
+    OftAdapter,
+    PrefixAdapter,
+    PromptAdapter,
+    PTuningAdapter,
+    RandloraAdapter,
+    TokensAdapter,
+    TopLayers,
+    VeraAdapter,
+)
+
+__all__ = [
+    "CONFIG_FILE",
+    "TUNED_WEIGHTS_FILE",
+    "WEIGHTS_FILE",
+    "AttachedAdapter",
+    "ParameterGroup",
+    "attach",
+    "delta_weights",
+    "load",
+    "merged",
+]
+
+
+def attach(
+    model: nn.Module, config: AdapterConfig, *, max_length: int, total_steps: int, seed: int, tokenizer: Any = None
+) -> AttachedAdapter:
+    """Put a new, untrained adapter into a copy of `model` that shares its weights.
+
+    Args:
+        model: a frozen encoder; left as it is.
+        max_length: the backbone's cap on tokens; prompts lower it where virtual tokens need the positions.
+        total_steps: optimizer steps of the run; AdaLoRA's schedule is laid over them.
+        seed: for the initial weights.
+        tokenizer: the encoder's; needed by ``tokens`` alone.
+    Raises:
+        BackboneError: the method does not work on this architecture or these weights, a word is not a token, or a
+            schedule does not fit the steps.
+    """
+    with torch.random.fork_rng(devices=[]), peft_quiet():
+        torch.manual_seed(seed)
+        match config:
+            case LoraAdapter():
+                return attach_lora(model, config, max_length)
+            case AdaloraAdapter():
+                return attach_adalora(model, config, max_length, total_steps)
+            case (
+                VeraAdapter() | LohaAdapter() | LokrAdapter() | RandloraAdapter() | OftAdapter() | Ia3Adapter()
+                | LayerNormTuning()
+            ):  # fmt: skip
+                return attach_update(model, config, max_length, seed)
+            case PromptAdapter() | PTuningAdapter() | PrefixAdapter():
+                return attach_prompt(model, config, max_length)
+            case TokensAdapter():
+                return attach_tokens(model, config, max_length, tokenizer)
+            case BottleneckAdapter():
+                return attach_bottleneck(model, config, max_length)
+            case BitfitTuning() | TopLayers() | FullTuning():
+                return attach_weights(model, config, max_length)
+            case HeadOnly():
+                return _head_only(model, max_length)
+            case _:
+                assert_never(config)
+
+
+def load(model: nn.Module, folder: Path, stored_as: str, max_length: int) -> AttachedAdapter:
+    """Put a saved adapter into a copy of `model` that shares its weights, ready to encode.
+
+    Args:
+        folder: holds the files that `AttachedAdapter.save` wrote, or those of a plain PEFT adapter.
+        stored_as: what the manifest says the files are.
+    Raises:
+        StoreError: the files do not fit the encoder, or are not what they are said to be.
+    """
+    try:
+        match stored_as:
+            case "head":
+                attached = _head_only(model, max_length)
+            case "weights":
+                attached = load_weights(model, folder, max_length)
+            case "bottleneck":
+                attached = load_bottleneck(model, folder, max_length)
+            case _:
+                attached = _load_peft(model, folder, stored_as, max_length)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StoreError(f"The adapter in {folder} does not fit the encoder: {reason}") from error
+    attached.encoder.eval().requires_grad_(False)
+    return attached
+
+
+def _load_peft(model: nn.Module, folder: Path, stored_as: str, max_length: int) -> AttachedAdapter:
+    encoder = sharing_copy(model)
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        written = set(file.keys())
+    with peft_quiet():
+        wrapped = peft.PeftModel.from_pretrained(encoder, str(folder), is_trainable=False)
+    kind = wrapped.peft_config[NAME].peft_type.value.lower()
+    if kind != stored_as:
+        raise ValueError(f"it is said to be {stored_as} and is {kind}")
+    # PEFT drops tensors it finds no place for and only warns of those it misses.
+    wanted = set(peft_state(wrapped))
+    if written != wanted:
+        raise ValueError(f"its tensors are not those the encoder takes, for example {min(written ^ wanted)}")
+    if wrapped.peft_config[NAME].is_prompt_learning:
+        return prompted(model, wrapped, max_length)
+    match kind:
+        case "lora":
+            return Lora(model, wrapped, cut=0, max_length=max_length)
+        case "trainable_tokens":
+            return Tokens(model, wrapped, max_length=max_length)
+        case _:
+            return PeftAdapter(model, wrapped, cut=0, max_length=max_length)
+
+
+def _head_only(model: nn.Module, max_length: int) -> AttachedAdapter:
+    encoder = sharing_copy(model)
+    depth = len(layers_of(encoder))
+    return AttachedAdapter(model, encoder, encoder, cut=depth, max_length=max_length, stored_as="head")

@@ -1,0 +1,448 @@
+"""Item vectors: encoded once, kept on disk, and searched.
+
+Owns the cache (which texts are known under which adapter, and whether its files are still what was written), the
+division of a catalogue over processes, and the search for the best rows. Sees texts, vectors and row numbers; knows
+nothing of catalogues, heads or scores.
+
+    cache/
+      <who encodes>/<which texts>/vectors.f32  texts.sha256  manifest.json
+      <who encodes>/.draft-*                   being written; nobody reads it
+
+Both names are sha256 digests: of the adapter and the backbone's settings, and of `texts.sha256`. So a folder is never
+changed, only replaced, and a file that was mapped yesterday still says what it said.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.methods.attached import AttachedAdapter
+from peft_combo.errors import StoreError
+
+_VECTORS, _TEXTS, _MANIFEST = "vectors.f32", "texts.sha256", "manifest.json"
+_MANIFEST_LIMIT = 2**16  # bytes; a real one has some 500
+_NAME = re.compile(r"[0-9a-f]{64}")
+_DRAFT, _TRASH = ".draft-", ".trash-"
+_ABANDONED = 24 * 3600.0  # seconds after which a draft has no writer any more
+_DIGEST = 32  # bytes of a sha256
+
+# Texts encoded, and rows copied, at a time: 50 MB of vectors at 384 dimensions, whatever the size of the catalogue.
+_BLOCK = 32_768
+# Others may replace a folder between our writing and our opening it; so often in a row they do not.
+_ATTEMPTS = 5
+_POLL_SECONDS = 0.2
+
+Progress = Callable[[int], None]
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+class VectorCache:
+    """Vectors of texts, each encoded once per adapter: ``VectorCache("cache").vectors(bank, texts, "fashion")``.
+
+    Any number of threads and processes may share a folder. What is damaged is encoded again; nothing is unpickled.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        # Files whose bytes this process has compared with their digest; a changed file has another stamp.
+        self._verified: set[tuple[int, ...]] = set()
+
+    def key(self, bank: AdapterBank, reference: str | None) -> str:
+        """Return the name under which vectors of an adapter are kept; None is the frozen encoder.
+
+        Raises:
+            StoreError: the adapter cannot be had.
+        """
+        return _encoder(bank, reference).key
+
+    def missing(self, bank: AdapterBank, texts: Sequence[str], reference: str | None) -> int:
+        """Return how many distinct texts `vectors` would have to encode.
+
+        Raises:
+            StoreError: the adapter cannot be had, or the folder not be read.
+        """
+        encoder = _encoder(bank, reference)
+        with _disk_explained(self.folder):
+            return len(_unknown(_digests(texts), self._shelves(encoder)))
+
+    def vectors(
+        self, bank: AdapterBank, texts: Sequence[str], reference: str | None, progress: Progress | None = None
+    ) -> NDArray[np.float32]:
+        """Return the vectors of `texts`, encoding only those that are new under this adapter.
+
+        Args:
+            texts: N texts, in the catalogue's order.
+            reference: an adapter of `bank`; None is the frozen encoder.
+            progress: called with the number of texts encoded since the last call; `missing` tells how many there are.
+        Returns:
+            (N, D) float32, read-only, rows of unit length: the mapped file where it has these texts in this order, as
+            after every encoding; otherwise gathered into memory.
+        Raises:
+            StoreError: the adapter cannot be had, or the folder not be read or written.
+        """
+        encoder = _encoder(bank, reference)
+        digests = _digests(texts)
+        if not digests:
+            return _read_only(np.empty((0, encoder.dim), np.float32))
+        with _disk_explained(self.folder):
+            for _ in range(_ATTEMPTS):
+                same = self._open(encoder, _shelf_name(digests))
+                if same is not None:
+                    return same.vectors
+                shelves = self._shelves(encoder)
+                if not _unknown(digests, shelves):
+                    return _read_only(_gather(*_places(digests, shelves), [shelf.vectors for shelf in shelves]))
+                self._write(encoder, texts, digests, shelves, progress)
+        raise StoreError(f"The vectors in {self.folder}/ are replaced faster than they can be read. Try again.")
+
+    def prune(self, keep: Iterable[str]) -> int:
+        """Delete the vectors of every adapter that is not in `keep`, and what dead writers left behind.
+
+        Args:
+            keep: names that `key` returned.
+        Returns:
+            the bytes given back.
+        Raises:
+            StoreError: the folder cannot be read or changed.
+        """
+        kept = set(keep)
+        freed = 0
+        with _disk_explained(self.folder):
+            for home in _children(self.folder):
+                if not _NAME.fullmatch(home.name):  # not ours to delete
+                    continue
+                if home.name not in kept:
+                    freed += _discard(home)
+                    continue
+                for path in _children(home):
+                    with suppress(FileNotFoundError):
+                        old = time.time() - path.stat().st_mtime > _ABANDONED
+                        freed += _discard(path) if path.name.startswith((_DRAFT, _TRASH)) and old else 0
+        return freed
+
+    def _open(self, encoder: _Encoder, name: str) -> _Shelf | None:
+        """Return what is kept under `name`, or None where nothing is, or not what was written."""
+        path = self.folder / encoder.key / name
+        try:
+            with (path / _MANIFEST).open("rb") as file:
+                manifest = _Manifest.model_validate_json(file.read(_MANIFEST_LIMIT))
+            index = (path / _TEXTS).read_bytes()
+            stat = (path / _VECTORS).stat()
+            fits = (
+                manifest.encoder == encoder.fields
+                and manifest.dim == encoder.dim
+                and len(index) == manifest.rows * _DIGEST
+                and hashlib.sha256(index).hexdigest() == name
+                and stat.st_size == manifest.rows * manifest.dim * 4
+            )
+            if not fits:
+                return None
+            if _stamp(stat) not in self._verified:
+                with (path / _VECTORS).open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != manifest.vectors_sha256:
+                        return None
+                self._verified.add(_stamp(stat))
+            vectors = np.memmap(path / _VECTORS, "<f4", "r", shape=(manifest.rows, manifest.dim))
+        except (OSError, ValueError):  # missing, no such manifest, or cut short between two of these lines
+            return None
+        return _Shelf(path, index, vectors)
+
+    def _shelves(self, encoder: _Encoder) -> list[_Shelf]:
+        names = [path.name for path in _children(self.folder / encoder.key) if _NAME.fullmatch(path.name)]
+        return [shelf for name in names if (shelf := self._open(encoder, name)) is not None]
+
+    def _write(
+        self,
+        encoder: _Encoder,
+        texts: Sequence[str],
+        digests: Sequence[bytes],
+        shelves: Sequence[_Shelf],
+        progress: Progress | None,
+    ) -> int:
+        """Keep the vectors of `texts`: those on `shelves` are copied, the others encoded; return how many those were.
+
+        An older state of the same catalogue goes: a shelf at least half of whose texts are in the new one. Others
+        stay, they are other catalogues under the same adapter.
+        """
+        home = self.folder / encoder.key
+        draft = home / f"{_DRAFT}{secrets.token_hex(8)}"
+        draft.mkdir(parents=True)  # first of all: where we may not write, nothing is encoded in vain
+        try:
+            unknown = _unknown(digests, shelves)
+            fresh = [texts[row] for row in unknown.values()]
+            sources: list[NDArray[np.float32]] = [shelf.vectors for shelf in shelves]
+            if fresh:
+                # Written rather than mapped: on a full disk a write fails, a page of a mapped file ends the process.
+                with (draft / "encoded.f32").open("wb") as file:
+                    for start in range(0, len(fresh), _BLOCK):
+                        file.write(_bytes(encoder.encode(fresh[start : start + _BLOCK], progress)))
+                sources.append(np.memmap(draft / "encoded.f32", "<f4", "r", shape=(len(fresh), encoder.dim)))
+            which, rows = _places(digests, shelves, unknown)
+            checksum = hashlib.sha256()
+            with (draft / _VECTORS).open("wb") as file:
+                for start in range(0, len(digests), _BLOCK):
+                    block = slice(start, start + _BLOCK)
+                    content = _bytes(_gather(which[block], rows[block], sources))
+                    checksum.update(content)
+                    file.write(content)
+            sources.clear()
+            if fresh:
+                (draft / "encoded.f32").unlink()
+            (draft / _TEXTS).write_bytes(b"".join(digests))
+            manifest = _Manifest(
+                encoder=encoder.fields, rows=len(digests), dim=encoder.dim, vectors_sha256=checksum.hexdigest()
+            )
+            # Nothing is forced to the disk: after a power cut the digests tell, and the texts are encoded again.
+            (draft / _MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n")
+            self._verified.add(_stamp((draft / _VECTORS).stat()))
+            self._publish(encoder, draft, _shelf_name(digests))
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        present = set(digests)
+        for shelf in shelves:
+            if shelf.path.name != _shelf_name(digests) and 2 * len(shelf.rows.keys() & present) >= len(shelf.rows):
+                _discard(shelf.path)
+        return len(fresh)
+
+    def _publish(self, encoder: _Encoder, draft: Path, name: str) -> None:
+        """Give a draft its name, unless another writer was quicker with the same texts."""
+        target = self.folder / encoder.key / name
+        for _ in range(_ATTEMPTS):
+            try:
+                os.rename(draft, target)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise
+            if self._open(encoder, name) is not None:
+                return
+            _discard(target)  # damaged
+        raise StoreError(f"The damaged vectors in {target}/ cannot be replaced. Delete that folder.")
+
+
+def embed(
+    bank: AdapterBank,
+    texts: Sequence[str],
+    reference: str | None,
+    folder: str | Path,
+    *,
+    process: int = 0,
+    processes: int = 1,
+    patience: float = 600.0,
+    progress: Progress | None = None,
+) -> int:
+    """Encode a catalogue into a cache, the work divided over processes that share nothing but the folder.
+
+    Each process encodes its share of the texts that are not known yet; process 0 then waits for the others and puts
+    the whole together, so that `VectorCache.vectors` maps it. Every process gives the same arguments but `process`.
+
+    Args:
+        texts: N texts, in the catalogue's order.
+        reference: an adapter of `bank`; None is the frozen encoder.
+        patience: seconds that process 0 waits, once its own share is done, before it encodes what others still owe.
+    Returns:
+        the number of texts this process encoded.
+    Raises:
+        ValueError: no such process.
+        StoreError: the adapter cannot be had, or the folder not be read or written.
+    """
+    if not 0 <= process < processes:
+        raise ValueError(f"process: expected 0 to {processes - 1}, found {process}.")
+    cache, encoder = VectorCache(folder), _encoder(bank, reference)
+    digests = _digests(texts)
+    if not digests:
+        return 0
+    encoded = 0
+    with _disk_explained(cache.folder):
+        if processes > 1 and cache._open(encoder, _shelf_name(digests)) is None:
+            # Shares are of all texts, not of the unknown ones: by now another process may have made its own known.
+            share = list(dict.fromkeys(digests))[process::processes]
+            shelves = cache._shelves(encoder)
+            unknown = _unknown(share, shelves)
+            if unknown:
+                text_of = dict(zip(digests, texts, strict=True))
+                own = [text_of[digest] for digest in unknown]
+                encoded += cache._write(encoder, own, list(unknown), shelves, progress)
+        if process > 0:
+            return encoded
+        if processes > 1:
+            _wait_for_others(cache, encoder, digests, time.monotonic() + patience)
+        if cache._open(encoder, _shelf_name(digests)) is None:
+            encoded += cache._write(encoder, texts, digests, cache._shelves(encoder), progress)
+    return encoded
+
+
+def _wait_for_others(cache: VectorCache, encoder: _Encoder, digests: Sequence[bytes], deadline: float) -> None:
+    """Return when every text is known, or time is up."""
+    seen: set[str] = set()
+    while time.monotonic() < deadline:
+        names = {path.name for path in _children(cache.folder / encoder.key) if _NAME.fullmatch(path.name)}
+        if names != seen and not _unknown(digests, cache._shelves(encoder)):
+            return
+        seen = names
+        time.sleep(_POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Who encodes: one adapter version (or none) on one backbone, fetched once, so a refresh cannot come between."""
+
+    backbone: Backbone
+    attached: AttachedAdapter | None
+    fields: dict[str, str | int | None]
+
+    @property
+    def dim(self) -> int:
+        return self.backbone.dim
+
+    @cached_property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str], progress: Progress | None) -> NDArray[np.float32]:
+        return self.backbone.encode(texts, self.attached, progress=progress)
+
+
+def _encoder(bank: AdapterBank, reference: str | None) -> _Encoder:
+    live = None if reference is None else bank.get(reference)
+    backbone = bank.backbone
+    fields: dict[str, str | int | None] = {
+        "adapter": None if live is None else live.digest,
+        # The fingerprint is of the weights alone; these three change vectors too.
+        "backbone": backbone.fingerprint,
+        "pooling": backbone.pooling,
+        "max_length": backbone.max_length if live is None else live.attached.max_length,
+        "quantization": backbone.quantization,
+    }
+    return _Encoder(backbone, None if live is None else live.attached, fields)
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    encoder: dict[str, str | int | None]
+    rows: Annotated[int, Field(strict=True, ge=1)]
+    dim: Annotated[int, Field(strict=True, ge=1)]
+    vectors_sha256: str
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """Vectors kept together: those of one catalogue at one time, or of one process's share of it."""
+
+    path: Path
+    index: bytes  # R digests of texts, one after the other
+    vectors: NDArray[np.float32]  # (R, D), mapped
+
+    @cached_property
+    def rows(self) -> dict[bytes, int]:
+        return {self.index[start : start + _DIGEST]: start // _DIGEST for start in range(0, len(self.index), _DIGEST)}
+
+
+def _digests(texts: Sequence[str]) -> list[bytes]:
+    return [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
+
+
+def _shelf_name(digests: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _unknown(digests: Sequence[bytes], shelves: Sequence[_Shelf]) -> dict[bytes, int]:
+    """Return each digest that no shelf has, with the first row it stands in."""
+    unknown: dict[bytes, int] = {}
+    for row, digest in enumerate(digests):
+        if digest not in unknown and not any(digest in shelf.rows for shelf in shelves):
+            unknown[digest] = row
+    return unknown
+
+
+def _places(
+    digests: Sequence[bytes], shelves: Sequence[_Shelf], unknown: Iterable[bytes] = ()
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return for each digest the shelf and the row that have it, both (N,); `unknown` counts as one shelf more."""
+    places = {digest: (len(shelves), row) for row, digest in enumerate(unknown)}
+    for number, shelf in enumerate(shelves):
+        places |= {digest: (number, row) for digest in digests if (row := shelf.rows.get(digest)) is not None}
+    found = np.array([places[digest] for digest in digests], np.int64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def _gather(
+    which: NDArray[np.int64], rows: NDArray[np.int64], sources: Sequence[NDArray[np.float32]]
+) -> NDArray[np.float32]:
+    """Return row ``rows[i]`` of source ``which[i]`` for every i, (N, D)."""
+    gathered = np.empty((len(rows), sources[0].shape[1]), np.float32)
+    for number, source in enumerate(sources):
+        own = np.flatnonzero(which == number)
+        gathered[own] = source[rows[own]]
+    return gathered
+
+
+def _bytes(vectors: NDArray[np.float32]) -> memoryview:
+    return np.ascontiguousarray(vectors, "<f4").data
+
+
+def _read_only(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    vectors.flags.writeable = False
+    return vectors
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _children(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted; nothing where there is none."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _discard(path: Path) -> int:
+    """Take a folder out of sight at once, then delete it; return its bytes. One that is gone, or held open, is 0."""
+    trash = path.with_name(f"{_TRASH}{secrets.token_hex(8)}")
+    try:
+        os.rename(path, trash)
+    except OSError:
+        return 0
+    if trash.is_dir() and not trash.is_symlink():
+        freed = sum(file.lstat().st_size for file in trash.rglob("*") if not file.is_dir())
+        shutil.rmtree(trash, ignore_errors=True)
+    else:
+        freed = trash.lstat().st_size
+        trash.unlink()
+    return freed
+
+
+@contextmanager
+def _disk_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"The vector cache in {folder}/ cannot be used: {error.strerror or error}. Free some space, change the "
+            "permissions, or name another folder."
+        ) from error

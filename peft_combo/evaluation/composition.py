@@ -1,0 +1,274 @@
+"""Who composes whole held-out bundles best, given one of their items: the composer, the beam search, or a plain list.
+
+Owns the protocol of that comparison and its table. The evaluation fits everybody and hands over the same test bundles
+it measures completion on; only the composer's weights are chosen here, on its validation questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_combo import metrics
+from peft_combo.data.model import Dataset
+from peft_combo.data.queries import Questions
+from peft_combo.data.splits import Split
+from peft_combo.encoder.heads.sequence import SequenceHead
+from peft_combo.errors import DataError
+from peft_combo.recommender.composing.composer import Composer
+from peft_combo.recommender.composing.constraints import Constraints
+from peft_combo.recommender.composing.fit_weights import fit_weights
+from peft_combo.recommender.composing.generation import Sizes, Steps, generate, steps_of
+from peft_combo.recommender.composing.options import Options
+from peft_combo.recommender.composing.slots import SlotTemplates
+from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, ItemVectors, beside, fused
+from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.model_selection import blocks
+
+PROTOCOL = (
+    "For each test bundle one of its items, drawn once for the seed, and its size are given; the others are composed. "
+    "Precision and recall count composed and wanted items beside the given one, which are as many where the size is "
+    "told; exact is the share of bundles met as a whole, Jaccard the shared of all such items. Valid is the share with "
+    "the items asked for, each of the catalogue and none twice. Diversity is 1 - mean cosine of the frozen vectors "
+    "within a whole bundle (of the words of the titles without an encoder). Top-k takes the best single completions. "
+    "The composer is the one that serves, with slot templates of training bundles and weights chosen on validation "
+    "where one item is missing. The beam search takes no text "
+    'twice; "to its end" is not told the size. 95 % intervals by bootstrap over groups; p by paired permutation of '
+    "groups, two-sided, of the difference in recall to the composer of the fusion."
+)
+FUSION = "fusion"
+TOP_K, COMPOSER, BEAM, OPEN = "top-k", "composer", "beam", "beam to its end"
+VALUES = ("precision", "recall", "exact", "jaccard", "valid", "diversity")
+
+_BEAM = 16
+
+
+@dataclass(frozen=True)
+class ComposedRow:
+    """One line of the table.
+
+    Attributes:
+        name: how and by whose scores. values: by `VALUES`; those which no bundle has are missing. intervals: 95 %.
+        p: of the difference in recall to the composer of the fusion; None for that row itself.
+    """
+
+    name: str
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    p: float | None
+
+
+@dataclass(frozen=True)
+class CompositionReport:
+    """What the comparison found.
+
+    Attributes:
+        weights: of the composer's objective, as validation chose them.
+        bundles: how many were composed, of so many independent `groups`.
+    """
+
+    protocol: str
+    weights: dict[str, float]
+    bundles: int
+    groups: int
+    rows: tuple[ComposedRow, ...]
+
+    def row(self, name: str) -> ComposedRow:
+        """Return the line of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Openings:
+    """Bundles to compose.
+
+    Attributes:
+        given: (B,) the item of each bundle that is told. wanted: the others, ascending. clusters: (B,) their groups.
+    """
+
+    given: NDArray[np.int64]
+    wanted: tuple[NDArray[np.int64], ...]
+    clusters: NDArray[np.str_]
+
+    @classmethod
+    def of(cls, questions: Questions, seed: int) -> Openings:
+        """Put together the bundles that questions are of, and draw what is told of each."""
+        rng = np.random.default_rng(seed)
+        given, wanted = [], []
+        _, first = np.unique(questions.bundles, return_index=True)
+        for place in first:
+            context = questions.contexts[place]
+            rows = np.sort(np.append(context[context >= 0], questions.targets[place]))
+            given.append(int(rng.choice(rows)))
+            wanted.append(rows[rows != given[-1]])
+        return cls(np.array(given, np.int64), tuple(wanted), questions.clusters[first])
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    @property
+    def questions(self) -> Questions:
+        """What completes the given item alone; the answers are not told."""
+        none = np.zeros(len(self), np.int64)
+        return Questions(self.given[:, None], none, self.clusters, none)
+
+
+def compare(
+    dataset: Dataset,
+    parts: Split,
+    known: Known,
+    asks: Mapping[str, Fitted],
+    fusion: Fusion,
+    text_side: Fitted | None,
+    valid: Questions,
+    test: Questions,
+    seed: int,
+    advance: Callable[[str], None],
+) -> CompositionReport:
+    """Compose the bundles of the test questions in every way there is.
+
+    Args:
+        asks: by name whoever the fusion needs, and the heads of the tuned adapters.
+        valid: validation questions, which choose the composer's weights.
+        text_side: judges how well an item goes with a set, as for the composer that serves; None for none.
+        advance: told the name of each row that is done.
+    """
+    openings = Openings.of(test, seed)
+    texts = np.unique(np.array(known.texts), return_inverse=True)[1]
+    templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
+    ask_all = fused(fusion, asks, known)
+    composer = Composer(dataset.catalog, templates, vectors=known.frozen, history=known.history)
+    weights = fit_weights(composer, valid, ask_all, text_side, seed=seed)
+    options = Options(k=1, weights=weights, seed=seed)
+    vectors: ItemVectors = known.words if known.frozen is None else known.frozen
+    heads = {name: ask for name, ask in asks.items() if isinstance(ask, FittedHead)}
+    judges: list[tuple[str, Fitted, Fitted | None]] = [(FUSION, ask_all, text_side)]
+    judges += [(name, head, head) for name, head in heads.items()]
+    composed: dict[str, list[tuple[int, ...]]] = {}
+    for name, ask, side in judges:
+        scores = np.concatenate([ask(part) for part in blocks(openings.questions)])  # (B, N)
+        composed[f"{TOP_K}, {name}"] = _lists(openings, scores)
+        composed[f"{COMPOSER}, {name}"] = _compositions(openings, composer, scores, side, options)
+        advance(f"{COMPOSER}, {name}")
+    most = int(dataset.bundles.sizes[parts.train].max()) - 1
+    for name, head in heads.items():
+        steps = steps_of(head.head, head.vectors)
+        composed[f"{BEAM}, {name}"] = _written(openings, steps, texts, None)
+        if isinstance(head.head, SequenceHead):
+            composed[f"{OPEN}, {name}"] = _written(openings, steps, texts, (1, most))
+        advance(f"{BEAM}, {name}")
+
+    found = {
+        name: _measured(added, openings, vectors, told=not name.startswith(OPEN)) for name, added in composed.items()
+    }
+    against = found[f"{COMPOSER}, {FUSION}"]["recall"]
+    rows = tuple(
+        _row(name, values, openings.clusters, None if values["recall"] is against else against, seed)
+        for name, values in found.items()
+    )
+    return CompositionReport(PROTOCOL, asdict(weights), len(openings), len(set(openings.clusters.tolist())), rows)
+
+
+def _lists(openings: Openings, scores: NDArray[np.float32]) -> list[tuple[int, ...]]:
+    """Take for each bundle the best of its scores, (B, N); of equals the earlier ones."""
+    values = np.where(np.isnan(scores), -np.inf, scores)
+    values[np.arange(len(openings)), openings.given] = -np.inf
+    order = np.argsort(-values, axis=1, kind="stable")
+    return [
+        tuple(row for row in best[: len(wanted)].tolist() if np.isfinite(own[row]))
+        for best, own, wanted in zip(order, values, openings.wanted, strict=True)
+    ]
+
+
+def _compositions(
+    openings: Openings, composer: Composer, scores: NDArray[np.float32], side: Fitted | None, options: Options
+) -> list[tuple[int, ...]]:
+    def compatibility(sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        assert side is not None
+        return beside(side, sets, rows)
+
+    found: list[tuple[int, ...]] = []
+    for given, wanted, relevance in zip(openings.given.tolist(), openings.wanted, scores, strict=True):
+        size = 1 + len(wanted)
+        try:
+            best = composer.compose(
+                [given], relevance=relevance, compatibility=None if side is None else compatibility,
+                constraints=Constraints(size=(size, size)), options=options,
+            )  # fmt: skip
+            found.append(best[0].added)
+        except DataError:  # the catalogue or its slots have no room for such a bundle, so nothing is right
+            found.append(())
+    return found
+
+
+def _written(
+    openings: Openings, steps: Steps, texts: NDArray[np.int64], sizes: tuple[int, int] | None
+) -> list[tuple[int, ...]]:
+    """Write each bundle of its size, or of whatever number of items between `sizes` is most probable."""
+    found: list[tuple[int, ...]] = []
+    for given, wanted in zip(openings.given.tolist(), openings.wanted, strict=True):
+        low, high = sizes or (len(wanted), len(wanted))
+        best = generate(steps, [given], Sizes(np.ones(len(texts), bool), low, high), beam=_BEAM, copies=texts)
+        found.append(best[0].added if best else ())
+    return found
+
+
+def _measured(
+    composed: Sequence[tuple[int, ...]], openings: Openings, vectors: ItemVectors, *, told: bool
+) -> dict[str, NDArray[np.float64]]:
+    """Measure bundles one by one: by `VALUES`, (B,); NaN where a bundle of one item has no diversity."""
+    values = {name: np.full(len(openings), np.nan) for name in VALUES}
+    for place, (added, given, wanted) in enumerate(zip(composed, openings.given, openings.wanted, strict=True)):
+        mine, theirs = set(added), set(wanted.tolist())
+        hits = len(mine & theirs)
+        whole = [int(given), *added]
+        asked_for = len(added) == len(wanted) if told else len(added) > 0
+        values["precision"][place] = hits / max(1, len(added))
+        values["recall"][place] = hits / len(theirs)
+        values["exact"][place] = mine == theirs
+        values["jaccard"][place] = hits / len(mine | theirs)
+        in_catalogue = min(whole) >= 0 and max(whole) < vectors.shape[0]
+        values["valid"][place] = asked_for and in_catalogue and len(set(whole)) == len(whole)
+        if added and in_catalogue:
+            values["diversity"][place] = 1 - _mean_cosine(vectors, whole)
+    return values
+
+
+def _mean_cosine(vectors: ItemVectors, rows: Sequence[int]) -> float:
+    members: Any = vectors[list(rows)]
+    product = members @ members.T
+    alike = product if isinstance(product, np.ndarray) else product.toarray()
+    return float(alike[np.triu_indices(len(rows), 1)].mean())
+
+
+def _row(
+    name: str, values: Mapping[str, NDArray[np.float64]], clusters: NDArray[np.str_],
+    against: NDArray[np.float64] | None, seed: int,
+) -> ComposedRow:  # fmt: skip
+    told = {value: ~np.isnan(found) for value, found in values.items()}
+    return ComposedRow(
+        name,
+        {value: float(found[told[value]].mean()) for value, found in values.items() if told[value].any()},
+        {
+            value: metrics.bootstrap_interval(found[told[value]], clusters[told[value]], seed=seed)
+            for value, found in values.items()
+            if told[value].any()
+        },
+        None if against is None else metrics.paired_permutation(values["recall"], against, clusters, seed=seed),
+    )

@@ -1,0 +1,207 @@
+"""Objective of a bundle: relevance, compatibility, slot prior and redundancy on comparable scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_combo.recommender.composing.options import Compatibility, Options, Rows, Weights, _among, _scores
+from peft_combo.recommender.composing.slots import SlotTemplates
+
+_SETS = 256  # sets the scorer is asked about at once
+
+
+class _Scale:
+    """What makes scores comparable between scorers, taken from a sample of them, (S, N); see the module for how."""
+
+    def __init__(self, sample: NDArray[np.floating[Any]]) -> None:
+        values = sample.astype(np.float64)
+        known = np.isfinite(values)
+        count = np.maximum(known.sum(axis=1, keepdims=True), 1)
+        self._lowest = np.where(known, values, np.inf).min(axis=1, keepdims=True, initial=np.inf)
+        self._lowest[np.isinf(self._lowest)] = 0
+        values[~known] = 0
+        self._mean = values.sum(axis=1, keepdims=True) / count
+        spread = np.sqrt(np.square(values - self._mean).sum(axis=1, keepdims=True, where=known) / count)
+        # Equal scores say nothing; their standard deviation is only nearly 0 in floating point.
+        alike = spread <= 1e-9 * np.maximum(1.0, np.abs(self._mean))
+        self._factor = np.where(alike, 0, 1 / np.where(alike, 1, spread))
+
+    def of(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """(S, C) -> (S, C)."""
+        values = scores.astype(np.float64)
+        values = np.where(np.isfinite(values), values, self._lowest)
+        comparable: NDArray[np.float64] = np.arcsinh((values - self._mean) * self._factor)
+        return comparable
+
+
+@lru_cache(maxsize=4)
+def _order(n: int, seed: int) -> Rows:
+    """Return the rows' places in a random order, (n,); kept, for requests rarely bring a seed of their own."""
+    order = np.random.default_rng(seed).permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Added rows with their share of the parts, aligned."""
+
+    added: tuple[int, ...]
+    parts: dict[str, float]
+    relevance: tuple[float, ...]
+    compatibility: tuple[float, ...]
+
+    @property
+    def score(self) -> float:
+        return math.fsum(self.parts.values())
+
+
+class _Scene:
+    """The objective for one request: what is relevant, what goes with what."""
+
+    def __init__(
+        self,
+        *,
+        relevance: NDArray[np.floating[Any]] | None,
+        compatibility: Compatibility | None,
+        options: Options,
+        weights: Weights,
+        templates: SlotTemplates,
+        slot_of: NDArray[np.int32],
+        vectors: NDArray[np.float32] | None,
+        titles: NDArray[np.int64],
+        sample: Rows,
+    ) -> None:
+        self.options = options
+        self.weights = weights
+        self.slot_of = slot_of
+        self.order = _order(len(slot_of), options.seed)
+        self._relevance = relevance
+        self._compatibility = compatibility
+        self._templates = templates
+        self._vectors = vectors
+        self._titles = titles
+        self._sample = sample
+
+    def relevance_of(self, rows: Rows) -> NDArray[np.float64]:
+        if self._relevance is None:
+            return np.zeros(len(rows))
+        comparable: NDArray[np.float64] = self._relevance_scale.of(self._relevance[None, rows])[0]
+        return comparable
+
+    @cached_property
+    def _relevance_scale(self) -> _Scale:
+        assert self._relevance is not None
+        return _Scale(self._relevance[None])
+
+    def beside(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
+        """Ask the scorer for items beside sets, (S, C); 0 where there is no scorer or a set is empty."""
+        found = np.zeros((len(sets), len(rows)))
+        asked = [(place, np.array(sorted(one), np.int64)) for place, one in enumerate(sets) if one]
+        if self._compatibility is None or not len(rows):
+            return found
+        both = np.concatenate([rows, self._sample])
+        for start in range(0, len(asked), _SETS):
+            places, some = zip(*asked[start : start + _SETS], strict=True)
+            scores = _scores(self._compatibility(some, both), (len(some), len(both)), "compatibility")
+            found[list(places)] = _Scale(scores[:, len(rows) :]).of(scores[:, : len(rows)])
+        return found
+
+    def tells(self, sets: Sequence[Iterable[int]]) -> bool:
+        """Whether anything is known of what to put beside these sets."""
+        return self._relevance is not None or (self._compatibility is not None and all(sets))
+
+    def judge(self, context: tuple[int, ...], bundles: Sequence[tuple[int, ...]]) -> list[_Judged]:
+        """Compute the objective of bundles given by their added rows; each set is asked for once."""
+        bundles = [tuple(sorted(added)) for added in bundles]  # one order, so that equal sets get equal sums
+        asked: dict[tuple[int, ...], list[int]] = {}
+        for added in bundles:
+            whole = sorted((*context, *added))
+            for row in added:
+                asked.setdefault(tuple(other for other in whole if other != row), []).append(row)
+        rows = np.unique(np.array([row for added in bundles for row in added], np.int64))
+        beside = self.beside(list(asked), rows)
+        known = {
+            (others, row): float(value)
+            for (others, wanted), values in zip(asked.items(), beside, strict=True)
+            for row, value in zip(wanted, values[np.searchsorted(rows, wanted)], strict=True)
+        }
+        return [self._judge(context, added, known) for added in bundles]
+
+    def _judge(
+        self, context: tuple[int, ...], added: tuple[int, ...], known: dict[tuple[tuple[int, ...], int], float]
+    ) -> _Judged:
+        weights, n = self.weights, len(added)
+        whole = sorted((*context, *added))
+        relevance = weights.relevance / n * self.relevance_of(np.array(added, np.int64))
+        beside = [known[tuple(other for other in whole if other != row), row] for row in added]
+        compatibility = weights.compatibility / n * np.array(beside)
+        return _Judged(
+            added=added,
+            parts={
+                "relevance": math.fsum(relevance),
+                "compatibility": math.fsum(compatibility),
+                "slots": self._slots(whole),
+                "redundancy": -weights.redundancy * self._redundancy(added, whole),
+            },
+            relevance=tuple(relevance.tolist()),
+            compatibility=tuple(compatibility.tolist()),
+        )
+
+    def _slots(self, whole: list[int]) -> float:
+        if self.options.mode == "substitute":
+            return 0.0
+        template = tuple(sorted(self.slot_of[whole].tolist()))
+        return self.weights.slots * self._templates.log_probability(template)
+
+    def _redundancy(self, added: tuple[int, ...], whole: list[int]) -> float:
+        if self._vectors is None or len(whole) < 2:
+            return 0.0
+        cosines = self._vectors[list(added)] @ self._vectors[whole].T
+        cosines[np.array(added)[:, None] == np.array(whole)] = 0
+        return float(np.maximum(cosines.max(axis=1), 0).mean())
+
+    def likeness(self, rows: Rows, others: Sequence[int]) -> NDArray[np.float64]:
+        """(len(rows),) the greatest cosine of each row with any of the others, at least 0."""
+        if self._vectors is None or not others:
+            return np.zeros(len(rows))
+        cosines = (self._vectors[rows] @ self._vectors[list(others)].T).max(axis=1)
+        greatest: NDArray[np.float64] = np.maximum(cosines, 0).astype(np.float64)
+        return greatest
+
+    def duplicates(self, rows: Rows, others: Sequence[int]) -> NDArray[np.bool_]:
+        """(len(rows),) True where a row is nearly the same as one of the others."""
+        limit = self.options.near_duplicate
+        if limit is None or not others:
+            return np.zeros(len(rows), bool)
+        same = _among(self._titles[rows], self._titles[list(others)])
+        if self._vectors is not None:
+            same |= (self._vectors[rows] @ self._vectors[list(others)].T > limit).any(axis=1)
+        return same
+
+    def alike(self, one: tuple[int, ...], other: tuple[int, ...]) -> float:
+        """How like two lists of added items are, 0..1: by shared items, and by cosine of the best matches."""
+        shared = len(set(one) & set(other)) / len(set(one) | set(other))
+        if self._vectors is None:
+            return shared
+        cosines = np.clip(self._vectors[list(one)] @ self._vectors[list(other)].T, 0, 1)
+        return max(shared, float(cosines.max(axis=1).mean() + cosines.max(axis=0).mean()) / 2)
+
+    def tie_break(self, rows: Iterable[int]) -> tuple[int, ...]:
+        return tuple(sorted(int(self.order[row]) for row in rows))
+
+    def best(self, rows: Rows, scores: NDArray[np.float64], count: int) -> NDArray[np.intp]:
+        """Places of the `count` highest scores, best first; equal scores in the order of the seed."""
+        if len(rows) > count:
+            least = np.partition(scores, len(rows) - count)[len(rows) - count]
+            places = np.flatnonzero(scores >= least)
+        else:
+            places = np.arange(len(rows))
+        return places[np.lexsort((self.order[rows[places]], -scores[places]))][:count]

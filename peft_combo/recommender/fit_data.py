@@ -1,0 +1,163 @@
+"""What a recommender is fitted on: training history, item vectors, adapters and ratings, without held-out users."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from peft_combo.data.model import Catalog, Dataset, Interactions
+from peft_combo.data.queries import Questions
+from peft_combo.encoder.bank import AdapterBank, LiveAdapter
+from peft_combo.encoder.heads.completion import CompletionHead
+from peft_combo.encoder.heads.rating import RatingHead
+from peft_combo.encoder.vectors import VectorCache
+from peft_combo.recommender.category_calibration import Areas
+from peft_combo.recommender.evidence import Evidence
+from peft_combo.scoring.text import tfidf_vectors
+
+Tuned: TypeAlias = Mapping[str, tuple[NDArray[np.float32], CompletionHead]]
+Rated: TypeAlias = Mapping[str, tuple[NDArray[np.float32], RatingHead]]
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """All that scorers may be fitted on.
+
+    Attributes:
+        history: (B, N) bundles. users: (B + U, N), with the interactions of users below, where the bundles were not
+            made from the same baskets; None where there are none.
+        past: (U, N) what each user took before, of the interactions alone; user_rows: the row of each user who took
+            anything.
+        support: (N,) bundles that hold each item.
+        text: template of what the word-based scorers read.
+        frozen: (N, D) vectors of the encoder without adapter. tuned: per adapter its (N, D) vectors and its head.
+        rated: the same of rating adapters. interactions: those of `past` with their times; None where there are none.
+        areas: which adapter is at home with which items; None where no adapter is bound to a category.
+    """
+
+    history: sparse.csr_matrix[Any]
+    users: sparse.csr_matrix[Any] | None
+    past: sparse.csr_matrix[Any]
+    user_rows: dict[str, int]
+    support: NDArray[np.int64]
+    leaves: NDArray[np.int64] | None
+    catalog: Catalog
+    text: str
+    frozen: NDArray[np.float32] | None
+    tuned: Tuned = field(default_factory=dict)
+    areas: Areas | None = None
+    rated: Rated = field(default_factory=dict)
+    interactions: Interactions | None = None
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        bundles: NDArray[Any] | None,
+        interactions: NDArray[Any] | None,
+        text: str,
+        frozen: NDArray[np.float32] | None,
+        tuned: Tuned,
+        areas: Areas | None = None,
+        rated: Rated | None = None,
+    ) -> Known:
+        """Gather what some rows say.
+
+        Args:
+            bundles, interactions: rows that may be seen; None sees all.
+            text: template of what the word-based scorers read.
+        """
+        catalog = dataset.catalog
+        history = dataset.bundles.to_csr(len(catalog), bundles)
+        users = seen = None
+        past = history[:0]
+        user_rows: dict[str, int] = {}
+        if dataset.interactions is not None and (interactions is None or len(interactions)):
+            seen = dataset.interactions if interactions is None else dataset.interactions.take(interactions)
+            past = seen.to_csr(len(catalog))
+            active = np.flatnonzero(np.diff(past.indptr))
+            user_rows = {dataset.interactions.user_ids[row]: int(row) for row in active}
+            if (dataset.bundles.baskets < 0).all():
+                users = sparse.csr_matrix(sparse.vstack([history, past[active]]))
+        return cls(
+            history, users, past, user_rows,
+            np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
+            catalog.leaf_numbers, catalog, text, frozen, tuned, areas, rated or {}, seen,
+        )  # fmt: skip
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The text of each item."""
+        return self.catalog.texts(self.text)
+
+    @cached_property
+    def words(self) -> sparse.csr_array[Any, tuple[int, int]]:
+        """(N, V) TF-IDF of single words."""
+        return tfidf_vectors(self.texts)
+
+    @cached_property
+    def categorised(self) -> sparse.csr_array[Any, tuple[int, int]] | None:
+        """The same with the category path among the words; None where no item has one."""
+        return tfidf_vectors(self.catalog.texts(self.text + " {category}")) if any(self.catalog.categories) else None
+
+    @property
+    def general(self) -> Tuned:
+        """The adapters of bundles that speak of all items."""
+        bound = () if self.areas is None else self.areas.members
+        return {name: one for name, one in self.tuned.items() if name not in bound}
+
+    def evidence(self, questions: Questions) -> Evidence:
+        """Return what fusion gates read of some questions."""
+        return Evidence(questions.contexts, self.support, self.leaves)
+
+
+@dataclass(frozen=True, eq=False)
+class TextSide:
+    """What encoders say of a catalogue.
+
+    Attributes:
+        live: the adapters. frozen: (N, D). tuned: per adapter of bundles its (N, D) vectors and its head. rated: the
+            same of rating adapters. areas: which adapter is for which items, where some are for a category.
+    """
+
+    live: tuple[LiveAdapter, ...]
+    frozen: NDArray[np.float32]
+    tuned: dict[str, tuple[NDArray[np.float32], CompletionHead]]
+    rated: dict[str, tuple[NDArray[np.float32], RatingHead]]
+    areas: Areas | None
+
+
+def text_knowledge(
+    dataset: Dataset, bank: AdapterBank, adapters: str | Sequence[str] | None, text: str,
+    cache: VectorCache | None, progress: Callable[[int], None] | None,
+) -> TextSide:  # fmt: skip
+    """Encode a catalogue with and without adapters.
+
+    Raises:
+        StoreError: an adapter cannot be had, or was tuned for neither bundles nor ratings.
+        DataError: the adapters do not go together.
+    """
+    references = () if adapters is None else (adapters,) if isinstance(adapters, str) else tuple(adapters)
+    texts = dataset.catalog.texts(text)
+    live = tuple(bank.get(reference) for reference in references)
+    # Any other head is refused before anything is encoded.
+    raters = {one.reference: one.task_head for one in live if isinstance(one.task_head, RatingHead)}
+    heads = {one.reference: one.head_as(CompletionHead) for one in live if one.reference not in raters}
+    areas = Areas.of(
+        dataset.catalog, {one.reference: one.record.manifest.recipe for one in live if one.reference in heads}
+    )
+
+    def encoded(reference: str | None) -> NDArray[np.float32]:
+        if cache is None:
+            return bank.encode(texts, reference)
+        return cache.vectors(bank, texts, reference, progress)
+
+    frozen = encoded(None)
+    rated = {name: (encoded(name), head) for name, head in raters.items()}
+    return TextSide(live, frozen, {name: (encoded(name), head) for name, head in heads.items()}, rated, areas)

@@ -1,0 +1,190 @@
+"""Fitted scorers of a recommender: one call from queries to scores, whatever they were learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+
+from peft_combo.data.queries import Questions, padded
+from peft_combo.encoder.heads.completion import (
+    BundleHead,
+    CompletionHead,
+    completion_scores,
+    context_queries,
+    target_vectors,
+)
+from peft_combo.recipe.task import BundleTask
+from peft_combo.recommender.category_calibration import Areas, Calibration
+from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.rating import FittedRating, Rater
+from peft_combo.scoring.base import Scorer
+from peft_combo.scoring.neighbours import UserKNN
+
+# Settings of the two: what a rating adapter tells from, and what is averaged over several adapters of bundles.
+_PAST, _BESIDE = "owner's past", "bundle and past"
+_SCORES, _VECTORS = "mean of scores", "mean of vectors"
+
+ItemVectors: TypeAlias = "NDArray[np.float32] | sparse.csr_array[Any, tuple[int, int]]"
+
+
+class Fitted(Protocol):
+    """A scorer that has learned what it may: called with (Q) questions, it gives (Q, N) scores, NaN for silence."""
+
+    def __call__(self, questions: Questions) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class FittedScorer:
+    """A scorer of `scoring`, asked with the context alone."""
+
+    scorer: Scorer
+
+    def __call__(self, questions: Questions) -> NDArray[np.float32]:
+        return self.scorer.score_baskets(questions.to_csr(len(self.scorer.support)))
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """An adapter's head over the vectors of its encoder; it comes fitted."""
+
+    vectors: NDArray[np.float32]
+    head: CompletionHead
+    targets: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, vectors: NDArray[np.float32], head: CompletionHead) -> FittedHead:
+        return cls(vectors, head, target_vectors(head, vectors))
+
+    @classmethod
+    def untuned(cls, vectors: NDArray[np.float32]) -> FittedHead:
+        """Return what the frozen encoder says, the cosine with the mean: (N, D) its vectors."""
+        return cls.of(vectors, BundleHead(vectors.shape[1], BundleTask()).eval())
+
+    def __call__(self, questions: Questions) -> NDArray[np.float32]:
+        return completion_scores(self.head, self.vectors, self.targets, questions.contexts)
+
+    def among(self, questions: Questions, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Score some items only: (C,) rows -> (Q, C). Few are gathered first, of many all are scored as they lie."""
+        if 4 * len(rows) >= len(self.targets):
+            return self(questions)[:, rows]
+        return completion_scores(self.head, self.vectors, self.targets[rows], questions.contexts)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedEnsemble:
+    """Several adapters of all items as one voice: the mean of their scores, or the score of their mean vectors.
+
+    The mean vectors of k adapters over one encoder also compare the query of each with the targets of the others:
+    their score is the mean of all k * k cosines. Either way the catalogue is encoded, and kept, k times, and a question
+    is pooled k times; it then costs k products with a matrix of the catalogue where scores are averaged, one where
+    vectors are.
+
+    Attributes:
+        heads: what each adapter says. targets: (N, D) the mean of theirs; None where scores are averaged.
+    """
+
+    heads: tuple[FittedHead, ...]
+    targets: NDArray[np.float32] | None
+
+    @classmethod
+    def of(cls, heads: Sequence[FittedHead], *, vectors: bool) -> FittedEnsemble:
+        """Join adapters; `vectors` averages these and not the scores."""
+        return cls(tuple(heads), _mean([one.targets for one in heads]) if vectors else None)
+
+    def __call__(self, questions: Questions) -> NDArray[np.float32]:
+        if self.targets is None:
+            return _mean([one(questions) for one in self.heads])
+        return self._queries(questions) @ self.targets.T  # (Q, D) @ (D, N) -> (Q, N)
+
+    def among(self, questions: Questions, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Score some items only: (C,) rows -> (Q, C)."""
+        if self.targets is None:
+            return _mean([one.among(questions, rows) for one in self.heads])
+        return self._queries(questions) @ self.targets[rows].T
+
+    def _queries(self, questions: Questions) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            every = [context_queries(one.head, one.vectors, questions.contexts) for one in self.heads]
+            return _mean([one.float().cpu().numpy() for one in every])
+
+
+def _mean(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.asarray(np.mean(np.stack(parts), axis=0), np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedCategories:
+    """Several adapters, each speaking of the items it is at home with, on one scale."""
+
+    heads: Mapping[str, FittedHead]
+    areas: Areas
+    calibration: Calibration
+
+    def __call__(self, questions: Questions) -> NDArray[np.float32]:
+        return self.calibration.combine({name: head(questions) for name, head in self.heads.items()}, self.areas)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedPast:
+    """What the owner of a question took before, or what users like them took; silent about owners it never met."""
+
+    past: sparse.csr_matrix[Any]
+    user_rows: Mapping[str, int]
+    alike: UserKNN | None
+
+    def __call__(self, questions: Questions) -> NDArray[np.float32]:
+        scores = np.full((len(questions), self.past.shape[1]), np.nan, np.float32)
+        rows = np.array([self.user_rows.get(str(group), -1) for group in questions.clusters], np.int64)
+        met = np.flatnonzero(rows >= 0)
+        if self.alike is not None:
+            scores[met] = self.alike.score_users(rows[met])
+        else:
+            scores[met] = np.log1p(np.maximum(self.past[rows[met]].toarray(), 0))
+        return scores
+
+
+def rating_of(known: Known, name: str, setting: str) -> FittedRating:
+    """Return a rating adapter over what is known, as it was or will be set.
+
+    Raises:
+        DataError: there are no interactions with times that may be seen.
+    """
+    return FittedRating(Rater.of(*known.rated[name], known.interactions), beside=setting == _BESIDE)
+
+
+def ensemble_of(known: Known, setting: str) -> FittedEnsemble:
+    """Return the adapters of all items as one voice."""
+    heads = [FittedHead.of(vectors, head) for vectors, head in known.general.values()]
+    return FittedEnsemble.of(heads, vectors=setting == _VECTORS)
+
+
+def past_of(known: Known, *, neighbours: bool) -> FittedPast:
+    """Return what reads the past of the owner of a question, or with `neighbours` that of users alike."""
+    past = known.past
+    taken = sparse.csr_array((np.ones_like(past.data), past.indices, past.indptr), past.shape)
+    return FittedPast(past, known.user_rows, UserKNN().fit(taken) if neighbours else None)
+
+
+def fused(fusion: Fusion, asks: Mapping[str, Fitted], known: Known) -> Fitted:
+    """Return what a fusion makes of the scorers it needs, by name in `asks`."""
+
+    def ask(questions: Questions) -> NDArray[np.float32]:
+        return fusion.combine({name: asks[name](questions) for name in fusion.needs}, known.evidence(questions))
+
+    return ask
+
+
+def beside(fitted: Fitted, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Score rows beside sets of items of no owner: S sets of rows, (C,) rows -> (S, C); a `composing.Compatibility`."""
+    none = np.zeros(len(sets), np.int64)
+    questions = Questions(padded(sets), none, np.full(len(sets), ""), none)
+    if isinstance(fitted, FittedHead | FittedEnsemble):
+        return fitted.among(questions, rows)
+    return fitted(questions)[:, rows]

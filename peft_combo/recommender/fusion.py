@@ -1,0 +1,441 @@
+"""Many scorers' opinions into one score, each weighed by how much it can know here.
+
+Owns what makes scores comparable, the evidence gates, how weights are fitted and the table of what was tried. Knows
+scorers as arrays with names: not how they score, nor what an item is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Self, assert_never, cast, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse, special
+
+from peft_combo import metrics
+from peft_combo.machine import row_blocks
+from peft_combo.recommender.conditional_logit import SampledCells, Scores, conditional_logit, sampled_cells
+from peft_combo.recommender.evidence import GATES, Evidence, Gate, _Gates, _silent
+
+Form = Literal["damped", "z", "normal"]
+
+# The line of the table that says what picking one scorer is worth.
+BEST_SINGLE = "best single scorer, picked on other questions"
+# Prior spread of the one weight of the best single scorer, which the prior of all weights stands on, and of how far
+# they may go from there; see `_Fit`. Small on purpose: few questions cannot tell scorers that are alike apart.
+# Cross-validated NDCG@10 on validation bundles: around the best single scorer 0.300 on BundleRec clothing and 0.090 on
+# electronics, around nothing and with the spread of 0.3 on all weights 0.295 and 0.077.
+_WEIGHT_SPREAD, _AWAY_SPREAD = 0.3, 0.1
+# Below this a weight moves no comparable score by anything that could change an order worth having.
+_NEGLIGIBLE = 1e-3
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One line of the validation table.
+
+    Attributes:
+        name: the scorer, or how scorers were combined.
+        ndcg: NDCG@10 on questions the weights were not fitted on.
+        recall: R@10 of the same.
+        gain: ndcg minus that of the best single scorer. error: its standard error, by cluster.
+    """
+
+    name: str
+    ndcg: float
+    recall: float
+    gain: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A weighted sum of comparable scores, ``sum over scorers s, gates k of weight[s, k] gate_k(q, i) score_s(q, i)``.
+
+    A scorer that is silent about an item, but not about the whole question, adds its `silence` instead of a score: 0
+    puts the item level with the scorer's average one, less than 0 below it; fitted like the rest.
+
+    Attributes:
+        form: how scores are made comparable within a question, context items left out: ``z`` is (x - mean) / deviation,
+            ``damped`` sign(z) ln(1 + |z|), which keeps long-tailed scores from outvoting all others, ``normal`` the
+            normal quantile of the mid-rank.
+        weights: per scorer and gate, >= 0; scorers and gates without weight are left out.
+        silence: per scorer, <= 0.
+        chosen: the line of `table` this is.
+        table: what was tried on validation, best first.
+    """
+
+    form: Form
+    weights: Mapping[str, Mapping[Gate, float]]
+    silence: Mapping[str, float]
+    chosen: str
+    table: tuple[Tried, ...] = ()
+
+    @classmethod
+    def fit(
+        cls,
+        scores: Scores,
+        targets: ArrayLike,
+        evidence: Evidence,
+        clusters: ArrayLike,
+        *,
+        folds: int = 5,
+        max_questions: int = 2000,
+        seed: int = 0,
+    ) -> Self:
+        """Fit weights on validation questions and choose the simplest fusion that is worth it.
+
+        Weights minimise the softmax cross-entropy of the answers, each of which may with a small probability have come
+        from anywhere; they are non-negative and have a normal prior around the best single scorer alone, so few
+        questions leave a fusion near it. Every way is judged on questions of clusters it was
+        not fitted on. Other forms and gates are taken only where they are above plain weights on damped scores by more
+        than a standard error of NDCG@10. The best single scorer is taken instead where it is better than the fusion by
+        more than a standard error, or where picking it on one part of the clusters and judging it on the rest, as the
+        fusion is judged, comes out better: the best of many, judged by the questions it is picked by, is flattered.
+
+        Args:
+            scores: per scorer (Q, N), higher is better, NaN where it cannot say; fitted without these questions.
+            targets: (Q,) the answers.
+            clusters: (Q,) the user or bundle of each question: never on both sides of a fold.
+            max_questions: more than so many are sampled, whole clusters at a time.
+        Raises:
+            ValueError: shapes differ, or there is no scorer or no question.
+        Source: McFadden 1974 (conditional logit); Copas 1988 (contaminated likelihood); Breiman et al. 1984, 3.4.3 (one
+            standard error).
+        """
+        answers, labels = np.asarray(targets, np.int64), np.unique(np.asarray(clusters), return_inverse=True)[1]
+        _check(scores, evidence)
+        if not len(answers) or len(answers) != len(labels) or len(answers) != len(evidence.contexts):
+            raise ValueError(
+                f"scores, targets, clusters and contexts must be of the same questions, at least one; found "
+                f"{len(evidence.contexts)} contexts, {len(answers)} targets and {len(labels)} clusters."
+            )
+        rng = np.random.default_rng(seed)
+        rows = _sampled(labels, max_questions, rng)
+        scores = {name: np.ascontiguousarray(part[rows]) for name, part in scores.items()}
+        answers, labels, evidence = answers[rows], np.unique(labels[rows], return_inverse=True)[1], evidence.take(rows)
+        fold_of = (rng.permutation(labels.max() + 1) % folds)[labels]
+
+        singles = {name: cls("damped", {name: {"always": 1.0}}, {}, name) for name in scores}
+        ranks = {name: _ranks({name: scores[name]}, answers, evidence) for name in scores}
+        best = max(ranks, key=lambda name: float(_ndcg(ranks[name]).mean()))
+        if len(scores) == 1 or labels.max() + 1 < 2 * folds:
+            return cls._told(singles[best], best, ranks, best, labels)
+        picked = _picked(ranks, fold_of)
+
+        sampled = sampled_cells(scores, answers, evidence, rng)
+        found: dict[str, Self] = {}
+
+        def attempt(name: str, form: Form, terms: Sequence[tuple[str, Gate]]) -> str:
+            fit = _Fit(form, terms, scores, evidence, sampled, {scorer: _ndcg(ranks[scorer]) for scorer in scores})
+            found[name], ranks[name] = cls._crossed(name, fit, scores, answers, evidence, fold_of)
+            return name
+
+        chosen = attempt("weights on damped scores", "damped", [(name, "always") for name in scores])
+        for form in ("z", "normal"):
+            other = attempt(f"weights on {form} scores", form, [(name, "always") for name in scores])
+            chosen = other if _beyond_noise(ranks[other], ranks[chosen], labels) else chosen
+        form, used = found[chosen].form, found[chosen].needs
+        if used:
+            gates = [gate for gate in GATES if gate != "same leaf" or evidence.leaves is not None]
+            gated = attempt(f"gated weights on {form} scores", form, [(name, gate) for name in used for gate in gates])
+            chosen = gated if _beyond_noise(ranks[gated], ranks[chosen], labels) else chosen
+        worse = _beyond_noise(ranks[best], ranks[chosen], labels) or _ndcg(ranks[chosen]).mean() < _ndcg(picked).mean()
+        ranks[BEST_SINGLE] = picked
+        return cls._told(singles[best] if worse else found[chosen], best if worse else chosen, ranks, best, labels)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The scorers whose scores are looked at; the others need not be computed."""
+        return tuple(name for name in {**self.weights, **self.silence})
+
+    def combine(self, scores: Scores, evidence: Evidence) -> NDArray[np.float32]:
+        """Fuse scores.
+
+        Args:
+            scores: (Q, N) of at least the scorers in `needs`; NaN where one cannot say.
+        Returns:
+            (Q, N), comparable within a question; NaN for context items and where every scorer was silent.
+        Raises:
+            ValueError: a scorer is missing or a shape differs.
+        """
+        _check(scores, evidence, self.needs)
+        fused = np.empty((len(evidence.contexts), len(evidence.item_support)), np.float32)
+        for block in row_blocks(*fused.shape):
+            fused[block] = _total(fused[block].shape, self._parts(scores, evidence, block))
+        return fused
+
+    def explained(
+        self, scores: Scores, evidence: Evidence
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        """Fuse scores and tell what each scorer adds, in one pass; it all stays in memory, so for few questions.
+
+        Returns:
+            What `combine` gives, and per scorer of `needs` its (Q, N) share; the shares add up to the fused score, up
+            to rounding, wherever there is one.
+        Raises:
+            ValueError: a scorer is missing or a shape differs.
+        """
+        _check(scores, evidence, self.needs)
+        parts = list(self._parts(scores, evidence, slice(None)))
+        fused = _total((len(evidence.contexts), len(evidence.item_support)), parts)
+        return fused, {name: part for name, (part, _) in zip(self.needs, parts, strict=True)}
+
+    def state(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "form": self.form,
+            "weights": {name: dict(gates) for name, gates in self.weights.items()},
+            "silence": dict(self.silence),
+            "chosen": self.chosen,
+            "table": [vars(line) for line in self.table],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """Rebuild from `state`.
+
+        Raises:
+            ValueError: the form or a gate is unknown, or a weight is negative or not finite.
+        """
+        weights = {str(name): {gate: float(w) for gate, w in gates.items()} for name, gates in state["weights"].items()}
+        silence = {str(name): float(value) for name, value in state["silence"].items()}
+        values = [*(w for gates in weights.values() for w in gates.values()), *silence.values()]
+        if state["form"] not in get_args(Form) or any(
+            gate not in GATES for gates in weights.values() for gate in gates
+        ):
+            raise ValueError(f"a fusion has one of the forms {get_args(Form)} and gates among {GATES}.")
+        if not np.all(np.isfinite(values)) or any(w < 0 for gates in weights.values() for w in gates.values()):
+            raise ValueError("the weights of a fusion are finite and not negative.")
+        table = tuple(Tried(**line) for line in state["table"])
+        return cls(state["form"], cast("Mapping[str, Mapping[Gate, float]]", weights), silence, state["chosen"], table)
+
+    def _parts(
+        self, scores: Scores, evidence: Evidence, block: slice
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """Yield per scorer of `needs` what it adds, (q, N), and where it was heard."""
+        here = evidence.take(block)
+        gates = _Gates(here)
+        for name in self.needs:
+            values, heard = comparable(scores[name][block], here, self.form)
+            weight: NDArray[np.float32] = np.zeros((1, 1), np.float32)
+            for gate, factor in self.weights.get(name, {}).items():
+                weight = weight + np.float32(factor) * gates.of(gate, values)
+            values *= weight
+            if silence := self.silence.get(name):
+                np.copyto(values, silence, where=_silent(heard, here))
+            yield values, heard
+
+    @classmethod
+    def _crossed(
+        cls, name: str, fit: _Fit, scores: Scores, answers: NDArray[np.int64], evidence: Evidence,
+        fold_of: NDArray[np.int64],
+    ) -> tuple[Self, NDArray[np.float64]]:  # fmt: skip
+        """Fit on all questions; return that fusion, and the ranks by fusions fitted without the question's fold."""
+        ranks = np.empty(len(answers))
+        for fold in np.unique(fold_of):
+            held = np.flatnonzero(fold_of == fold)
+            partial = cls(fit.form, *fit.solve(fold_of != fold), name)
+            fused = partial.combine({scorer: scores[scorer][held] for scorer in scores}, evidence.take(held))
+            ranks[held] = _ranks({name: fused}, answers[held], evidence.take(held))
+        return cls(fit.form, *fit.solve(np.ones(len(answers), bool)), name), ranks
+
+    @classmethod
+    def _told(
+        cls, chosen: Self, name: str, ranks: Mapping[str, NDArray[np.float64]], best: str, labels: NDArray[np.int64]
+    ) -> Self:
+        lines = []
+        for tried, found in ranks.items():
+            gain, error = _difference(_ndcg(found), _ndcg(ranks[best]), labels)
+            recall = float(metrics.per_query(found, "r@10").mean())
+            lines.append(Tried(tried, float(_ndcg(found).mean()), recall, gain, error))
+        lines.sort(key=lambda line: -line.ndcg)
+        return cls(chosen.form, chosen.weights, chosen.silence, name, tuple(lines))
+
+
+def comparable(
+    scores: NDArray[np.float32], evidence: Evidence, form: Form
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Bring the scores of each question to one scale; see `Fusion.form`.
+
+    Args:
+        scores: (q, N); NaN where the scorer cannot say.
+    Returns:
+        (q, N) float32, 0 where nothing was said, and (q, N) bool, where something was. Context items count as nothing
+        said. A question whose known scores are all alike says nothing about any order: 0 throughout.
+    """
+    values = np.array(scores, np.float32)
+    values[evidence.barred()] = np.nan
+    heard = np.isfinite(values)
+    if form == "normal":
+        return _quantiles_of_ranks(values, heard), heard
+    np.copyto(values, 0, where=~heard)
+    count = np.maximum(heard.sum(axis=1, keepdims=True), 1)
+    mean = values.sum(axis=1, keepdims=True, dtype=np.float64) / count
+    values -= mean.astype(np.float32)
+    values *= heard
+    spread = np.sqrt(np.square(values, dtype=np.float64).sum(axis=1, keepdims=True) / count)
+    # Scores that are equal on paper differ in their last bits; that is no opinion.
+    alike = spread <= 1e-6 * np.abs(mean) + 1e-30
+    values *= np.where(alike, 0, 1 / np.where(alike, 1, spread)).astype(np.float32)
+    match form:
+        case "z":
+            return values, heard
+        case "damped":
+            size = np.abs(values)
+            return np.copysign(np.log1p(size, out=size), values, out=values), heard
+        case _:
+            assert_never(form)
+
+
+def _quantiles_of_ranks(values: NDArray[np.float32], heard: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return the normal quantile of each mid-rank among what was heard, (q, N); 0 elsewhere."""
+    quantiles = np.zeros_like(values)
+    np.copyto(values, np.inf, where=~heard)  # behind all that was said; NaN would do, at ten times the time to sort
+    for own, known, found in zip(values, heard, quantiles, strict=True):
+        count = int(np.count_nonzero(known))
+        order = np.argsort(own)[:count]
+        ordered = own[order]
+        starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:count])  # of runs of equal scores
+        sizes = np.diff(starts, append=count)
+        found[order] = np.repeat(_quantiles(count)[2 * starts + sizes - 1], sizes)
+    return quantiles
+
+
+@lru_cache(maxsize=4)
+def _quantiles(count: int) -> NDArray[np.float32]:
+    """Return the normal quantiles of 1, 2 ... 2 count - 1 out of 2 count: where mid-ranks, whole and half, can lie.
+
+    Kept, because scorers are asked about one catalogue and speak of the same number of items again and again.
+    """
+    return np.asarray(special.ndtri(np.arange(1, 2 * count) / max(1, 2 * count)), np.float32)
+
+
+def _total(
+    shape: tuple[int, ...], parts: Iterable[tuple[NDArray[np.float32], NDArray[np.bool_]]]
+) -> NDArray[np.float32]:
+    """Add up what scorers say; NaN where none was heard."""
+    total, known = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    for part, heard in parts:
+        total += part
+        known |= heard
+    np.copyto(total, np.nan, where=~known)
+    return total
+
+
+class _Fit:
+    """The conditional logit over sampled candidates: one number per cell and term, and the solver.
+
+    Maximises the mean of ln(share of the answer + doubt) under a normal prior of fixed spread around the best single
+    scorer, which matters for few questions and fades with many.
+
+    Args:
+        singles: per scorer (Q,) NDCG@10 by itself.
+    """
+
+    def __init__(
+        self, form: Form, terms: Sequence[tuple[str, Gate]], scores: Scores, evidence: Evidence, sampled: SampledCells,
+        singles: Mapping[str, NDArray[np.float64]],
+    ) -> None:  # fmt: skip
+        self.form = form
+        self._singles = singles
+        self._terms = terms
+        self._sampled = sampled
+        names = tuple(dict.fromkeys(name for name, _ in terms))
+        columns = np.empty((len(terms), len(sampled.rows)), np.float32)
+        silence = np.zeros((len(names), len(sampled.rows)), np.float32)
+        for block in row_blocks(len(evidence.contexts), len(evidence.item_support)):
+            here = evidence.take(block)
+            cells = slice(*np.searchsorted(sampled.rows, [block.start, block.stop]))
+            rows, items = sampled.rows[cells] - block.start, sampled.columns[cells]
+            gates = _Gates(here)
+            for place, name in enumerate(names):
+                values, heard = comparable(scores[name][block], here, form)
+                silence[place, cells] = _silent(heard, here)[rows, items]
+                for term, (scorer, gate) in enumerate(terms):
+                    if scorer == name:
+                        factor = np.broadcast_to(gates.of(gate, values), values.shape)
+                        columns[term, cells] = factor[rows, items] * values[rows, items]
+        # A scorer that is never silent has no silence to weigh.
+        self._silent = [name for place, name in enumerate(names) if silence[place].any()]
+        self._cells = np.concatenate([columns, silence[silence.any(axis=1)]])  # (P, M)
+        self._precision = np.full(len(self._cells), _AWAY_SPREAD**-2.0)
+        self._bounds = [(0.0, None)] * len(terms) + [(None, 0.0)] * len(self._silent)
+
+    def solve(self, chosen: NDArray[np.bool_]) -> tuple[dict[str, dict[Gate, float]], dict[str, float]]:
+        """Return weights and silence fitted on the chosen questions: (Q,) bool."""
+        best = max(
+            (place for place, (_, gate) in enumerate(self._terms) if gate == "always"),
+            key=lambda place: float(self._singles[self._terms[place][0]][chosen].mean()),
+        )
+        centre = np.zeros(len(self._cells))
+        alone = np.array([_WEIGHT_SPREAD**-2.0])
+        (centre[best],) = conditional_logit(
+            self._cells[[best]], self._sampled, chosen, alone, [(0.0, None)], np.zeros(1)
+        )
+        theta = conditional_logit(self._cells, self._sampled, chosen, self._precision, self._bounds, centre)
+        weights: dict[str, dict[Gate, float]] = {}
+        for (name, gate), value in zip(self._terms, theta, strict=False):
+            if value > _NEGLIGIBLE:
+                weights.setdefault(name, {})[gate] = float(value)
+        silence = dict(zip(self._silent, map(float, theta[len(self._terms) :]), strict=True))
+        # A scorer without any weight is not asked at all, so neither is its silence.
+        return weights, {name: value for name, value in silence.items() if name in weights}
+
+
+def _ranks(scores: Scores, answers: NDArray[np.int64], evidence: Evidence) -> NDArray[np.float64]:
+    (values,) = scores.values()
+    barred = sparse.coo_array((np.ones(len(evidence.barred()[0]), bool), evidence.barred()), shape=values.shape)
+    return metrics.midranks(values, answers, barred)
+
+
+def _picked(ranks: Mapping[str, NDArray[np.float64]], fold_of: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the ranks by the scorer that is best on the other folds."""
+    found = np.empty(len(fold_of))
+    for fold in np.unique(fold_of):
+        held = fold_of == fold
+        best = max(ranks.values(), key=lambda values: float(_ndcg(values[~held]).mean()))
+        found[held] = best[held]
+    return found
+
+
+def _ndcg(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
+    return metrics.per_query(ranks, "ndcg@10")
+
+
+def _beyond_noise(ranks: NDArray[np.float64], than: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
+    gain, error = _difference(_ndcg(ranks), _ndcg(than), labels)
+    return gain > error
+
+
+def _difference(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
+    """Return the mean of a - b and its standard error, clusters being what is independent (ratio estimator)."""
+    gain = float((a - b).mean())
+    sums, sizes = np.bincount(labels, weights=a - b), np.bincount(labels)
+    count = len(sums)
+    if count < 2:
+        return gain, float("inf")
+    error = np.sqrt(count / (count - 1) * np.square(sums - gain * sizes).sum()) / len(a)
+    return gain, float(error)
+
+
+def _sampled(labels: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return rows of whole clusters, ascending, at most `limit` of them (or one cluster)."""
+    if len(labels) <= limit:
+        return np.arange(len(labels))
+    order = rng.permutation(labels.max() + 1)
+    fits = np.cumsum(np.bincount(labels)[order]) <= limit
+    return np.flatnonzero(np.isin(labels, order[: max(1, int(fits.sum()))]))
+
+
+def _check(scores: Scores, evidence: Evidence, needed: Sequence[str] = ()) -> None:
+    missing = [name for name in needed if name not in scores]
+    if missing or not scores:
+        raise ValueError(f"scores must hold {', '.join(missing) or 'a scorer'}, found {', '.join(scores) or 'none'}.")
+    shape = (len(evidence.contexts), len(evidence.item_support))
+    wrong = {name: part.shape for name, part in scores.items() if part.shape != shape}
+    if wrong:
+        raise ValueError(f"scores must be {shape}, one row per context and one column per item, found {wrong}.")

@@ -1,0 +1,291 @@
+"""Who may complete a bundle: every scorer in each of its settings, and what is known when they are fitted.
+
+Owns which scorers there are, what each is fitted on, and that validation picks their settings. The evaluation measures
+these and the recommender serves them, so a figure of the one is a promise of the other. Knows nothing of fusion
+weights, of how adapters are tuned, or of test bundles.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from peft_combo import metrics
+from peft_combo.data.model import Dataset
+from peft_combo.data.queries import Questions
+from peft_combo.encoder.heads.completion import CompletionHead, target_vectors
+from peft_combo.errors import PeftComboError
+from peft_combo.recommender.category_calibration import Calibration
+from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fitted_scorers import (
+    _BESIDE,
+    _PAST,
+    _SCORES,
+    _VECTORS,
+    Fitted,
+    FittedCategories,
+    FittedHead,
+    FittedScorer,
+    ItemVectors,
+    ensemble_of,
+    past_of,
+    rating_of,
+)
+from peft_combo.scoring.base import Scorer
+from peft_combo.scoring.factors import ALS
+from peft_combo.scoring.linear import CEASE, EASE
+from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
+from peft_combo.scoring.text import TextCosine, tfidf_vectors
+
+RANDOM, PEER, FROZEN, TUNED, BY_CATEGORY = "random", "CEASE-TFIDF", "frozen BERT", "tuned BERT", "tuned by category"
+
+RATED, ENSEMBLE = "rated", "ensemble"
+BOUGHT, ALIKE = "bought before", "users alike"
+
+_QUERY_BLOCK = 256
+# Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
+_CEASE_SETTINGS = ((10.0, 3.0), (1.0, 0.3), (30.0, 10.0))
+_MANY_ITEMS = 6_000
+
+
+class Setting(Protocol):
+    """A scorer in one setting, not yet fitted.
+
+    Attributes:
+        setting: tells it from the scorer's other settings; "" where there is one only.
+    """
+
+    @property
+    def setting(self) -> str: ...
+
+    def fit(self) -> Fitted:
+        """Learn from what is known."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    setting: str
+    scorer: Scorer
+    history: sparse.csr_matrix[Any]
+    items: ItemVectors | None = None
+
+    def fit(self) -> Fitted:
+        # A copy: what a setting learned that is not chosen, for CEASE a matrix of items by items, is forgotten.
+        return FittedScorer(copy.copy(self.scorer).fit(self.history, items=self.items))
+
+
+@dataclass(frozen=True, eq=False)
+class _Head:
+    vectors: NDArray[np.float32]
+    head: CompletionHead
+    setting: str = ""
+
+    def fit(self) -> Fitted:
+        return FittedHead.of(self.vectors, self.head)
+
+
+@dataclass(frozen=True, eq=False)
+class _Past:
+    known: Known
+    neighbours: bool
+    setting: str = ""
+
+    def fit(self) -> Fitted:
+        return past_of(self.known, neighbours=self.neighbours)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rating:
+    known: Known
+    name: str
+    setting: str
+
+    def fit(self) -> Fitted:
+        return rating_of(self.known, self.name, self.setting)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ensemble:
+    known: Known
+    setting: str
+
+    def fit(self) -> Fitted:
+        return ensemble_of(self.known, self.setting)
+
+
+def families(
+    known: Known, owners: set[str], seed: int, also: Mapping[str, Scorer] | None = None
+) -> dict[str, list[Setting]]:
+    """Name the scorers, and for each the settings that validation chooses from; nothing is fitted yet.
+
+    Args:
+        owners: groups of the questions that will be asked; what reads a user's past is named only where it knows one.
+        also: further scorers of bundles.
+    """
+
+    def counting(scorer: Scorer, setting: str = "") -> list[Setting]:
+        choices: list[Setting] = [_Choice(setting, scorer, known.history)]
+        if known.users is not None:
+            choices.append(_Choice(f"{setting} with users".strip(), scorer, known.users))
+        return choices
+
+    def cosine(items: ItemVectors) -> list[Setting]:
+        return [
+            _Choice("nearest to the mean", TextCosine("mean"), known.history, items),
+            _Choice("nearest to any", TextCosine("max"), known.history, items),
+        ]
+
+    def closed_form(label: str, items: ItemVectors) -> list[Setting]:
+        grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
+        return [
+            _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}", CEASE(l2, alpha), known.history, items)
+            for l2, alpha in grid
+        ]
+
+    found: dict[str, list[Setting]] = {
+        RANDOM: [_Choice("", Random(seed), known.history)],
+        "popularity": counting(Popularity()),
+        "co-occurrence": counting(CoOccurrence(), "conditional") + counting(CoOccurrence("lift"), "lift"),
+        "item-kNN": counting(ItemKNN(), "cosine") + counting(ItemKNN(similarity="tfidf"), "tfidf"),
+        "user-kNN": counting(UserKNN()),
+        "EASE": [choice for l2 in (1.0, 10.0, 100.0) for choice in counting(EASE(l2), f"l2 {l2:g}")],
+        "ALS": counting(ALS(seed=seed)),
+        "TF-IDF title": cosine(known.words),
+        PEER: closed_form("words", known.words) + closed_form("words and pairs", tfidf_vectors(known.texts, longest=2)),
+    }
+    met = bool(owners & set(known.user_rows))
+    if met:
+        found[BOUGHT] = [_Past(known, neighbours=False)]
+        found[ALIKE] = [_Past(known, neighbours=True)]
+    # CEASE may read the category path as well: a peer should know what we know.
+    if known.categorised is not None:
+        found[PEER] += closed_form("words and category", known.categorised)
+    if known.frozen is not None:
+        found[FROZEN] = cosine(known.frozen)
+    dense: dict[str, NDArray[np.float32]] = {}
+    for name, (vectors, head) in known.tuned.items():
+        found[f"{TUNED} {name}"] = [_Head(vectors, head)]
+        if name in known.general:
+            dense[name] = target_vectors(head, vectors)
+    if len(dense) > 1:
+        found[ENSEMBLE] = [_Ensemble(known, setting) for setting in (_SCORES, _VECTORS)]
+    for name in known.rated:
+        found[f"{RATED} {name}"] = [
+            _Rating(known, name, setting) for setting in ((_PAST, _BESIDE) if met else (_BESIDE,))
+        ]
+    if not dense and known.frozen is not None:
+        dense["frozen"] = known.frozen
+    if dense:
+        found["CEASE-BERT"] = []
+    for name, targets in dense.items():
+        found["CEASE-BERT"] += closed_form(name, targets)
+        for label, words in (("words", known.words), ("words and category", known.categorised)):
+            if words is not None:
+                # Rows are scaled to length 1 there, so each side has half the weight.
+                beside: Any = sparse.hstack([words, sparse.csr_array(targets)], format="csr", dtype=np.float32)
+                found["CEASE-BERT"] += closed_form(f"{name} beside {label}", sparse.csr_array(beside))
+    for name, scorer in (also or {}).items():
+        found[name] = [_Choice("", scorer, known.history)]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """A scorer in the setting that is best on validation.
+
+    Attributes:
+        scores: (Q, N) of the validation questions. ndcg: NDCG@10 of them.
+    """
+
+    setting: str
+    fitted: Fitted
+    scores: NDArray[np.float32]
+    ndcg: float
+
+
+def pick(choices: Sequence[Setting], valid: Questions) -> Picked:
+    """Return the setting with the best NDCG@10 on validation, the first of equals."""
+    best: Picked | None = None
+    for choice in choices:
+        fitted = choice.fit()
+        scores = np.concatenate([fitted(part) for part in blocks(valid)])
+        value = _ndcg(scores, valid)
+        if best is None or value > best.ndcg:
+            best = Picked(choice.setting, fitted, scores, value)
+    assert best is not None
+    return best
+
+
+def picked_all(
+    found: Mapping[str, Sequence[Setting]],
+    valid: Questions,
+    known: Known,
+    seed: int,
+    done: Callable[[str], None],
+    notes: list[str],
+) -> dict[str, Picked]:
+    """Pick a setting for each scorer; one that cannot be fitted is left out with a note.
+
+    Where adapters are bound to categories, what they say together is calibrated here: its validation scores come from
+    calibrations that were fitted without the question's group, so the fusion judges it like any other.
+    """
+    chosen: dict[str, Picked] = {}
+    for name, choices in found.items():
+        try:
+            chosen[name] = pick(choices, valid)
+        except PeftComboError as error:
+            notes.append(f"{name}: left out. {error}")
+        done(name)
+    if ENSEMBLE in chosen:
+        k = len(known.general)
+        notes.append(
+            f"{ENSEMBLE}: encodes the catalogue {k} times; a question costs {k} products with it ({_SCORES}) or one "
+            f"({_VECTORS})"
+        )
+    if known.areas is not None:
+        heads = {name: chosen[f"{TUNED} {name}"] for name in known.tuned}
+        scores = {name: one.scores for name, one in heads.items()}
+        calibration, crossed = Calibration.fit(
+            scores, known.areas, valid.targets, valid.contexts, valid.clusters, seed=seed
+        )
+        fitted_heads = {name: one.fitted for name, one in heads.items() if isinstance(one.fitted, FittedHead)}
+        fitted = FittedCategories(fitted_heads, known.areas, calibration)
+        chosen[BY_CATEGORY] = Picked("calibrated", fitted, crossed, _ndcg(crossed, valid))
+        done(BY_CATEGORY)
+    return chosen
+
+
+def best_text(picked: Mapping[str, Picked]) -> str:
+    """Return the name of the tuned scorer that is best on validation; "" where there is none."""
+    tuned = [name for name in picked if name in (BY_CATEGORY, ENSEMBLE) or name.startswith(TUNED)]
+    return max(tuned, key=lambda name: picked[name].ndcg, default="")
+
+
+def asked(dataset: Dataset, rows: NDArray[np.int32], limit: int, seed: int, name: str, notes: list[str]) -> Questions:
+    """Make the questions of some bundles, at most about `limit` of them."""
+    sizes = dataset.bundles.sizes[rows]
+    if sizes.sum() > limit:
+        order = np.random.default_rng(seed).permutation(len(rows))
+        kept = max(1, int(np.searchsorted(np.cumsum(sizes[order]), limit, side="right")))
+        notes.append(f"{name}: {kept:,} of {len(rows):,} bundles were sampled, {limit:,} questions at most")
+        rows = rows[np.sort(order[:kept])]
+    return Questions.of(dataset.bundles, rows)
+
+
+def blocks(questions: Questions) -> Iterator[Questions]:
+    """Cut questions into parts whose scores fit memory with ease."""
+    for start in range(0, len(questions), _QUERY_BLOCK):
+        yield questions.take(slice(start, start + _QUERY_BLOCK))
+
+
+def _ndcg(scores: NDArray[np.float32], valid: Questions) -> float:
+    ranks = metrics.midranks(scores, valid.targets, valid.excluded())
+    return float(metrics.per_query(ranks, "ndcg@10").mean())

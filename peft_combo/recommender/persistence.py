@@ -1,0 +1,281 @@
+"""A fitted recommender on disk: what validation chose, what the scorers learned, and what it was fitted on.
+
+Owns the folder and the checks that it is read for the data and adapters it was made of. Item vectors stay in the vector
+cache, adapters in their store, items and bundles in the data; a folder names all of them by digest.
+
+    fitted/
+      recommender.json      everything but arrays; written last
+      scorer-0.safetensors  what a scorer learned
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from peft_combo import scoring
+from peft_combo.data.model import Dataset
+from peft_combo.data.splits import Split
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.vectors import VectorCache
+from peft_combo.errors import DataError
+from peft_combo.recommender.category_calibration import Calibration
+from peft_combo.recommender.composing.options import Weights
+from peft_combo.recommender.fit_data import Known, text_knowledge
+from peft_combo.recommender.fitted_scorers import (
+    Fitted,
+    FittedCategories,
+    FittedHead,
+    FittedScorer,
+    ensemble_of,
+    past_of,
+    rating_of,
+)
+from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.model_selection import ALIKE, BOUGHT, BY_CATEGORY, ENSEMBLE, RATED, TUNED
+from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.scoring.base import Scorer
+
+FORMAT = 2
+_MANIFEST = "recommender.json"
+_MANIFEST_LIMIT = 16 * 2**20
+# The scorers whose state may be read; the name in a file is looked up here and nowhere else.
+_SCORERS: dict[str, Any] = {
+    name: getattr(scoring, name)
+    for name in ("Popularity", "CoOccurrence", "ItemKNN", "UserKNN", "EASE", "CEASE", "TextCosine", "ALS", "BPR")
+}
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _ScorerFile(_Stored):
+    """Attributes:
+    parameters: the second half of `Scorer.state`.
+    """
+
+    file: str = Field(pattern=r"\Ascorer-[0-9]{1,3}\.safetensors\z")
+    sha256: str
+    parameters: dict[str, JsonValue]
+
+
+class _Manifest(_Stored):
+    format: int
+    data: str
+    split: str
+    backbone: str
+    text: str
+    adapters: dict[str, str]
+    settings: dict[str, str]
+    fusion: dict[str, JsonValue]
+    calibration: dict[str, JsonValue] | None
+    text_side: str
+    weights: dict[str, float]
+    weighed_past: bool
+    scorers: dict[str, _ScorerFile]
+    notes: tuple[str, ...]
+
+
+def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None:
+    """Write a fitted recommender; a folder that is there already is replaced by the whole new one.
+
+    Raises:
+        DataError: the folder cannot be written, or holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / _MANIFEST).is_file():
+        raise DataError(f"{folder} is there and holds no recommender. Name another folder.")
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        draft.mkdir(parents=True)
+        files: dict[str, _ScorerFile] = {}
+        for name, fitted in recommender.serving.items():
+            if isinstance(fitted, FittedScorer):
+                arrays, parameters = fitted.scorer.state()
+                path = draft / f"scorer-{len(files)}.safetensors"
+                save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
+                files[name] = _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
+        calibrations = [
+            one.calibration.state()
+            for one in (*recommender.serving.values(), recommender.text_side)
+            if isinstance(one, FittedCategories)
+        ]
+        manifest = _Manifest(
+            format=FORMAT, data=recommender.dataset.digest, split=recommender.split_digest,
+            backbone=recommender.bank.backbone.fingerprint, text=recommender.text,
+            adapters={one.reference: one.digest for one in recommender.adapters}, settings=recommender.settings,
+            fusion=recommender.fusion.state(), calibration=calibrations[0] if calibrations else None,
+            text_side=recommender.text_side_name, weights=asdict(recommender.weights),
+            weighed_past=recommender.users is None, scorers=files, notes=recommender.notes,
+        )  # fmt: skip
+        (draft / _MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+        old = draft.with_name(f"{draft.name}.old")
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(draft, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise DataError(f"The recommender cannot be written to {folder}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def load_recommender(
+    folder: str | Path,
+    dataset: Dataset,
+    bank: AdapterBank,
+    *,
+    cache: VectorCache | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> BundleRecommender:
+    """Read a recommender that `save_recommender` wrote; its answers are those of the one that was saved.
+
+    Raises:
+        DataError: there is none, it is damaged, or it was fitted on other data, adapters or another backbone.
+        StoreError: an adapter cannot be had.
+    """
+    folder = Path(folder)
+    manifest = _read(folder)
+    if manifest.data != dataset.digest:
+        raise _other(folder, "data", manifest.data, dataset.digest)
+    if manifest.backbone != bank.backbone.fingerprint:
+        raise _other(folder, "a backbone", manifest.backbone, bank.backbone.fingerprint)
+    for reference, digest in manifest.adapters.items():
+        found = bank.get(reference).digest
+        if found != digest:
+            raise _other(folder, f"an adapter {reference}", digest, found)
+    try:
+        return _rebuilt(folder, manifest, dataset, bank, cache, progress)
+    except (KeyError, ValueError, TypeError, OSError, SafetensorError) as error:
+        raise _damaged(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def fitted_recommender(
+    folder: Path,
+    dataset: Dataset,
+    parts: Split,
+    bank: AdapterBank,
+    adapters: Sequence[str],
+    *,
+    text: str = "{title}",
+    seed: int = 0,
+    cache: VectorCache | None = None,
+    progress: Callable[[int], None] | None = None,
+    done: Callable[[str], None] | None = None,
+) -> BundleRecommender:
+    """Return a recommender of these data and adapters: the one kept in `folder`, or a new one that is then kept.
+
+    Args:
+        folder: holds any number of recommenders, each under a name made of what it was fitted on.
+    Raises:
+        PeftComboError: see `BundleRecommender.fit`; the folder cannot be written.
+    """
+    digests = [bank.get(reference).digest for reference in adapters]
+    key = [FORMAT, dataset.digest, parts.digest, bank.backbone.fingerprint, text, seed, digests]
+    own = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    if (own / _MANIFEST).is_file():
+        with suppress(DataError):  # damaged: fit it anew
+            return load_recommender(own, dataset, bank, cache=cache, progress=progress)
+    made = BundleRecommender.fit(
+        dataset, parts, bank, adapters, text=text, seed=seed, cache=cache, progress=progress, done=done
+    )
+    save_recommender(made, own)
+    return made
+
+
+def _read(folder: Path) -> _Manifest:
+    path = folder / _MANIFEST
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MANIFEST_LIMIT + 1)
+    except OSError as error:
+        raise DataError(f"No recommender in {folder}: {error.strerror or error}.") from error
+    if len(content) > _MANIFEST_LIMIT:
+        raise _damaged(folder, f"{_MANIFEST} is larger than {_MANIFEST_LIMIT // 2**20} MiB")
+    try:
+        values = json.loads(content)
+        found = values.get("format") if isinstance(values, dict) else None
+        if found != FORMAT:
+            raise DataError(f"The recommender in {folder} has format {found}, expected {FORMAT}. Fit it anew.")
+        return _Manifest.model_validate(values)
+    except (ValueError, ValidationError, RecursionError) as error:
+        raise _damaged(folder, str(error).splitlines()[0]) from error
+
+
+def _rebuilt(
+    folder: Path, manifest: _Manifest, dataset: Dataset, bank: AdapterBank, cache: VectorCache | None,
+    progress: Callable[[int], None] | None,
+) -> BundleRecommender:  # fmt: skip
+    side = text_knowledge(dataset, bank, tuple(manifest.adapters), manifest.text, cache, progress)
+    known = Known.of(dataset, None, None, manifest.text, side.frozen, side.tuned, side.areas, side.rated)
+    heads = {name: FittedHead.of(vectors, head) for name, (vectors, head) in side.tuned.items()}
+    together: Fitted | None = None
+    if side.areas is not None and manifest.calibration is not None:
+        together = FittedCategories(heads, side.areas, Calibration.from_state(manifest.calibration))
+
+    def text_scorer(name: str) -> Fitted:
+        if name == BY_CATEGORY and together is not None:
+            return together
+        if name == ENSEMBLE:
+            return ensemble_of(known, manifest.settings[name])
+        return heads[name.removeprefix(f"{TUNED} ")]
+
+    fusion = Fusion.from_state(manifest.fusion)
+    serving: dict[str, Fitted] = {}
+    for name in fusion.needs:
+        if name in (BOUGHT, ALIKE):
+            serving[name] = past_of(known, neighbours=name == ALIKE)
+        elif name.startswith(f"{RATED} "):
+            serving[name] = rating_of(known, name.removeprefix(f"{RATED} "), manifest.settings[name])
+        elif name in (BY_CATEGORY, ENSEMBLE) or name.startswith(TUNED):
+            serving[name] = text_scorer(name)
+        else:
+            serving[name] = FittedScorer(_scorer(folder, manifest.scorers[name], len(dataset.catalog)))
+    return BundleRecommender(
+        dataset, bank, side.live, serving, manifest.text_side,
+        text_scorer(manifest.text_side) if manifest.text_side else FittedHead.untuned(side.frozen), fusion,
+        manifest.settings, known,
+        users=None if manifest.weighed_past or not known.user_rows else past_of(known, neighbours=True),
+        weights=Weights(**manifest.weights),
+        split_digest=manifest.split, notes=manifest.notes,
+    )  # fmt: skip
+
+
+def _scorer(folder: Path, stored: _ScorerFile, n_items: int) -> Scorer:
+    path = folder / stored.file
+    if path.is_symlink() or _sha256(path) != stored.sha256:
+        raise ValueError(f"{stored.file} was altered since it was written")
+    kind = _SCORERS[str(stored.parameters.get("scorer"))]
+    scorer: Scorer = kind.from_state(load_file(path), stored.parameters)
+    if len(scorer.support) != n_items:
+        raise ValueError(f"{stored.file} knows {len(scorer.support)} items, the catalogue has {n_items}")
+    return scorer
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _other(folder: Path, what: str, then: str, now: str) -> DataError:
+    return DataError(
+        f"The recommender in {folder} was fitted on {what} with digest {then[:12]}, found {now[:12]}. Fit it anew."
+    )
+
+
+def _damaged(folder: Path, reason: str) -> DataError:
+    return DataError(f"The recommender in {folder} is damaged: {reason}. Delete the folder and fit it anew.")

@@ -1,0 +1,241 @@
+"""Requests to a recommender as data: one from the command line, or a file of them answered in one go.
+
+Owns what a request may say, how a file of them is read and how answers are written. Knows nothing of scores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peft_combo.data.labels.tags import Tagger
+from peft_combo.errors import DataError, PeftComboError, did_you_mean
+from peft_combo.recommender.composing.constraints import Constraints
+from peft_combo.recommender.composing.options import Options
+from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.recommender.results import Recommendation, Suggestion
+
+_LINE_LIMIT = 1 << 20  # bytes; a longer line is no request
+_ROWS = 1024  # answers written to Parquet at a time
+
+
+class Request(BaseModel):
+    """What is asked of a recommender; see `BundleRecommender.compose` and `complete`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    id: str | int | None = Field(default=None, description="Comes back with the answer.")
+    items: list[str] = Field(default=[], max_length=1000, description="Ids every bundle holds.")
+    user: str | None = Field(default=None, description="Id of the user it is for.")
+    query: str | None = Field(default=None, max_length=10_000, description="What is looked for, in words.")
+    single: bool = Field(default=False, description="Single items that complete, instead of bundles.")
+    k: int = Field(default=5, ge=1, le=1000, description="How many.")
+    slots: list[str] | None = Field(default=None, description="Slots every bundle must have.")
+    without_slots: list[str] | None = Field(default=None, description="Slots no new item may have.")
+    budget: float | None = Field(default=None, ge=0, description="Most a bundle may cost.")
+    max_price: float | None = Field(default=None, ge=0, description="Most a new item may cost.")
+    season: str | None = Field(default=None, description="Season of new items.")
+    categories: list[str] = Field(default=[], description='Only under these paths: "A > B".')
+    size: int | None = Field(default=None, ge=1, le=1000, description="Items in a bundle.")
+    in_stock: bool = Field(default=False, description="Only items of which some are left.")
+    diversity: float = Field(default=0.3, ge=0, le=1, description="0 the best, 1 the most varied.")
+    substitute: bool = Field(default=False, description="Replace like by like, not complete.")
+    explain: bool = Field(default=False, description="Say what each item adds.")
+
+
+def answer(
+    recommender: BundleRecommender, request: Request, tagger: Tagger | None = None
+) -> list[Suggestion] | list[Recommendation]:
+    """Answer one request.
+
+    Args:
+        tagger: takes queries apart; see `BundleRecommender.compose`.
+    Raises:
+        DataError: an id is not known, there is nothing to go by, or no bundle meets the constraints.
+    """
+    constraints = Constraints(
+        budget=request.budget, price_max=request.max_price, in_stock=request.in_stock, season=request.season,
+        categories=tuple(request.categories), size=None if request.size is None else (request.size, request.size),
+    )  # fmt: skip
+    if request.single:
+        if request.query is not None or request.slots or request.without_slots:
+            raise DataError("Single items go by items or a user; a query, slots and without_slots are for bundles.")
+        return recommender.complete(
+            request.items, user=request.user, k=request.k, constraints=constraints, explain=request.explain
+        )
+    return recommender.compose(
+        request.items, user=request.user, query=request.query, tagger=tagger, constraints=constraints,
+        required=request.slots, forbidden=request.without_slots,
+        options=Options(
+            k=request.k, diversity=request.diversity, mode="substitute" if request.substitute else "complement"
+        ),
+        explain=request.explain,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What became of a file: how many requests there were, and the errors of those that had no answer, by line."""
+
+    requests: int
+    errors: dict[int, str]
+
+
+def answer_file(
+    recommender: BundleRecommender,
+    source: Path,
+    target: Path,
+    defaults: Mapping[str, Any] | None = None,
+    advance: Callable[[int], None] | None = None,
+    tagger: Tagger | None = None,
+) -> Answered:
+    """Answer a file of requests, one JSON object a line; a bad one costs its own answer and no other.
+
+    Args:
+        target: ``.jsonl``, an object for each request with its answers; or ``.parquet``, a row for each answer. It
+            appears when it is whole.
+        defaults: fields of every request that does not say otherwise.
+        advance: told 1 after each request.
+        tagger: as for `answer`.
+    Raises:
+        DataError: a file cannot be read or written, or the ending is another.
+    """
+    errors: dict[int, str] = {}
+    count = 0
+    with _written(target) as write:
+        for number, line in _lines(source):
+            count += 1
+            told: dict[str, Any] = {"line": number, "id": None, "results": [], "error": None}
+            try:
+                request = _request(line, defaults or {})
+                told["id"] = request.id
+                told["results"] = [asdict(one) for one in answer(recommender, request, tagger)]
+            except PeftComboError as error:
+                told["error"] = errors[number] = str(error)
+            write(told)
+            if advance is not None:
+                advance(1)
+    return Answered(count, errors)
+
+
+def count_requests(source: Path) -> int:
+    """Return how many requests a file holds.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return sum(1 for _ in _lines(source))
+
+
+def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with source.open("rb") as file:
+            number = 0
+            while line := file.readline(_LINE_LIMIT + 1):
+                number += 1
+                while len(line) > _LINE_LIMIT and not line.endswith(b"\n") and (more := file.readline(_LINE_LIMIT)):
+                    line = line[:_LINE_LIMIT] + b"?" + more[-1:]  # too long: its end is looked for, its rest dropped
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise DataError(f"The requests in {source} cannot be read: {error.strerror or error}.") from error
+
+
+def _request(line: bytes, defaults: Mapping[str, Any]) -> Request:
+    if len(line) > _LINE_LIMIT:
+        raise DataError(f"A request has at most {_LINE_LIMIT:,} bytes.")
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"Expected a JSON object: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise DataError(f'Expected a JSON object such as {{"items": ["F1"]}}, found {type(values).__name__}.')
+    try:
+        return Request.model_validate({**defaults, **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            hint = did_you_mean(name, Request.model_fields) or f"Fields: {', '.join(Request.model_fields)}."
+            raise DataError(f'A request has no field "{name}". {hint}') from error
+        raise DataError(f"{name}: {first['msg']}, found {first['input']!r}.") from error
+
+
+@contextmanager
+def _written(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a writer of answers by the file's ending; the file takes its place when all went well."""
+    writers = {".jsonl": _jsonl, ".parquet": _parquet}
+    kind = writers.get(target.suffix.lower())
+    if kind is None:
+        raise DataError(f"Answers are written as .jsonl or .parquet, found {target.suffix or 'no ending'!r}.")
+    draft = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with draft.open("wb") as file, kind(file) as write:
+            yield write
+        os.replace(draft, target)
+    except OSError as error:
+        raise DataError(f"The answers cannot be written to {target}: {error.strerror or error}.") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _jsonl(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    def write(told: dict[str, Any]) -> None:
+        file.write(json.dumps(told, ensure_ascii=False).encode() + b"\n")
+
+    yield write
+
+
+@contextmanager
+def _parquet(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.list_(pa.string())
+    schema = pa.schema(
+        [
+            ("line", pa.int64()), ("id", pa.string()), ("rank", pa.int64()), ("items", texts), ("added", texts),
+            ("score", pa.float64()), ("price", pa.float64()), ("details", pa.string()), ("error", pa.string()),
+        ]
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(file, schema) as writer:
+
+        def flush() -> None:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            rows.clear()
+
+        def write(told: dict[str, Any]) -> None:
+            rows.extend(_rows_of(told))
+            if len(rows) >= _ROWS:
+                flush()
+
+        yield write
+        flush()
+
+
+def _rows_of(told: dict[str, Any]) -> list[dict[str, Any]]:
+    same = {"line": told["line"], "id": None if told["id"] is None else str(told["id"]), "error": told["error"]}
+    if not told["results"]:
+        return [same]
+    found = []
+    for rank, one in enumerate(told["results"], 1):
+        items = one["items"] if "items" in one else [one["item_id"]]
+        added = one.get("added", items)
+        found.append(
+            {
+                **same, "rank": rank, "items": items, "added": added, "score": one["score"], "price": one["price"],
+                "details": json.dumps(one, ensure_ascii=False),
+            }
+        )  # fmt: skip
+    return found

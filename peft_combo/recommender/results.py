@@ -1,0 +1,52 @@
+"""Results of the recommender: suggested items and recommended bundles, with scores, shares and evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One item that completes a bundle.
+
+    Attributes:
+        score: fused, comparable within one answer only.
+        shares: what each scorer adds to the score; their sum is the score.
+        together: of the given items those that bundles held together with this one, and how often.
+        because: where it was asked for and there are several given items, what each adds: the score less the score
+            without it.
+    """
+
+    item_id: str
+    title: str
+    slot: str | None
+    price: float | None
+    score: float
+    shares: dict[str, float]
+    together: dict[str, int]
+    because: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One bundle.
+
+    Attributes:
+        items: outside ids, what was given included. added: those that are new.
+        score: the composer's objective, the sum of `parts`.
+        price: of the whole bundle; None where a price is unknown.
+        evidence: per added item what speaks for it: counts, agreeing attributes, the slot rule with its support and
+            confidence, what each scorer gives it beside the given items, which things of the query it `answers`, and
+            where it was asked for, what each other item of the bundle adds to its compatibility (`because`, in cosines
+            of the text side). Nothing in it is made up; where nothing was counted the entry is short.
+    """
+
+    items: tuple[str, ...]
+    titles: tuple[str, ...]
+    slots: tuple[str, ...]
+    added: tuple[str, ...]
+    score: float
+    parts: dict[str, float]
+    price: float | None
+    evidence: tuple[dict[str, Any], ...]

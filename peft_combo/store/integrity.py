@@ -1,0 +1,147 @@
+"""The store's way with files: checked names, plain files only, written through to the disk, one writer at a time.
+
+Owns how bytes reach and leave the disk, what is refused there, the lock, and how the system's refusals read. Knows
+nothing of categories, versions or manifests' meaning.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft_combo.errors import StoreError, shown
+from peft_combo.files import _regular, open_regular
+from peft_combo.store.manifest import FileEntry
+
+DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
+
+_LOCK = ".lock"
+_LOCK_WAIT = 30.0  # seconds; what is done under the lock takes milliseconds, so whoever holds it longer is stuck
+
+
+def outside(root: Path, relative: str) -> str:
+    """Say what is wrong with a folder that is no folder, or that a link takes out of `root`; empty where it is fine."""
+    folder = root / relative
+    try:
+        if not folder.resolve(strict=True).is_relative_to(root.resolve()):
+            return "is a link that leads out of the store."
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, up to Python 3.12
+        return "cannot be followed (a broken link, or a loop of links)."
+    return "" if folder.is_dir() else "is a file, expected a folder."
+
+
+def file_problem(path: Path, entry: FileEntry) -> str:
+    """Say how a file differs from what the manifest says of it; empty where it does not."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.bytes:
+                return f"was altered: expected {entry.bytes} bytes, found {size}."
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                return "was altered: its sha256 is not the one in the manifest."
+    except FileNotFoundError:
+        return "is missing."
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})."
+    return ""
+
+
+def content_problem(path: Path) -> str:
+    """Say why a tensors or JSON file does not read; empty where it does. Only headers of tensors are looked at."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="numpy") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            return f"is not a readable safetensors file ({shown(str(error))})."
+    elif path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError, OSError) as error:
+            return f"is not readable JSON ({shown(str(error))})."
+    return ""
+
+
+@contextmanager
+def locked(store: Path) -> Iterator[None]:
+    """Hold the store's lock: one thread of one process at a time. The system takes it from a process that dies.
+
+    Raises:
+        StoreError: somebody else held it for half a minute.
+    """
+    descriptor = _regular(store / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | _NONBLOCK)
+    try:
+        deadline = time.monotonic() + _LOCK_WAIT
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise StoreError(
+                    f"Another process has been changing {shown(str(store))}/ for {_LOCK_WAIT:g} seconds. Try again "
+                    "when it is done; if it is stuck, end it."
+                )
+            time.sleep(0.005)
+        yield
+    finally:
+        os.close(descriptor)  # lets go of the lock
+
+
+_NONBLOCK: int = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+# --- how refusals read ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explained(doing: str, store: Path) -> Iterator[None]:
+    """Turn what the system says about the store's files into one readable line.
+
+    Raises:
+        StoreError: in place of any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise refusal(doing, store, error) from error
+
+
+def refusal(doing: str, store: Path, error: OSError) -> StoreError:
+    """Return the readable form of the system's refusal."""
+    elsewhere = "or name another store with --set store=FOLDER."
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            said = f"the disk is full. Free some space, {elsewhere}"
+        case errno.EROFS | errno.EACCES | errno.EPERM:
+            said = f"permission denied ({error.strerror}). Change the permissions, {elsewhere}"
+        case errno.EEXIST | errno.ENOTDIR:
+            found = error.filename if isinstance(error.filename, str) else store
+            said = f"expected a folder, found a file at {shown(str(found))}. Move it away, {elsewhere}"
+        case _:
+            said = f"{error.strerror or error}. Look after the disk, {elsewhere}"
+    return StoreError(f"Cannot {doing} in {shown(str(store))}/: {said}")

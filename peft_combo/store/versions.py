@@ -1,0 +1,205 @@
+"""Stored versions: where each lies, which numbers are taken, and whether its bytes are the ones that were written.
+
+Owns the layout of a store (`fashion/v2/`, `.taken/fashion@v2`) and the record of one version. Knows nothing of
+aliases, and decides nothing: what is wanted and what may go is for the store to know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft_combo.errors import Fault, StoreError, did_you_mean, shown
+from peft_combo.files import entries, open_regular, sync
+from peft_combo.store.integrity import explained, file_problem, outside
+from peft_combo.store.manifest import MANIFEST, MANIFEST_LIMIT, Manifest, parse_manifest
+from peft_combo.store.references import CATEGORY, VERSION
+
+TRASH = ".trash-"
+_TAKEN = ".taken"
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One stored version. `AdapterStore.open` hands it out after checking every byte."""
+
+    category: str
+    version: int
+    path: Path
+    manifest: Manifest
+
+    @property
+    def reference(self) -> str:
+        return f"{self.category}@v{self.version}"
+
+    @property
+    def digest(self) -> str:
+        """Identity of the artefact: sha256 over names, sizes and digests of its files.
+
+        The model card is one of them and states pooling, length and data, so two artefacts that encode differently
+        have different digests; whatever was computed with an adapter can be cached under this.
+        """
+        files = {name: entry.model_dump() for name, entry in self.manifest.files.items()}
+        return hashlib.sha256(json.dumps(files, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def file(self, name: str) -> Path:
+        """Return the path of a listed file.
+
+        Raises:
+            StoreError: the manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            hint = did_you_mean(name, self.manifest.files)
+            stored = ", ".join(sorted(self.manifest.files))
+            raise StoreError(f'Adapter {self.reference} has no file "{shown(name)}". Stored: {stored}.{spaced(hint)}')
+        return self.path / name
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a listed file, checked again against the manifest as they are read.
+
+        Raises:
+            StoreError: the manifest does not list the file, or it has changed since.
+        """
+        path, entry = self.file(name), self.manifest.files[name]
+        with explained(f"read {name} of {self.reference}", self.path), open_regular(path) as file:
+            content = file.read(entry.bytes + 1)
+        if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise StoreError(unusable(self.reference, self.path, Fault(name, "was altered since it was stored.")))
+        return content
+
+    def check_backbone(self, fingerprint: str, model: str) -> None:
+        """Refuse an encoder other than the one this adapter was tuned on.
+
+        PEFT loads an adapter onto any base of the same shape without a word, and answers wrongly ever after.
+
+        Raises:
+            StoreError: the fingerprints differ.
+        """
+        stamp = self.manifest.backbone
+        if fingerprint == stamp.fingerprint:
+            return
+        raise StoreError(
+            f"Adapter {self.reference} was tuned on {shown(stamp.model)} (fingerprint {_short(stamp.fingerprint)}), "
+            f"the loaded backbone is {shown(model)} (fingerprint {_short(fingerprint)}). Load {shown(stamp.model)}, "
+            f"or tune {self.category} again on {shown(model)}."
+        )
+
+
+class VersionFolders:
+    """The folders of the versions in one store. Its methods raise `OSError` where the disk refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def folder(self, category: str, version: int) -> Path:
+        """Where a version lies, or would lie."""
+        return self.path / category / f"v{version}"
+
+    def present(self, category: str) -> tuple[int, ...]:
+        """Every number in use by a folder entry, complete or not, ascending."""
+        try:
+            names = entries(self.path / category)
+        except NotADirectoryError:  # a stray file under the name of a category
+            return ()
+        return tuple(sorted(int(match[1]) for name in names if (match := VERSION.fullmatch(name))))
+
+    def complete(self, category: str) -> tuple[int, ...]:
+        """The numbers of the versions that have a manifest, ascending."""
+        return tuple(
+            version for version in self.present(category) if (self.folder(category, version) / MANIFEST).exists()
+        )
+
+    def next_number(self, category: str) -> int:
+        """Claim a number that nobody has had: making a file is the one step only one process can win.
+
+        A counter that is read, raised and written back hands the same number out twice when two writers and a removal
+        interleave. Where the claims are lost, the numbers of what exists still count.
+        """
+        claims = self._claims()
+        taken = [int(match[1]) for name in entries(claims) if (match := _claim(category).fullmatch(name))]
+        number = 1 + max((*taken, *self.present(category)), default=0)
+        while not self.take(category, number):
+            number += 1
+        return number
+
+    def categories(self) -> tuple[str, ...]:
+        """The categories that have a complete version, sorted."""
+        return tuple(name for name in entries(self.path) if CATEGORY.fullmatch(name) and self.complete(name))
+
+    def take(self, category: str, number: int) -> bool:
+        """Claim a number; False where somebody had it already."""
+        claims = self._claims()
+        try:
+            os.close(os.open(claims / f"{category}@v{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            return False
+        return True
+
+    def _claims(self) -> Path:
+        claims = self.path / _TAKEN
+        claims.mkdir(exist_ok=True)
+        if problem := outside(self.path, _TAKEN):
+            raise StoreError(f"Cannot hand out a version number in {self.path}/: {claims} {problem}")
+        return claims
+
+    def take_out(self, folder: Path, category: str, number: int) -> Path:
+        """Rename a folder out of sight, for good; return where it can be deleted."""
+        self.take(category, number)  # a version that was copied in by hand never took its number
+        trash = self.path / f"{TRASH}{secrets.token_hex(8)}"
+        os.rename(folder, trash)
+        for parent in (folder.parent, self.path):
+            with suppress(OSError):  # after a power cut it may be back, whole, unless its files went first
+                sync(parent)
+        return trash
+
+    def inspect(self, category: str, version: int) -> tuple[Manifest | None, list[Fault]]:
+        """Read a manifest and compare its files with the disk: what `open` refuses and `verify` reports."""
+        folder = self.folder(category, version)
+        if problem := outside(self.path, f"{category}/v{version}"):
+            return None, [Fault(folder.name, problem)]
+        manifest, faults = read_manifest(folder / MANIFEST)
+        if manifest is None:
+            return None, faults
+        if (manifest.category, manifest.version) != (category, version):
+            problem = f"was written as {manifest.reference}."
+            faults.append(Fault(MANIFEST, problem, "Give the folder its old name back, or tune again."))
+        for name, entry in manifest.files.items():
+            if problem := file_problem(folder / name, entry):
+                faults.append(Fault(name, problem, "Restore it from a copy, or tune again."))
+        return manifest, faults
+
+
+def read_manifest(path: Path) -> tuple[Manifest | None, list[Fault]]:
+    """Read a manifest from its file: the manifest, or everything that is wrong with it."""
+    remedy = "Restore it from a copy, or remove this version."
+    try:
+        with open_regular(path) as file:
+            return parse_manifest(file.read(MANIFEST_LIMIT + 1))
+    except FileNotFoundError:
+        return None, [Fault(MANIFEST, "is missing, so this version is incomplete.", remedy)]
+    except OSError as error:
+        return None, [Fault(MANIFEST, f"cannot be read ({error.strerror or error}).", remedy)]
+
+
+def _claim(category: str) -> re.Pattern[str]:
+    return re.compile(f"{category}@{VERSION.pattern}")
+
+
+def unusable(reference: str, store: Path, fault: Fault) -> str:
+    """Say that a version cannot be used, and why."""
+    return f"Adapter {reference} in {store}/ cannot be used: {fault}"
+
+
+def _short(fingerprint: str) -> str:
+    return shown(fingerprint if len(fingerprint) <= 12 else fingerprint[:12] + "…")
+
+
+def spaced(text: str) -> str:
+    """Return a sentence with a space before it, or nothing where there is none."""
+    return f" {text}" if text else ""

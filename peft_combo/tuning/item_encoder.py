@@ -1,0 +1,290 @@
+"""The catalogue's texts, encoded again and again while an adapter learns: the fast path of tuning.
+
+Owns which text belongs to which item, the cache of the frozen layers' outputs, the chunks, and the division of work
+over processes. The result is that of encoding text by text (equal within float tolerance); only the time differs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from peft_combo.encoder.architectures import lower_view, upper_view
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.methods.attached import AttachedAdapter
+from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, length_sorted_chunks
+from peft_combo.tuning.gather import _ragged, gather_shares
+
+
+@dataclass(frozen=True, eq=False)
+class Variants:
+    """Other wordings of the texts, which training sees in their place now and then.
+
+    Attributes:
+        texts: for each text its other wordings; none is fine.
+        share: chance that a text of a training batch is seen in one of them.
+    """
+
+    texts: Sequence[Sequence[str]]
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Push:
+    """What is added to the states of some texts' tokens where they enter the layers that learn.
+
+    Attributes:
+        added: (T, D) float32, without padding; a leaf, so that a backward pass leaves its gradient in it.
+        text: (T,) which text each token is of, from 0.
+        sizes: (K,) Euclidean length of all states of each text together.
+    """
+
+    added: Tensor
+    text: Tensor
+    sizes: Tensor
+
+    def lengths(self, states: Tensor) -> Tensor:
+        """Return the Euclidean length of each text's part: (T, D) -> (K,)."""
+        return torch.zeros_like(self.sizes).index_add_(0, self.text, states.square().sum(1)).sqrt()
+
+
+class ItemEncoder:
+    """Encodes items of one catalogue with whatever adapter state an encoder is in.
+
+    Three things make it fast, none of which changes the result: equal texts are encoded once; texts of like length
+    share a chunk, so next to nothing is padding; and where an adapter sits in the top layers only, the layers below
+    are run once for all steps and their outputs kept, in memory or beyond the limit on disk.
+
+    Attributes:
+        encoder: the module that learns; pass it (or a wrapped form) to `encode`.
+        frozen: the same part of the encoder without the adapter.
+        per_token: whether an item becomes the states of its tokens instead of one vector.
+        text_of: (N,) for each item the number of its text; items with equal texts share one.
+        cached_bytes: size of the cache; 0 where there is none.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        attached: AttachedAdapter,
+        texts: Sequence[str],
+        *,
+        per_token: bool = False,
+        retokenized: bool = False,
+        variants: Variants | None = None,
+        fast: bool = True,
+        cache_limit_bytes: int = 2**30,
+        scratch: Path | None = None,
+        process: int = 0,
+        processes: int = 1,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Tokenise the texts, and run the frozen layers once where that serves.
+
+        Args:
+            retokenized: tokens of the texts will be exchanged (`encode`), so what the frozen layers say of the texts
+                as they are is of no use.
+            variants: of the texts, in their order; not where `per_token`.
+        """
+        distinct = dict.fromkeys(texts)
+        number = {text: place for place, text in enumerate(distinct)}
+        self.text_of = np.array([number[text] for text in texts], np.int64)
+        self._share = 0.0 if variants is None else variants.share
+        others: dict[int, NDArray[np.int64]] = {}
+        if variants is not None:
+            for text, wordings in zip(texts, variants.texts, strict=True):
+                for wording in wordings:
+                    number.setdefault(wording, len(number))
+                own = np.array([number[wording] for wording in wordings], np.int64)
+                others[number[text]] = np.unique(np.concatenate([others.get(number[text], own), own]))
+            distinct = dict.fromkeys(number)
+        self._others = others
+        self.tokens: Tokens = backbone.tokenize(list(distinct), attached.max_length)
+        self.per_token = per_token
+        # Rows that each text has in what `encode` returns.
+        self._sizes = self.tokens.lengths if per_token else np.ones(len(self.tokens), np.int64)
+        self.process, self.processes = process, processes
+        self._backbone = backbone
+        self._inner = attached.inner
+        self._fast = fast
+        self._cache: Tensor | None = None
+        self._spill: tempfile.TemporaryDirectory[str] | None = None
+        self.cached_bytes = 0
+        if fast and attached.cut > 0 and cache_limit_bytes > 0 and not retokenized:
+            self.encoder: nn.Module = upper_view(attached.inner, attached.cut)
+            self.frozen: nn.Module = upper_view(backbone.model, attached.cut)
+            self._fill_cache(lower_view(backbone.model, attached.cut), cache_limit_bytes, scratch, progress)
+        else:
+            self.encoder = attached.encoder
+            self.frozen = backbone.model
+
+    def __len__(self) -> int:
+        """Number of distinct texts, other wordings included."""
+        return len(self.tokens)
+
+    @property
+    def rows(self) -> int:
+        """Number of vectors or states that the whole catalogue becomes."""
+        return int(self._sizes[self.text_of].sum())
+
+    def encode(
+        self, encoder: nn.Module, items: NDArray[np.int64], *, seed: int | None = None, push: Push | None = None,
+        tokens: NDArray[np.int64] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Encode items, with gradients where the caller has them on.
+
+        With several processes each encodes a share and all get the whole; gradients flow as if one had done it all.
+
+        Args:
+            encoder: `self.encoder`, `self.frozen`, or a wrapped form of either.
+            items: (M,) rows of the catalogue.
+            seed: draws which texts are seen in another wording, and in which; None takes each as it is.
+            push: what `pushed` made for the same items and seed; added where states enter the layers that learn.
+            tokens: ids to run in place of the items' own, one text behind the other; only for an encoder that is
+                `retokenized`, and items whose texts are distinct and ascending.
+        Returns:
+            (M, D) float32 of unit length; or where this encoder is `per_token` (T, D) float32, the states of every
+            token of the first item, then of the second, without padding.
+        """
+        texts, place = np.unique(self.text_of[items], return_inverse=True)
+        wordings = self._worded(texts, seed)
+        own = wordings[self.process :: self.processes]
+        tokens = self._share_of(tokens, texts)
+        # With more processes than texts an idle one must still touch every weight: the others wait for its gradients.
+        encoded = self._encode(encoder, own if len(own) else wordings[:1], push, tokens)
+        encoded = encoded[: int(self._sizes[own].sum())]
+        sizes = self._sizes[wordings]
+        whole = gather_shares(encoded, sizes, self.process, self.processes)
+        rows = _ragged((np.cumsum(sizes) - sizes)[place], sizes[place])
+        return whole[torch.from_numpy(rows).to(whole.device)]
+
+    @torch.no_grad()
+    def pushed(self, items: NDArray[np.int64], seed: int | None, tokens: NDArray[np.int64] | None = None) -> Push:
+        """Return a push of nothing for this process's share of `items`, to be filled by who looks for a bad one."""
+        texts = np.unique(self.text_of[items])
+        wordings = self._worded(texts, seed)
+        own = wordings[self.process :: self.processes]
+        own = own if len(own) else wordings[:1]
+        padded, mask = self._entering(own, self._share_of(tokens, texts))
+        states = padded[mask.bool()]
+        text = torch.from_numpy(np.repeat(np.arange(len(own)), self.tokens.lengths[own])).to(states.device)
+        push = Push(torch.zeros_like(states).requires_grad_(True), text, states.new_zeros(len(own)))
+        return Push(push.added, text, push.lengths(states))
+
+    def _share_of(self, tokens: NDArray[np.int64] | None, texts: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Return the exchanged ids of this process's share of the texts."""
+        if tokens is None:
+            return None
+        spans = np.split(tokens, np.cumsum(self.tokens.lengths[texts])[:-1])
+        return np.concatenate(spans[self.process :: self.processes] or spans[:1])
+
+    def _worded(self, texts: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
+        """Return the texts by number, some in another wording."""
+        if seed is None or not self._others:
+            return texts
+        rng = np.random.default_rng(seed)
+        drawn = zip(texts, rng.random(len(texts)) < self._share, rng.random(len(texts)), strict=True)
+        return np.array(
+            [
+                own[int(which * len(own))] if altered and len(own := self._others[int(text)]) else text
+                for text, altered, which in drawn
+            ],
+            np.int64,
+        )
+
+    @torch.inference_mode()
+    def catalogue(
+        self, encoder: nn.Module, items: NDArray[np.int64] | None = None, *, tokens: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Encode `items`, or all of them, without gradients; see `encode`."""
+        chosen = np.arange(len(self.text_of)) if items is None else items
+        encoded: NDArray[np.float32] = self.encode(encoder, chosen, tokens=tokens).cpu().numpy()
+        return encoded
+
+    def _encode(
+        self, encoder: nn.Module, texts: NDArray[np.int64], push: Push | None = None,
+        tokens: NDArray[np.int64] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Encode texts by number, (K,) -> (K, D), or the states of all their tokens."""
+        lengths = self.tokens.lengths[texts]
+        chunks = list(length_sorted_chunks(lengths)) if self._fast else [np.arange(len(texts))]
+        encoded = []
+        begin = np.cumsum(lengths) - lengths  # where each text's tokens begin among those of `texts`
+        for chunk in chunks:
+            rows = texts[chunk]
+            shown = None if tokens is None else tokens[_ragged(begin[chunk], lengths[chunk])]
+            if self._cache is None and push is None:
+                ids, mask = self._ids(rows, shown)
+                hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            else:
+                states, mask = self._entering(rows, shown)
+                if push is not None:
+                    added = push.added[torch.from_numpy(_ragged(begin[chunk], lengths[chunk])).to(states.device)]
+                    states = states.masked_scatter(mask.bool()[..., None], states[mask.bool()] + added)
+                hidden = encoder(inputs_embeds=states, attention_mask=mask).last_hidden_state
+            encoded.append(hidden[mask.bool()].float() if self.per_token else self._backbone.pool(hidden, mask))
+        if not encoded:
+            return torch.empty(0, self._backbone.dim, device=self._backbone.device)
+        order, sizes = np.concatenate(chunks), self._sizes[texts]
+        starts = np.empty(len(order), np.int64)
+        starts[order] = np.cumsum(sizes[order]) - sizes[order]
+        return torch.cat(encoded)[torch.from_numpy(_ragged(starts, sizes)).to(encoded[0].device)]
+
+    def _ids(self, rows: NDArray[np.int64], tokens: NDArray[np.int64] | None) -> tuple[Tensor, Tensor]:
+        """Return ids and mask of texts, both (B, L); `tokens` in place of their own where there are some."""
+        ids, mask = (part.to(self._backbone.device) for part in self.tokens.padded(rows, self._backbone.pad_id))
+        if tokens is not None:
+            ids[mask.bool()] = torch.from_numpy(tokens).to(ids)
+        return ids, mask
+
+    def _entering(self, rows: NDArray[np.int64], tokens: NDArray[np.int64] | None) -> tuple[Tensor, Tensor]:
+        """Return the states (B, L, D) that enter the first layer in training, and their mask (B, L).
+
+        Without a cache that is the first of all layers, and the states are the embeddings of the tokens.
+        """
+        if self._cache is None:
+            ids, mask = self._ids(rows, tokens)
+            return self._inner.get_input_embeddings()(ids), mask  # type: ignore[operator]
+        lengths = self.tokens.lengths[rows]
+        position = np.arange(int(lengths.max()))
+        present = position < lengths[:, None]
+        # What stands in padded places is some other text's state: never attended to, never pooled.
+        source = np.minimum(self.tokens.offsets[rows][:, None] + position, len(self._cache) - 1)
+        device = self._backbone.device
+        return self._cache[torch.from_numpy(source)].to(device), torch.from_numpy(present.astype(np.int64)).to(device)
+
+    @torch.no_grad()
+    def _fill_cache(
+        self, lower: nn.Module, limit: int, scratch: Path | None, progress: Callable[[int], None] | None
+    ) -> None:
+        shape = (len(self.tokens.ids), self._backbone.dim)
+        self.cached_bytes = 4 * shape[0] * shape[1]
+        if self.cached_bytes <= limit:
+            cache = torch.empty(shape)
+        else:
+            self._spill = tempfile.TemporaryDirectory(prefix="layer-cache-", dir=scratch)
+            file = Path(self._spill.name) / "states.f32"
+            cache = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+        for chunk in length_sorted_chunks(self.tokens.lengths, CHUNK_TOKENS):
+            ids, mask = (part.to(self._backbone.device) for part in self.tokens.padded(chunk, self._backbone.pad_id))
+            states = lower(input_ids=ids, attention_mask=mask).last_hidden_state.float().cpu()
+            source = self.tokens.offsets[chunk][:, None] + np.arange(ids.shape[1])
+            real = mask.bool().cpu()
+            cache[torch.from_numpy(source)[real]] = states[real]
+            if progress is not None:
+                progress(len(chunk))
+        self._cache = cache
+
+    def close(self) -> None:
+        """Give back the cache, and the file behind it where there is one."""
+        self._cache = None
+        if self._spill is not None:
+            self._spill.cleanup()
+            self._spill = None

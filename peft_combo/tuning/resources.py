@@ -1,0 +1,77 @@
+"""Resource measurement: wall-clock time, resident and peak memory of this process, host and GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+
+
+def measured(work: Callable[[], object]) -> tuple[float, float]:
+    """Do `work`; return its seconds and the MiB that this process grew by meanwhile."""
+    before = highest = resident_mib()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.002):
+            highest = max(highest, resident_mib())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    clock = time.perf_counter()
+    try:
+        work()
+    finally:
+        seconds = time.perf_counter() - clock
+        done.set()
+        watcher.join()
+    return seconds, max(highest, resident_mib()) - before
+
+
+def give_back() -> None:
+    """Hand the memory that was freed back to the system, where the C library can, so that what is measured is new."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_mib() -> float:
+    """Return the MiB of memory this process has now; where the system does not say, the most it had."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except (OSError, ValueError, IndexError):
+        return _peak_of_process()
+
+
+def peak_mib() -> float:
+    """Return the peak memory so far in MiB: of the GPU where there is one, else of this process."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _peak_of_process()
+
+
+def _peak_of_process() -> float:
+    with suppress(OSError, ValueError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
+        # Not ru_maxrss where it can be had: that counts what the parent had when it started this process.
+        return int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) / 2**10
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # absent on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def duration(seconds: float) -> str:
+    """Return seconds the way people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
