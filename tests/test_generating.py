@@ -10,17 +10,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from test_composing import SLOTS, THREE, outfits, shop
 from torch.nn import functional
 
 from peft_combo.encoder.heads.completion import BundleHead, completion_scores, target_vectors
 from peft_combo.encoder.heads.sequence import SequenceHead
-from peft_combo.errors import DataError
 from peft_combo.recipe.task import BundleTask, SequenceTask
-from peft_combo.recommender.composing.composer import Composer
-from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.generation import Sizes, Steps, generate, steps_of
-from peft_combo.recommender.composing.options import Options
 
 
 def told(
@@ -156,63 +151,3 @@ def test_a_head_is_asked_by_its_scores_and_its_end() -> None:
     # From nothing: the items nearest to the begin token.
     head.begin.copy_(torch.from_numpy(vectors[3]))
     assert generate(steps_of(head, vectors), (), any_rows(6, 1, 1))[0].added == (3,)
-
-
-# ---- under the composer's constraints ----
-
-PRICES: dict[str, list[float]] = {"top": [9.5, 20], "bottom": [12, 15], "shoes": [10, 30], "bag": [8]}
-
-
-@pytest.mark.parametrize(
-    ("context", "limits"),
-    [
-        ((), Constraints(budget=45, size=(2, 3))),
-        ((2,), Constraints(budget=33, size=(2, 4))),
-        ((), Constraints(budget=31.5, size=(3, 3), price_max=15)),
-        ((5,), Constraints(size=(3, 3), exclude_items=(0,))),
-    ],
-)
-def test_followers_are_those_from_which_a_bundle_can_be_completed(
-    context: tuple[int, ...], limits: Constraints
-) -> None:
-    catalog = shop(PRICES)
-    templates = outfits(catalog, THREE, THREE, (*THREE, "bag")).with_rules(required=["shoes"])
-    composer = Composer(catalog, templates)
-    assert limits.size is not None
-    low, high = limits.size
-    mask, _ = limits.allowed_items(catalog)
-    slots = [catalog.slots[row] for row in range(len(catalog))]
-
-    def keeps(rows: tuple[int, ...]) -> bool:
-        paid = limits.budget is None or sum(float(catalog.prices[row]) for row in rows) <= limits.budget + 1e-9
-        one_each = all([slots[row] for row in rows].count(slot) <= 1 for slot in SLOTS)
-        return paid and one_each and "shoes" in [slots[row] for row in rows]
-
-    free = [row for row in range(len(catalog)) if mask[row] and row not in context]
-    good = [
-        frozenset(added)
-        for size in range(max(1, low - len(context)), high - len(context) + 1)
-        for added in itertools.combinations(free, size)
-        if keeps((*context, *added))
-    ]
-    found = composer.limits(context, constraints=limits, options=Options())
-    assert good
-    for size in range(high - len(context) + 1):
-        for added in itertools.combinations(free, size):
-            if size and not any(set(added) <= bundle for bundle in good):
-                continue  # the search does not get here
-            expected = {row for bundle in good if set(added) < bundle for row in bundle - set(added)}
-            assert set(np.flatnonzero(found.followers(added)).tolist()) == expected
-            assert found.complete(added) == (frozenset(added) in good)
-
-    steps, _, _ = random_model(len(catalog), 5)
-    written = generate(steps, context, found, beam=500, count=500)
-    assert {frozenset(one.added) for one in written} == set(good)
-    assert math.fsum(math.exp(one.log_probability) for one in written) == pytest.approx(1)
-
-
-def test_what_cannot_be_composed_is_told_before_anything_is_written() -> None:
-    catalog = shop(PRICES)
-    composer = Composer(catalog, outfits(catalog, THREE, THREE))
-    with pytest.raises(DataError, match=r"Budget 5\.00 allows no bundle"):
-        composer.limits((), constraints=Constraints(budget=5, size=(3, 3)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_composing import SLOTS, outfits, shop
+from test_composing import SLOTS, outfits, parts_of, shop
 
 from peft_combo.data.queries import Questions
 from peft_combo.recommender.composing.composer import Composer
@@ -85,7 +85,7 @@ def test_an_item_of_a_rare_slot_is_found_where_it_fits_best() -> None:
 def test_the_parts_of_one_item_more_are_those_of_the_objective(composer: Composer) -> None:
     relevance = np.random.default_rng(0).random(4 * EACH)
     parts = composer.completions([np.array([0])], relevance[None], None)
-    whole = composer.objective([0, 25], context=[0], relevance=relevance, options=Options(weights=Weights(slots=1)))
+    whole = parts_of(composer, [0, 25], context=[0], relevance=relevance, options=Options(weights=Weights(slots=1)))
     assert parts["relevance"][0, 25] == pytest.approx(whole["relevance"])
     assert parts["slots"][0, 25] == pytest.approx(whole["slots"])
 
@@ -94,6 +94,6 @@ def test_a_request_s_own_weights_come_first() -> None:
     catalog = shop({slot: [10.0] * EACH for slot in SLOTS})
     templates = outfits(catalog, *PAIRS * 20)
     composer = Composer(catalog, templates, weights=Weights(slots=0.25))
-    plain = composer.objective([0, 25], context=[0])
-    asked_for = composer.objective([0, 25], context=[0], options=Options(weights=Weights(slots=0.5)))
+    plain = parts_of(composer, [0, 25], context=[0])
+    asked_for = parts_of(composer, [0, 25], context=[0], options=Options(weights=Weights(slots=0.5)))
     assert asked_for["slots"] == pytest.approx(2 * plain["slots"]) != 0

@@ -23,7 +23,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ class Composer:
         return other
 
     def allowed_items(self, constraints: Constraints) -> NDArray[np.bool_]:
-        """Which items may be added, (N,); `Constraints.allowed_items` without reading the catalogue anew.
+        """Which items may be added, (N,).
 
         Raises:
             DataError: the catalogue has no such attribute, value or category.
@@ -195,44 +195,6 @@ class Composer:
         scene = self._scene(relevance, compatibility, how)
         ranked = sorted(scene.judge(given, added), key=lambda one: -one.score)
         return [self._composition(given, one, scene) for one in ranked]
-
-    def limits(
-        self,
-        context: Sequence[int] | Rows = (),
-        *,
-        constraints: Constraints | None = None,
-        options: Options | None = None,
-    ) -> CompositionLimits:
-        """Return what `compose` keeps to, for whoever adds one item after another (`generating.generate`).
-
-        Raises:
-            DataError: no bundle meets the constraints; the message names those that bind.
-            ValueError: a row does not fit the catalogue.
-        """
-        wanted, how = constraints or Constraints(), options or Options()
-        given = self._distinct(context)
-        request = self._request(given, wanted, how)
-        if not request.feasible:
-            raise self._infeasible(given, wanted, how)
-        size = (len(given) + request.low, len(given) + request.high)
-        return CompositionLimits(self, given, replace(wanted, size=size), how)
-
-    def objective(
-        self,
-        items: Sequence[int] | Rows,
-        *,
-        context: Sequence[int] | Rows = (),
-        relevance: ArrayLike | None = None,
-        compatibility: Compatibility | None = None,
-        options: Options | None = None,
-    ) -> dict[str, float]:
-        """Return the parts of the objective of one bundle; their sum is its score.
-
-        Raises:
-            ValueError: the bundle lacks the context, or has nothing besides.
-        """
-        (only,) = self.rank([items], context=context, relevance=relevance, compatibility=compatibility, options=options)
-        return only.parts
 
     def completions(
         self, contexts: Sequence[Rows], relevance: NDArray[np.floating[Any]], beside: NDArray[np.floating[Any]] | None
@@ -621,34 +583,6 @@ class Composer:
                 f"at least {request.low} items must be added, and the slots and the items allowed give room for {room}"
             )
         return "the allowed items cost more than the budget"
-
-
-@dataclass(frozen=True, eq=False)
-class CompositionLimits:
-    """The constraints and slots of a request, item by item; `Composer.limits` makes it.
-
-    That no two items be alike is not looked at.
-    """
-
-    composer: Composer
-    context: tuple[int, ...]
-    constraints: Constraints
-    options: Options
-
-    def followers(self, added: Sequence[int]) -> NDArray[np.bool_]:
-        """Which rows may come after those added, (N,), so that some bundle still keeps every constraint."""
-        held = (*self.context, *added)
-        assert self.constraints.size is not None
-        if len(held) >= self.constraints.size[1]:
-            return np.zeros(len(self.composer.catalog), bool)
-        return self.composer._request(held, self.constraints, self.options).followers()
-
-    def complete(self, added: Sequence[int]) -> bool:
-        """Whether the context with the rows added is a bundle that keeps every constraint."""
-        held = [*self.context, *added]
-        assert self.constraints.size is not None
-        required = self.composer.templates.required if self.options.mode == "complement" else frozenset()
-        return len(held) >= self.constraints.size[0] and required <= set(self.composer._slot_of[held].tolist())
 
 
 def _span(low: int, high: int) -> str:

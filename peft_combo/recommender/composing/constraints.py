@@ -63,19 +63,6 @@ class Constraints:
         if self.size is not None and not 1 <= self.size[0] <= self.size[1]:
             raise DataError(f"size must be (fewest, most) with 1 <= fewest <= most, found {self.size}.")
 
-    def allowed_items(self, catalog: Catalog) -> tuple[NDArray[np.bool_], dict[str, int]]:
-        """Which items may be added.
-
-        Returns:
-            (N,) True where an item is allowed, and for each constraint given how many items it rules out by itself.
-        Raises:
-            DataError: the catalogue has no such attribute, value or category.
-            ValueError: a row to exclude is not of the catalogue.
-        """
-        checks = Shelf(catalog).checks(self)
-        mask = np.logical_and.reduce([np.ones(len(catalog), bool), *checks.values()])
-        return mask, {name: int(np.count_nonzero(~check)) for name, check in checks.items()}
-
 
 class Shelf:
     """The catalogue as constraints read it: prices in whole cents, columns of text as numbers."""

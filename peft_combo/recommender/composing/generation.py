@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -31,18 +31,6 @@ NaN where it cannot say; and (S,) log-odds that a set is complete, None from who
 _DIGITS = 9
 
 
-class Limits(Protocol):
-    """What a bundle must keep to; see `Sizes`, and `composing.Composer.limits` for budgets, slots and the like."""
-
-    def followers(self, added: Sequence[int]) -> NDArray[np.bool_]:
-        """Which rows may come after those added, (N,), so that a bundle can still be completed."""
-        ...
-
-    def complete(self, added: Sequence[int]) -> bool:
-        """Whether a bundle may end here."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Sizes:
     """Any allowed rows, so many of them.
@@ -56,9 +44,11 @@ class Sizes:
     high: int
 
     def followers(self, added: Sequence[int]) -> NDArray[np.bool_]:
+        """Which rows may come after those added, (N,), so that a bundle can still be completed."""
         return self.allowed if len(added) < self.high else np.zeros_like(self.allowed)
 
     def complete(self, added: Sequence[int]) -> bool:
+        """Whether a bundle may end here."""
         return len(added) >= self.low
 
 
@@ -77,7 +67,7 @@ class Generated:
 def generate(
     steps: Steps,
     context: Sequence[int],
-    limits: Limits,
+    limits: Sizes,
     *,
     beam: int = 16,
     count: int = 1,
@@ -153,7 +143,7 @@ def steps_of(head: CompletionHead, vectors: NDArray[np.float32]) -> Steps:
 
 
 def _told(
-    steps: Steps, context: Sequence[int], limits: Limits, copies: NDArray[np.int64] | None,
+    steps: Steps, context: Sequence[int], limits: Sizes, copies: NDArray[np.int64] | None,
     sets: Sequence[tuple[int, ...]],
 ) -> dict[tuple[int, ...], tuple[Rows, NDArray[np.floating[Any]], float | None]]:  # fmt: skip
     """Return for each set of added rows what may follow, the scores of that, and the log-odds that it is complete."""

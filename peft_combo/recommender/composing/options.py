@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -152,38 +152,6 @@ class _Request:
         if self.cheapest is None:
             return False
         return self.left is None or int(self.cents[self.cheapest].sum()) <= self.left
-
-    def followers(self) -> NDArray[np.bool_]:
-        """Which rows may be added first, (N,), so that the others can still be had."""
-        found = np.zeros(len(self.allowed), bool)
-        for slot in self.free:
-            rows, held = self.shelves[slot], self.held.copy()
-            held[slot] += 1
-            rest = replace(self, held=held, required=self.required - {slot}, low=self.low - 1, high=self.high - 1)
-            if not rest.required and rest.low <= 0:
-                cheapest: list[int] | None = []
-            elif self.left is None:
-                cheapest = [] if rest.fillable else None
-            else:
-                cheapest = rest.cheapest
-            if cheapest is None:
-                continue
-            if self.left is not None:
-                rows = rows[self._affordable(rows, slot, rest, cheapest)]
-            found[rows] = True
-        return found
-
-    def _affordable(self, rows: Rows, slot: int, rest: _Request, cheapest: list[int]) -> NDArray[np.bool_]:
-        """Tell for which rows of a slot the rest of a bundle can be paid, (len(rows),); exact like `cheapest`."""
-        assert self.left is not None
-        fits: NDArray[np.bool_] = self.cents[rows] + int(self.cents[cheapest].sum()) <= self.left
-        for place in np.flatnonzero(_among(rows, np.array(cheapest, np.int64))):
-            # The row is taken itself, so the rest must do without it.
-            shelves = [*rest.shelves]
-            shelves[slot] = np.delete(rows, place)
-            others = replace(rest, shelves=shelves).cheapest
-            fits[place] = others is not None and int(self.cents[[rows[place], *others]].sum()) <= self.left
-        return fits
 
     @cached_property
     def combinations(self) -> int:

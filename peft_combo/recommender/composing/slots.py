@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from peft_combo.data.model import CATEGORY_SEPARATOR, Catalog
 from peft_combo.errors import DataError, did_you_mean
 
-FORMAT = "peft-combo slots 1"
 OTHER = "other"  # the slot of items with neither a slot nor a category that is known
 MIN_BUNDLES = 10  # a category makes a slot of its own where at least so many training bundles hold an item of it
 
@@ -174,10 +173,6 @@ class SlotTemplates:
             known = self._remembered[template] = self._log_probability(template)
         return known
 
-    def log_conditional(self, slot: str, given: str) -> float:
-        """log P(`slot` is present | `given` is present), smoothed; see `conditionals`."""
-        return float(self.conditionals[self.slot(given), self.slot(slot)])
-
     @cached_property
     def conditionals(self) -> NDArray[np.float64]:
         """(S, S) log P(column is present | row is present), smoothed and never 0 or 1 in probability.
@@ -221,26 +216,11 @@ class SlotTemplates:
         """The number of training bundles."""
         return sum(self.templates.values())
 
-    def count_shares(self, name: str) -> dict[int, float]:
-        """How many items a slot has where it is present: count -> share of those bundles. More than 1 is a repeat."""
-        slot = self.slot(name)
-        counts: Counter[int] = Counter()
-        for template, n in self.templates.items():
-            counts[template.count(slot)] += n
-        counts.pop(0, None)
-        total = sum(counts.values())
-        return {count: n / total for count, n in sorted(counts.items())}
-
     def typical_sizes(self, low: float = 0.05, high: float = 0.95) -> tuple[int, int]:
         """The sizes between these quantiles of the training bundles, both included."""
         sizes = np.repeat([len(template) for template in self.templates], self._weights.astype(np.int64))
         lowest, highest = np.quantile(sizes, [low, high], method="inverted_cdf")
         return int(lowest), int(highest)
-
-    def common(self, limit: int = 10) -> list[tuple[tuple[str, ...], int]]:
-        """The commonest whole templates as slot names in their usual order, with their support."""
-        ranked = sorted(self.templates.items(), key=lambda one: (-one[1], one[0]))[:limit]
-        return [(tuple(self.names[slot] for slot in self.in_order(slots)), n) for slots, n in ranked]
 
     def in_order(self, slots: Iterable[int]) -> list[int]:
         """Slots as training bundles usually list them."""
@@ -294,42 +274,6 @@ class SlotTemplates:
             size += 1
         ranked = sorted((-self.log_probability(template), template) for template in found)
         return [(template, -cost) for cost, template in ranked[:limit]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give a JSON-ready form; `from_dict` reads it back."""
-        return {
-            "format": FORMAT,
-            "names": list(self.names),
-            "paths": [list(path) for path in self.paths],
-            "templates": [[list(template), n] for template, n in self.templates.items()],
-            "places": list(self.places),
-            "required": sorted(self.names[slot] for slot in self.required),
-            "optional": sorted(self.names[slot] for slot in self.optional),
-            "forbidden": sorted(self.names[slot] for slot in self.forbidden),
-        }
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> SlotTemplates:
-        """Read what `to_dict` gave.
-
-        Raises:
-            DataError: it is of another format, incomplete, or names a slot it does not have.
-        """
-        if stored.get("format") != FORMAT:
-            raise DataError(f'Slot templates must be in format "{FORMAT}", found {stored.get("format")!r}.')
-        try:
-            names = tuple(str(name) for name in stored["names"])
-            templates = {tuple(int(slot) for slot in slots): int(n) for slots, n in stored["templates"]}
-            paths = tuple(tuple(str(name) for name in path) for path in stored["paths"])
-            places = tuple(float(place) for place in stored["places"])
-            rules = {rule: [str(name) for name in stored[rule]] for rule in ("required", "optional", "forbidden")}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"Slot templates cannot be read: {type(error).__name__}: {error}.") from error
-        slots = {slot for template in templates for slot in template}
-        broken = not templates or min(templates.values()) < 1 or any(list(one) != sorted(one) for one in templates)
-        if broken or not slots <= set(range(len(names))) or not len(names) == len(paths) == len(places):
-            raise DataError("Slot templates do not hold together: names, paths, places and templates must agree.")
-        return cls(names, paths, templates, places).with_rules(**rules)
 
     @cached_property
     def _table(self) -> NDArray[np.int32]:
