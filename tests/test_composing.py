@@ -309,6 +309,40 @@ def test_the_usual_shortlist_costs_less_than_a_hundredth_of_the_objective(way: s
     assert np.mean(losses) < 0.01
 
 
+@pytest.mark.parametrize("context", [[], [5]])
+def test_a_scorer_without_weight_is_not_asked_and_the_bundles_are_the_same(context: list[int]) -> None:
+    composer, relevance, compatibility = styled_shop(2_000)
+    asked = Counter[str]()
+
+    def counting(sets: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+        asked["compatibility"] += 1
+        return compatibility(sets, rows)
+
+    def silenced(sets: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+        return np.zeros((len(sets), len(rows)), np.float32)
+
+    def compose(score: Compatibility, weight: float) -> list[tuple[tuple[int, ...], float]]:
+        options = Options(weights=Weights(compatibility=weight))
+        found = composer.compose(context, relevance=relevance, compatibility=score, options=options)
+        return [(one.items, one.score) for one in found]
+
+    assert compose(counting, 0) == compose(silenced, 1)  # scores that are all alike count 0 however much they weigh
+    assert asked["compatibility"] == 0
+    assert compose(counting, 1) != compose(counting, 0)
+    assert asked["compatibility"] > 1
+
+
+def test_relevance_without_weight_changes_nothing() -> None:
+    composer, relevance, compatibility = styled_shop(2_000)
+    options = Options(weights=Weights(relevance=0))
+    found, other = (
+        composer.compose([5], relevance=scores, compatibility=compatibility, options=options)
+        for scores in (relevance, np.zeros_like(relevance))
+    )
+    assert [one.items for one in found] == [one.items for one in other]
+    assert {one.parts["relevance"] for one in found} == {0}
+
+
 def test_a_shortlist_of_dear_items_does_not_hide_what_the_budget_allows() -> None:
     composer, _, compatibility = styled_shop(2_000)
     dear = composer.catalog.prices.copy()  # the dearer, the more relevant

@@ -96,17 +96,25 @@ class _Scene:
         comparable: NDArray[np.float64] = self._relevance_scale.of(self._relevance[None, rows])[0]
         return comparable
 
+    def weighted_relevance(self, rows: Rows, of: int = 1) -> NDArray[np.float64]:
+        """What relevance adds to the objective of a bundle of so many added items, (len(rows),)."""
+        weight = self.weights.relevance / of
+        return weight * self.relevance_of(rows) if weight else np.zeros(len(rows))
+
     @cached_property
     def _relevance_scale(self) -> _Scale:
         assert self._relevance is not None
         return _Scale(self._relevance[None])
 
     def beside(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
-        """Ask the scorer for items beside sets, (S, C); 0 where there is no scorer or a set is empty."""
+        """Ask the scorer for items beside sets, (S, C); 0 where there is no scorer or a set is empty.
+
+        A scorer whose weight is 0 is not asked either: every use of what it says is times that weight.
+        """
         found = np.zeros((len(sets), len(rows)))
-        asked = [(place, np.array(sorted(one), np.int64)) for place, one in enumerate(sets) if one]
-        if self._compatibility is None or not len(rows):
+        if self._compatibility is None or self.weights.compatibility == 0 or not len(rows):
             return found
+        asked = [(place, np.array(sorted(one), np.int64)) for place, one in enumerate(sets) if one]
         both = np.concatenate([rows, self._sample])
         for start in range(0, len(asked), _SETS):
             places, some = zip(*asked[start : start + _SETS], strict=True)
@@ -140,7 +148,7 @@ class _Scene:
     ) -> _Judged:
         weights, n = self.weights, len(added)
         whole = sorted((*context, *added))
-        relevance = weights.relevance / n * self.relevance_of(np.array(added, np.int64))
+        relevance = self.weighted_relevance(np.array(added, np.int64), n)
         beside = [known[tuple(other for other in whole if other != row), row] for row in added]
         compatibility = weights.compatibility / n * np.array(beside)
         return _Judged(

@@ -89,7 +89,7 @@ def _gains(
     """Per slot what each item of its shelf would add beside each set: (S, items of the shelf)."""
     weights, shelves = scene.weights, [request.shelves[slot] for slot in slots]
     rows = np.concatenate([np.empty(0, np.int64), *shelves])
-    gains = weights.relevance * scene.relevance_of(rows) + weights.compatibility * scene.beside(sets, rows)
+    gains = scene.weighted_relevance(rows) + weights.compatibility * scene.beside(sets, rows)
     ends = np.cumsum([len(shelf) for shelf in shelves])[:-1]
     return dict(zip(slots, np.split(gains, ends, axis=1), strict=True))
 
