@@ -36,10 +36,10 @@ from peft_combo.data.splits import split_as
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
-from peft_combo.evaluation.completion import FUSION, Report, canary, evaluate
+from peft_combo.evaluation.completion import Report, canary, evaluate
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recommender.category_calibration import Areas
-from peft_combo.recommender.model_selection import BY_CATEGORY, FROZEN, PEER, TUNED
+from peft_combo.recommender.scorer_id import BY_CATEGORY, FROZEN, FUSION, PEER, ScorerId
 from peft_combo.tuning.loop import tune
 
 
@@ -56,23 +56,25 @@ class Case:
     changes: tuple[str, ...]
     seeds: tuple[int, ...]
     peers: tuple[str, ...]
-    row: str = FUSION
+    row: str = str(FUSION)
     categories: tuple[str, ...] = ()
 
 
 _CLOTHES = "Clothing, Shoes & Jewelry > "
 CASES = {
-    "clothing": Case("bundlerec/clothing", "lora-fashion", ("data.split=user",), (10, 11, 12), (PEER, FROZEN)),
-    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (10, 11, 12), (PEER, FROZEN)),
-    "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", PEER)),
-    "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (10, 11, 12), (FROZEN, "TF-IDF title")),
+    "clothing": Case(
+        "bundlerec/clothing", "lora-fashion", ("data.split=user",), (10, 11, 12), (str(PEER), str(FROZEN))
+    ),
+    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (10, 11, 12), (str(PEER), str(FROZEN))),
+    "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", str(PEER))),
+    "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (10, 11, 12), (str(FROZEN), "TF-IDF title")),
     "clothing_categories": Case(
         "bundlerec/clothing",
         "lora-fashion",
         ("data.split=user",),
         (10, 11, 12),
-        (f"{TUNED} all", FROZEN),
-        BY_CATEGORY,
+        (str(ScorerId("tuned BERT", "all")), str(FROZEN)),
+        str(BY_CATEGORY),
         tuple(_CLOTHES + name for name in ("Women", "Men", "Novelty, Costumes & More")),
     ),
 }
@@ -164,7 +166,7 @@ def show(name: str, reports: list[Report], case: Case) -> None:
         for part in ("cold target", "cross-leaf", "cross-slot", "cross-category")
         if part in reports[0].answers.slices
     ]
-    fill_in = reports[0].row(FUSION).fill_in is not None
+    fill_in = reports[0].row(str(FUSION)).fill_in is not None
     heads = [*COLUMNS, *(f"{part}" for part in slices), *(["fill-in"] if fill_in else []), "coverage"]
     print(f"{'':20}" + "".join(f"{head:>12}" for head in heads) + "   setting")
     rows = [row.name for row in reports[0].lines if all(row.name in report.answers.ranks for report in reports)]

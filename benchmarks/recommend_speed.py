@@ -51,12 +51,14 @@ from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.index import ExactIndex, FaissIndex
 from peft_combo.recipe.files import load_recipe
+from peft_combo.recommender.composing.options import Weights
 from peft_combo.recommender.evidence import GATES
 from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedScorer
 from peft_combo.recommender.fusion import Form, Fusion
-from peft_combo.recommender.model_selection import TUNED
 from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.recommender.scorer_id import ScorerId
 from peft_combo.scoring.linear import CEASE
 from peft_combo.scoring.neighbours import ItemKNN
 from peft_combo.scoring.text import TextCosine, tfidf_vectors
@@ -221,23 +223,26 @@ def measure_size(report: Report, shop: Shop, bank: AdapterBank, requests: int, g
     )  # fmt: skip
     dataset = Dataset.build("made up", catalog, None, Bundles.build(map(str, range(len(shop.bundles))), shop.bundles))
     head = FittedHead.of(shop.vectors, live.head)
-    serving: dict[str, Fitted] = {
-        "item-kNN": FittedScorer(ItemKNN(similarity="tfidf").fit(known.history)),
-        "TF-IDF title": FittedScorer(TextCosine().fit(known.history, items=tfidf_vectors(catalog.titles))),
-        TUNED: head,
+    tuned = ScorerId("tuned BERT", live.reference)
+    serving: dict[ScorerId, Fitted] = {
+        ScorerId("item-kNN"): FittedScorer(ItemKNN(similarity="tfidf").fit(known.history)),
+        ScorerId("TF-IDF title"): FittedScorer(TextCosine().fit(known.history, items=tfidf_vectors(catalog.titles))),
+        tuned: head,
     }
     if n_items <= CEASE_ITEMS:
-        serving["CEASE"] = FittedScorer(CEASE().fit(known.history, items=head.targets))
+        serving[ScorerId("CEASE-BERT")] = FittedScorer(CEASE().fit(known.history, items=head.targets))
 
     def recommender(form: Form) -> BundleRecommender:
-        fusion = Fusion(form, {name: dict.fromkeys(GATES, 0.2) for name in serving}, {"item-kNN": -0.1}, "by hand")
+        weights = {scorer: dict.fromkeys(GATES, 0.2) for scorer in serving}
+        fusion = Fusion(form, weights, {ScorerId("item-kNN"): -0.1}, "by hand")
         settings = dict.fromkeys(serving, "")
-        return BundleRecommender(dataset, bank, [live], serving, TUNED, head, fusion, settings, known, None, "")
+        state = FitState((live,), known, fusion, settings, serving, tuned, head, None, Weights(), "", ())
+        return BundleRecommender(dataset, bank, state)
 
     damped = recommender("damped")
     rng = np.random.default_rng(1)
     ids = [[str(row) for row in shop.bundles[one][:-1]] for one in rng.integers(len(shop.bundles), size=requests)]
-    report.add(n_items, "complete", timed(damped.complete, ids), BARS.get(n_items), " + ".join(serving))
+    report.add(n_items, "complete", timed(damped.complete, ids), BARS.get(n_items), " + ".join(map(str, serving)))
     report.add(n_items, "complete, by rank", timed(recommender("normal").complete, ids), BARS.get(n_items))
     report.add(n_items, "compose around a basket", timed(damped.compose, ids[: requests // 2]))
     report.add(n_items, "compose around an item", timed(damped.compose, [own[:1] for own in ids[: requests // 2]]))

@@ -21,13 +21,15 @@ from peft_combo.data.splits import Split, split
 from peft_combo.encoder.heads.completion import BundleHead, completion_ranks, target_vectors
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import PeftComboError
-from peft_combo.evaluation.completion import FUSION, Report, canary, evaluate, plot
+from peft_combo.evaluation.completion import Report, canary, evaluate, plot
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, RatingTask
+from peft_combo.recommender import model_selection
 from peft_combo.recommender.fit_data import Known
 from peft_combo.recommender.fitted_scorers import FittedEnsemble, FittedHead
 from peft_combo.recommender.model_selection import families
 from peft_combo.recommender.rating import Rater
+from peft_combo.recommender.scorer_id import ENSEMBLE, FUSION
 from peft_combo.scoring.base import HistoryScorer
 from peft_combo.scoring.popularity import Popularity
 
@@ -52,9 +54,12 @@ class Spy(Popularity):
         return super().fit(history, **options)
 
 
-def test_scorers_see_training_bundles_and_nothing_else(dataset: Dataset, parts: Split) -> None:
+def test_scorers_see_training_bundles_and_nothing_else(
+    dataset: Dataset, parts: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Spy.seen.clear()
-    evaluate(dataset, parts, also={"spy": Spy()})
+    monkeypatch.setattr(model_selection, "Popularity", Spy)
+    evaluate(dataset, parts)
     train = dataset.bundles.to_csr(len(dataset.catalog), parts.train).toarray()
     assert Spy.seen
     for history in Spy.seen:
@@ -197,7 +202,7 @@ def test_a_report_is_json_and_a_table(dataset: Dataset, parts: Split) -> None:
     assert again["split_digest"] == parts.digest
     assert again["composition"] is None  # it was not asked for
     first = report.rows()[-1]
-    assert first["name"] == FUSION
+    assert first["name"] == str(FUSION)
     assert first["ndcg@10 low"] <= first["ndcg@10"] <= first["ndcg@10 high"]
 
 
@@ -294,7 +299,7 @@ def test_only_adapters_of_all_items_form_an_ensemble(dataset: Dataset, parts: Sp
     vectors, head = head_and_vectors(dataset)
     for names, there in ((["one"], False), (["one", "two"], True)):
         known = Known.of(dataset, parts.train, None, "{title}", vectors, dict.fromkeys(names, (vectors, head)))
-        assert ("ensemble" in families(known, set(), 0)) == there
+        assert (ENSEMBLE in families(known, set(), 0)) == there
 
 
 def timed(dataset: Dataset) -> Dataset:

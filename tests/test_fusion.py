@@ -47,11 +47,11 @@ class World:
         excluded = [row[row >= 0] for row in self.contexts]
         return metrics.per_query(metrics.midranks(scores, self.targets, excluded), "ndcg@10")
 
-    def fit(self, scores: dict[str, NDArray[np.float32]]) -> Fusion:
+    def fit(self, scores: dict[str, NDArray[np.float32]]) -> Fusion[str]:
         return Fusion.fit(scores, self.targets, self.evidence, self.clusters)
 
 
-def some_fusion(form: Form) -> Fusion:
+def some_fusion(form: Form) -> Fusion[str]:
     return Fusion(
         form,
         {"a": {"always": 0.5, "warm item": 0.3, "same leaf": 0.4}, "b": {"warm context": 0.7, "margin": 0.2}},
@@ -270,7 +270,7 @@ def test_a_fusion_comes_back_from_json_as_it_was() -> None:
     world = World(0)
     scores = some_scores(world)
     for fusion in (world.fit(scores), some_fusion("normal")):
-        again = Fusion.from_state(json.loads(json.dumps(fusion.state())))
+        again = Fusion.from_state(json.loads(json.dumps(fusion.state())), str)
         assert again == fusion
         np.testing.assert_array_equal(again.combine(scores, world.evidence), fusion.combine(scores, world.evidence))
 
@@ -287,7 +287,7 @@ def test_a_fusion_comes_back_from_json_as_it_was() -> None:
 )
 def test_a_state_that_is_none_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="fusion"):
-        Fusion.from_state({**some_fusion("z").state(), **change})
+        Fusion.from_state({**some_fusion("z").state(), **change}, str)
 
 
 def test_fitting_is_a_function_of_its_arguments() -> None:

@@ -20,14 +20,16 @@ from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.recipe.model import Recipe
-from peft_combo.recommender import recommender
+from peft_combo.recommender import fit_state
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.persistence import fitted_recommender, load_recommender, save_recommender
 from peft_combo.recommender.query import understand
+from peft_combo.recommender.query_items import match_items
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.results import Recommendation
+from peft_combo.recommender.scorer_id import ENSEMBLE, ScorerId
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
 
@@ -141,12 +143,12 @@ def test_test_bundles_choose_nothing(
     changed = replace(dataset, bundles=replace(dataset.bundles, items=tuple(items)))
     assert isinstance(changed.bundles, Bundles)
     again = BundleRecommender.fit(changed, parts, bank, "tiny")
-    assert again.fusion.state() == fitted.fusion.state()
+    assert again.state.fusion.state() == fitted.state.fusion.state()
 
 
 def test_without_an_adapter_the_frozen_encoder_answers(dataset: Dataset, parts: Split, bank: AdapterBank) -> None:
     frozen = BundleRecommender.fit(dataset, parts, bank, None)
-    assert frozen.adapters == ()
+    assert frozen.state.adapters == ()
     assert frozen.complete(["i0"], k=3)
 
 
@@ -165,9 +167,9 @@ def test_each_item_of_a_bundle_is_credited_with_what_is_lost_without_it(fitted: 
         assert set(told["because"]) == set(bundle.items) - {told["item"]}
         rest = np.array([index[item] for item in bundle.items if item != told["item"]])
         less = np.array([row for row in rest if row != index["i6"]])
-        with_it, without = fitted._beside([rest, less], np.array([index[told["item"]]]))[:, 0]
+        with_it, without = fitted._score_beside([rest, less], np.array([index[told["item"]]]))[:, 0]
         assert told["because"]["i6"] == pytest.approx(with_it - without, abs=1e-5)
-        assert set(told["scorers"]) <= {*fitted.fusion.needs, "users alike"}
+        assert set(told["scorers"]) <= {*map(str, fitted.state.fusion.needs), "users alike"}
     assert all("because" not in told for one in fitted.compose(["i0"]) for told in one.evidence)
 
 
@@ -183,7 +185,7 @@ def test_adapters_of_categories_answer_together(
     dataset: Dataset, parts: Split, several: AdapterBank, tmp_path: Path
 ) -> None:
     shop = BundleRecommender.fit(dataset, parts, several, ["tiny", "style1"], cache=VectorCache(tmp_path / "vectors"))
-    table = {line.name for line in shop.fusion.table}
+    table = {line.name for line in shop.state.fusion.table}
     assert {"tuned by category", "tuned BERT tiny@v1", "tuned BERT style1@v1"} <= table
     assert len(shop.complete(["i0", "i1"], k=5)) == 5
     assert shop.compose(["i1"])
@@ -199,13 +201,13 @@ def test_a_kept_recommender_answers_as_before(
 def answers_as_before(made: BundleRecommender, tmp_path: Path) -> None:
     save_recommender(made, tmp_path / "kept")
     again = load_recommender(tmp_path / "kept", made.dataset, made.bank)
-    assert again.fusion == made.fusion
-    assert again.settings == made.settings
+    assert again.state.fusion == made.state.fusion
+    assert again.state.settings == made.state.settings
     for ask in ({"items": ["i0", "i6"]}, {"user": "u3"}):
         assert again.complete(**ask, k=20) == made.complete(**ask, k=20)
         assert again.compose(**ask) == made.compose(**ask)
     save_recommender(again, tmp_path / "kept")  # over itself
-    assert load_recommender(tmp_path / "kept", made.dataset, made.bank).fusion == made.fusion
+    assert load_recommender(tmp_path / "kept", made.dataset, made.bank).state.fusion == made.state.fusion
     assert [path.name for path in tmp_path.glob(".kept*")] == []
 
 
@@ -213,9 +215,9 @@ class OfThese:
     """In place of `Fusion` where one is fitted: what must be kept is not what happens to win."""
 
     @staticmethod
-    def fit(scores: Mapping[str, object], *rest: object, **options: object) -> Fusion:
-        chosen = [name for name in scores if name == "ensemble" or name.startswith("rated ")]
-        return Fusion("z", {name: {"always": 1.0} for name in chosen}, {}, "these")
+    def fit(scores: Mapping[ScorerId, object], *rest: object, **options: object) -> Fusion[ScorerId]:
+        chosen = [scorer for scorer in scores if scorer.kind in ("ensemble", "rated")]
+        return Fusion("z", {scorer: {"always": 1.0} for scorer in chosen}, {}, "these")
 
 
 def test_ensembles_and_ratings_are_served_and_kept(
@@ -232,17 +234,17 @@ def test_ensembles_and_ratings_are_served_and_kept(
     rating = {"category": "rated", "data.path": str(folder), "task": {"kind": "rating", "neighbours": 5}}
     for name, changes in (("rated", rating), ("second", {"category": "second", "seed": 1})):
         tune(tiny_recipe("head", **{**changes, "training.epochs": 1}), run_folder=tmp_path / name)
-    monkeypatch.setattr(recommender, "best_text", lambda picked: "ensemble")
-    monkeypatch.setattr(recommender, "Fusion", OfThese)
+    monkeypatch.setattr(fit_state, "best_text", lambda picked: ENSEMBLE)
+    monkeypatch.setattr(fit_state, "Fusion", OfThese)
     made = BundleRecommender.fit(dataset, parts, bank, ["tiny", "second", "rated"])
-    assert made.fusion.needs == ("ensemble", "rated rated@v1")
-    assert made.settings.keys() == set(made.fusion.needs)
-    assert not any(note.startswith("Rating adapter") for note in made.notes)
+    assert made.state.fusion.needs == (ENSEMBLE, ScorerId("rated", "rated@v1"))
+    assert made.state.settings.keys() == set(made.state.fusion.needs)
+    assert not any(note.startswith("Rating adapter") for note in made.state.notes)
     answers_as_before(made, tmp_path)
     # An owner's past speaks: it is not the stranger's answer.
     assert made.complete(["i0"], user="u3", k=20) != made.complete(["i0"], k=20)
     other = BundleRecommender.fit(dataset, split(dataset, seed=1), bank, ["tiny", "second", "rated"])
-    assert any(note.startswith("Rating adapter rated@v1 may have learned") for note in other.notes)
+    assert any(note.startswith("Rating adapter rated@v1 may have learned") for note in other.state.notes)
 
 
 def test_a_kept_recommender_is_refused_for_other_data_or_altered_bytes(
@@ -279,10 +281,16 @@ def test_what_is_asked_for_again_is_not_fitted_again(
     first = fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append)
     assert told
     told.clear()
-    assert fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).fusion == first.fusion
+    assert (
+        fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).state.fusion
+        == first.state.fusion
+    )
     assert told == []
     next(tmp_path.glob("*/recommender.json")).write_text("{")  # damaged: made anew, not an error
-    assert fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).fusion == first.fusion
+    assert (
+        fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).state.fusion
+        == first.state.fusion
+    )
     assert told
 
 
@@ -321,7 +329,10 @@ def test_each_thing_a_query_names_is_in_every_bundle_and_said_to_be(fitted: Bund
 def test_the_words_on_a_thing_choose_among_those_that_answer(fitted: BundleRecommender) -> None:
     """Title 43 is "w13 w83 w121", as no other is; the words on the other thing do not draw it away."""
     assert fitted.dataset.catalog.titles[43] == "w13 w83 w121"
-    found = fitted._answers(understand("w13 w83 w121 and w10 w40 w124", by_last_word).wishes, by_last_word)
+    wishes = understand("w13 w83 w121 and w10 w40 w124", by_last_word).wishes
+    titles, vectors = fitted.dataset.catalog.titles, fitted.state.known.frozen
+    assert vectors is not None
+    found = match_items(wishes, by_last_word, fitted.bank, titles, vectors)
     assert [one.wish.text for one in found] == ["w13 w83 w121", "w10 w40 w124"]
     assert found[0].rows[0] == 43
     assert found[0].likeness[43] == pytest.approx(1.0, abs=1e-5)

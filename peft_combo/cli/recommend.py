@@ -146,7 +146,7 @@ def _recommender(
         folder, dataset, parts, bank, adapters, text=config.text, seed=recipe.seed, cache=VectorCache(cache),
         progress=watch.advance, done=lambda name: watch.note(f"fitted {name}"),
     )  # fmt: skip
-    for note in made.notes:
+    for note in made.state.notes:
         watch.note(f"Note: {note}")
     return made
 

@@ -27,17 +27,14 @@ from peft_combo.recommender.fit_data import Known, Rated, Tuned
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedScorer, ItemVectors
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import (
-    FROZEN,
-    PEER,
-    RANDOM,
-    TUNED,
     asked,
     best_text,
     blocks,
     families,
     picked_all,
 )
-from peft_combo.scoring.base import Scorer, unit_rows
+from peft_combo.recommender.scorer_id import FROZEN, FUSION, PEER, RANDOM, ScorerId
+from peft_combo.scoring.base import unit_rows
 from peft_combo.scoring.text import TextCosine, tfidf_vectors
 
 PROTOCOL = (
@@ -49,7 +46,6 @@ PROTOCOL = (
     "validation bundles; test bundles are scored once. 95 % intervals by bootstrap over groups; p by paired "
     "permutation of groups, two-sided."
 )
-FUSION = "fusion"
 
 _LIST = 10
 _NEAR_DUPLICATE = 0.95
@@ -135,7 +131,7 @@ class Report:
     protocol: str
     counts: dict[str, int]
     lines: tuple[Row, ...]
-    fusion: Fusion
+    fusion: Fusion[ScorerId]
     notes: tuple[str, ...]
     answers: Answers = field(repr=False, compare=False)
     composition: CompositionReport | None = None
@@ -198,7 +194,6 @@ def evaluate(
     text: str = "{title}",
     seed: int = 0,
     max_questions: int = 5000,
-    also: Mapping[str, Scorer] | None = None,
     compose: bool = False,
     advance: Callable[[str], None] | None = None,
 ) -> Report:
@@ -212,7 +207,6 @@ def evaluate(
         text: template of what the word-based rows read.
         seed: of sampling, bootstrap and permutations.
         max_questions: more test questions than so many are sampled, whole bundles at a time.
-        also: further scorers, fitted on the training bundles like all others and part of the fusion.
         compose: also compose whole bundles, see `composition`; takes as long again or longer.
         advance: told the name of each row that is done.
     Raises:
@@ -230,7 +224,7 @@ def evaluate(
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}
-    found = families(known, owners, seed, also)
+    found = families(known, owners, seed)
     valid = asked(
         dataset, parts.valid, min(2000, max(100, _HELD_CELLS // (len(found) * n_items))), seed, "valid", notes
     )
@@ -245,7 +239,8 @@ def evaluate(
     # Fuse; the floor of the table has nothing to contribute.
     candidates = {name: one.scores for name, one in picked.items() if name != RANDOM}
     fusion = Fusion.fit(candidates, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
-    side = picked[best_text(picked)].fitted if best_text(picked) else None
+    text_scorer = best_text(picked)
+    side = picked[text_scorer].fitted if text_scorer else None
     picked.clear()
     candidates.clear()
     on_valid[FUSION] = next(line.ndcg for line in fusion.table if line.name == fusion.chosen)
@@ -253,12 +248,12 @@ def evaluate(
 
     # Test, once.
     ranks, lists, fill_ins = _tested(asks, fusion, test, known, _choices(dataset, test, seed))
-    advance(FUSION)
+    advance(str(FUSION))
     sliced = _slices(dataset, known, test)
     vectors: ItemVectors = known.words if known.frozen is None else unit_rows(known.frozen)
     lines = tuple(
         Row(
-            name=name,
+            name=str(name),
             setting=settings[name],
             valid_ndcg=on_valid[name],
             values=metrics.ranking_metrics(found),
@@ -267,7 +262,7 @@ def evaluate(
                 for metric in ("ndcg@10", "r@10")
             },
             p={
-                other: _p(found, ranks[other], test.clusters, seed)
+                str(other): _p(found, ranks[other], test.clusters, seed)
                 for other in (PEER, FROZEN)
                 if other in ranks and other != name
             },
@@ -286,7 +281,10 @@ def evaluate(
         "test questions": len(test),
         "test groups": len(set(test.clusters.tolist())),
     }
-    answers = Answers(test.clusters, sliced, ranks, fill_ins)
+    answers = Answers(
+        test.clusters, sliced, {str(name): own for name, own in ranks.items()},
+        {str(name): own for name, own in fill_ins.items()},
+    )  # fmt: skip
     composition = None
     if compose:
         if side is None and frozen is not None:
@@ -318,17 +316,17 @@ def _choices(dataset: Dataset, test: Questions, seed: int) -> NDArray[np.int64]:
 
 
 def _tested(
-    asks: Mapping[str, Fitted], fusion: Fusion, test: Questions, known: Known, choices: NDArray[np.int64]
-) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.int64]], dict[str, NDArray[np.float64]]]:
+    asks: Mapping[ScorerId, Fitted], fusion: Fusion[ScorerId], test: Questions, known: Known, choices: NDArray[np.int64]
+) -> tuple[dict[ScorerId, NDArray[np.float64]], dict[ScorerId, NDArray[np.int64]], dict[ScorerId, NDArray[np.float64]]]:
     """Score the test questions, a block at a time.
 
     Returns:
         per row the rank of each answer (Q,); the first ten of each list (Q, 10), -1 where fewer are known; how far each
         answer is picked out of its `choices` (Q,).
     """
-    ranks: dict[str, list[NDArray[np.float64]]] = {name: [] for name in (*asks, FUSION)}
-    lists: dict[str, list[NDArray[np.int64]]] = {name: [] for name in ranks}
-    fill_ins: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ranks}
+    ranks: dict[ScorerId, list[NDArray[np.float64]]] = {name: [] for name in (*asks, FUSION)}
+    lists: dict[ScorerId, list[NDArray[np.int64]]] = {name: [] for name in ranks}
+    fill_ins: dict[ScorerId, list[NDArray[np.float64]]] = {name: [] for name in ranks}
     start = 0
     for part in blocks(test):
         scores = {name: ask(part) for name, ask in asks.items()}
@@ -382,7 +380,7 @@ def _slices(dataset: Dataset, known: Known, test: Questions) -> dict[str, NDArra
 
 
 def _sliced(
-    name: str, ranks: Mapping[str, NDArray[np.float64]], parts: Mapping[str, NDArray[np.bool_]],
+    name: ScorerId, ranks: Mapping[ScorerId, NDArray[np.float64]], parts: Mapping[str, NDArray[np.bool_]],
     clusters: NDArray[np.str_], seed: int,
 ) -> dict[str, Slice]:  # fmt: skip
     found = {}
@@ -468,27 +466,27 @@ def canary(
     test = asked(dataset, parts.test, max_questions, seed, "test", [])
     order = np.random.default_rng(seed).permutation(len(dataset.catalog))
     history = dataset.bundles.to_csr(len(dataset.catalog), parts.train)
-    vectors: dict[str, ItemVectors] = {"TF-IDF title": tfidf_vectors(dataset.catalog.texts(text))}
+    vectors: dict[ScorerId, ItemVectors] = {ScorerId("TF-IDF title"): tfidf_vectors(dataset.catalog.texts(text))}
     if frozen is not None:
         vectors[FROZEN] = frozen
-    asks: dict[str, tuple[Fitted, Fitted]] = {}
-    for name, own in vectors.items():
-        asks[name] = (
+    asks: dict[ScorerId, tuple[Fitted, Fitted]] = {}
+    for scorer, own in vectors.items():
+        asks[scorer] = (
             FittedScorer(TextCosine().fit(history, items=own)),
             FittedScorer(TextCosine().fit(history, items=own[order])),
         )
     for name, (own, head) in (tuned or {}).items():
-        asks[f"{TUNED} {name}"] = FittedHead.of(own, head), FittedHead.of(own[order], head)
+        asks[ScorerId("tuned BERT", name)] = FittedHead.of(own, head), FittedHead.of(own[order], head)
     sizes = (test.contexts >= 0).sum(axis=1)
     chance = float(np.minimum(1, _LIST / (len(dataset.catalog) - sizes)).mean())
     right, shuffled = {}, {}
-    for name, (own_ask, other_ask) in asks.items():
+    for scorer, (own_ask, other_ask) in asks.items():
         found = []
         for ask in (own_ask, other_ask):
             ranks = [metrics.midranks(ask(part), part.targets, part.excluded()) for part in blocks(test)]
             found.append(metrics.per_query(np.concatenate(ranks), "r@10"))
         low, _ = metrics.bootstrap_interval(found[1], test.clusters, seed=seed)
-        right[name], shuffled[name] = float(found[0].mean()), (float(found[1].mean()), low)
+        right[str(scorer)], shuffled[str(scorer)] = float(found[0].mean()), (float(found[1].mean()), low)
     return Canary(chance, right, shuffled, all(low <= chance for _, low in shuffled.values()))
 
 
@@ -501,7 +499,7 @@ def plot(report: Report, path: Path, metric: str = "ndcg@10") -> None:
     if metric not in ("ndcg@10", "r@10"):
         raise PeftComboError(f"A chart shows ndcg@10 or r@10, which have intervals; found {metric!r}.")
     bars = [
-        Bar(line.name, line.values[metric], *line.intervals[metric], marked=line.name == FUSION)
+        Bar(line.name, line.values[metric], *line.intervals[metric], marked=line.name == str(FUSION))
         for line in report.lines
     ]
     title = f"{report.dataset}: {metric.upper()} on {report.counts['test questions']:,} test questions, 95 % intervals"

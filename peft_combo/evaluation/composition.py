@@ -29,6 +29,7 @@ from peft_combo.recommender.fit_data import Known
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, ItemVectors, beside, fused
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import blocks
+from peft_combo.recommender.scorer_id import FUSION, ScorerId
 
 PROTOCOL = (
     "For each test bundle one of its items, drawn once for the seed, and its size are given; the others are composed. "
@@ -41,7 +42,6 @@ PROTOCOL = (
     'twice; "to its end" is not told the size. 95 % intervals by bootstrap over groups; p by paired permutation of '
     "groups, two-sided, of the difference in recall to the composer of the fusion."
 )
-FUSION = "fusion"
 TOP_K, COMPOSER, BEAM, OPEN = "top-k", "composer", "beam", "beam to its end"
 VALUES = ("precision", "recall", "exact", "jaccard", "valid", "diversity")
 
@@ -133,8 +133,8 @@ def compare(
     dataset: Dataset,
     parts: Split,
     known: Known,
-    asks: Mapping[str, Fitted],
-    fusion: Fusion,
+    asks: Mapping[ScorerId, Fitted],
+    fusion: Fusion[ScorerId],
     text_side: Fitted | None,
     valid: Questions,
     test: Questions,
@@ -158,29 +158,30 @@ def compare(
     options = Options(k=1, weights=weights, seed=seed)
     vectors: ItemVectors = known.words if known.frozen is None else known.frozen
     heads = {name: ask for name, ask in asks.items() if isinstance(ask, FittedHead)}
-    judges: list[tuple[str, Fitted, Fitted | None]] = [(FUSION, ask_all, text_side)]
+    judges: list[tuple[ScorerId, Fitted, Fitted | None]] = [(FUSION, ask_all, text_side)]
     judges += [(name, head, head) for name, head in heads.items()]
-    composed: dict[str, list[tuple[int, ...]]] = {}
+    composed: dict[tuple[str, ScorerId], list[tuple[int, ...]]] = {}
     for name, ask, side in judges:
         scores = np.concatenate([ask(part) for part in blocks(openings.questions)])  # (B, N)
-        composed[f"{TOP_K}, {name}"] = _lists(openings, scores)
-        composed[f"{COMPOSER}, {name}"] = _compositions(openings, composer, scores, side, options)
+        composed[TOP_K, name] = _lists(openings, scores)
+        composed[COMPOSER, name] = _compositions(openings, composer, scores, side, options)
         advance(f"{COMPOSER}, {name}")
     most = int(dataset.bundles.sizes[parts.train].max()) - 1
     for name, head in heads.items():
         steps = steps_of(head.head, head.vectors)
-        composed[f"{BEAM}, {name}"] = _written(openings, steps, texts, None)
+        composed[BEAM, name] = _written(openings, steps, texts, None)
         if isinstance(head.head, SequenceHead):
-            composed[f"{OPEN}, {name}"] = _written(openings, steps, texts, (1, most))
+            composed[OPEN, name] = _written(openings, steps, texts, (1, most))
         advance(f"{BEAM}, {name}")
 
     found = {
-        name: _measured(added, openings, vectors, told=not name.startswith(OPEN)) for name, added in composed.items()
+        (way, scorer): _measured(added, openings, vectors, told=way != OPEN)
+        for (way, scorer), added in composed.items()
     }
-    against = found[f"{COMPOSER}, {FUSION}"]["recall"]
+    against = found[COMPOSER, FUSION]["recall"]
     rows = tuple(
-        _row(name, values, openings.clusters, None if values["recall"] is against else against, seed)
-        for name, values in found.items()
+        _row(f"{way}, {scorer}", values, openings.clusters, None if values["recall"] is against else against, seed)
+        for (way, scorer), values in found.items()
     )
     return CompositionReport(PROTOCOL, asdict(weights), len(openings), len(set(openings.clusters.tolist())), rows)
 

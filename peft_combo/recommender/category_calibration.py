@@ -104,7 +104,7 @@ class Calibration:
 
     @staticmethod
     def fit(
-        scores: Scores,
+        scores: Scores[str],
         areas: Areas,
         targets: NDArray[np.int64],
         contexts: NDArray[np.int64],
@@ -125,7 +125,7 @@ class Calibration:
         scale = {name: (float(np.nanmean(part)), max(float(np.nanstd(part)), 1e-9)) for name, part in scores.items()}
         rng = np.random.default_rng(seed)
         support = np.zeros(len(areas.of_item), np.int64)
-        sampled = sampled_cells(scores, targets, Evidence(contexts, support), rng)
+        sampled = sampled_cells(scores.values(), targets, Evidence(contexts, support), rng)
         rows, columns = sampled.rows, sampled.columns
         place = areas.of_item[columns]
         standard = {name: _standard(part[rows, columns], scale[name]) for name, part in scores.items()}
@@ -163,7 +163,7 @@ class Calibration:
             crossed[held] = one.combine({name: part[held] for name, part in scores.items()}, areas)
         return solved(np.ones(len(targets), bool)), crossed
 
-    def combine(self, scores: Scores, areas: Areas) -> NDArray[np.float32]:
+    def combine(self, scores: Scores[str], areas: Areas) -> NDArray[np.float32]:
         """Return (Q, N) scores on one scale; NaN for items that no adapter is for."""
         (first, *_) = scores.values()
         found = np.full(first.shape, np.nan, np.float32)

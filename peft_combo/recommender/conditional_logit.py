@@ -5,8 +5,9 @@ Source: McFadden 1974, "Conditional logit analysis of qualitative choice behavio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,10 @@ from scipy import optimize
 from peft_combo.machine import row_blocks
 from peft_combo.recommender.evidence import Evidence
 
-Scores = Mapping[str, NDArray[np.float32]]
+Key = TypeVar("Key", bound=Hashable)
+Scores: TypeAlias = Mapping[Key, "NDArray[np.float32]"]
+"""(Q, N) of each scorer, whatever a scorer is told by."""
+
 # How likely an answer is taken to come from anywhere. Without it the hopeless questions, most of them where R@10 is
 # 0.15, would have the say over weights that only matter near the top (cross-validated NDCG@10 on BundleRec electronics:
 # 0.087 without, 0.104 with; on clothing no difference).
@@ -40,12 +44,12 @@ class SampledCells:
 
 
 def sampled_cells(
-    scores: Scores, answers: NDArray[np.int64], evidence: Evidence, rng: np.random.Generator
+    scores: Collection[NDArray[np.float32]], answers: NDArray[np.int64], evidence: Evidence, rng: np.random.Generator
 ) -> SampledCells:
     n_questions, n_items = len(answers), len(evidence.item_support)
     depth = min(_HEAD, n_items)
     heads = np.empty((len(scores), n_questions, depth), np.int64)
-    for place, part in enumerate(scores.values()):
+    for place, part in enumerate(scores):
         for block in row_blocks(n_questions, n_items):
             ordered = np.where(np.isnan(part[block]), np.inf, -part[block])
             heads[place, block] = np.argpartition(ordered, depth - 1, axis=1)[:, :depth]

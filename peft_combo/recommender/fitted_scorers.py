@@ -24,6 +24,7 @@ from peft_combo.recommender.category_calibration import Areas, Calibration
 from peft_combo.recommender.fit_data import Known
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.rating import FittedRating, Rater
+from peft_combo.recommender.scorer_id import ScorerId
 from peft_combo.scoring.base import Scorer
 from peft_combo.scoring.neighbours import UserKNN
 
@@ -172,7 +173,7 @@ def past_of(known: Known, *, neighbours: bool) -> FittedPast:
     return FittedPast(past, known.user_rows, UserKNN().fit(taken) if neighbours else None)
 
 
-def fused(fusion: Fusion, asks: Mapping[str, Fitted], known: Known) -> Fitted:
+def fused(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], known: Known) -> Fitted:
     """Return what a fusion makes of the scorers it needs, by name in `asks`."""
 
     def ask(questions: Questions) -> NDArray[np.float32]:

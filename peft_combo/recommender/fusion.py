@@ -6,10 +6,10 @@ scorers as arrays with names: not how they score, nor what an item is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Self, assert_never, cast, get_args
+from typing import Any, Generic, Literal, Self, assert_never, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +17,7 @@ from scipy import sparse, special
 
 from peft_combo import metrics
 from peft_combo.machine import row_blocks
-from peft_combo.recommender.conditional_logit import SampledCells, Scores, conditional_logit, sampled_cells
+from peft_combo.recommender.conditional_logit import Key, SampledCells, Scores, conditional_logit, sampled_cells
 from peft_combo.recommender.evidence import GATES, Evidence, Gate, _Gates, _silent
 
 Form = Literal["damped", "z", "normal"]
@@ -38,7 +38,7 @@ class Tried:
     """One line of the validation table.
 
     Attributes:
-        name: the scorer, or how scorers were combined.
+        name: the label of the scorer, or how scorers were combined.
         ndcg: NDCG@10 on questions the weights were not fitted on.
         recall: R@10 of the same.
         gain: ndcg minus that of the best single scorer. error: its standard error, by cluster.
@@ -52,7 +52,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Fusion:
+class Fusion(Generic[Key]):
     """A weighted sum of comparable scores, ``sum over scorers s, gates k of weight[s, k] gate_k(q, i) score_s(q, i)``.
 
     A scorer that is silent about an item, but not about the whole question, adds its `silence` instead of a score: 0
@@ -69,15 +69,15 @@ class Fusion:
     """
 
     form: Form
-    weights: Mapping[str, Mapping[Gate, float]]
-    silence: Mapping[str, float]
+    weights: Mapping[Key, Mapping[Gate, float]]
+    silence: Mapping[Key, float]
     chosen: str
     table: tuple[Tried, ...] = ()
 
     @classmethod
     def fit(
         cls,
-        scores: Scores,
+        scores: Scores[Key],
         targets: ArrayLike,
         evidence: Evidence,
         clusters: ArrayLike,
@@ -119,18 +119,20 @@ class Fusion:
         answers, labels, evidence = answers[rows], np.unique(labels[rows], return_inverse=True)[1], evidence.take(rows)
         fold_of = (rng.permutation(labels.max() + 1) % folds)[labels]
 
-        singles = {name: cls("damped", {name: {"always": 1.0}}, {}, name) for name in scores}
-        ranks = {name: _ranks({name: scores[name]}, answers, evidence) for name in scores}
-        best = max(ranks, key=lambda name: float(_ndcg(ranks[name]).mean()))
+        singles = {name: cls("damped", {name: {"always": 1.0}}, {}, str(name)) for name in scores}
+        alone = {name: _ranks(part, answers, evidence) for name, part in scores.items()}
+        best = max(alone, key=lambda name: float(_ndcg(alone[name]).mean()))
+        ranks = {str(name): own for name, own in alone.items()}
         if len(scores) == 1 or labels.max() + 1 < 2 * folds:
-            return cls._told(singles[best], best, ranks, best, labels)
-        picked = _picked(ranks, fold_of)
+            return cls._told(singles[best], str(best), ranks, alone[best], labels)
+        picked = _picked(alone, fold_of)
 
-        sampled = sampled_cells(scores, answers, evidence, rng)
+        sampled = sampled_cells(scores.values(), answers, evidence, rng)
+        ndcg_alone = {name: _ndcg(own) for name, own in alone.items()}
         found: dict[str, Self] = {}
 
-        def attempt(name: str, form: Form, terms: Sequence[tuple[str, Gate]]) -> str:
-            fit = _Fit(form, terms, scores, evidence, sampled, {scorer: _ndcg(ranks[scorer]) for scorer in scores})
+        def attempt(name: str, form: Form, terms: Sequence[tuple[Key, Gate]]) -> str:
+            fit = _Fit(form, terms, scores, evidence, sampled, ndcg_alone)
             found[name], ranks[name] = cls._crossed(name, fit, scores, answers, evidence, fold_of)
             return name
 
@@ -143,16 +145,18 @@ class Fusion:
             gates = [gate for gate in GATES if gate != "same leaf" or evidence.leaves is not None]
             gated = attempt(f"gated weights on {form} scores", form, [(name, gate) for name in used for gate in gates])
             chosen = gated if _beyond_noise(ranks[gated], ranks[chosen], labels) else chosen
-        worse = _beyond_noise(ranks[best], ranks[chosen], labels) or _ndcg(ranks[chosen]).mean() < _ndcg(picked).mean()
+        worse = _beyond_noise(alone[best], ranks[chosen], labels) or _ndcg(ranks[chosen]).mean() < _ndcg(picked).mean()
         ranks[BEST_SINGLE] = picked
-        return cls._told(singles[best] if worse else found[chosen], best if worse else chosen, ranks, best, labels)
+        if worse:
+            return cls._told(singles[best], str(best), ranks, alone[best], labels)
+        return cls._told(found[chosen], chosen, ranks, alone[best], labels)
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> tuple[Key, ...]:
         """The scorers whose scores are looked at; the others need not be computed."""
         return tuple(name for name in {**self.weights, **self.silence})
 
-    def combine(self, scores: Scores, evidence: Evidence) -> NDArray[np.float32]:
+    def combine(self, scores: Scores[Key], evidence: Evidence) -> NDArray[np.float32]:
         """Fuse scores.
 
         Args:
@@ -169,8 +173,8 @@ class Fusion:
         return fused
 
     def explained(
-        self, scores: Scores, evidence: Evidence
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        self, scores: Scores[Key], evidence: Evidence
+    ) -> tuple[NDArray[np.float32], dict[Key, NDArray[np.float32]]]:
         """Fuse scores and tell what each scorer adds, in one pass; it all stays in memory, so for few questions.
 
         Returns:
@@ -185,24 +189,28 @@ class Fusion:
         return fused, {name: part for name, (part, _) in zip(self.needs, parts, strict=True)}
 
     def state(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
+        """Return everything as JSON values; scorers by their labels."""
         return {
             "form": self.form,
-            "weights": {name: dict(gates) for name, gates in self.weights.items()},
-            "silence": dict(self.silence),
+            "weights": {str(name): dict(gates) for name, gates in self.weights.items()},
+            "silence": {str(name): value for name, value in self.silence.items()},
             "chosen": self.chosen,
             "table": [vars(line) for line in self.table],
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
+    def from_state(cls, state: Mapping[str, Any], read: Callable[[str], Key]) -> Self:
         """Rebuild from `state`.
 
+        Args:
+            read: the scorer of a label.
         Raises:
             ValueError: the form or a gate is unknown, or a weight is negative or not finite.
         """
-        weights = {str(name): {gate: float(w) for gate, w in gates.items()} for name, gates in state["weights"].items()}
-        silence = {str(name): float(value) for name, value in state["silence"].items()}
+        weights = {
+            read(name): {gate: float(w) for gate, w in gates.items()} for name, gates in state["weights"].items()
+        }
+        silence = {read(name): float(value) for name, value in state["silence"].items()}
         values = [*(w for gates in weights.values() for w in gates.values()), *silence.values()]
         if state["form"] not in get_args(Form) or any(
             gate not in GATES for gates in weights.values() for gate in gates
@@ -211,10 +219,10 @@ class Fusion:
         if not np.all(np.isfinite(values)) or any(w < 0 for gates in weights.values() for w in gates.values()):
             raise ValueError("the weights of a fusion are finite and not negative.")
         table = tuple(Tried(**line) for line in state["table"])
-        return cls(state["form"], cast("Mapping[str, Mapping[Gate, float]]", weights), silence, state["chosen"], table)
+        return cls(state["form"], cast("Mapping[Key, Mapping[Gate, float]]", weights), silence, state["chosen"], table)
 
     def _parts(
-        self, scores: Scores, evidence: Evidence, block: slice
+        self, scores: Scores[Key], evidence: Evidence, block: slice
     ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         """Yield per scorer of `needs` what it adds, (q, N), and where it was heard."""
         here = evidence.take(block)
@@ -231,7 +239,7 @@ class Fusion:
 
     @classmethod
     def _crossed(
-        cls, name: str, fit: _Fit, scores: Scores, answers: NDArray[np.int64], evidence: Evidence,
+        cls, name: str, fit: _Fit[Key], scores: Scores[Key], answers: NDArray[np.int64], evidence: Evidence,
         fold_of: NDArray[np.int64],
     ) -> tuple[Self, NDArray[np.float64]]:  # fmt: skip
         """Fit on all questions; return that fusion, and the ranks by fusions fitted without the question's fold."""
@@ -240,16 +248,17 @@ class Fusion:
             held = np.flatnonzero(fold_of == fold)
             partial = cls(fit.form, *fit.solve(fold_of != fold), name)
             fused = partial.combine({scorer: scores[scorer][held] for scorer in scores}, evidence.take(held))
-            ranks[held] = _ranks({name: fused}, answers[held], evidence.take(held))
+            ranks[held] = _ranks(fused, answers[held], evidence.take(held))
         return cls(fit.form, *fit.solve(np.ones(len(answers), bool)), name), ranks
 
     @classmethod
     def _told(
-        cls, chosen: Self, name: str, ranks: Mapping[str, NDArray[np.float64]], best: str, labels: NDArray[np.int64]
-    ) -> Self:
+        cls, chosen: Self, name: str, ranks: Mapping[str, NDArray[np.float64]], best: NDArray[np.float64],
+        labels: NDArray[np.int64],
+    ) -> Self:  # fmt: skip
         lines = []
         for tried, found in ranks.items():
-            gain, error = _difference(_ndcg(found), _ndcg(ranks[best]), labels)
+            gain, error = _difference(_ndcg(found), _ndcg(best), labels)
             recall = float(metrics.per_query(found, "r@10").mean())
             lines.append(Tried(tried, float(_ndcg(found).mean()), recall, gain, error))
         lines.sort(key=lambda line: -line.ndcg)
@@ -326,7 +335,7 @@ def _total(
     return total
 
 
-class _Fit:
+class _Fit(Generic[Key]):
     """The conditional logit over sampled candidates: one number per cell and term, and the solver.
 
     Maximises the mean of ln(share of the answer + doubt) under a normal prior of fixed spread around the best single
@@ -337,8 +346,8 @@ class _Fit:
     """
 
     def __init__(
-        self, form: Form, terms: Sequence[tuple[str, Gate]], scores: Scores, evidence: Evidence, sampled: SampledCells,
-        singles: Mapping[str, NDArray[np.float64]],
+        self, form: Form, terms: Sequence[tuple[Key, Gate]], scores: Scores[Key], evidence: Evidence,
+        sampled: SampledCells, singles: Mapping[Key, NDArray[np.float64]],
     ) -> None:  # fmt: skip
         self.form = form
         self._singles = singles
@@ -365,7 +374,7 @@ class _Fit:
         self._precision = np.full(len(self._cells), _AWAY_SPREAD**-2.0)
         self._bounds = [(0.0, None)] * len(terms) + [(None, 0.0)] * len(self._silent)
 
-    def solve(self, chosen: NDArray[np.bool_]) -> tuple[dict[str, dict[Gate, float]], dict[str, float]]:
+    def solve(self, chosen: NDArray[np.bool_]) -> tuple[dict[Key, dict[Gate, float]], dict[Key, float]]:
         """Return weights and silence fitted on the chosen questions: (Q,) bool."""
         best = max(
             (place for place, (_, gate) in enumerate(self._terms) if gate == "always"),
@@ -377,7 +386,7 @@ class _Fit:
             self._cells[[best]], self._sampled, chosen, alone, [(0.0, None)], np.zeros(1)
         )
         theta = conditional_logit(self._cells, self._sampled, chosen, self._precision, self._bounds, centre)
-        weights: dict[str, dict[Gate, float]] = {}
+        weights: dict[Key, dict[Gate, float]] = {}
         for (name, gate), value in zip(self._terms, theta, strict=False):
             if value > _NEGLIGIBLE:
                 weights.setdefault(name, {})[gate] = float(value)
@@ -386,13 +395,12 @@ class _Fit:
         return weights, {name: value for name, value in silence.items() if name in weights}
 
 
-def _ranks(scores: Scores, answers: NDArray[np.int64], evidence: Evidence) -> NDArray[np.float64]:
-    (values,) = scores.values()
-    barred = sparse.coo_array((np.ones(len(evidence.barred()[0]), bool), evidence.barred()), shape=values.shape)
-    return metrics.midranks(values, answers, barred)
+def _ranks(scores: NDArray[np.float32], answers: NDArray[np.int64], evidence: Evidence) -> NDArray[np.float64]:
+    barred = sparse.coo_array((np.ones(len(evidence.barred()[0]), bool), evidence.barred()), shape=scores.shape)
+    return metrics.midranks(scores, answers, barred)
 
 
-def _picked(ranks: Mapping[str, NDArray[np.float64]], fold_of: NDArray[np.int64]) -> NDArray[np.float64]:
+def _picked(ranks: Mapping[Key, NDArray[np.float64]], fold_of: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the ranks by the scorer that is best on the other folds."""
     found = np.empty(len(fold_of))
     for fold in np.unique(fold_of):
@@ -431,11 +439,12 @@ def _sampled(labels: NDArray[np.int64], limit: int, rng: np.random.Generator) ->
     return np.flatnonzero(np.isin(labels, order[: max(1, int(fits.sum()))]))
 
 
-def _check(scores: Scores, evidence: Evidence, needed: Sequence[str] = ()) -> None:
-    missing = [name for name in needed if name not in scores]
+def _check(scores: Scores[Key], evidence: Evidence, needed: Sequence[Key] = ()) -> None:
+    missing = ", ".join(str(name) for name in needed if name not in scores)
     if missing or not scores:
-        raise ValueError(f"scores must hold {', '.join(missing) or 'a scorer'}, found {', '.join(scores) or 'none'}.")
+        there = ", ".join(map(str, scores))
+        raise ValueError(f"scores must hold {missing or 'a scorer'}, found {there or 'none'}.")
     shape = (len(evidence.contexts), len(evidence.item_support))
-    wrong = {name: part.shape for name, part in scores.items() if part.shape != shape}
+    wrong = {str(name): part.shape for name, part in scores.items() if part.shape != shape}
     if wrong:
         raise ValueError(f"scores must be {shape}, one row per context and one column per item, found {wrong}.")

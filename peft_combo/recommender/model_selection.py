@@ -37,17 +37,23 @@ from peft_combo.recommender.fitted_scorers import (
     past_of,
     rating_of,
 )
+from peft_combo.recommender.scorer_id import (
+    ALIKE,
+    BOUGHT,
+    BY_CATEGORY,
+    CEASE_BERT,
+    ENSEMBLE,
+    FROZEN,
+    PEER,
+    RANDOM,
+    ScorerId,
+)
 from peft_combo.scoring.base import Scorer
 from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, tfidf_vectors
-
-RANDOM, PEER, FROZEN, TUNED, BY_CATEGORY = "random", "CEASE-TFIDF", "frozen BERT", "tuned BERT", "tuned by category"
-
-RATED, ENSEMBLE = "rated", "ensemble"
-BOUGHT, ALIKE = "bought before", "users alike"
 
 _QUERY_BLOCK = 256
 # Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
@@ -121,14 +127,11 @@ class _Ensemble:
         return ensemble_of(self.known, self.setting)
 
 
-def families(
-    known: Known, owners: set[str], seed: int, also: Mapping[str, Scorer] | None = None
-) -> dict[str, list[Setting]]:
+def families(known: Known, owners: set[str], seed: int) -> dict[ScorerId, list[Setting]]:
     """Name the scorers, and for each the settings that validation chooses from; nothing is fitted yet.
 
     Args:
         owners: groups of the questions that will be asked; what reads a user's past is named only where it knows one.
-        also: further scorers of bundles.
     """
 
     def counting(scorer: Scorer, setting: str = "") -> list[Setting]:
@@ -150,15 +153,15 @@ def families(
             for l2, alpha in grid
         ]
 
-    found: dict[str, list[Setting]] = {
+    found: dict[ScorerId, list[Setting]] = {
         RANDOM: [_Choice("", Random(seed), known.history)],
-        "popularity": counting(Popularity()),
-        "co-occurrence": counting(CoOccurrence(), "conditional") + counting(CoOccurrence("lift"), "lift"),
-        "item-kNN": counting(ItemKNN(), "cosine") + counting(ItemKNN(similarity="tfidf"), "tfidf"),
-        "user-kNN": counting(UserKNN()),
-        "EASE": [choice for l2 in (1.0, 10.0, 100.0) for choice in counting(EASE(l2), f"l2 {l2:g}")],
-        "ALS": counting(ALS(seed=seed)),
-        "TF-IDF title": cosine(known.words),
+        ScorerId("popularity"): counting(Popularity()),
+        ScorerId("co-occurrence"): counting(CoOccurrence(), "conditional") + counting(CoOccurrence("lift"), "lift"),
+        ScorerId("item-kNN"): counting(ItemKNN(), "cosine") + counting(ItemKNN(similarity="tfidf"), "tfidf"),
+        ScorerId("user-kNN"): counting(UserKNN()),
+        ScorerId("EASE"): [choice for l2 in (1.0, 10.0, 100.0) for choice in counting(EASE(l2), f"l2 {l2:g}")],
+        ScorerId("ALS"): counting(ALS(seed=seed)),
+        ScorerId("TF-IDF title"): cosine(known.words),
         PEER: closed_form("words", known.words) + closed_form("words and pairs", tfidf_vectors(known.texts, longest=2)),
     }
     met = bool(owners & set(known.user_rows))
@@ -172,28 +175,26 @@ def families(
         found[FROZEN] = cosine(known.frozen)
     dense: dict[str, NDArray[np.float32]] = {}
     for name, (vectors, head) in known.tuned.items():
-        found[f"{TUNED} {name}"] = [_Head(vectors, head)]
+        found[ScorerId("tuned BERT", name)] = [_Head(vectors, head)]
         if name in known.general:
             dense[name] = target_vectors(head, vectors)
     if len(dense) > 1:
         found[ENSEMBLE] = [_Ensemble(known, setting) for setting in (_SCORES, _VECTORS)]
     for name in known.rated:
-        found[f"{RATED} {name}"] = [
+        found[ScorerId("rated", name)] = [
             _Rating(known, name, setting) for setting in ((_PAST, _BESIDE) if met else (_BESIDE,))
         ]
     if not dense and known.frozen is not None:
         dense["frozen"] = known.frozen
     if dense:
-        found["CEASE-BERT"] = []
+        found[CEASE_BERT] = []
     for name, targets in dense.items():
-        found["CEASE-BERT"] += closed_form(name, targets)
+        found[CEASE_BERT] += closed_form(name, targets)
         for label, words in (("words", known.words), ("words and category", known.categorised)):
             if words is not None:
                 # Rows are scaled to length 1 there, so each side has half the weight.
                 beside: Any = sparse.hstack([words, sparse.csr_array(targets)], format="csr", dtype=np.float32)
-                found["CEASE-BERT"] += closed_form(f"{name} beside {label}", sparse.csr_array(beside))
-    for name, scorer in (also or {}).items():
-        found[name] = [_Choice("", scorer, known.history)]
+                found[CEASE_BERT] += closed_form(f"{name} beside {label}", sparse.csr_array(beside))
     return found
 
 
@@ -225,25 +226,25 @@ def pick(choices: Sequence[Setting], valid: Questions) -> Picked:
 
 
 def picked_all(
-    found: Mapping[str, Sequence[Setting]],
+    found: Mapping[ScorerId, Sequence[Setting]],
     valid: Questions,
     known: Known,
     seed: int,
     done: Callable[[str], None],
     notes: list[str],
-) -> dict[str, Picked]:
+) -> dict[ScorerId, Picked]:
     """Pick a setting for each scorer; one that cannot be fitted is left out with a note.
 
     Where adapters are bound to categories, what they say together is calibrated here: its validation scores come from
     calibrations that were fitted without the question's group, so the fusion judges it like any other.
     """
-    chosen: dict[str, Picked] = {}
+    chosen: dict[ScorerId, Picked] = {}
     for name, choices in found.items():
         try:
             chosen[name] = pick(choices, valid)
         except PeftComboError as error:
             notes.append(f"{name}: left out. {error}")
-        done(name)
+        done(str(name))
     if ENSEMBLE in chosen:
         k = len(known.general)
         notes.append(
@@ -251,7 +252,7 @@ def picked_all(
             f"({_VECTORS})"
         )
     if known.areas is not None:
-        heads = {name: chosen[f"{TUNED} {name}"] for name in known.tuned}
+        heads = {name: chosen[ScorerId("tuned BERT", name)] for name in known.tuned}
         scores = {name: one.scores for name, one in heads.items()}
         calibration, crossed = Calibration.fit(
             scores, known.areas, valid.targets, valid.contexts, valid.clusters, seed=seed
@@ -259,14 +260,14 @@ def picked_all(
         fitted_heads = {name: one.fitted for name, one in heads.items() if isinstance(one.fitted, FittedHead)}
         fitted = FittedCategories(fitted_heads, known.areas, calibration)
         chosen[BY_CATEGORY] = Picked("calibrated", fitted, crossed, _ndcg(crossed, valid))
-        done(BY_CATEGORY)
+        done(str(BY_CATEGORY))
     return chosen
 
 
-def best_text(picked: Mapping[str, Picked]) -> str:
-    """Return the name of the tuned scorer that is best on validation; "" where there is none."""
-    tuned = [name for name in picked if name in (BY_CATEGORY, ENSEMBLE) or name.startswith(TUNED)]
-    return max(tuned, key=lambda name: picked[name].ndcg, default="")
+def best_text(picked: Mapping[ScorerId, Picked]) -> ScorerId | None:
+    """Return the scorer of adapters tuned on bundles that is best on validation; None where there is none."""
+    tuned = [scorer for scorer in picked if scorer.reads_bundle_adapters]
+    return max(tuned, key=lambda scorer: picked[scorer].ndcg, default=None)
 
 
 def asked(dataset: Dataset, rows: NDArray[np.int32], limit: int, seed: int, name: str, notes: list[str]) -> Questions:

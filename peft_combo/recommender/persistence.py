@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -35,6 +35,7 @@ from peft_combo.errors import DataError
 from peft_combo.recommender.category_calibration import Calibration
 from peft_combo.recommender.composing.options import Weights
 from peft_combo.recommender.fit_data import Known, text_knowledge
+from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import (
     Fitted,
     FittedCategories,
@@ -45,8 +46,8 @@ from peft_combo.recommender.fitted_scorers import (
     rating_of,
 )
 from peft_combo.recommender.fusion import Fusion
-from peft_combo.recommender.model_selection import ALIKE, BOUGHT, BY_CATEGORY, ENSEMBLE, RATED, TUNED
 from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.recommender.scorer_id import Kind, ScorerId
 from peft_combo.scoring.base import Scorer
 
 FORMAT = 2
@@ -102,25 +103,27 @@ def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         draft.mkdir(parents=True)
+        state = recommender.state
         files: dict[str, _ScorerFile] = {}
-        for name, fitted in recommender.serving.items():
+        for scorer, fitted in state.serving.items():
             if isinstance(fitted, FittedScorer):
                 arrays, parameters = fitted.scorer.state()
                 path = draft / f"scorer-{len(files)}.safetensors"
                 save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
-                files[name] = _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
+                files[str(scorer)] = _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
         calibrations = [
             one.calibration.state()
-            for one in (*recommender.serving.values(), recommender.text_side)
+            for one in (*state.serving.values(), state.text_side)
             if isinstance(one, FittedCategories)
         ]
         manifest = _Manifest(
-            format=FORMAT, data=recommender.dataset.digest, split=recommender.split_digest,
-            backbone=recommender.bank.backbone.fingerprint, text=recommender.text,
-            adapters={one.reference: one.digest for one in recommender.adapters}, settings=recommender.settings,
-            fusion=recommender.fusion.state(), calibration=calibrations[0] if calibrations else None,
-            text_side=recommender.text_side_name, weights=asdict(recommender.weights),
-            weighed_past=recommender.users is None, scorers=files, notes=recommender.notes,
+            format=FORMAT, data=recommender.dataset.digest, split=state.split_digest,
+            backbone=recommender.bank.backbone.fingerprint, text=state.known.text,
+            adapters={one.reference: one.digest for one in state.adapters},
+            settings={str(scorer): setting for scorer, setting in state.settings.items()},
+            fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
+            text_side=str(state.text_scorer or ""), weights=asdict(state.weights),
+            weighed_past=state.neighbours is None, scorers=files, notes=state.notes,
         )  # fmt: skip
         (draft / _MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
         old = draft.with_name(f"{draft.name}.old")
@@ -159,7 +162,7 @@ def load_recommender(
         if found != digest:
             raise _other(folder, f"an adapter {reference}", digest, found)
     try:
-        return _rebuilt(folder, manifest, dataset, bank, cache, progress)
+        return BundleRecommender(dataset, bank, _rebuild(folder, manifest, dataset, bank, cache, progress))
     except (KeyError, ValueError, TypeError, OSError, SafetensorError) as error:
         raise _damaged(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
@@ -216,42 +219,61 @@ def _read(folder: Path) -> _Manifest:
         raise _damaged(folder, str(error).splitlines()[0]) from error
 
 
-def _rebuilt(
+def _parse_label(label: str) -> ScorerId:
+    """Return the scorer that a stored label names, as `ScorerId.__str__` wrote it.
+
+    The one place where a label is read, and for stored files only: format 2 tells scorers by their labels.
+
+    Raises:
+        ValueError: no scorer is called so.
+    """
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    for kind in kinds:
+        if label == kind:
+            return ScorerId(kind)
+    for kind in kinds:
+        if kind in ("tuned BERT", "rated") and label.startswith(f"{kind} "):
+            return ScorerId(kind, label.removeprefix(f"{kind} "))
+    raise ValueError(f"no scorer is called {label!r}")
+
+
+def _rebuild(
     folder: Path, manifest: _Manifest, dataset: Dataset, bank: AdapterBank, cache: VectorCache | None,
     progress: Callable[[int], None] | None,
-) -> BundleRecommender:  # fmt: skip
+) -> FitState:  # fmt: skip
     side = text_knowledge(dataset, bank, tuple(manifest.adapters), manifest.text, cache, progress)
     known = Known.of(dataset, None, None, manifest.text, side.frozen, side.tuned, side.areas, side.rated)
     heads = {name: FittedHead.of(vectors, head) for name, (vectors, head) in side.tuned.items()}
-    together: Fitted | None = None
-    if side.areas is not None and manifest.calibration is not None:
-        together = FittedCategories(heads, side.areas, Calibration.from_state(manifest.calibration))
+    settings = {_parse_label(label): setting for label, setting in manifest.settings.items()}
+    files = {_parse_label(label): file for label, file in manifest.scorers.items()}
 
-    def text_scorer(name: str) -> Fitted:
-        if name == BY_CATEGORY and together is not None:
-            return together
-        if name == ENSEMBLE:
-            return ensemble_of(known, manifest.settings[name])
-        return heads[name.removeprefix(f"{TUNED} ")]
+    def rebuild_scorer(scorer: ScorerId) -> Fitted:
+        match scorer:
+            case ScorerId("tuned BERT", str(adapter)):
+                return heads[adapter]
+            case ScorerId("tuned by category"):
+                if side.areas is None or manifest.calibration is None:
+                    raise ValueError(f"{scorer} needs adapters of categories and their calibration")
+                return FittedCategories(heads, side.areas, Calibration.from_state(manifest.calibration))
+            case ScorerId("ensemble"):
+                return ensemble_of(known, settings[scorer])
+            case ScorerId("rated", str(adapter)):
+                return rating_of(known, adapter, settings[scorer])
+            case ScorerId("bought before" | "users alike"):
+                return past_of(known, neighbours=scorer.kind == "users alike")
+            case _:
+                return FittedScorer(_scorer(folder, files[scorer], len(dataset.catalog)))
 
-    fusion = Fusion.from_state(manifest.fusion)
-    serving: dict[str, Fitted] = {}
-    for name in fusion.needs:
-        if name in (BOUGHT, ALIKE):
-            serving[name] = past_of(known, neighbours=name == ALIKE)
-        elif name.startswith(f"{RATED} "):
-            serving[name] = rating_of(known, name.removeprefix(f"{RATED} "), manifest.settings[name])
-        elif name in (BY_CATEGORY, ENSEMBLE) or name.startswith(TUNED):
-            serving[name] = text_scorer(name)
-        else:
-            serving[name] = FittedScorer(_scorer(folder, manifest.scorers[name], len(dataset.catalog)))
-    return BundleRecommender(
-        dataset, bank, side.live, serving, manifest.text_side,
-        text_scorer(manifest.text_side) if manifest.text_side else FittedHead.untuned(side.frozen), fusion,
-        manifest.settings, known,
-        users=None if manifest.weighed_past or not known.user_rows else past_of(known, neighbours=True),
-        weights=Weights(**manifest.weights),
-        split_digest=manifest.split, notes=manifest.notes,
+    fusion = Fusion.from_state(manifest.fusion, _parse_label)
+    serving = {scorer: rebuild_scorer(scorer) for scorer in fusion.needs}
+    text_scorer = _parse_label(manifest.text_side) if manifest.text_side else None
+    text_side: Fitted = FittedHead.untuned(side.frozen)
+    if text_scorer is not None:
+        text_side = serving[text_scorer] if text_scorer in serving else rebuild_scorer(text_scorer)
+    neighbours = None if manifest.weighed_past or not known.user_rows else past_of(known, neighbours=True)
+    return FitState(
+        side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours, Weights(**manifest.weights),
+        manifest.split, manifest.notes,
     )  # fmt: skip
 
 

@@ -1,0 +1,143 @@
+"""Fitting of a recommender: settings, fusion and weights chosen on validation, then scorers fitted on all bundles.
+
+Owns the order of that work and the value it results in, which is what a recommender answers from and what is stored.
+Knows nothing of requests, or of how an adapter was tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from peft_combo.data.leakage import rating_problem
+from peft_combo.data.model import Dataset
+from peft_combo.data.splits import Split
+from peft_combo.encoder.bank import AdapterBank, LiveAdapter
+from peft_combo.encoder.vectors import VectorCache
+from peft_combo.errors import DataError
+from peft_combo.recommender.composing.composer import Composer
+from peft_combo.recommender.composing.fit_weights import fit_weights
+from peft_combo.recommender.composing.options import Weights
+from peft_combo.recommender.composing.slots import SlotTemplates
+from peft_combo.recommender.fit_data import Known, TextSide, text_knowledge
+from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast, fused, past_of
+from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.model_selection import asked, best_text, families, picked_all
+from peft_combo.recommender.scorer_id import RANDOM, ScorerId
+
+# Validation questions that settings and weights are chosen on.
+_QUESTIONS = 2_000
+
+
+@dataclass(frozen=True, eq=False)
+class FitState:
+    """What fitting found: all that a recommender answers from, beside its data and encoder.
+
+    Attributes:
+        adapters: those that make item vectors, as they were when it was fitted; none for the frozen encoder.
+        known: what the serving scorers were fitted on.
+        fusion: how scorers are weighed, with the validation table behind the choice.
+        settings: of each scorer the fusion needs, and of the text side, the setting that validation picked.
+        serving: the scorers the fusion needs, fitted on all bundles.
+        text_scorer: which scorer the text side is; None for the frozen encoder.
+        text_side: judges how well an item goes with a set by its text alone.
+        neighbours: what users alike took, where the fusion could not weigh it; None elsewhere.
+        weights: of a composed bundle's objective, as validation chose them.
+        split_digest: of the split that settings and weights were chosen on.
+        notes: what was left out, and why.
+    """
+
+    adapters: tuple[LiveAdapter, ...]
+    known: Known
+    fusion: Fusion[ScorerId]
+    settings: Mapping[ScorerId, str]
+    serving: Mapping[ScorerId, Fitted]
+    text_scorer: ScorerId | None
+    text_side: Fitted
+    neighbours: FittedPast | None
+    weights: Weights
+    split_digest: str
+    notes: tuple[str, ...]
+
+
+def fit_scorers(
+    dataset: Dataset,
+    parts: Split,
+    bank: AdapterBank,
+    adapters: str | Sequence[str] | None,
+    *,
+    text: str = "{title}",
+    seed: int = 0,
+    cache: VectorCache | None = None,
+    progress: Callable[[int], None] | None = None,
+    done: Callable[[str], None] | None = None,
+) -> FitState:
+    """Choose settings and fusion on the validation bundles, then learn from all bundles; see `BundleRecommender.fit`.
+
+    Raises:
+        StoreError: an adapter cannot be had.
+        DataError: no validation bundle to fit the fusion on, or the adapters do not go together.
+    """
+    if not len(parts.valid):
+        raise DataError(
+            f"{dataset.name!r} has no validation bundle to weigh the scorers on. Raise data.valid_fraction."
+        )
+    side = text_knowledge(dataset, bank, adapters, text, cache, progress)
+    notes = _leakage_notes(side, dataset, parts)
+
+    # Every scorer in every setting, fitted on training bundles; the best setting on validation stays.
+    known = Known.of(
+        dataset, parts.train, parts.train_interactions, text, side.frozen, side.tuned, side.areas, side.rated
+    )
+    valid = asked(dataset, parts.valid, _QUESTIONS, seed, "valid", notes)
+    users = {dataset.bundles.groups[row] for row in parts.valid}
+    choices = {scorer: settings for scorer, settings in families(known, users, seed).items() if scorer != RANDOM}
+    picked = picked_all(choices, valid, known, seed, done or (lambda name: None), notes)
+
+    # Weights of the fusion and of the composer's objective, while the scorers know training bundles only.
+    scores = {scorer: one.scores for scorer, one in picked.items()}
+    fusion = Fusion.fit(scores, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
+    scores.clear()
+    text_scorer = best_text(picked)
+    text_side = picked[text_scorer].fitted if text_scorer else FittedHead.untuned(side.frozen)
+    templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
+    relevance = fused(fusion, {scorer: one.fitted for scorer, one in picked.items()}, known)
+    weights = fit_weights(Composer(dataset.catalog, templates), valid, relevance, text_side, seed=seed)
+
+    # For serving, once more on every bundle there is.
+    everything = Known.of(dataset, None, None, text, side.frozen, side.tuned, side.areas, side.rated)
+    settings = {scorer: picked[scorer].setting for scorer in fusion.needs}
+    serving = _refit(everything, settings, seed, {scorer: picked[scorer].fitted for scorer in settings})
+    if text_scorer:
+        settings[text_scorer] = picked[text_scorer].setting
+    # What was not weighed, because no validation user was met before, still speaks for a user who is known.
+    weighed = not known.user_rows.keys().isdisjoint(users)
+    neighbours = None if weighed or not everything.user_rows else past_of(everything, neighbours=True)
+    return FitState(
+        side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights, parts.digest,
+        tuple(notes),
+    )  # fmt: skip
+
+
+def _leakage_notes(side: TextSide, dataset: Dataset, parts: Split) -> list[str]:
+    """Say which adapters may have learned from the validation bundles that they are weighed on."""
+    notes = [
+        f"{one.reference} was tuned on another split, so it may have seen the validation bundles and weigh too much"
+        for one in side.live
+        if one.reference in side.tuned and one.record.manifest.data.split_digest != parts.digest and side.areas is None
+    ]
+    manifests = (one.record.manifest for one in side.live if one.reference in side.rated)
+    return notes + [problem for manifest in manifests if (problem := rating_problem(manifest, dataset, parts))]
+
+
+def _refit(
+    known: Known, settings: Mapping[ScorerId, str], seed: int, as_before: Mapping[ScorerId, Fitted]
+) -> dict[ScorerId, Fitted]:
+    """Fit each scorer in the setting that was picked for it; what does not learn from bundles stays as it was."""
+    choices = families(known, set(known.user_rows), seed)
+    return {
+        scorer: as_before[scorer]
+        if scorer.reads_bundle_adapters
+        else next(choice for choice in choices[scorer] if choice.setting == setting).fit()
+        for scorer, setting in settings.items()
+    }

@@ -1,0 +1,81 @@
+"""Query items in the catalogue: the items that answer each thing a query names, nearest first.
+
+Owns how what a query names is matched with titles. Knows nothing of scorers or bundles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_combo.data.labels.tags import Tagger, head_entity
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.recommender.query import Wish, same_thing
+
+# Items whose titles are read for a wish: so many most like its words, and so many most like its name alone.
+_READ = 128
+
+
+@dataclass(frozen=True, eq=False)
+class QueryMatch:
+    """The items that answer a wish, the likest first, and the cosine of every item with its words (N,).
+
+    Attributes:
+        named: whether the items are called as the wish is; where none is, those of its type answer.
+    """
+
+    wish: Wish
+    named: bool
+    rows: NDArray[np.int64]
+    likeness: NDArray[np.float32]
+
+
+def match_items(
+    wishes: Sequence[Wish], tagger: Tagger, bank: AdapterBank, titles: Sequence[str], vectors: NDArray[np.float32]
+) -> list[QueryMatch]:
+    """Find the items that answer each wish by what their titles name; a wish that none answers is left out.
+
+    Args:
+        titles: of N items. vectors: (N, D) of the frozen encoder.
+    """
+    if not wishes:
+        return []
+    asked = bank.encode([text for wish in wishes for text in (wish.text, wish.name)], None)
+    alike = vectors @ asked.T  # (N, D) @ (D, 2 W) -> (N, 2 W)
+    matches = []
+    for place, wish in enumerate(wishes):
+        likeness, by_name = alike[:, 2 * place], alike[:, 2 * place + 1]
+        read = np.array(
+            list(dict.fromkeys([*select_largest(likeness, _READ), *select_largest(by_name, _READ)])), np.int64
+        )
+        texts = [titles[row] for row in read]
+        heads = [head_entity(title, own) for title, own in zip(texts, tagger(texts), strict=True)]
+        typed = np.array([head is not None and head.type == wish.type for head in heads])
+        named = typed & [head is not None and same_thing(head.text, wish.name) for head in heads]
+        rows = read[named if named.any() else typed]
+        if len(rows):
+            order = np.argsort(-likeness[rows], kind="stable")
+            matches.append(QueryMatch(wish, bool(named.any()), rows[order], likeness))
+    return matches
+
+
+def apply_matches(likeness: NDArray[np.float32], matches: Sequence[QueryMatch]) -> NDArray[np.float32]:
+    """Put the likeness to the words of a wish in place of that to the whole query, for items that answer one: (N,)."""
+    own = np.full_like(likeness, -np.inf)
+    for one in matches:
+        own[one.rows] = np.maximum(own[one.rows], one.likeness[one.rows])
+    return np.where(np.isfinite(own), own, likeness)
+
+
+def select_largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Return the places of the k largest, best first; of equals the earlier one."""
+    if len(scores) > k:
+        # The k-th largest and all that equal it, so that the order of equals is that of the rows.
+        edge = np.partition(scores, len(scores) - k)[len(scores) - k]
+        places = np.flatnonzero(scores >= edge)
+    else:
+        places = np.arange(len(scores))
+    return places[np.argsort(-scores[places], kind="stable")][:k]

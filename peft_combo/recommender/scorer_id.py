@@ -1,0 +1,41 @@
+"""Identity of a scorer: its kind and the adapter it scores with; its label is made here, when it is printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal[
+    "random", "popularity", "co-occurrence", "item-kNN", "user-kNN", "EASE", "ALS", "TF-IDF title", "CEASE-TFIDF",
+    "bought before", "users alike", "frozen BERT", "tuned BERT", "ensemble", "tuned by category", "rated", "CEASE-BERT",
+    "fusion",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScorerId:
+    """Which scorer: a key of tables, weights and settings.
+
+    Attributes:
+        kind: what it scores by.
+        adapter: the one it scores with, for "tuned BERT" and "rated"; None for all others.
+    """
+
+    kind: Kind
+    adapter: str | None = None
+
+    def __str__(self) -> str:
+        """Return the label, as tables, notes and stored files have it: "tuned BERT fashion@v1"."""
+        return self.kind if self.adapter is None else f"{self.kind} {self.adapter}"
+
+    @property
+    def reads_bundle_adapters(self) -> bool:
+        """Whether it is an adapter tuned on bundles, or several of them as one scorer; it comes fitted."""
+        return self.kind in ("tuned BERT", "ensemble", "tuned by category")
+
+
+RANDOM, PEER, FROZEN = ScorerId("random"), ScorerId("CEASE-TFIDF"), ScorerId("frozen BERT")
+ENSEMBLE, BY_CATEGORY = ScorerId("ensemble"), ScorerId("tuned by category")
+BOUGHT, ALIKE = ScorerId("bought before"), ScorerId("users alike")
+CEASE_BERT = ScorerId("CEASE-BERT")
+FUSION = ScorerId("fusion")
