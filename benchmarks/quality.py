@@ -36,7 +36,9 @@ from peft_combo.data.splits import split_as
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
-from peft_combo.evaluation.completion import Report, canary, evaluate
+from peft_combo.evaluation.canary import run_canary
+from peft_combo.evaluation.completion import evaluate
+from peft_combo.evaluation.report import Report
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recommender.category_calibration import Areas
 from peft_combo.recommender.scorer_id import BY_CATEGORY, FROZEN, FUSION, PEER, ScorerId
@@ -144,7 +146,7 @@ def one_split(
     frozen = backbone.encode(texts)
     areas = Areas.of(dataset.catalog, {short: result.record.manifest.recipe for short, result in results.items()})
     report = evaluate(dataset, parts, frozen=frozen, tuned=tuned, areas=areas, text=recipe.data.text, seed=seed)
-    alive = canary(dataset, parts, frozen=frozen, tuned=tuned, text=recipe.data.text, seed=seed).alive
+    alive = run_canary(dataset, parts, frozen=frozen, tuned=tuned, text=recipe.data.text, seed=seed).alive
     print(
         f"{name}, split {seed} ({parts.digest[:12]}): tuned in {tuned_in:.0f} s ("
         f"{', '.join(f'{short} {result.chosen}' for short, result in results.items())}), all in "

@@ -19,8 +19,9 @@ from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split
 from peft_combo.encoder.heads.completion import BundleHead, CompletionHead, completion_scores, target_vectors
 from peft_combo.encoder.heads.sequence import SequenceHead
-from peft_combo.evaluation.completion import Report, evaluate
+from peft_combo.evaluation.completion import evaluate
 from peft_combo.evaluation.composition import Openings, _lists, _measured
+from peft_combo.evaluation.report import Report
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, SequenceTask
 from peft_combo.recommender.composing.generation import Sizes, generate, steps_of

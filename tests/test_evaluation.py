@@ -21,7 +21,9 @@ from peft_combo.data.splits import Split, split
 from peft_combo.encoder.heads.completion import BundleHead, completion_ranks, target_vectors
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import PeftComboError
-from peft_combo.evaluation.completion import Report, canary, evaluate, plot
+from peft_combo.evaluation.canary import run_canary
+from peft_combo.evaluation.completion import evaluate
+from peft_combo.evaluation.report import Report, plot
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, RatingTask
 from peft_combo.recommender import model_selection
@@ -100,7 +102,7 @@ def test_the_same_seed_gives_the_same_report(dataset: Dataset, parts: Split) -> 
 
 
 def test_shuffled_titles_tell_nothing(dataset: Dataset, parts: Split) -> None:
-    found = canary(dataset, parts)
+    found = run_canary(dataset, parts)
     assert found.alive
     assert found.right["TF-IDF title"] > 2 * found.chance
 
@@ -171,7 +173,7 @@ def test_every_adapter_has_its_row_and_it_is_what_its_head_says(dataset: Dataset
     assert report.row("tuned BERT one").values == report.row("tuned BERT two").values
     assert report.row("ensemble").values == report.row("tuned BERT one").values
     assert any("ensemble: encodes the catalogue 2 times" in note for note in report.notes)
-    assert canary(dataset, parts, frozen=vectors, tuned={"one": (vectors, head)}).right["tuned BERT one"] < 0.5
+    assert run_canary(dataset, parts, frozen=vectors, tuned={"one": (vectors, head)}).right["tuned BERT one"] < 0.5
 
 
 def test_a_canary_dies_where_the_protocol_tells_the_answers(
@@ -181,7 +183,7 @@ def test_a_canary_dies_where_the_protocol_tells_the_answers(
         return [np.setdiff1d(np.arange(len(dataset.catalog)), [target, 0, 1, 2]) for target in self.targets]
 
     monkeypatch.setattr(Questions, "excluded", all_but_a_few)
-    assert not canary(dataset, parts).alive
+    assert not run_canary(dataset, parts).alive
 
 
 def test_lists_are_described(dataset: Dataset, parts: Split) -> None:

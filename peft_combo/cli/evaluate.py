@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from peft_combo.evaluation.completion import Report
     from peft_combo.evaluation.composition import CompositionReport
+    from peft_combo.evaluation.report import Report
 
 
 @app.command()
@@ -49,7 +49,7 @@ def evaluate(
         from peft_combo.encoder.heads.rating import RatingHead
         from peft_combo.encoder.vectors import VectorCache
         from peft_combo.evaluation.completion import evaluate as run
-        from peft_combo.evaluation.completion import plot
+        from peft_combo.evaluation.report import plot
         from peft_combo.recommender.category_calibration import Areas
         from peft_combo.store.adapter_store import AdapterStore
 
