@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_combo.errors import Fault, RecipeError, did_you_mean
-from peft_combo.files import replace_text, write_text
+from peft_combo.files import atomic_file, write_text
 from peft_combo.recipe.fields import printable, shown
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.parse import parse_recipe, recipe_schema
@@ -106,7 +106,9 @@ def copy_recipe(name: str | Path, destination: str | Path, *, force: bool = Fals
     if target.exists() and not force:
         raise RecipeError(f"{target} exists already. Choose another name, or use --force to replace it.")
     try:
-        replace_text(target, text)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as file:
+            file.write(text.encode())
     except OSError as error:
         raise RecipeError(f"Cannot write {target}: {error.strerror}.") from error
     return target

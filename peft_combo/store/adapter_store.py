@@ -31,7 +31,7 @@ from peft_combo.files import discard, entries, size_of
 from peft_combo.store.aliases import FOLDER as ALIASES
 from peft_combo.store.aliases import Alias, AliasFolder, new_alias
 from peft_combo.store.drafts import Draft, clear_leftovers, drafting, leftovers
-from peft_combo.store.integrity import content_problem, explained, locked, outside
+from peft_combo.store.integrity import LOCK_WAIT, content_problem, explained, locked, outside
 from peft_combo.store.manifest import CARD, MANIFEST
 from peft_combo.store.references import (
     CATEGORY,
@@ -71,12 +71,16 @@ class AdapterStore:
 
     Making one touches nothing; the folder is created by the first write. Every method raises `StoreError` with one
     readable text where names, files or the disk do not allow what was asked.
+
+    Args:
+        lock_wait: seconds to wait for another process that moves an alias or takes a version out.
     """
 
-    def __init__(self, path: str | Path = "adapters") -> None:
+    def __init__(self, path: str | Path = "adapters", *, lock_wait: float = LOCK_WAIT) -> None:
         if "\0" in str(path):
             raise StoreError("The path of an adapter store cannot contain a NUL character.")
         self.path = Path(path)
+        self._lock_wait = lock_wait
         self._versions = VersionFolders(self.path)
         self._aliases = AliasFolder(self.path)
 
@@ -267,7 +271,7 @@ class AdapterStore:
         if not self.path.is_dir():
             yield
             return
-        with locked(self.path):
+        with locked(self.path, self._lock_wait):
             yield
 
     # aliases

@@ -10,20 +10,21 @@ import errno
 import hashlib
 import json
 import os
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from peft_combo.errors import StoreError, shown
-from peft_combo.files import _regular, open_regular
+from peft_combo.files import open_regular
 from peft_combo.store.manifest import FileEntry
 
 DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
 
 _LOCK = ".lock"
-_LOCK_WAIT = 30.0  # seconds; what is done under the lock takes milliseconds, so whoever holds it longer is stuck
+LOCK_WAIT = 30.0
+"""Seconds; what is done under the lock takes milliseconds, so whoever holds it longer is stuck."""
 
 
 def outside(root: Path, relative: str) -> str:
@@ -72,47 +73,24 @@ def content_problem(path: Path) -> str:
 
 
 @contextmanager
-def locked(store: Path) -> Iterator[None]:
+def locked(store: Path, wait: float = LOCK_WAIT) -> Iterator[None]:
     """Hold the store's lock: one thread of one process at a time. The system takes it from a process that dies.
 
     Raises:
-        StoreError: somebody else held it for half a minute.
+        StoreError: somebody else held it for `wait` seconds.
     """
-    descriptor = _regular(store / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | _NONBLOCK)
+    lock = FileLock(store / _LOCK, timeout=wait, poll_interval=0.005)
     try:
-        deadline = time.monotonic() + _LOCK_WAIT
-        while not _try_lock(descriptor):
-            if time.monotonic() > deadline:
-                raise StoreError(
-                    f"Another process has been changing {shown(str(store))}/ for {_LOCK_WAIT:g} seconds. Try again "
-                    "when it is done; if it is stuck, end it."
-                )
-            time.sleep(0.005)
+        lock.acquire()
+    except Timeout as error:
+        raise StoreError(
+            f"Another process has been changing {shown(str(store))}/ for {wait:g} seconds. Try again when it is done; "
+            "if it is stuck, end it."
+        ) from error
+    try:
         yield
     finally:
-        os.close(descriptor)  # lets go of the lock
-
-
-_NONBLOCK: int = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        lock.release()
 
 
 # --- how refusals read ------------------------------------------------------------------------------------------------

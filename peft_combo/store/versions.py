@@ -10,18 +10,16 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft_combo.errors import Fault, StoreError, did_you_mean, shown
-from peft_combo.files import entries, open_regular, sync
+from peft_combo.files import entries, move_aside, open_regular, sync
 from peft_combo.store.integrity import explained, file_problem, outside
 from peft_combo.store.manifest import MANIFEST, MANIFEST_LIMIT, Manifest, parse_manifest
 from peft_combo.store.references import CATEGORY, VERSION
 
-TRASH = ".trash-"
 _TAKEN = ".taken"
 
 
@@ -151,8 +149,7 @@ class VersionFolders:
     def take_out(self, folder: Path, category: str, number: int) -> Path:
         """Rename a folder out of sight, for good; return where it can be deleted."""
         self.take(category, number)  # a version that was copied in by hand never took its number
-        trash = self.path / f"{TRASH}{secrets.token_hex(8)}"
-        os.rename(folder, trash)
+        trash = move_aside(folder, self.path)
         for parent in (folder.parent, self.path):
             with suppress(OSError):  # after a power cut it may be back, whole, unless its files went first
                 sync(parent)
