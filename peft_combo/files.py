@@ -1,7 +1,7 @@
 """Atomic writes: files and folders that appear whole, on the disk, by one rename, or not at all.
 
-The only writer of the package. Whatever a user would miss is brought to the disk before it gets its name, and the folder
-it stands in after. Knows nothing of what stands in a file.
+The only writer of the package. Whatever a user would miss is brought to the disk before it gets its name, and the
+folder it stands in after. Knows nothing of what stands in a file.
 """
 
 from __future__ import annotations

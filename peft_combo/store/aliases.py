@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from peft_combo.errors import Fault, StoreError, shown
+from peft_combo.errors import Fault, StoreError, shorten
 from peft_combo.files import atomic_file, discard, entries, open_regular, sync
 from peft_combo.store.integrity import outside
 from peft_combo.store.manifest import faults_of, json_object
@@ -101,14 +101,14 @@ def parse_alias(content: bytes, category: str, name: str) -> tuple[Alias | None,
         return None, faults
     written = raw.get("format")
     if type(written) is int and written > FORMAT:
-        problem = f"has format {shown(str(written))}, written by a newer peft-combo; this one reads up to {FORMAT}."
+        problem = f"has format {shorten(str(written))}, written by a newer peft-combo; this one reads up to {FORMAT}."
         return None, [Fault(where, problem, "Upgrade with: pip install --upgrade peft-combo")]
     try:
         alias = Alias.model_validate(raw)
     except ValidationError as error:
         return None, [Fault(f"{where}: {f.where}", f.problem, remedy) for f in faults_of(error)]
     if (alias.category, alias.name) != (category, name):
-        return None, [Fault(where, f"was written as {shown(alias.reference)}.", remedy)]
+        return None, [Fault(where, f"was written as {shorten(alias.reference)}.", remedy)]
     return alias, []
 
 

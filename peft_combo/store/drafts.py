@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peft_combo.errors import Fault, StoreError, shown
+from peft_combo.errors import Fault, StoreError, shorten
 from peft_combo.files import DRAFT, TRASH, discard, entries, open_regular, rename_folder, seal_folder, sync, write
 from peft_combo.store.integrity import DISK_ERRORS, content_problem, explained, outside, refusal
 from peft_combo.store.manifest import (
@@ -182,7 +182,7 @@ def _list_draft(folder: Path, faults: list[Fault]) -> dict[str, FileEntry]:
             problem = "is not a plain file; an adapter is a flat folder of files."
         problem = problem or content_problem(path)
         if problem:
-            faults.append(Fault(shown(name), problem))
+            faults.append(Fault(shorten(name), problem))
             continue
         with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from peft_combo.errors import StoreError, shown
+from peft_combo.errors import StoreError, make_printable, shorten
 from peft_combo.files import open_regular
 from peft_combo.store.manifest import FileEntry
 
@@ -63,12 +63,12 @@ def content_problem(path: Path) -> str:
             with safe_open(str(path), framework="numpy") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
-            return f"is not a readable safetensors file ({shown(str(error))})."
+            return f"is not a readable safetensors file ({shorten(str(error))})."
     elif path.suffix == ".json":
         try:
             json.loads(path.read_bytes())
         except (ValueError, RecursionError, OSError) as error:
-            return f"is not readable JSON ({shown(str(error))})."
+            return f"is not readable JSON ({shorten(str(error))})."
     return ""
 
 
@@ -84,8 +84,8 @@ def locked(store: Path, wait: float = LOCK_WAIT) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise StoreError(
-            f"Another process has been changing {shown(str(store))}/ for {wait:g} seconds. Try again when it is done; "
-            "if it is stuck, end it."
+            f"Another process has been changing {make_printable(str(store))}/ for {wait:g} seconds. Try again when it "
+            "is done; if it is stuck, end it."
         ) from error
     try:
         yield
@@ -119,7 +119,7 @@ def refusal(doing: str, store: Path, error: OSError) -> StoreError:
             said = f"permission denied ({error.strerror}). Change the permissions, {elsewhere}"
         case errno.EEXIST | errno.ENOTDIR:
             found = error.filename if isinstance(error.filename, str) else store
-            said = f"expected a folder, found a file at {shown(str(found))}. Move it away, {elsewhere}"
+            said = f"expected a folder, found a file at {make_printable(str(found))}. Move it away, {elsewhere}"
         case _:
             said = f"{error.strerror or error}. Look after the disk, {elsewhere}"
-    return StoreError(f"Cannot {doing} in {shown(str(store))}/: {said}")
+    return StoreError(f"Cannot {doing} in {make_printable(str(store))}/: {said}")

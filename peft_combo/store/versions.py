@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_combo.errors import Fault, StoreError, did_you_mean, shown
+from peft_combo.errors import Fault, StoreError, did_you_mean, shorten
 from peft_combo.files import entries, move_aside, open_regular, sync
 from peft_combo.store.integrity import explained, file_problem, outside
 from peft_combo.store.manifest import MANIFEST, MANIFEST_LIMIT, Manifest, parse_manifest
@@ -55,7 +55,7 @@ class AdapterRecord:
         if name not in self.manifest.files:
             hint = did_you_mean(name, self.manifest.files)
             stored = ", ".join(sorted(self.manifest.files))
-            raise StoreError(f'Adapter {self.reference} has no file "{shown(name)}". Stored: {stored}.{spaced(hint)}')
+            raise StoreError(f'Adapter {self.reference} has no file "{shorten(name)}". Stored: {stored}.{spaced(hint)}')
         return self.path / name
 
     def read(self, name: str) -> bytes:
@@ -83,9 +83,9 @@ class AdapterRecord:
         if fingerprint == stamp.fingerprint:
             return
         raise StoreError(
-            f"Adapter {self.reference} was tuned on {shown(stamp.model)} (fingerprint {_short(stamp.fingerprint)}), "
-            f"the loaded backbone is {shown(model)} (fingerprint {_short(fingerprint)}). Load {shown(stamp.model)}, "
-            f"or tune {self.category} again on {shown(model)}."
+            f"Adapter {self.reference} was tuned on {shorten(stamp.model)} (fingerprint {_short(stamp.fingerprint)}), "
+            f"the loaded backbone is {shorten(model)} (fingerprint {_short(fingerprint)}). Load "
+            f"{shorten(stamp.model)}, or tune {self.category} again on {shorten(model)}."
         )
 
 
@@ -194,7 +194,7 @@ def unusable(reference: str, store: Path, fault: Fault) -> str:
 
 
 def _short(fingerprint: str) -> str:
-    return shown(fingerprint if len(fingerprint) <= 12 else fingerprint[:12] + "…")
+    return shorten(fingerprint if len(fingerprint) <= 12 else fingerprint[:12] + "…")
 
 
 def spaced(text: str) -> str:
