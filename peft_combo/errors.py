@@ -83,7 +83,12 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f'Did you mean "{close}"?' if close else ""
 
 
-def shown(text: str, limit: int = 80) -> str:
-    """Text from outside, made fit for one line of a terminal."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def make_printable(text: str) -> str:
+    """Make a text from outside, such as a path, fit for a terminal: whole, escape codes and half characters escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """Make a text from outside printable, and cut it where it is too long for a message; a path is not cut."""
+    line = make_printable(text)
     return line if len(line) <= limit else line[: limit - 3] + "..."

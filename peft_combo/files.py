@@ -1,4 +1,8 @@
-"""Text files that appear whole or not at all. Knows nothing of what stands in them."""
+"""Atomic writes: files and folders that appear whole, on the disk, by one rename, or not at all.
+
+The only writer of the package. Whatever a user would miss is brought to the disk before it gets its name, and the
+folder it stands in after. Knows nothing of what stands in a file.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,18 @@ import os
 import secrets
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from peft_combo.errors import PeftComboError
+
+DRAFT, TRASH = ".draft-", ".trash-"
+"""How the names begin of what is being written, and of what was taken out of sight; readers pass over both."""
+
+_ATTEMPTS = 5  # another writer may take a name between two of our steps; so often in a row it does not
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -29,12 +41,8 @@ def open_regular(path: Path) -> io.BufferedReader:
     flags = os.O_RDONLY
     for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
         flags |= getattr(os, name, 0)
-    return os.fdopen(_regular(path, flags), "rb")
-
-
-def _regular(path: Path, flags: int) -> int:
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "it is a link, expected a plain file", str(path)) from error
@@ -42,7 +50,7 @@ def _regular(path: Path, flags: int) -> int:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a plain file", str(path))
-    return descriptor
+    return os.fdopen(descriptor, "rb")
 
 
 def size_of(path: Path) -> int:
@@ -63,42 +71,147 @@ def size_of(path: Path) -> int:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to be written; it takes its name when the block ends, in place of what was there.
+
+    Readers see the old bytes or the new ones. Where the block raises, nothing is left and the old file stays.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    draft = _name_draft(path)
+    try:
+        with draft.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, path)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text as `atomic_file` does, its line ends as they are, and say what went wrong; makes the folder.
+
+    Raises:
+        PeftComboError: the folder cannot be written or the disk is full; what was there before stays.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as stream:
+            stream.write(text.encode())
+    except OSError as error:
+        raise PeftComboError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@dataclass
+class StagedFolder:
+    """A folder being written: put files into `path`.
+
+    Attributes:
+        manifest: name and content of the file to be written after all others, so that who sees it sees a whole folder.
+    """
+
+    path: Path
+    manifest: tuple[str, bytes] | None = None
+
+
+@contextmanager
+def staged_folder(path: Path, *, replace: bool | Callable[[], bool] = False) -> Iterator[StagedFolder]:
+    """Give a temporary folder beside `path` that takes its name when the block ends, or goes where the block raises.
+
+    Args:
+        path: the folder to be; its parents are made. An empty folder may be there.
+        replace: whether a folder that is there then makes room as a whole; a function is asked at that moment.
+    Raises:
+        FileExistsError: something is there and stays.
+        OSError: the disk refuses.
+    """
+    staged = StagedFolder(_name_draft(path))
+    staged.path.mkdir(parents=True)
+    try:
+        yield staged
+        seal_folder(staged.path, staged.manifest)
+        _put_in_place(staged.path, path, replace)
+    finally:
+        shutil.rmtree(staged.path, ignore_errors=True)
+    with suppress(OSError):  # whole and visible; only its survival of a power cut is at stake
+        sync(path.parent)
+
+
+def seal_folder(folder: Path, manifest: tuple[str, bytes] | None = None) -> None:
+    """Bring every file below a folder to the disk, then the manifest, then the folder's names.
+
+    Files get the mode the folder has: safetensors makes its files readable by their owner alone, whatever the umask
+    says; a server under another account has to read them too.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for place, _, names in os.walk(folder, topdown=False):
+        for path in (Path(place) / name for name in names):
+            path.chmod(mode)
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+        if manifest is not None and Path(place) == folder:
+            write(folder / manifest[0], manifest[1])
+        sync(Path(place))
+
+
+def _put_in_place(draft: Path, path: Path, replace: bool | Callable[[], bool]) -> None:
+    for _ in range(_ATTEMPTS):
+        if rename_folder(draft, path):
+            return
+        if not (replace() if callable(replace) else replace):
+            break
+        try:
+            old = move_aside(path)
+        except FileNotFoundError:
+            continue
+        try:
+            placed = rename_folder(draft, path)
+        except OSError:
+            with suppress(OSError):
+                os.rename(old, path)
+            raise
+        discard(old)
+        if placed:
+            return
+    raise FileExistsError(errno.EEXIST, "it is there already", str(path))
+
+
+def rename_folder(draft: Path, path: Path) -> bool:
+    """Give a folder its name; False where something has it already.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    try:
+        os.rename(draft, path)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and os.path.lexists(path):
+            return False
+        raise
+    return True
+
+
+def move_aside(path: Path, folder: Path | None = None) -> Path:
+    """Rename something out of sight, beside itself or into `folder`; return where it can be deleted."""
+    trash = (path.parent if folder is None else folder) / f"{TRASH}{secrets.token_hex(8)}"
+    os.rename(path, trash)
+    return trash
+
+
+def _name_draft(path: Path) -> Path:
+    return path.with_name(f"{DRAFT}{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+
+
 def write(path: Path, content: bytes) -> None:
-    """Write a file and bring it to the disk."""
+    """Write a file nobody sees yet and bring it to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Put a file in place of what is there, in one step: readers see the old bytes or the new ones.
-
-    Call it under the lock: what a writer that died left of its own attempt is cleared first.
-    """
-    folder = path.parent
-    for name in entries(folder):
-        if name.startswith("."):
-            discard(folder / name)
-    draft = folder / f".{secrets.token_hex(8)}"
-    try:
-        write(draft, content)
-        os.replace(draft, path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
-    sync(folder)
-
-
-def publish(path: Path, mode: int) -> None:
-    """Bring a file the writer left to the disk, and give it the mode the folder has.
-
-    safetensors makes its files readable by their owner alone, whatever the umask says; a server under another account
-    has to read them too.
-    """
-    path.chmod(mode)
-    with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
@@ -124,34 +237,3 @@ def discard(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write UTF-8 text beside `path`, bring it to the disk, and put it in place by one rename; line ends stay.
-
-    Raises:
-        OSError: it cannot be written; what was there before stays.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(path)
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Do as `replace_text`, and say what went wrong.
-
-    Raises:
-        PeftComboError: the folder cannot be written or the disk is full; what was there before stays.
-    """
-    try:
-        replace_text(path, text)
-    except OSError as error:
-        raise PeftComboError(f"{path} cannot be written: {error.strerror or error}.") from error

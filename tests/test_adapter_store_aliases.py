@@ -18,12 +18,11 @@ import pytest
 from test_adapter_store import hidden, write
 from test_adapter_store_faults import dead_pid
 
-from peft_combo import files
 from peft_combo.errors import StoreError
 from peft_combo.files import size_of
-from peft_combo.store import integrity as store_files
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.aliases import Alias, Move, parse_alias
+from peft_combo.store.integrity import locked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -215,9 +214,9 @@ def test_aliases_are_not_followed_out_of_the_store(four: AdapterStore, tmp_path:
     assert ".aliases/notes.txt" in {fault.where for fault in four.verify()}
 
 
-def test_whoever_waits_too_long_for_the_lock_is_told(four: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_files, "_LOCK_WAIT", 0.05)
-    with store_files.locked(four.path):
+def test_whoever_waits_too_long_for_the_lock_is_told(four: AdapterStore) -> None:
+    four = AdapterStore(four.path, lock_wait=0.05)
+    with locked(four.path):
         for act in (lambda: four.alias("fashion", "prod"), lambda: four.remove("fashion@v1"), lambda: four.collect(1)):
             assert "Another process has been changing" in refusal(act)
         assert four.open("fashion").version == 4  # readers and writers of versions do not wait
@@ -235,7 +234,7 @@ def test_a_move_the_disk_refuses_leaves_the_alias_where_it_was(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((files, "write", full) if step == "write" else (os, step, full)))
+        patch.setattr(*((Path, "open", full) if step == "write" else (os, step, full)))
         assert "the disk is full" in refusal(lambda: four.alias("fashion@v2", "prod"))
     assert four.open("fashion@prod").version == 1
     assert os.listdir(four.path / ".aliases") == ["fashion@prod.json"]

@@ -454,7 +454,9 @@ def test_a_store_that_is_a_file_is_explained_by_every_method(tmp_path: Path) -> 
     assert (tmp_path / "adapters").read_text() == "I am a file"
 
 
-def test_a_file_under_the_name_of_a_category_is_explained(store: AdapterStore) -> None:
+@pytest.mark.parametrize("folder", ["short", "long-" * 30])
+def test_a_file_under_the_name_of_a_category_is_explained(tmp_path: Path, folder: str) -> None:
+    store = AdapterStore(tmp_path / folder)
     store.path.mkdir()
     (store.path / "fashion").write_text("I am a file")
     assert f"found a file at {store.path}/fashion" in refusal(lambda: commit(store))

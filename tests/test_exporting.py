@@ -237,7 +237,7 @@ def test_the_first_scheme_that_agrees_enough_is_taken(onnx: Any) -> None:
             return SimpleNamespace(agreement=next(self.agreements))
 
     graph = product(onnx, np.ones((64, 8), np.float32))
-    scheme, small = exporting._smallest(graph, Told(), 0.95)  # type: ignore[arg-type]
+    scheme, small = exporting.choose_scheme(graph, Told(), 0.95)  # type: ignore[arg-type]
     assert scheme == "blocks of 16, 8-bit products"
     assert [a.i for a in small.graph.node[0].attribute if a.name == "block_size"] == [16]
 

@@ -42,7 +42,7 @@ from peft_combo.recipe.adapter import (
     TopLayers,
     VeraAdapter,
 )
-from peft_combo.recipe.fields import shown
+from peft_combo.recipe.fields import format_value
 
 PROMPTED = [name for name in METHODS if name.startswith(("prefix", "prompt", "p-tuning"))]
 WITHOUT_FILES_OF_PEFT = ["bottleneck: houlsby", "bottleneck: pfeiffer", "bottleneck: parallel", "bitfit", "head",
@@ -121,7 +121,7 @@ def test_the_page_of_a_method_tells_its_fields_defaults_and_cost(embedded: Backb
     assert set(rows) == set(kind.model_fields) - {"method"}
     for name, told in rows.items():
         default = kind.model_fields[name].default
-        assert told == "required" or told == shown(default).strip('"') or float(told) == default, name
+        assert told == "required" or told == format_value(default).strip('"') or float(told) == default, name
     attached = methods.attach(
         embedded.model, config, max_length=64, total_steps=100, seed=0, tokenizer=embedded.tokenizer
     )

@@ -183,6 +183,25 @@ def test_a_wrong_method_is_answered_with_the_nearest() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"[key]": None}, ['"[key]"']),
+        ({"lora": 1}, ["lora"]),
+        ({"adapter": {"method": "lora", "[key]": "lora"}}, ['adapter."[key]"']),
+        ({"adapter": {"method": "lora", "lora": 1}}, ["adapter.lora"]),
+        ({"task": {"kind": "tagging", "types": {"[key]": 3}}}, ['task.types."[key]"']),
+        ({"data": {"source": "demo", "columns": {"[key]": {}}}}, ['data.columns."[key]"']),
+        ({"data": {"source": "demo", "columns": {"items": {"[key]": 3, "": "x"}}}},
+         ['data.columns.items."[key]"', 'data.columns.items.""']),
+    ],
+)  # fmt: skip
+def test_a_key_that_reads_like_a_mark_of_the_parser_is_a_key_like_any_other(
+    changes: dict[str, Any], where: list[str]
+) -> None:
+    assert [fault.where for fault in faults_of({**SMALLEST, **changes})] == where
+
+
 def test_a_whole_number_is_a_fine_real_number() -> None:
     recipe = parse_recipe({**SMALLEST, "adapter": {"method": "lora", "alpha": 8}})
     assert isinstance(recipe.adapter, LoraAdapter)

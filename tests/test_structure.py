@@ -49,8 +49,6 @@ MOST_LINES, MOST_FUNCTION_LINES = 500, 80
 # What is longer today. Entries go, none may come: split the file or function instead.
 LONG_FILES = {
     "recommender/composing/composer.py": 655,
-    "adapters/export.py": 529,
-    "store/adapter_store.py": 527,
     "tuning/tasks/rating.py": 517,
 }
 LONG_FUNCTIONS: dict[str, int] = {
@@ -58,7 +56,6 @@ LONG_FUNCTIONS: dict[str, int] = {
     "cli/tune.py:tune": 117,
     "tuning/plan.py:plan": 88,
     "cli/recommend.py:recommend": 87,
-    "adapters/export.py:export": 82,
 }
 
 

@@ -20,8 +20,6 @@ from conftest import REPOSITORY
 from numpy.typing import NDArray
 from test_bank import METHODS, in_threads, store_adapter
 
-from peft_combo.encoder import index as index_module
-from peft_combo.encoder import vectors as vectors_module
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.index import ExactIndex, FaissIndex, open_index
@@ -161,10 +159,8 @@ def test_two_catalogues_under_one_adapter_live_side_by_side(
     assert len(encoded) == 40 + 5
 
 
-def test_large_catalogues_are_written_block_by_block(
-    bank: AdapterBank, cache: VectorCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vectors_module, "_BLOCK", 7)
+def test_large_catalogues_are_written_block_by_block(bank: AdapterBank, tmp_path: Path) -> None:
+    cache = VectorCache(tmp_path, block_rows=7)
     texts = [*TEXTS[:20], *TEXTS[5:30]]
     done: list[int] = []
     vectors = cache.vectors(bank, texts, "food", done.append)
@@ -290,7 +286,7 @@ def test_a_full_disk_is_told(bank: AdapterBank, cache: VectorCache, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(vectors_module, "_gather", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match=r"No space left on device\. Free some space"):
         cache.vectors(bank, TEXTS, "food")
     assert list(cache.folder.glob("*/*")) == []
@@ -463,15 +459,13 @@ def clustered(n_rows: int, dim: int, seed: int = 0) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("k", [1, 3, 10, 50, 1000])
 @pytest.mark.parametrize("n_rows", [1, 9, 10, 11, 64, 200])
-def test_exact_search_is_a_full_sort(n_rows: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_ROWS", 10)
-    monkeypatch.setattr(index_module, "_QUERIES", 4)
+def test_exact_search_is_a_full_sort(n_rows: int, k: int) -> None:
     vectors, queries = whole_numbers(n_rows, 3, 0), whole_numbers(9, 3, 1)
     dice = np.random.default_rng(2)
     excluded = [dice.integers(0, n_rows, dice.integers(0, n_rows + 1)).tolist() for _ in queries]
     excluded[0], excluded[1] = [], list(range(n_rows))
     for barred in (None, excluded):
-        rows, scores = ExactIndex(vectors).search(queries, k, barred)
+        rows, scores = ExactIndex(vectors, block=(4, 10)).search(queries, k, barred)
         expected_rows, expected_scores = by_sorting(vectors, queries, k, barred)
         assert rows.shape == scores.shape == (9, min(k, n_rows))
         assert (rows.dtype, scores.dtype) == (np.int64, np.float32)
@@ -574,21 +568,18 @@ def test_small_sets_are_searched_too(kind: Any, n_rows: int, capfd: pytest.Captu
 def test_faiss_comes_in_by_size_and_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = clustered(400, 8)
     assert isinstance(open_index(vectors), ExactIndex)
-    monkeypatch.setattr(index_module, "EXACT_ROWS", 100)
     monkeypatch.setitem(sys.modules, "faiss", None)
     for kind in ("hnsw", "ivfpq"):
         with pytest.raises(PeftComboError, match=r"pip install \"peft-combo\[faiss\]\""):
             open_index(vectors, kind)
     with pytest.warns(UserWarning, match="All 400 rows are compared"):
-        assert isinstance(open_index(vectors), ExactIndex)
+        assert isinstance(open_index(vectors, exact_rows=100), ExactIndex)
     monkeypatch.undo()
     pytest.importorskip("faiss", reason="the extra faiss is not installed")
-    monkeypatch.setattr(index_module, "EXACT_ROWS", 100)
-    index = open_index(vectors)
+    index = open_index(vectors, exact_rows=100)
     assert isinstance(index, FaissIndex)
     assert index.kind == "hnsw"
-    monkeypatch.setattr(index_module, "HNSW_ROWS", 200)
-    index = open_index(vectors)
+    index = open_index(vectors, exact_rows=100, hnsw_rows=200)
     assert isinstance(index, FaissIndex)
     assert index.kind == "ivfpq"
 

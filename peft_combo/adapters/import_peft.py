@@ -27,10 +27,10 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.methods.attached import CONFIG_FILE, WEIGHTS_FILE
-from peft_combo.errors import BackboneError, Fault, StoreError, did_you_mean, shown
+from peft_combo.errors import BackboneError, Fault, StoreError, did_you_mean, make_printable, shorten
 from peft_combo.files import entries, open_regular
 from peft_combo.recipe.adapter import LoraAdapter, PrefixAdapter
-from peft_combo.recipe.fields import shown as as_written
+from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.task import BundleTask
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.manifest import UNKNOWN_DATA, ImportStamp, installed_versions, json_object
@@ -90,7 +90,7 @@ def import_adapter(folder: str | Path, category: str, backbone: Backbone, store:
             method, stored_as = "prefix", "prefix_tuning"
             known = _known_prefix(config, shapes, backbone, faults)
         case other:
-            found = "nothing" if other is None else as_written(other)
+            found = "nothing" if other is None else format_value(other)
             hint = did_you_mean(other, ("LORA", "PREFIX_TUNING")) if isinstance(other, str) else ""
             faults.append(Fault("peft_type", f"expected LORA or PREFIX_TUNING, found {found}.", hint))
     if faults:
@@ -106,7 +106,7 @@ def import_adapter(folder: str | Path, category: str, backbone: Backbone, store:
         try:
             attached = methods.load(backbone.model, draft.path, stored_as, backbone.max_length)
         except StoreError as error:
-            raise StoreError(str(error).replace(str(draft.path), shown(str(folder)))) from error
+            raise StoreError(str(error).replace(str(draft.path), make_printable(str(folder)))) from error
         vectors = backbone.encode(_PROBES, attached)
         if not np.isfinite(vectors).all():
             raise _refused(folder, [Fault(WEIGHTS_FILE, "gives vectors that are not finite on this encoder.")])
@@ -121,7 +121,7 @@ def import_adapter(folder: str | Path, category: str, backbone: Backbone, store:
                 "metrics": {},
                 "versions": installed_versions(),
                 "imported": ImportStamp(
-                    folder=shown(folder.resolve().name) or "/",
+                    folder=shorten(folder.resolve().name) or "/",
                     sha256=sha256,
                     base_model=_text(config.get("base_model_name_or_path")),
                     peft_version=_text(config.get("peft_version")),
@@ -157,7 +157,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise _refused(folder, [_unreadable(folder, WEIGHTS_FILE, error)]) from error
     if odd:
         name, dtype = next(iter(odd.items()))
-        expected = f"expected tensors of {', '.join(sorted(_DTYPES))}, found {shown(name)} of {dtype}."
+        expected = f"expected tensors of {', '.join(sorted(_DTYPES))}, found {shorten(name)} of {dtype}."
         raise _refused(folder, [Fault(WEIGHTS_FILE, expected)])
     return shapes
 
@@ -187,7 +187,7 @@ def _unreadable(folder: Path, name: str, error: Exception) -> Fault:
     if isinstance(error, OSError) and "it is a link" in str(error):
         return Fault(name, "is a link, and links are not followed.", "Copy the folder with its files: cp -rL.")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return Fault(name, f"cannot be read ({shown(reason)}).")
+    return Fault(name, f"cannot be read ({shorten(reason)}).")
 
 
 # --- what is believed -------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def _known_lora(
     alpha = _number(config, "lora_alpha", LoraAdapter, "alpha", faults)
     ranks, alphas = _pattern(config, "rank_pattern", faults), _pattern(config, "alpha_pattern", faults)
     faults += [
-        Fault(name, f"expected true or false, found {as_written(config[name])}.")
+        Fault(name, f"expected true or false, found {format_value(config[name])}.")
         for name in ("use_rslora", "use_dora")
         if not isinstance(config.get(name, False), bool)
     ]
@@ -210,25 +210,25 @@ def _known_lora(
         faults.append(Fault("bias", "expected none: biases that were trained too are not an adapter's."))
     start = config.get("init_lora_weights")
     if start is not None and not isinstance(start, bool) and start not in _PLAIN_STARTS:
-        problem = f"{as_written(start)} changes the frozen weights too, and these files do not hold them."
+        problem = f"{format_value(start)} changes the frozen weights too, and these files do not hold them."
         remedy = "Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         faults.append(Fault("init_lora_weights", problem, remedy))
     modules: dict[str, int] = {}
     for name, shape in shapes.items():
         match = _LORA_TENSOR.fullmatch(name)
         if match is None:
-            faults.append(Fault(shown(name), "is not a tensor of LoRA on a linear layer."))
+            faults.append(Fault(shorten(name), "is not a tensor of LoRA on a linear layer."))
             continue
         module, part = match[1], match[2]
         width = _linear(backbone, module)
         if width is None:
-            faults.append(Fault(shown(name), f"{backbone.name} has no linear layer {shown(module)}."))
+            faults.append(Fault(shorten(name), f"{backbone.name} has no linear layer {shorten(module)}."))
             continue
         inputs, outputs = width
         wanted = _at(ranks, module, rank)
         expected = {"lora_A": (wanted, inputs), "lora_B": (outputs, wanted), "lora_magnitude_vector": (outputs,)}[part]
         if shape != expected:
-            faults.append(Fault(shown(name), f"expected the shape {expected}, found {shape}."))
+            faults.append(Fault(shorten(name), f"expected the shape {expected}, found {shape}."))
         modules[module] = int(wanted)
     if not modules and not faults:
         faults.append(Fault(WEIGHTS_FILE, "holds no tensors."))
@@ -251,7 +251,7 @@ def _known_prefix(
     sizes: Any = backbone.model.config
     expected = {_PREFIX_TENSOR: (length, 2 * backbone.layers * backbone.dim)}
     if dict(shapes) != expected:
-        found = ", ".join(f"{shown(name)} {shape}" for name, shape in list(shapes.items())[:3]) or "no tensors"
+        found = ", ".join(f"{shorten(name)} {shape}" for name, shape in list(shapes.items())[:3]) or "no tensors"
         problem = f"expected {_PREFIX_TENSOR} {expected[_PREFIX_TENSOR]} for {backbone.name}, found {found}."
         faults.append(Fault(WEIGHTS_FILE, problem))
     return {
@@ -265,7 +265,7 @@ def _refuse_unknown(config: Mapping[str, Any], known: set[str], faults: list[Fau
     """A field that is not known here must not say anything, for it may change what the adapter computes."""
     for name, value in config.items():
         if name not in known and value not in (None, False, [], {}):
-            faults.append(Fault(shown(name), f"is not known here, and says {as_written(value)}."))
+            faults.append(Fault(shorten(name), f"is not known here, and says {format_value(value)}."))
 
 
 def _number(config: Mapping[str, Any], name: str, section: Any, field: str, faults: list[Fault]) -> int | float:
@@ -278,7 +278,7 @@ def _number(config: Mapping[str, Any], name: str, section: Any, field: str, faul
     except (ValueError, OverflowError):
         bounds = section.model_json_schema()["properties"][field]
         low = bounds.get("minimum", bounds.get("exclusiveMinimum"))
-        faults.append(Fault(name, f"expected a number from {low} to {bounds['maximum']}, found {as_written(value)}."))
+        faults.append(Fault(name, f"expected a number from {low} to {bounds['maximum']}, found {format_value(value)}."))
         return 1
 
 
@@ -286,11 +286,11 @@ def _pattern(config: Mapping[str, Any], name: str, faults: list[Fault]) -> dict[
     """Return the numbers of single modules, by the end of their names; PEFT would take these for expressions."""
     values = config.get(name) or {}
     if not isinstance(values, dict):
-        faults.append(Fault(name, f"expected numbers by module, found {as_written(values)}."))
+        faults.append(Fault(name, f"expected numbers by module, found {format_value(values)}."))
         return {}
     found = {}
     for key, value in values.items():
-        where = f"{name}.{shown(key)}"
+        where = f"{name}.{shorten(key)}"
         if not _LITERAL.fullmatch(key):
             faults.append(Fault(where, "expected the name of a module; expressions are not run."))
             continue
@@ -314,8 +314,8 @@ def _linear(backbone: Backbone, module: str) -> tuple[int, int] | None:
 
 
 def _text(value: object) -> str | None:
-    return shown(value, 200) if isinstance(value, str) and value else None
+    return shorten(value, 200) if isinstance(value, str) and value else None
 
 
 def _refused(folder: Path, faults: list[Fault]) -> StoreError:
-    return StoreError.from_faults(f"The adapter in {shown(str(folder), 200)} cannot be imported:", faults)
+    return StoreError.from_faults(f"The adapter in {make_printable(str(folder))} cannot be imported:", faults)

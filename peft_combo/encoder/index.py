@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, assert_never
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from peft_combo.encoder.vectors import _BLOCK
+from peft_combo.encoder.vectors import BLOCK_ROWS
 from peft_combo.errors import PeftComboError
 
 IndexKind = Literal["auto", "exact", "hnsw", "ivfpq"]
@@ -23,7 +23,8 @@ EXACT_ROWS = 200_000
 HNSW_ROWS = 2_000_000
 """Up to so many rows a graph over the full vectors fits into memory (1.8 kB a row); beyond, vectors are compressed."""
 
-_QUERIES, _ROWS = 256, 8192  # a block of scores has 8 MB
+BLOCK = (256, 8192)
+"""Queries and rows compared at a time: a block of scores has 8 MB."""
 
 Excluded = Sequence[ArrayLike]
 
@@ -58,10 +59,12 @@ class ExactIndex:
 
     Args:
         vectors: (N, D) float32; a mapped file will do.
+        block: queries and rows compared at a time.
     """
 
-    def __init__(self, vectors: NDArray[np.float32]) -> None:
+    def __init__(self, vectors: NDArray[np.float32], block: tuple[int, int] = BLOCK) -> None:
         self.vectors = _checked_vectors(vectors)
+        self._n_queries, self._n_rows = block
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -75,8 +78,8 @@ class ExactIndex:
         if not len(queries) or not len(self):
             return np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         blocks = [
-            self._best(queries[start : start + _QUERIES], k, _of_queries(pairs, start, start + _QUERIES))
-            for start in range(0, len(queries), _QUERIES)
+            self._best(queries[start : start + self._n_queries], k, _of_queries(pairs, start, start + self._n_queries))
+            for start in range(0, len(queries), self._n_queries)
         ]
         return np.concatenate([rows for rows, _ in blocks]), np.concatenate([scores for _, scores in blocks])
 
@@ -87,8 +90,8 @@ class ExactIndex:
         found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
         # The k-th best of any block is a bound for the k-th best of all: what lies below it is no candidate.
         floor = np.full(len(queries), -np.inf, np.float32)
-        for start in range(0, len(self), _ROWS):
-            scores = queries @ self.vectors[start : start + _ROWS].T  # (Q, D) @ (D, R) -> (Q, R)
+        for start in range(0, len(self), self._n_rows):
+            scores = queries @ self.vectors[start : start + self._n_rows].T  # (Q, D) @ (D, R) -> (Q, R)
             first, last = np.searchsorted(barred[:, 1], (start, start + scores.shape[1]))
             scores[barred[first:last, 0], barred[first:last, 1] - start] = -np.inf
             place = scores.shape[1] - k
@@ -143,8 +146,8 @@ class FaissIndex:
                     self._index.train(np.ascontiguousarray(self.vectors[np.sort(sample)]))
             case _:
                 assert_never(kind)
-        for start in range(0, n_rows, _BLOCK):
-            self._index.add(np.ascontiguousarray(self.vectors[start : start + _BLOCK]))
+        for start in range(0, n_rows, BLOCK_ROWS):
+            self._index.add(np.ascontiguousarray(self.vectors[start : start + BLOCK_ROWS]))
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -169,9 +172,9 @@ class FaissIndex:
                 assert_never(self.kind)
         _, proposed = self._index.search(queries, wanted, params=parameters)
         results = []
-        for start in range(0, len(queries), _QUERIES):
-            block = slice(start, start + _QUERIES)
-            barred = _of_queries(pairs, start, start + _QUERIES)
+        for start in range(0, len(queries), BLOCK[0]):
+            block = slice(start, start + BLOCK[0])
+            barred = _of_queries(pairs, start, start + BLOCK[0])
             results.append(self._true_best(queries[block], proposed[block], k, barred))
         return np.concatenate([rows for rows, _ in results]), np.concatenate([scores for _, scores in results])
 
@@ -183,17 +186,23 @@ class FaissIndex:
         allowed = ~np.isin(query * len(self) + row, barred[:, 0] * len(self) + barred[:, 1])
         query, row = query[allowed], row[allowed]
         score = np.empty(len(row), np.float32)
-        for start in range(0, len(row), _ROWS):
-            block = slice(start, start + _ROWS)
+        for start in range(0, len(row), BLOCK[1]):
+            block = slice(start, start + BLOCK[1])
             score[block] = np.einsum("cd,cd->c", queries[query[block]], self.vectors[row[block]])
         return _ranked(query, row, score, len(queries), k)
 
 
-def open_index(vectors: NDArray[np.float32], kind: IndexKind = "auto") -> Index:
+def open_index(
+    vectors: NDArray[np.float32],
+    kind: IndexKind = "auto",
+    *,
+    exact_rows: int = EXACT_ROWS,
+    hnsw_rows: int = HNSW_ROWS,
+) -> Index:
     """Return an index over (N, D) float32 vectors.
 
     Args:
-        kind: ``auto`` compares every row up to `EXACT_ROWS`, goes through a graph up to `HNSW_ROWS`, and beyond that
+        kind: ``auto`` compares every row up to `exact_rows`, goes through a graph up to `hnsw_rows`, and beyond that
             through compressed vectors; without faiss it compares every row and says so in a warning.
     Raises:
         PeftComboError: ``hnsw`` or ``ivfpq`` was asked for and faiss is not installed.
@@ -204,10 +213,10 @@ def open_index(vectors: NDArray[np.float32], kind: IndexKind = "auto") -> Index:
         case "hnsw" | "ivfpq":
             return FaissIndex(vectors, kind)
         case "auto":
-            if len(vectors) <= EXACT_ROWS:
+            if len(vectors) <= exact_rows:
                 return ExactIndex(vectors)
             try:
-                return FaissIndex(vectors, "hnsw" if len(vectors) <= HNSW_ROWS else "ivfpq")
+                return FaissIndex(vectors, "hnsw" if len(vectors) <= hnsw_rows else "ivfpq")
             except _FaissMissing as error:
                 warnings.warn(f"All {len(vectors)} rows are compared with every query. {error}", stacklevel=2)
                 return ExactIndex(vectors)

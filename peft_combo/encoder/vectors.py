@@ -14,13 +14,10 @@ changed, only replaced, and a file that was mapped yesterday still says what it 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,16 +34,17 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import StoreError
+from peft_combo.files import DRAFT, TRASH, discard, move_aside, size_of, staged_folder
 
 _VECTORS, _TEXTS, _MANIFEST = "vectors.f32", "texts.sha256", "manifest.json"
 _MANIFEST_LIMIT = 2**16  # bytes; a real one has some 500
 _NAME = re.compile(r"[0-9a-f]{64}")
-_DRAFT, _TRASH = ".draft-", ".trash-"
 _ABANDONED = 24 * 3600.0  # seconds after which a draft has no writer any more
 _DIGEST = 32  # bytes of a sha256
 
-# Texts encoded, and rows copied, at a time: 50 MB of vectors at 384 dimensions, whatever the size of the catalogue.
-_BLOCK = 32_768
+BLOCK_ROWS = 32_768
+"""Texts encoded, and rows copied, at a time: 50 MB of vectors at 384 dimensions, whatever the size of the catalogue."""
+
 # Others may replace a folder between our writing and our opening it; so often in a row they do not.
 _ATTEMPTS = 5
 _POLL_SECONDS = 0.2
@@ -61,10 +59,14 @@ class VectorCache:
     """Vectors of texts, each encoded once per adapter: ``VectorCache("cache").vectors(bank, texts, "fashion")``.
 
     Any number of threads and processes may share a folder. What is damaged is encoded again; nothing is unpickled.
+
+    Args:
+        block_rows: texts encoded, and rows copied, at a time.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, block_rows: int = BLOCK_ROWS) -> None:
         self.folder = Path(folder)
+        self._block_rows = block_rows
         # Files whose bytes this process has compared with their digest; a changed file has another stamp.
         self._verified: set[tuple[int, ...]] = set()
 
@@ -138,7 +140,7 @@ class VectorCache:
                 for path in _children(home):
                     with suppress(FileNotFoundError):
                         old = time.time() - path.stat().st_mtime > _ABANDONED
-                        freed += _discard(path) if path.name.startswith((_DRAFT, _TRASH)) and old else 0
+                        freed += _discard(path) if path.name.startswith((DRAFT, TRASH)) and old else 0
         return freed
 
     def _open(self, encoder: _Encoder, name: str) -> _Shelf | None:
@@ -185,60 +187,57 @@ class VectorCache:
         An older state of the same catalogue goes: a shelf at least half of whose texts are in the new one. Others
         stay, they are other catalogues under the same adapter.
         """
-        home = self.folder / encoder.key
-        draft = home / f"{_DRAFT}{secrets.token_hex(8)}"
-        draft.mkdir(parents=True)  # first of all: where we may not write, nothing is encoded in vain
+        name = _shelf_name(digests)
+        target = self.folder / encoder.key / name
+        unknown = _unknown(digests, shelves)
+        fresh = [texts[row] for row in unknown.values()]
         try:
-            unknown = _unknown(digests, shelves)
-            fresh = [texts[row] for row in unknown.values()]
-            sources: list[NDArray[np.float32]] = [shelf.vectors for shelf in shelves]
-            if fresh:
-                # Written rather than mapped: on a full disk a write fails, a page of a mapped file ends the process.
-                with (draft / "encoded.f32").open("wb") as file:
-                    for start in range(0, len(fresh), _BLOCK):
-                        file.write(_bytes(encoder.encode(fresh[start : start + _BLOCK], progress)))
-                sources.append(np.memmap(draft / "encoded.f32", "<f4", "r", shape=(len(fresh), encoder.dim)))
-            which, rows = _places(digests, shelves, unknown)
-            checksum = hashlib.sha256()
-            with (draft / _VECTORS).open("wb") as file:
-                for start in range(0, len(digests), _BLOCK):
-                    block = slice(start, start + _BLOCK)
-                    content = _bytes(_gather(which[block], rows[block], sources))
-                    checksum.update(content)
-                    file.write(content)
-            sources.clear()
-            if fresh:
-                (draft / "encoded.f32").unlink()
-            (draft / _TEXTS).write_bytes(b"".join(digests))
-            manifest = _Manifest(
-                encoder=encoder.fields, rows=len(digests), dim=encoder.dim, vectors_sha256=checksum.hexdigest()
-            )
-            # Nothing is forced to the disk: after a power cut the digests tell, and the texts are encoded again.
-            (draft / _MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1) + "\n")
-            self._verified.add(_stamp((draft / _VECTORS).stat()))
-            self._publish(encoder, draft, _shelf_name(digests))
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            # First of all the folder: where we may not write, nothing is encoded in vain. What is there under this name
+            # is damaged, or another writer was quicker with the same texts.
+            with staged_folder(target, replace=lambda: self._open(encoder, name) is None) as staged:
+                sources = [shelf.vectors for shelf in shelves]
+                if fresh:
+                    sources.append(self._encode(encoder, fresh, staged.path / "encoded.f32", progress))
+                checksum = self._copy(*_places(digests, shelves, unknown), sources, staged.path / _VECTORS)
+                sources.clear()
+                (staged.path / "encoded.f32").unlink(missing_ok=True)
+                (staged.path / _TEXTS).write_bytes(b"".join(digests))
+                manifest = _Manifest(
+                    encoder=encoder.fields, rows=len(digests), dim=encoder.dim, vectors_sha256=checksum
+                )
+                staged.manifest = (_MANIFEST, json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
+                self._verified.add(_stamp((staged.path / _VECTORS).stat()))
+        except FileExistsError:
+            if self._open(encoder, name) is None:
+                raise StoreError(f"The damaged vectors in {target}/ cannot be replaced. Delete that folder.") from None
         present = set(digests)
         for shelf in shelves:
-            if shelf.path.name != _shelf_name(digests) and 2 * len(shelf.rows.keys() & present) >= len(shelf.rows):
+            if shelf.path.name != name and 2 * len(shelf.rows.keys() & present) >= len(shelf.rows):
                 _discard(shelf.path)
         return len(fresh)
 
-    def _publish(self, encoder: _Encoder, draft: Path, name: str) -> None:
-        """Give a draft its name, unless another writer was quicker with the same texts."""
-        target = self.folder / encoder.key / name
-        for _ in range(_ATTEMPTS):
-            try:
-                os.rename(draft, target)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise
-            if self._open(encoder, name) is not None:
-                return
-            _discard(target)  # damaged
-        raise StoreError(f"The damaged vectors in {target}/ cannot be replaced. Delete that folder.")
+    def _encode(
+        self, encoder: _Encoder, texts: Sequence[str], path: Path, progress: Progress | None
+    ) -> NDArray[np.float32]:
+        """Encode texts into a file, block by block; return it mapped."""
+        # Written rather than mapped: on a full disk a write fails, a page of a mapped file ends the process.
+        with path.open("wb") as file:
+            for start in range(0, len(texts), self._block_rows):
+                file.write(_bytes(encoder.encode(texts[start : start + self._block_rows], progress)))
+        return np.memmap(path, "<f4", "r", shape=(len(texts), encoder.dim))
+
+    def _copy(
+        self, which: NDArray[np.int64], rows: NDArray[np.int64], sources: Sequence[NDArray[np.float32]], path: Path
+    ) -> str:
+        """Gather rows of several sources into a file, block by block; return its sha256."""
+        checksum = hashlib.sha256()
+        with path.open("wb") as file:
+            for start in range(0, len(rows), self._block_rows):
+                block = slice(start, start + self._block_rows)
+                content = _bytes(_gather(which[block], rows[block], sources))
+                checksum.update(content)
+                file.write(content)
+        return checksum.hexdigest()
 
 
 def embed(
@@ -423,17 +422,12 @@ def _children(folder: Path) -> list[Path]:
 
 def _discard(path: Path) -> int:
     """Take a folder out of sight at once, then delete it; return its bytes. One that is gone, or held open, is 0."""
-    trash = path.with_name(f"{_TRASH}{secrets.token_hex(8)}")
     try:
-        os.rename(path, trash)
+        trash = move_aside(path)
     except OSError:
         return 0
-    if trash.is_dir() and not trash.is_symlink():
-        freed = sum(file.lstat().st_size for file in trash.rglob("*") if not file.is_dir())
-        shutil.rmtree(trash, ignore_errors=True)
-    else:
-        freed = trash.lstat().st_size
-        trash.unlink()
+    freed = size_of(trash)
+    discard(trash)
     return freed
 
 

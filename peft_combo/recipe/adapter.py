@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from peft_combo.errors import did_you_mean
-from peft_combo.recipe.fields import Bool, Int, Real, Section, Text, fault, shown
+from peft_combo.recipe.fields import Bool, Int, Real, Section, Text, fault, format_value
 
 TargetSet = Literal["attention", "attention+ffn", "query+value"]
 
@@ -24,12 +24,12 @@ def _target_list(value: object) -> object:
     names = get_args(TargetSet)
     expected = f"expected one of {', '.join(names)}, or a list of module names"
     if isinstance(value, str) and value not in names:
-        raise fault(f"{expected}; found {shown(value)}.", did_you_mean(value, names))
+        raise fault(f"{expected}; found {format_value(value)}.", did_you_mean(value, names))
     if not isinstance(value, str | list | tuple) or not value:
-        raise fault(f"{expected}; found {shown(value)}.")
+        raise fault(f"{expected}; found {format_value(value)}.")
     for entry in value:
         if not isinstance(entry, str) or not entry or not entry.isprintable():
-            raise fault(f"{expected}; found {shown(entry)} in the list.")
+            raise fault(f"{expected}; found {format_value(entry)} in the list.")
     return value
 
 

@@ -13,6 +13,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, Strict, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from peft_combo.errors import make_printable
+
 # True is not an integer and "8" is not one either; a whole number is a fine real number (strict floats take 1 as 1.0).
 Int = Annotated[int, Strict()]
 Real = Annotated[float, Strict()]
@@ -38,7 +40,7 @@ def fault(problem: str, remedy: str = "", where: str = "") -> PydanticCustomErro
     return PydanticCustomError("fault", "{problem}", {"problem": problem, "remedy": remedy, "where": where})
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """Return a value the way a recipe would write it, short enough for one line."""
     match value:
         case None:
@@ -46,7 +48,7 @@ def shown(value: object) -> str:
         case bool():
             return "true" if value else "false"
         case str():
-            text = printable(json.dumps(value, ensure_ascii=False))
+            text = make_printable(json.dumps(value, ensure_ascii=False))
         case int():
             # Python refuses to print integers of thousands of digits.
             text = str(value) if value.bit_length() < 256 else "an integer of very many digits"
@@ -59,8 +61,3 @@ def shown(value: object) -> str:
         case _:
             return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:76]}..."
-
-
-def printable(text: str) -> str:
-    """Make a text printable whatever it holds: half a surrogate pair or an escape code would not be."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)

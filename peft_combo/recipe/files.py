@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft_combo.errors import Fault, RecipeError, did_you_mean
-from peft_combo.files import replace_text, write_text
-from peft_combo.recipe.fields import printable, shown
+from peft_combo.errors import Fault, RecipeError, did_you_mean, make_printable
+from peft_combo.files import atomic_file, write_text
+from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.parse import parse_recipe, recipe_schema
 from peft_combo.recipe.yaml import _MAX_DEPTH, _read_yaml, _scalar, _YamlFault
@@ -106,7 +106,9 @@ def copy_recipe(name: str | Path, destination: str | Path, *, force: bool = Fals
     if target.exists() and not force:
         raise RecipeError(f"{target} exists already. Choose another name, or use --force to replace it.")
     try:
-        replace_text(target, text)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as file:
+            file.write(text.encode())
     except OSError as error:
         raise RecipeError(f"Cannot write {target}: {error.strerror}.") from error
     return target
@@ -154,7 +156,7 @@ def _find(name_or_path: str | Path) -> Path:
     if _is_file(path):
         return path
     remedy = f" Did you mean the shipped recipe: {path.stem}?" if path.stem in _shipped_names() else ""
-    raise RecipeError(f"No recipe file {shown(str(path))}.{remedy}")
+    raise RecipeError(f'No recipe file "{make_printable(str(path))}".{remedy}')
 
 
 def _is_file(path: Path) -> bool:
@@ -168,7 +170,7 @@ def _find_shipped(name: str) -> Path:
     names = _shipped_names()
     if name in names:
         return recipes_folder() / f"{name}.yaml"
-    message = f"No recipe {shown(name)}. Shipped: {', '.join(names)}. {did_you_mean(name, names)}".strip()
+    message = f"No recipe {format_value(name)}. Shipped: {', '.join(names)}. {did_you_mean(name, names)}".strip()
     if _is_file(Path(f"{name}.yaml")):
         message += f"\nTo use the file of that name, write: --recipe {name}.yaml"
     raise RecipeError(f"{message}\nSee them with: peft-combo recipes list")
@@ -200,13 +202,13 @@ def _read_with_parents(file: Path) -> dict[str, Any]:
 def _parent_of(file: Path, extends: object) -> Path:
     if not isinstance(extends, str) or not extends or not extends.isprintable() or len(extends) > 255:
         expected = "expected the name of a shipped recipe, or a file beside this one"
-        raise _faulty(file, "extends", f"{expected}; found {shown(extends)}.")
+        raise _faulty(file, "extends", f"{expected}; found {format_value(extends)}.")
     if not _is_path(extends):
         names = _shipped_names()
         if extends in names:
             return recipes_folder() / f"{extends}.yaml"
         remedy = did_you_mean(extends, names) or f"A file is written with its ending: {extends}.yaml"
-        problem = f"expected one of {', '.join(names)}, or a file beside this one; found {shown(extends)}."
+        problem = f"expected one of {', '.join(names)}, or a file beside this one; found {format_value(extends)}."
         raise _faulty(file, "extends", problem, remedy)
     home = file.resolve().parent
     parent = home / extends
@@ -216,11 +218,11 @@ def _parent_of(file: Path, extends: object) -> Path:
     except (OSError, RuntimeError):  # links that lead to each other
         inside = False
     if not inside:
-        raise _faulty(file, "extends", f"expected a file beside or below this recipe, found {shown(extends)}.")
+        raise _faulty(file, "extends", f"expected a file beside or below this recipe, found {format_value(extends)}.")
     if not parent.is_file():
         beside = [str(one.relative_to(home)) for one in home.glob("*.yaml") if one != file.resolve()]
         remedy = did_you_mean(extends, beside)
-        raise _faulty(file, "extends", f"expected a file beside this recipe, found no {shown(extends)}.", remedy)
+        raise _faulty(file, "extends", f"expected a file beside this recipe, found no {format_value(extends)}.", remedy)
     return parent
 
 
@@ -256,7 +258,7 @@ def _override_tree(overrides: Iterable[str]) -> dict[str, Any]:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(re.fullmatch(r"[\w@+-]+", key) for key in keys) or len(keys) > _MAX_DEPTH:
-            faults.append(Fault(f"--set {shown(override)}", "expected KEY=VALUE.", "As in training.epochs=2."))
+            faults.append(Fault(f"--set {format_value(override)}", "expected KEY=VALUE.", "As in training.epochs=2."))
             continue
         if keys == ["extends"]:
             faults.append(Fault("extends", "expected a key of the recipe.", "What it extends is set in the file."))
@@ -264,7 +266,7 @@ def _override_tree(overrides: Iterable[str]) -> dict[str, Any]:
         try:
             value = _override_value(text.strip())
         except _YamlFault as fault:
-            faults.append(Fault(".".join(keys), f"cannot read {shown(text)}: {fault}."))
+            faults.append(Fault(".".join(keys), f"cannot read {format_value(text)}: {fault}."))
             continue
         node = tree
         for key in keys[:-1]:
@@ -289,7 +291,7 @@ def _read_mapping(file: Path) -> dict[str, Any]:
         where = f"{_named(file)}:{fault.line}" if fault.line else _named(file)
         raise RecipeError.from_faults(f"Recipe {_named(file)} cannot be read:", [Fault(where, f"{fault}.")]) from None
     if not isinstance(raw, dict):
-        found = "nothing" if raw is None else shown(raw)
+        found = "nothing" if raw is None else format_value(raw)
         raise _faulty(file, _named(file), f"expected keys such as category, data and adapter; found {found}.")
     return raw
 
@@ -312,7 +314,7 @@ def _read_text(file: Path) -> str:
 
 
 def _named(file: Path) -> str:
-    return printable(str(file))
+    return make_printable(str(file))
 
 
 def _faulty(file: Path, where: str, problem: str, remedy: str = "") -> RecipeError:

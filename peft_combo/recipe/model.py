@@ -26,7 +26,7 @@ from peft_combo.recipe.adapter import (
     TopLayers,
 )
 from peft_combo.recipe.augmentation import AugmentationConfig
-from peft_combo.recipe.fields import Bool, Int, Real, Section, Text, fault, shown
+from peft_combo.recipe.fields import Bool, Int, Real, Section, Text, fault, format_value
 from peft_combo.recipe.task import BundleTask as BundleTask
 from peft_combo.recipe.task import MaskedTask, Metric, TaggingTask, TaskConfig
 
@@ -126,11 +126,13 @@ class DataConfig(Section):
         try:
             parts = list(string.Formatter().parse(text))
         except ValueError:
-            raise fault(f"{expected}, found {shown(text)}.", "Braces come in pairs.") from None
+            raise fault(f"{expected}, found {format_value(text)}.", "Braces come in pairs.") from None
         fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
         # Plain names only: "{title.__class__}" and "{title:>9999999}" reach further than a template should.
         if not fields or any(spec or conversion or not name.isidentifier() for name, spec, conversion in fields):
-            raise fault(f"{expected}, found {shown(text)}.", "It needs at least one {column}, and plain names only.")
+            raise fault(
+                f"{expected}, found {format_value(text)}.", "It needs at least one {column}, and plain names only."
+            )
         return text
 
     @field_validator("departments")
@@ -358,7 +360,7 @@ class Recipe(Section):
         metric = stopping.metric if stopping is not None else None
         if task is not None and metric is not None and metric not in task.metrics:
             raise fault(
-                f"expected one of {', '.join(task.metrics)} for task.kind {task.kind}; found {shown(metric)}.",
+                f"expected one of {', '.join(task.metrics)} for task.kind {task.kind}; found {format_value(metric)}.",
                 where="training.early_stopping.metric",
             )
         return training

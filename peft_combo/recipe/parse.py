@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from peft_combo.errors import Fault, RecipeError, did_you_mean
-from peft_combo.recipe.fields import shown
+from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.model import Recipe
 
 
@@ -36,8 +36,11 @@ def parse_recipe(raw: Mapping[str, object], title: str = "The recipe does not ho
 
 
 def _told(details: ErrorDetails) -> Fault:
-    path, node = _place(details["loc"])
-    where, found, context = ".".join(path), details["input"], details.get("ctx", {})
+    loc, found, context = details["loc"], details["input"], details.get("ctx", {})
+    # pydantic's mark of a key it refuses, unless it is itself a user's key: then what was found is the value there.
+    key_refused = details["type"] != "extra_forbidden" and loc[-2:] == (found, "[key]")
+    path, node = _place(loc[:-1] if key_refused else loc, key=key_refused)
+    where = ".".join(path)
     match details["type"]:
         case "fault":
             return Fault(context["where"] or where, context["problem"], context["remedy"])
@@ -59,7 +62,7 @@ def _told(details: ErrorDetails) -> Fault:
 def _mismatch(where: str, node: Mapping[str, Any], found: object) -> Fault:
     expected = _expected(node)
     choices = _choices(node)
-    problem = f"expected {expected}{';' if ',' in expected else ','} found {shown(found)}."
+    problem = f"expected {expected}{';' if ',' in expected else ','} found {format_value(found)}."
     return Fault(where, problem, did_you_mean(found, choices) if isinstance(found, str) else "")
 
 
@@ -75,20 +78,22 @@ def _unknown_key(where: str, key: str, node: Mapping[str, Any]) -> Fault:
     return Fault(where, "unknown key.", did_you_mean(key, known) or f"Known here: {', '.join(known)}.")
 
 
-def _place(loc: Sequence[int | str]) -> tuple[list[str], Mapping[str, Any]]:
-    """Follow pydantic's location; return the path a reader sees, and the schema there ({} where there is none)."""
+def _place(loc: Sequence[int | str], key: bool = False) -> tuple[list[str], Mapping[str, Any]]:
+    """Follow pydantic's location; return the path a reader sees, and the schema there ({} where there is none).
+
+    Args:
+        key: whether the schema is wanted of the last step as a key, rather than of what stands under it.
+    """
     path: list[str] = []
     parent: Mapping[str, Any] = {}
     node = _resolved(recipe_schema())
     for step in loc:
         if step in _tags(node):  # the member of a union: pydantic names it, the recipe's path does not
             node = _resolved({"$ref": _tags(node)[str(step)]})
-        elif step == "[key]":  # the last step was itself a refused key
-            node = parent.get("propertyNames", {})
         else:
             path.append(dotted(step))
             parent, node = node, _child(node, step)
-    return path, node
+    return path, parent.get("propertyNames", {}) if key else node
 
 
 def _child(node: Mapping[str, Any], step: int | str) -> Mapping[str, Any]:
@@ -176,4 +181,4 @@ def _range(node: Mapping[str, Any]) -> str:
 
 def dotted(step: int | str) -> str:
     """Return one step of a dotted path; a key that would blur the path is quoted and cut."""
-    return str(step) if isinstance(step, int) or re.fullmatch(r"[\w-]{1,64}", step) else shown(step)
+    return str(step) if isinstance(step, int) or re.fullmatch(r"[\w-]{1,64}", step) else format_value(step)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from peft_combo.recipe.fields import shown
+from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.parse import dotted
 
 _MAX_DEPTH = 16
@@ -52,7 +52,7 @@ def _value(event: yaml.Event, events: Any, depth: int) -> Any:
     if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
         raise _YamlFault("anchors (&) and aliases (*) are not read in recipes; quote a text that starts so", line)
     if tag := getattr(event, "tag", None):
-        raise _YamlFault(f"tags such as {shown(tag)} are not read in recipes", line)
+        raise _YamlFault(f"tags such as {format_value(tag)} are not read in recipes", line)
     if isinstance(event, yaml.ScalarEvent):
         return _scalar(event.value, line) if event.style is None else event.value
     if isinstance(event, yaml.SequenceStartEvent):

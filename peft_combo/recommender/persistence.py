@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -32,6 +29,7 @@ from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
+from peft_combo.files import staged_folder
 from peft_combo.recommender.category_calibration import Calibration
 from peft_combo.recommender.composing.options import Weights
 from peft_combo.recommender.fit_data import Known, text_knowledge
@@ -100,41 +98,37 @@ def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None
     folder = Path(folder)
     if folder.exists() and not (folder / _MANIFEST).is_file():
         raise DataError(f"{folder} is there and holds no recommender. Name another folder.")
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        draft.mkdir(parents=True)
-        state = recommender.state
-        files: dict[str, _ScorerFile] = {}
-        for scorer, fitted in state.serving.items():
-            if isinstance(fitted, FittedScorer):
-                arrays, parameters = fitted.scorer.state()
-                path = draft / f"scorer-{len(files)}.safetensors"
-                save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
-                files[str(scorer)] = _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
-        calibrations = [
-            one.calibration.state()
-            for one in (*state.serving.values(), state.text_side)
-            if isinstance(one, FittedCategories)
-        ]
-        manifest = _Manifest(
-            format=FORMAT, data=recommender.dataset.digest, split=state.split_digest,
-            backbone=recommender.bank.backbone.fingerprint, text=state.known.text,
-            adapters={one.reference: one.digest for one in state.adapters},
-            settings={str(scorer): setting for scorer, setting in state.settings.items()},
-            fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
-            text_side=str(state.text_scorer or ""), weights=asdict(state.weights),
-            weighed_past=state.neighbours is None, scorers=files, notes=state.notes,
-        )  # fmt: skip
-        (draft / _MANIFEST).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-        old = draft.with_name(f"{draft.name}.old")
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(draft, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with staged_folder(folder, replace=True) as staged:
+            files: dict[str, _ScorerFile] = {}
+            for scorer, fitted in recommender.state.serving.items():
+                if isinstance(fitted, FittedScorer):
+                    arrays, parameters = fitted.scorer.state()
+                    path = staged.path / f"scorer-{len(files)}.safetensors"
+                    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
+                    files[str(scorer)] = _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
+            content = _manifest(recommender, files).model_dump(mode="json")
+            staged.manifest = (_MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
     except OSError as error:
         raise DataError(f"The recommender cannot be written to {folder}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile]) -> _Manifest:
+    state = recommender.state
+    calibrations = [
+        one.calibration.state()
+        for one in (*state.serving.values(), state.text_side)
+        if isinstance(one, FittedCategories)
+    ]
+    return _Manifest(
+        format=FORMAT, data=recommender.dataset.digest, split=state.split_digest,
+        backbone=recommender.bank.backbone.fingerprint, text=state.known.text,
+        adapters={one.reference: one.digest for one in state.adapters},
+        settings={str(scorer): setting for scorer, setting in state.settings.items()},
+        fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
+        text_side=str(state.text_scorer or ""), weights=asdict(state.weights),
+        weighed_past=state.neighbours is None, scorers=files, notes=state.notes,
+    )  # fmt: skip
 
 
 def load_recommender(

@@ -6,10 +6,8 @@ Owns what a request may say, how a file of them is read and how answers are writ
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peft_combo.data.labels.tags import Tagger
 from peft_combo.errors import DataError, PeftComboError, did_you_mean
+from peft_combo.files import atomic_file
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.recommender import BundleRecommender
@@ -176,16 +175,11 @@ def _written(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     kind = writers.get(target.suffix.lower())
     if kind is None:
         raise DataError(f"Answers are written as .jsonl or .parquet, found {target.suffix or 'no ending'!r}.")
-    draft = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with draft.open("wb") as file, kind(file) as write:
+        with atomic_file(target) as file, kind(file) as write:
             yield write
-        os.replace(draft, target)
     except OSError as error:
         raise DataError(f"The answers cannot be written to {target}: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
 
 
 @contextmanager

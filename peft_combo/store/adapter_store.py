@@ -20,29 +20,28 @@ trash for the next writer to clear. Reading and adding versions take no lock.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from peft_combo.errors import Fault, StoreError, did_you_mean, nearest, shown
-from peft_combo.files import discard, entries, size_of
-from peft_combo.store.aliases import FOLDER as ALIASES
+from peft_combo.errors import Fault, StoreError
+from peft_combo.files import discard, size_of
 from peft_combo.store.aliases import Alias, AliasFolder, new_alias
 from peft_combo.store.drafts import Draft, clear_leftovers, drafting, leftovers
-from peft_combo.store.integrity import content_problem, explained, locked, outside
-from peft_combo.store.manifest import CARD, MANIFEST
+from peft_combo.store.integrity import LOCK_WAIT, explained, locked, outside
+from peft_combo.store.lookup import Lookup
+from peft_combo.store.manifest import MANIFEST
 from peft_combo.store.references import (
-    CATEGORY,
-    VERSION,
     Reference,
     Version,
     check_alias,
     check_category,
     parse_reference,
 )
-from peft_combo.store.versions import AdapterRecord, VersionFolders, read_manifest, spaced, unusable
+from peft_combo.store.verification import Verification
+from peft_combo.store.versions import AdapterRecord, VersionFolders, read_manifest
 
 __all__ = [
     "AdapterRecord",
@@ -71,14 +70,20 @@ class AdapterStore:
 
     Making one touches nothing; the folder is created by the first write. Every method raises `StoreError` with one
     readable text where names, files or the disk do not allow what was asked.
+
+    Args:
+        lock_wait: seconds to wait for another process that moves an alias or takes a version out.
     """
 
-    def __init__(self, path: str | Path = "adapters") -> None:
+    def __init__(self, path: str | Path = "adapters", *, lock_wait: float = LOCK_WAIT) -> None:
         if "\0" in str(path):
             raise StoreError("The path of an adapter store cannot contain a NUL character.")
         self.path = Path(path)
+        self._lock_wait = lock_wait
         self._versions = VersionFolders(self.path)
         self._aliases = AliasFolder(self.path)
+        self._lookup = Lookup(self.path, self._versions, self._aliases)
+        self._verification = Verification(self.path, self._versions, self._aliases)
 
     def __repr__(self) -> str:
         return f"AdapterStore({str(self.path)!r})"
@@ -104,7 +109,7 @@ class AdapterStore:
             # What an alias or a category meant may have been taken out since: then it means another version by now.
             before, found = found, self.resolve(reference)
             if found == before:
-                raise self._unusable(str(found), faults)
+                raise self._lookup.explain_unusable(str(found), faults)
 
     def resolve(self, reference: str) -> Version:
         """Return the version a reference means at this moment, without looking into it.
@@ -112,21 +117,8 @@ class AdapterStore:
         Raises:
             StoreError: no such category, version or alias, or the alias points to what is gone.
         """
-        wanted = parse_reference(reference)
-        category = wanted.category
         with explained(f"read {reference}", self.path):
-            if wanted.alias is not None:
-                return Version(category, self._target(category, wanted.alias))
-            complete = self._versions.complete(category)
-            if wanted.version is None:
-                if not complete:
-                    raise self._unknown_category(category)
-                return Version(category, complete[-1])
-            # Asked for by number, an incomplete version is found too, so that the answer says what it lacks.
-            present = self._stored(category)
-            if wanted.version not in present:
-                raise self._unknown_version(wanted, complete or present)
-            return Version(category, wanted.version)
+            return self._lookup.resolve(parse_reference(reference))
 
     def categories(self) -> tuple[str, ...]:
         """Return the categories that have at least one complete version, sorted."""
@@ -187,13 +179,13 @@ class AdapterStore:
         if version is not None and all:
             raise StoreError(f'"{reference}" names one version, so it cannot go with --all; name the category alone.')
         with explained(f"remove {reference}", self.path):
-            self._stored(category)  # what is not there is refused before anything is written
+            self._lookup.list_present(category)  # what is not there is refused before anything is written
             with self._changing():
-                present = self._stored(category)
+                present = self._lookup.list_present(category)
                 if version is None:
                     gone, target = present, self.path / category
                 elif version not in present:
-                    raise self._unknown_version(wanted, present)
+                    raise self._lookup.explain_unknown_version(wanted, present)
                 else:
                     if problem := outside(self.path, category):
                         raise StoreError(f"Cannot remove {reference}: {self.path / category} {problem}")
@@ -267,7 +259,7 @@ class AdapterStore:
         if not self.path.is_dir():
             yield
             return
-        with locked(self.path):
+        with locked(self.path, self._lock_wait):
             yield
 
     # aliases
@@ -284,7 +276,7 @@ class AdapterStore:
         check_alias(name)
         with explained(f"set {category}@{name}", self.path), self._changing():
             version = self.open(reference).version
-            alias = self._read_alias(category, name)
+            alias = self._lookup.read_alias(category, name)
             if alias is not None and alias.version == version:
                 return alias
             alias = new_alias(category, name, version) if alias is None else alias.moved(version)
@@ -337,7 +329,7 @@ class AdapterStore:
         with explained("read", self.path):
             found = []
             for name in self._aliases.names(category):
-                alias = self._read_alias(name.category, name.alias or "")
+                alias = self._lookup.read_alias(name.category, name.alias or "")
                 if alias is not None:  # else it went between the two lines
                     found.append(alias)
             return tuple(found)
@@ -352,7 +344,7 @@ class AdapterStore:
         if wanted.alias is None:
             raise StoreError(f'"{reference}" is not an alias. Name one, as in {wanted.category}@prod.')
         with explained(f"read {reference}", self.path):
-            return self._alias(wanted.category, wanted.alias)
+            return self._lookup.find_alias(wanted.category, wanted.alias)
 
     def _refuse_if_pointed_to(self, reference: str, category: str, gone: tuple[int, ...]) -> None:
         holding = [alias for alias in self.aliases(category) if alias.version in gone or reference == category]
@@ -378,130 +370,17 @@ class AdapterStore:
         """
         with explained("verify", self.path):
             if reference is None:
-                return self._verify_store()
+                return self._verification.check_store()
             wanted = parse_reference(reference)
             category = wanted.category
             if wanted.alias is not None:
-                return self._verify_version(category, self._target(category, wanted.alias))
-            present = self._stored(category)
+                return self._verification.check_version(category, self._lookup.follow_alias(category, wanted.alias))
+            present = self._lookup.list_present(category)
             if wanted.version is None:
-                return self._verify_category(category) + self._verify_aliases(category)
+                return self._verification.check_category(category) + self._verification.check_aliases(category)
             if wanted.version not in present:
-                raise self._unknown_version(wanted, present)
-            return self._verify_version(category, wanted.version)
-
-    def _verify_store(self) -> list[Fault]:
-        faults: list[Fault] = []
-        for name in entries(self.path):
-            if name.startswith(".") or name == CARD:
-                continue
-            if not CATEGORY.fullmatch(name) or not (self.path / name).is_dir():
-                faults.append(Fault(shown(name), "is not the folder of a category.", "Move it out of the store."))
-            else:
-                faults += self._verify_category(name)
-        strays = (f"{ALIASES}/{shown(name)}" for name in self._aliases.strays())
-        faults += [Fault(where, "is not an alias.", "Nobody reads it; delete it.") for where in strays]
-        return faults + self._verify_aliases(None)
-
-    def _verify_category(self, category: str) -> list[Fault]:
-        if problem := outside(self.path, category):
-            return [Fault(category, problem)]
-        faults: list[Fault] = []
-        for name in entries(self.path / category):
-            if name.startswith("."):
-                continue
-            if match := VERSION.fullmatch(name):
-                faults += self._verify_version(category, int(match[1]))
-            else:
-                where = f"{category}/{shown(name)}"
-                faults.append(Fault(where, "is not a version (v1, v2, ...).", "Move it out of the store."))
-        return faults
-
-    def _verify_aliases(self, category: str | None) -> list[Fault]:
-        faults: list[Fault] = []
-        for name in self._aliases.names(category):
-            alias, found = self._aliases.read(name.category, name.alias or "")
-            faults += found
-            if alias is not None and alias.version not in self._versions.present(alias.category):
-                faults.append(Fault(alias.reference, f"points to v{alias.version}, which is not there.", _move(alias)))
-        return faults
-
-    def _verify_version(self, category: str, version: int) -> list[Fault]:
-        manifest, faults = self._versions.inspect(category, version)
-        folder, reference = self._versions.folder(category, version), f"{category}@v{version}"
-        if manifest is not None:
-            bad = {fault.where for fault in faults}
-            for name in manifest.files:
-                if name not in bad and (problem := content_problem(folder / name)):
-                    faults.append(Fault(name, problem, "It was stored like this; tune again."))
-            for name in entries(folder):
-                if name != MANIFEST and name not in manifest.files:
-                    faults.append(Fault(shown(name), "is not listed in the manifest.", "Nobody reads it; delete it."))
-        return [Fault(f"{reference}: {fault.where}", fault.problem, fault.remedy) for fault in faults]
-
-    # names and numbers
-
-    def _stored(self, category: str) -> tuple[int, ...]:
-        present = self._versions.present(category)
-        if not present:
-            raise self._unknown_category(category)
-        return present
-
-    def _target(self, category: str, name: str) -> int:
-        version = None
-        while True:
-            alias = self._alias(category, name)
-            if alias.version in self._versions.present(category):
-                return alias.version
-            if alias.version == version:
-                raise self._dangling(alias)
-            version = alias.version  # look again: it may have moved, and the version gone, between the two lines
-
-    def _alias(self, category: str, name: str) -> Alias:
-        alias = self._read_alias(category, name)
-        if alias is None:
-            self._stored(category)
-            raise self._unknown_alias(category, name)
-        return alias
-
-    def _read_alias(self, category: str, name: str) -> Alias | None:
-        alias, faults = self._aliases.read(category, name)
-        if faults:
-            raise StoreError.from_faults(f"An alias in {self.path}/ does not read:", faults)
-        return alias
-
-    # refusals
-
-    def _unknown_category(self, category: str) -> StoreError:
-        stored = self._versions.categories()
-        listed = ", ".join(stored) if stored else "nothing yet"
-        return StoreError(
-            f'No adapter for category "{category}" in {self.path}/. '
-            f"Stored: {listed}.{spaced(did_you_mean(category, stored))}\n"
-            f"Train one with: peft-combo tune --recipe lora-{nearest(category, stored) or category}"
-        )
-
-    def _unknown_version(self, wanted: Reference, stored: Iterable[int]) -> StoreError:
-        category, names = wanted.category, [f"v{version}" for version in stored]
-        return StoreError(
-            f'No version "v{wanted.version}" of {category} in {self.path}/. Stored: {", ".join(names)}. '
-            f"Name one as {category}@{names[-1]}, or the latest as {category}."
-        )
-
-    def _unknown_alias(self, category: str, name: str) -> StoreError:
-        names = [one.alias or "" for one in self._aliases.names(category)]
-        return StoreError(
-            f'No alias "{name}" of {category} in {self.path}/. Aliases: {", ".join(names) or "none"}.'
-            f"{spaced(did_you_mean(name, names))} Set it with: peft-combo adapters alias {category} {name}"
-        )
-
-    def _dangling(self, alias: Alias) -> StoreError:
-        return StoreError(f"{alias.reference} points to v{alias.version}, which is not in {self.path}/. {_move(alias)}")
-
-    def _unusable(self, reference: str, faults: list[Fault]) -> StoreError:
-        if len(faults) == 1:
-            return StoreError(unusable(reference, self.path, faults[0]), faults)
-        return StoreError.from_faults(f"Adapter {reference} in {self.path}/ cannot be used:", faults)
+                raise self._lookup.explain_unknown_version(wanted, present)
+            return self._verification.check_version(category, wanted.version)
 
     # Last, because its name hides the builtin from annotations further down.
 
@@ -521,7 +400,3 @@ class AdapterStore:
                     if manifest is not None and (manifest.category, manifest.version) == (category, version):
                         records.append(AdapterRecord(category, version, folder, manifest))
         return records
-
-
-def _move(alias: Alias) -> str:
-    return f"Move it with: peft-combo adapters alias {alias.category} {alias.name}"

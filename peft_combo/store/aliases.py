@@ -13,8 +13,8 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from peft_combo.errors import Fault, StoreError, shown
-from peft_combo.files import entries, open_regular, replace, sync
+from peft_combo.errors import Fault, StoreError, shorten
+from peft_combo.files import atomic_file, discard, entries, open_regular, sync
 from peft_combo.store.integrity import outside
 from peft_combo.store.manifest import faults_of, json_object
 from peft_combo.store.references import ALIAS, CATEGORY, Reference
@@ -101,14 +101,14 @@ def parse_alias(content: bytes, category: str, name: str) -> tuple[Alias | None,
         return None, faults
     written = raw.get("format")
     if type(written) is int and written > FORMAT:
-        problem = f"has format {shown(str(written))}, written by a newer peft-combo; this one reads up to {FORMAT}."
+        problem = f"has format {shorten(str(written))}, written by a newer peft-combo; this one reads up to {FORMAT}."
         return None, [Fault(where, problem, "Upgrade with: pip install --upgrade peft-combo")]
     try:
         alias = Alias.model_validate(raw)
     except ValidationError as error:
         return None, [Fault(f"{where}: {f.where}", f.problem, remedy) for f in faults_of(error)]
     if (alias.category, alias.name) != (category, name):
-        return None, [Fault(where, f"was written as {shown(alias.reference)}.", remedy)]
+        return None, [Fault(where, f"was written as {shorten(alias.reference)}.", remedy)]
     return alias, []
 
 
@@ -143,7 +143,7 @@ class AliasFolder:
         return tuple(name for name in entries(self._path) if not name.startswith(".") and _alias_in(name) is None)
 
     def write(self, alias: Alias) -> None:
-        """Put an alias in place of what it was.
+        """Put an alias in place of what it was; what a writer that died left of its own attempt is cleared first.
 
         Raises:
             StoreError: a link leads out of the store.
@@ -153,7 +153,11 @@ class AliasFolder:
         if problem := outside(self._store, FOLDER):
             raise StoreError(f"Cannot set {alias.reference}: {self._path} {problem}")
         content = json.dumps(alias.model_dump(mode="json"), indent=1).encode() + b"\n"
-        replace(self._file(alias.category, alias.name), content)
+        for name in entries(self._path):
+            if name.startswith("."):
+                discard(self._path / name)
+        with atomic_file(self._file(alias.category, alias.name)) as file:
+            file.write(content)
         sync(self._store)
 
     def drop(self, alias: Alias) -> None:

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from peft_combo.errors import Fault, StoreError, shown
-from peft_combo.files import discard, entries, open_regular, publish, sync, write
+from peft_combo.errors import Fault, StoreError, shorten
+from peft_combo.files import DRAFT, TRASH, discard, entries, open_regular, rename_folder, seal_folder, sync, write
 from peft_combo.store.integrity import DISK_ERRORS, content_problem, explained, outside, refusal
 from peft_combo.store.manifest import (
     CARD,
@@ -38,9 +38,8 @@ from peft_combo.store.manifest import (
     validated_manifest,
 )
 from peft_combo.store.model_card import model_card
-from peft_combo.store.versions import TRASH, AdapterRecord, VersionFolders
+from peft_combo.store.versions import AdapterRecord, VersionFolders
 
-_DRAFT = ".draft-"
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _ABANDONED = 24 * 3600.0  # seconds after which a draft of another machine, whose processes we cannot see, is cleared
 
@@ -62,7 +61,7 @@ def drafting(folders: VersionFolders, category: str) -> Iterator[Draft]:
         folders.path.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # someone else's leftovers must not stop this writer
             clear_leftovers(folders.path)
-        folder = folders.path / f"{_DRAFT}{category}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
+        folder = folders.path / f"{DRAFT}{category}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
         _live_drafts.add(folder.name)
         try:
             folder.mkdir()
@@ -129,14 +128,13 @@ class Draft:
                 if attempt == 0 and (problem := outside(folders.path, category)):
                     raise StoreError(f"Cannot write {folder.parent}/: it {problem}")
                 try:
-                    os.rename(self.path, folder)
-                except OSError as error:
-                    # Someone put a folder under our number, or removed the emptied category between two lines.
-                    lost_race = error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.ENOENT)
-                    if lost_race and self.path.is_dir():
-                        continue
-                    raise
-                break
+                    placed = rename_folder(self.path, folder)  # False: someone put a folder under our number
+                except FileNotFoundError:  # someone removed the emptied category between two lines
+                    if not self.path.is_dir():
+                        raise
+                    continue
+                if placed:
+                    break
             else:
                 raise StoreError(f"Cannot write an adapter for {category} in {folders.path}/: no free version number.")
         for parent in (folder.parent, folders.path):
@@ -167,10 +165,7 @@ class Draft:
             raise StoreError.from_faults(f"The adapter for {self.category} cannot be stored:", [fault])
         if parse_manifest(content) != (manifest, []):  # what is written must be what a reader gets
             raise StoreError(f"The adapter for {self.category} cannot be stored: its manifest does not read back.")
-        for name in written:
-            publish(self.path / name, mode=self.path.stat().st_mode & 0o666)
-        write(self.path / MANIFEST, content)
-        sync(self.path)
+        seal_folder(self.path, (MANIFEST, content))
         return manifest
 
 
@@ -187,7 +182,7 @@ def _list_draft(folder: Path, faults: list[Fault]) -> dict[str, FileEntry]:
             problem = "is not a plain file; an adapter is a flat folder of files."
         problem = problem or content_problem(path)
         if problem:
-            faults.append(Fault(shown(name), problem))
+            faults.append(Fault(shorten(name), problem))
             continue
         with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -200,7 +195,7 @@ def _list_draft(folder: Path, faults: list[Fault]) -> dict[str, FileEntry]:
 def leftovers(store: Path) -> list[Path]:
     """Return what dead writers and interrupted removals left in a store."""
     found = (store / name for name in entries(store))
-    return [p for p in found if p.name.startswith(TRASH) or (p.name.startswith(_DRAFT) and _is_stale(p))]
+    return [p for p in found if p.name.startswith(TRASH) or (p.name.startswith(DRAFT) and _is_stale(p))]
 
 
 def clear_leftovers(store: Path) -> int:
@@ -214,7 +209,7 @@ def clear_leftovers(store: Path) -> int:
 
 def _is_stale(draft: Path) -> bool:
     """Whether the process that made a draft is gone."""
-    parts = draft.name.removeprefix(_DRAFT).split(".")
+    parts = draft.name.removeprefix(DRAFT).split(".")
     if len(parts) == 4 and parts[1] == _HOST and parts[2].isascii() and parts[2].isdigit() and os.name != "nt":
         pid = int(parts[2][:9])
         if pid == os.getpid():

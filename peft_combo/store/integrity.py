@@ -10,20 +10,21 @@ import errno
 import hashlib
 import json
 import os
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft_combo.errors import StoreError, shown
-from peft_combo.files import _regular, open_regular
+from filelock import FileLock, Timeout
+
+from peft_combo.errors import StoreError, make_printable, shorten
+from peft_combo.files import open_regular
 from peft_combo.store.manifest import FileEntry
 
 DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
 
 _LOCK = ".lock"
-_LOCK_WAIT = 30.0  # seconds; what is done under the lock takes milliseconds, so whoever holds it longer is stuck
+LOCK_WAIT = 30.0
+"""Seconds; what is done under the lock takes milliseconds, so whoever holds it longer is stuck."""
 
 
 def outside(root: Path, relative: str) -> str:
@@ -62,57 +63,34 @@ def content_problem(path: Path) -> str:
             with safe_open(str(path), framework="numpy") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
-            return f"is not a readable safetensors file ({shown(str(error))})."
+            return f"is not a readable safetensors file ({shorten(str(error))})."
     elif path.suffix == ".json":
         try:
             json.loads(path.read_bytes())
         except (ValueError, RecursionError, OSError) as error:
-            return f"is not readable JSON ({shown(str(error))})."
+            return f"is not readable JSON ({shorten(str(error))})."
     return ""
 
 
 @contextmanager
-def locked(store: Path) -> Iterator[None]:
+def locked(store: Path, wait: float = LOCK_WAIT) -> Iterator[None]:
     """Hold the store's lock: one thread of one process at a time. The system takes it from a process that dies.
 
     Raises:
-        StoreError: somebody else held it for half a minute.
+        StoreError: somebody else held it for `wait` seconds.
     """
-    descriptor = _regular(store / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | _NONBLOCK)
+    lock = FileLock(store / _LOCK, timeout=wait, poll_interval=0.005)
     try:
-        deadline = time.monotonic() + _LOCK_WAIT
-        while not _try_lock(descriptor):
-            if time.monotonic() > deadline:
-                raise StoreError(
-                    f"Another process has been changing {shown(str(store))}/ for {_LOCK_WAIT:g} seconds. Try again "
-                    "when it is done; if it is stuck, end it."
-                )
-            time.sleep(0.005)
+        lock.acquire()
+    except Timeout as error:
+        raise StoreError(
+            f"Another process has been changing {make_printable(str(store))}/ for {wait:g} seconds. Try again when it "
+            "is done; if it is stuck, end it."
+        ) from error
+    try:
         yield
     finally:
-        os.close(descriptor)  # lets go of the lock
-
-
-_NONBLOCK: int = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        lock.release()
 
 
 # --- how refusals read ------------------------------------------------------------------------------------------------
@@ -141,7 +119,7 @@ def refusal(doing: str, store: Path, error: OSError) -> StoreError:
             said = f"permission denied ({error.strerror}). Change the permissions, {elsewhere}"
         case errno.EEXIST | errno.ENOTDIR:
             found = error.filename if isinstance(error.filename, str) else store
-            said = f"expected a folder, found a file at {shown(str(found))}. Move it away, {elsewhere}"
+            said = f"expected a folder, found a file at {make_printable(str(found))}. Move it away, {elsewhere}"
         case _:
             said = f"{error.strerror or error}. Look after the disk, {elsewhere}"
-    return StoreError(f"Cannot {doing} in {shown(str(store))}/: {said}")
+    return StoreError(f"Cannot {doing} in {make_printable(str(store))}/: {said}")

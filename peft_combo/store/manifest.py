@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
-from peft_combo.errors import Fault, StoreError, did_you_mean, shown
+from peft_combo.errors import Fault, StoreError, did_you_mean, shorten
 
 FORMAT = 1
 """The manifest format this code writes, and the newest it reads."""
@@ -124,7 +124,7 @@ class Manifest(_Frozen):
     def _names_are_safe(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
             if problem := name_problem(name):
-                raise ValueError(f'"{shown(name)}" {problem}')
+                raise ValueError(f'"{shorten(name)}" {problem}')
         return files
 
     @property
@@ -151,7 +151,7 @@ def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Fault]]:
         return None, faults
     written = raw.get("format")
     if type(written) is int and written > FORMAT:
-        problem = f"has format {shown(str(written))}, written by a newer peft-combo; this one reads up to {FORMAT}."
+        problem = f"has format {shorten(str(written))}, written by a newer peft-combo; this one reads up to {FORMAT}."
         return None, [Fault(MANIFEST, problem, "Upgrade with: pip install --upgrade peft-combo")]
     try:
         return Manifest.model_validate(raw), []
@@ -166,7 +166,7 @@ def json_object(content: bytes, where: str, limit: int, remedy: str) -> tuple[di
     try:
         raw = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        reason = "too deeply nested" if isinstance(error, RecursionError) else shown(str(error))
+        reason = "too deeply nested" if isinstance(error, RecursionError) else shorten(str(error))
         return None, [Fault(where, f"is not JSON ({reason}).", remedy)]
     if not isinstance(raw, dict):
         return None, [Fault(where, f"expected a JSON object, found {type(raw).__name__}.", remedy)]
@@ -189,9 +189,9 @@ def faults_of(error: ValidationError) -> list[Fault]:
     """Return what pydantic refused, in our form."""
     faults = []
     for detail in error.errors(include_url=False, include_context=False):
-        where = ".".join(shown(str(part)) for part in detail["loc"]) or "manifest"
-        found = "" if detail["type"] in ("missing", "value_error") else f", found {shown(repr(detail['input']))}"
-        faults.append(Fault(where, shown(detail["msg"], 200) + found + "."))
+        where = ".".join(shorten(str(part)) for part in detail["loc"]) or "manifest"
+        found = "" if detail["type"] in ("missing", "value_error") else f", found {shorten(repr(detail['input']))}"
+        faults.append(Fault(where, shorten(detail["msg"], 200) + found + "."))
     return faults
 
 
@@ -205,9 +205,9 @@ def said_by_writer(fields: Mapping[str, Any], category: str, faults: list[Fault]
             faults.append(Fault(name, "is for the store to say.", "Leave it out."))
         elif name == "category":
             if value != category:
-                faults.append(Fault(name, f"the draft is for {category}, the fields say {shown(repr(value))}."))
+                faults.append(Fault(name, f"the draft is for {category}, the fields say {shorten(repr(value))}."))
         elif name not in wanted:
-            faults.append(Fault(shown(name), "is not a field of the manifest.", did_you_mean(name, wanted)))
+            faults.append(Fault(shorten(name), "is not a field of the manifest.", did_you_mean(name, wanted)))
         else:
             said[name] = _plain(value, name, faults)
     required = (name for name in wanted if Manifest.model_fields[name].is_required())
@@ -247,7 +247,7 @@ def _plain(value: Any, where: str, faults: list[Fault], depth: int = 0) -> JsonV
     if hasattr(value, "item"):  # scalars of numpy and torch
         with suppress(ValueError, RuntimeError, TypeError):
             return _plain(value.item(), where, faults, depth + 1)
-    faults.append(Fault(shown(where), f"expected a value JSON can hold, found {type(value).__name__}."))
+    faults.append(Fault(shorten(where), f"expected a value JSON can hold, found {type(value).__name__}."))
     return None
 
 

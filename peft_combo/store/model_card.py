@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from pydantic import JsonValue
 
-from peft_combo.errors import shown
+from peft_combo.errors import shorten
 from peft_combo.store.manifest import BackboneStamp, ImportStamp, JsonObject, Manifest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?")
@@ -190,4 +190,4 @@ def _is_hub_id(model: str) -> bool:
 
 def _cell(text: str, limit: int = 300) -> str:
     """Text from outside, made fit for a cell of a Markdown table."""
-    return re.sub(r"([|\\`*<>\[\]])", r"\\\1", shown(text, limit))
+    return re.sub(r"([|\\`*<>\[\]])", r"\\\1", shorten(text, limit))

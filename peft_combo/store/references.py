@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from peft_combo.errors import StoreError, shown
+from peft_combo.errors import StoreError, shorten
 
 CATEGORY = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 VERSION = re.compile(r"v([1-9][0-9]{0,8})")
@@ -48,7 +48,7 @@ def parse_reference(reference: str) -> Reference:
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise StoreError(
-            f'"{shown(reference)}" does not name an adapter. Expected a category (fashion), one of its versions '
+            f'"{shorten(reference)}" does not name an adapter. Expected a category (fashion), one of its versions '
             "(fashion@v2) or an alias (fashion@prod), where a category has lower-case letters, digits, _ and -, at "
             "most 64."
         )
@@ -73,7 +73,7 @@ def check_category(category: str) -> str:
     """
     if not CATEGORY.fullmatch(category):
         raise StoreError(
-            f'"{shown(category)}" cannot be a category. Expected 1 to 64 lower-case letters, digits, _ and -, '
+            f'"{shorten(category)}" cannot be a category. Expected 1 to 64 lower-case letters, digits, _ and -, '
             "beginning with a letter or digit, such as home-kitchen."
         )
     return category
@@ -89,7 +89,7 @@ def check_alias(name: str) -> str:
         raise StoreError('"latest" cannot be an alias: the category alone (fashion) always means its latest version.')
     if not ALIAS.fullmatch(name):
         raise StoreError(
-            f'"{shown(name)}" cannot be an alias. Expected 1 to 64 lower-case letters, digits, . _ and -, beginning '
+            f'"{shorten(name)}" cannot be an alias. Expected 1 to 64 lower-case letters, digits, . _ and -, beginning '
             "with a letter, and no version, such as prod."
         )
     return name

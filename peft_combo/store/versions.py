@@ -10,18 +10,16 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_combo.errors import Fault, StoreError, did_you_mean, shown
-from peft_combo.files import entries, open_regular, sync
+from peft_combo.errors import Fault, StoreError, did_you_mean, shorten
+from peft_combo.files import entries, move_aside, open_regular, sync
 from peft_combo.store.integrity import explained, file_problem, outside
 from peft_combo.store.manifest import MANIFEST, MANIFEST_LIMIT, Manifest, parse_manifest
 from peft_combo.store.references import CATEGORY, VERSION
 
-TRASH = ".trash-"
 _TAKEN = ".taken"
 
 
@@ -57,7 +55,7 @@ class AdapterRecord:
         if name not in self.manifest.files:
             hint = did_you_mean(name, self.manifest.files)
             stored = ", ".join(sorted(self.manifest.files))
-            raise StoreError(f'Adapter {self.reference} has no file "{shown(name)}". Stored: {stored}.{spaced(hint)}')
+            raise StoreError(f'Adapter {self.reference} has no file "{shorten(name)}". Stored: {stored}.{spaced(hint)}')
         return self.path / name
 
     def read(self, name: str) -> bytes:
@@ -85,9 +83,9 @@ class AdapterRecord:
         if fingerprint == stamp.fingerprint:
             return
         raise StoreError(
-            f"Adapter {self.reference} was tuned on {shown(stamp.model)} (fingerprint {_short(stamp.fingerprint)}), "
-            f"the loaded backbone is {shown(model)} (fingerprint {_short(fingerprint)}). Load {shown(stamp.model)}, "
-            f"or tune {self.category} again on {shown(model)}."
+            f"Adapter {self.reference} was tuned on {shorten(stamp.model)} (fingerprint {_short(stamp.fingerprint)}), "
+            f"the loaded backbone is {shorten(model)} (fingerprint {_short(fingerprint)}). Load "
+            f"{shorten(stamp.model)}, or tune {self.category} again on {shorten(model)}."
         )
 
 
@@ -151,8 +149,7 @@ class VersionFolders:
     def take_out(self, folder: Path, category: str, number: int) -> Path:
         """Rename a folder out of sight, for good; return where it can be deleted."""
         self.take(category, number)  # a version that was copied in by hand never took its number
-        trash = self.path / f"{TRASH}{secrets.token_hex(8)}"
-        os.rename(folder, trash)
+        trash = move_aside(folder, self.path)
         for parent in (folder.parent, self.path):
             with suppress(OSError):  # after a power cut it may be back, whole, unless its files went first
                 sync(parent)
@@ -197,7 +194,7 @@ def unusable(reference: str, store: Path, fault: Fault) -> str:
 
 
 def _short(fingerprint: str) -> str:
-    return shown(fingerprint if len(fingerprint) <= 12 else fingerprint[:12] + "…")
+    return shorten(fingerprint if len(fingerprint) <= 12 else fingerprint[:12] + "…")
 
 
 def spaced(text: str) -> str:

@@ -7,8 +7,6 @@ optimizer remembers, never the frozen encoder: some hundred kB, not hundreds of 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_combo.errors import TuningError
+from peft_combo.files import DRAFT, TRASH, discard, staged_folder
 
 _STATE = "state.json"  # written last: a folder without it is not a checkpoint
 _PREFIX = "step-"
@@ -44,31 +43,21 @@ class Checkpoint:
             TuningError: the disk is full or the folder cannot be written; older checkpoints are still there.
         """
         target = folder / f"{_PREFIX}{self.step:08d}"
-        draft = folder / f".{target.name}.{os.getpid()}"
+        state = {"step": self.step, "groups": sorted(self.tensors), "values": self.values}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            draft.mkdir()
-            for group, tensors in self.tensors.items():
-                save_file(
-                    {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft / f"{group}.safetensors"
-                )
-            state = {"step": self.step, "groups": sorted(self.tensors), "values": self.values}
-            (draft / _STATE).write_text(json.dumps(state))
-            for path in draft.iterdir():
-                _sync(path)
-            if target.exists():
-                shutil.rmtree(target)
-            draft.rename(target)
-            _sync(folder)
+            with staged_folder(target, replace=True) as staged:
+                for group, tensors in self.tensors.items():
+                    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                    save_file(plain, staged.path / f"{group}.safetensors")
+                staged.manifest = (_STATE, json.dumps(state).encode())
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(draft, ignore_errors=True)
             raise TuningError(
                 f"The checkpoint of step {self.step} cannot be written to {folder}: {_reason(error)}. "
                 "Free some space or make the folder writable, then go on with --resume from the last one."
             ) from error
         for path in folder.iterdir():
-            if path != target and path.name.lstrip(".").startswith(_PREFIX):
-                shutil.rmtree(path, ignore_errors=True)
+            if path != target and path.name.startswith((_PREFIX, f"{DRAFT}{_PREFIX}", TRASH)):
+                discard(path)
         return target
 
     @classmethod
@@ -112,11 +101,3 @@ def optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor
 
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).splitlines()[0]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

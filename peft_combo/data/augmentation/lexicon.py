@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from peft_combo.data.augmentation.fashion_nouns import plural
-from peft_combo.errors import DataError, Fault, did_you_mean
-from peft_combo.recipe.fields import printable, shown
+from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
+from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.parse import dotted
 
 SHIPPED = Path(__file__).with_name("lexicon.yaml")
@@ -148,7 +148,9 @@ def _parsed(file: Path) -> Lexicon:
             words = _words(phrase)
             # A word may have synonyms and be the value of an attribute ("grey"); what is kept has neither.
             if words in table or (table is kept and words in places):
-                faults.append(Fault(where, f"{shown(phrase)} stands in {places[words]} already.", "Keep one of them."))
+                faults.append(
+                    Fault(where, f"{format_value(phrase)} stands in {places[words]} already.", "Keep one of them.")
+                )
             table.setdefault(words, tuple(other for other in group if other != phrase))
             places.setdefault(words, where)
             if phrase != phrase.lower():
@@ -167,12 +169,12 @@ def _parsed(file: Path) -> Lexicon:
     if not places and not faults:
         faults.append(Fault("the file", f"is empty; expected any of {', '.join(_SECTIONS)}."))
     if faults:
-        raise DataError.from_faults(f"The lexicon {printable(str(file))} cannot be used:", faults)
+        raise DataError.from_faults(f"The lexicon {make_printable(str(file))} cannot be used:", faults)
     return Lexicon(synonyms, attributes, frozenset(kept), frozenset(spelt))
 
 
 def _read(file: Path) -> dict[str, Any]:
-    title = f"The lexicon {printable(str(file))} cannot be read:"
+    title = f"The lexicon {make_printable(str(file))} cannot be read:"
     try:
         with file.open("rb") as stream:
             content = stream.read(_MAX_BYTES + 1)
@@ -189,10 +191,10 @@ def _read(file: Path) -> dict[str, Any]:
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         raise DataError(f"{title} not valid YAML{line}: {error.problem}.") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        reason = printable((str(error).splitlines() or [type(error).__name__])[0])
+        reason = make_printable((str(error).splitlines() or [type(error).__name__])[0])
         raise DataError(f"{title} not valid YAML: {reason}.") from None
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        raise DataError(f"{title} expected keys ({', '.join(_SECTIONS)}), found {shown(raw)}.")
+        raise DataError(f"{title} expected keys ({', '.join(_SECTIONS)}), found {format_value(raw)}.")
     return raw
 
 
@@ -200,7 +202,9 @@ def _groups(raw: Mapping[str, Any], section: str, faults: list[Fault]) -> Iterat
     """Yield the groups of synonyms of a section, with their places."""
     groups = raw.get(section, [])
     if not isinstance(groups, list):
-        faults.append(Fault(section, f"expected a list of groups, found {shown(groups)}.", "Write - [couch, sofa]."))
+        faults.append(
+            Fault(section, f"expected a list of groups, found {format_value(groups)}.", "Write - [couch, sofa].")
+        )
         return
     for place, group in enumerate(groups):
         yield from _group(f"{section}[{place}]", group, faults)
@@ -210,7 +214,7 @@ def _attributes(raw: Mapping[str, Any], faults: list[Fault]) -> Iterator[tuple[s
     kinds = raw.get("attributes", {})
     if not isinstance(kinds, dict):
         remedy = "Write colour: [black, white]."
-        faults.append(Fault("attributes", f"expected kinds with their values, found {shown(kinds)}.", remedy))
+        faults.append(Fault("attributes", f"expected kinds with their values, found {format_value(kinds)}.", remedy))
         return
     for kind, values in kinds.items():
         yield from _group(f"attributes.{dotted(kind)}", values, faults)
@@ -228,15 +232,17 @@ def _group(where: str, group: Any, faults: list[Fault]) -> Iterator[tuple[str, l
 
 def _phrases(phrases: Any, where: str, faults: list[Fault]) -> Iterator[tuple[str, str]]:
     if not isinstance(phrases, list):
-        faults.append(Fault(where, f"expected a list of phrases, found {shown(phrases)}.", "Write [couch, sofa]."))
+        faults.append(
+            Fault(where, f"expected a list of phrases, found {format_value(phrases)}.", "Write [couch, sofa].")
+        )
         return
     for place, phrase in enumerate(phrases):
         here = f"{where}[{place}]"
         if not isinstance(phrase, str):
-            faults.append(Fault(here, f"expected a phrase, found {shown(phrase)}."))
+            faults.append(Fault(here, f"expected a phrase, found {format_value(phrase)}."))
         elif not _findable(phrase):
             remedy = "Write words of letters and digits with one space or hyphen between them."
-            faults.append(Fault(here, f"{shown(phrase)} can be found in no text.", remedy))
+            faults.append(Fault(here, f"{format_value(phrase)} can be found in no text.", remedy))
         else:
             yield here, phrase
 

@@ -17,9 +17,9 @@ import numpy as np
 from peft_combo.data.augmentation.lexicon import Lexicon, read_lexicon
 from peft_combo.data.labels.texts import text_key
 from peft_combo.data.model import Catalog
-from peft_combo.errors import DataError
+from peft_combo.errors import DataError, make_printable
 from peft_combo.recipe.augmentation import AugmentationConfig
-from peft_combo.recipe.fields import printable, shown
+from peft_combo.recipe.fields import format_value
 
 Rewrite = Callable[[Sequence[str]], Sequence[str]]
 """Says a batch of texts in other words, for example by translating there and back: as many texts as it got."""
@@ -204,7 +204,7 @@ def _rewritten(texts: Sequence[str], rewrite: Rewrite) -> dict[str, str]:
         try:
             answers = list(rewrite(batch))
         except Exception as error:  # whatever a caller's model raises, the reader must know whose it is
-            reason = printable((str(error).splitlines() or [""])[0])
+            reason = make_printable((str(error).splitlines() or [""])[0])
             raise DataError(
                 f"{name} failed on a batch of {len(batch)} texts: {type(error).__name__}: {reason}"
             ) from error
@@ -214,6 +214,6 @@ def _rewritten(texts: Sequence[str], rewrite: Rewrite) -> dict[str, str]:
             )
         for text, answer in zip(batch, answers, strict=True):
             if not isinstance(answer, str):
-                raise DataError(f"{name} gave {shown(answer)} for {shown(text)}; expected a text.")
+                raise DataError(f"{name} gave {format_value(answer)} for {format_value(text)}; expected a text.")
             said[text] = " ".join(answer.split())
     return said
