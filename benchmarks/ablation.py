@@ -16,6 +16,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from _smoke import add_smoke, make_tiny
+
 from peft_combo.cli.output import ConsoleWatch
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.comparison.runs import compare
@@ -86,7 +88,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--split", type=int, default=31, help="data.split_seed")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablation"))
+    add_smoke(parser)
     options = parser.parse_args()
+    if options.smoke:
+        two = {name: SWITCHES[name] for name in (BASE, "head dropout 0.1")}
+        with make_tiny() as tiny:
+            print(measure("clothing", tiny.folder, two, [0], tiny.folder / "runs", tiny.changes))
+        return
     if options.data_root is None:
         parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
     chosen = {
@@ -98,17 +106,23 @@ def main() -> None:
     seeds = [int(word) for word in options.seeds.split(",")]
     pages = []
     for case in options.cases or CASES:
-        folder = str(Path(options.data_root) / "bundlerec" / case)
         common = (*COMMON, f"data.split_seed={options.split}")
-        variants = [
-            Variant(name, load_recipe(CASES[case], (*common, *switch.changes), folder).ready())
-            for name, switch in chosen.items()
-        ]
-        found = compare(variants, seeds, options.folder / case, ConsoleWatch())
-        pages.append(table(case, found, chosen))
+        pages.append(measure(case, Path(options.data_root), chosen, seeds, options.folder / case, common))
         print(pages[-1], flush=True)
     if not options.only and not options.cases:
         (DOCS / "ablation.md").write_text(page(pages), encoding="utf-8")
+
+
+def measure(
+    case: str, root: Path, chosen: dict[str, Switch], seeds: list[int], folder: Path, common: tuple[str, ...]
+) -> str:
+    """Tune one case with every switch, and return its table."""
+    data = str(root / "bundlerec" / case)
+    variants = [
+        Variant(name, load_recipe(CASES[case], (*common, *switch.changes), data).ready())
+        for name, switch in chosen.items()
+    ]
+    return table(case, compare(variants, seeds, folder, ConsoleWatch()), chosen)
 
 
 def table(case: str, found: Comparison, chosen: dict[str, Switch]) -> str:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from pathlib import Path
+
+from _smoke import add_smoke, make_tiny
 
 from peft_combo.cli.output import ConsoleWatch, metric_name
 from peft_combo.evaluation.comparison.runs import compare
@@ -32,7 +33,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
+    add_smoke(parser)
     options = parser.parse_args()
+    if options.smoke:
+        with make_tiny() as tiny:
+            variants = variants_of(RECIPE, methods=("lora", "head"), overrides=tiny.changes, data=str(tiny.shop))
+            print(page(compare(variants, [0], tiny.folder / "runs", ConsoleWatch()), "--smoke"))
+        return
     if options.data_root is None:
         parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
 
@@ -108,5 +115,4 @@ def paragraph(line: Line, found: Comparison) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

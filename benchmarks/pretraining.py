@@ -14,13 +14,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _smoke import add_smoke, make_tiny
 from numpy.typing import NDArray
 
 from peft_combo import metrics
@@ -80,7 +81,14 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--split", type=int, default=30, help="data.split_seed")
     parser.add_argument("--folder", type=Path, default=Path("runs/pretraining"))
+    add_smoke(parser)
     options = parser.parse_args()
+    if options.smoke:
+        with make_tiny() as tiny:
+            evenly = ("data.valid_fraction=0.2", "data.test_fraction=0.2")
+            shelves = [replace(case, changes=(*case.changes, *evenly, "task.min_texts=2")) for case in CASES[1:]]
+            print(page({0: measured(tiny.shop, 30, 0, tiny.folder / "runs", (CASES[0], *shelves), tiny.changes)}))
+        return
     if options.data_root is None:
         parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
     data = Path(options.data_root) / "bundlerec" / "clothing"
@@ -94,15 +102,17 @@ def main() -> None:
     print(text)
 
 
-def measured(data: Path, split: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Return what one seed gives, case by case; runs only what `folder` does not hold."""
+def measured(
+    data: Path, split: int, seed: int, folder: Path, cases: Sequence[Case] = CASES, changes: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return what one seed gives, case by case; runs only what `folder` does not hold; `changes` go over all else."""
     store = AdapterStore(folder / "adapters")
-    common = (f"data.split_seed={split}", f"seed={seed}", f"store={json.dumps(str(folder / 'adapters'))}")
-    reading = load_recipe("pretrain-fashion", (*common, *READING), str(data)).ready()
+    last = (*changes, f"data.split_seed={split}", f"seed={seed}", f"store={json.dumps(str(folder / 'adapters'))}")
+    reading = load_recipe("pretrain-fashion", (*READING, *last), str(data)).ready()
     found: dict[str, Any] = {"reading": kept(folder / "reading.json", partial(read, reading, folder))}
     record = store.open(TEXTS)
-    for case in CASES:
-        recipe = load_recipe(case.recipe, (*common, *case.changes), str(data)).ready()
+    for case in cases:
+        recipe = load_recipe(case.recipe, (*case.changes, *last), str(data)).ready()
         name = case.name.replace(", ", "-").replace(" ", "-")
         plain = kept(folder / f"{name}-plain.json", partial(tuned, recipe, None, folder / name))
         start = kept(folder / f"{name}-started.json", partial(tuned, recipe, record, folder / f"{name}-started"))

@@ -19,7 +19,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _smoke import add_smoke, make_tiny
 from safetensors.torch import load_file
 
 from peft_combo import metrics
@@ -91,14 +91,21 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", default=[], metavar="CASE=RECIPE")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="write all reports here")
+    add_smoke(parser)
     options = parser.parse_args()
     if unknown := [name for name in options.cases if name not in CASES]:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    if options.smoke:
+        case = CASES["clothing"]
+        with make_tiny() as tiny:
+            report = one_split("clothing", case, case.recipe, tiny.shop, (*case.changes, *tiny.changes), 10)
+        show("clothing", [report], case)
+        return
     if options.data_root is None:
         parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
     recipes = dict(pair.split("=", 1) for pair in options.recipe)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
 
     written: dict[str, Any] = {}
     for name in options.cases or CASES:
@@ -199,9 +206,9 @@ def compare(reports: list[Report], row: str, peer: str, measure: str, part: str 
         mine = metrics.per_query(answers.ranks[row], measure)[keep]
         gains.append(mine - metrics.per_query(answers.ranks[peer], measure)[keep])
         clusters.append(answers.clusters[keep])
-    verdict(
-        f"{measure}{'' if part is None else f', {part}'}", row, peer, np.concatenate(gains), np.concatenate(clusters)
-    )
+    if sum(map(len, gains)):  # a slice may be empty
+        what = f"{measure}{'' if part is None else f', {part}'}"
+        verdict(what, row, peer, np.concatenate(gains), np.concatenate(clusters))
 
 
 def compare_fill_ins(reports: list[Report], row: str, peer: str) -> None:
@@ -218,5 +225,4 @@ def verdict(what: str, row: str, peer: str, gains: np.ndarray[Any, Any], cluster
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

@@ -19,8 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from _smoke import add_smoke, make_tiny
 
 FORMS = {"float32": ("none", "no"), "bfloat16": ("none", "bf16"), "8bit": ("8bit", "no"), "4bit": ("4bit", "no")}
 
@@ -62,8 +65,20 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    add_smoke(parser)
     options = parser.parse_args()
+    if options.smoke:
+        with make_tiny() as tiny:
+            compare(tiny.changes, str(tiny.shop), {form: FORMS[form] for form in ("float32", "8bit")}, ("tuned",), 1)
+        return
+    size = (f"training.epochs={options.epochs}", f"backbone.model={options.model}")
+    compare(size, options.data, FORMS, ("frozen", "tuned"), options.rounds)
 
+
+def compare(
+    size: tuple[str, ...], data: str | None, forms: Mapping[str, tuple[str, str]], sides: Sequence[str], rounds: int
+) -> None:
+    """Tune once over float32, and print a table for each side: without the adapter, with it."""
     import numpy as np
     from safetensors.torch import load_file
 
@@ -77,18 +92,17 @@ def main() -> None:
     from peft_combo.tuning.loop import tune
 
     with tempfile.TemporaryDirectory(prefix="quantized-") as folder:
-        overrides = (f"training.epochs={options.epochs}", f"backbone.model={options.model}", f"store={folder}/adapters")
-        recipe = load_recipe("lora-fashion", overrides, options.data)
+        recipe = load_recipe("lora-fashion", (*size, f"store={folder}/adapters"), data)
         recipe = recipe.model_copy(update={"adapter": LoraAdapter()})  # in all layers, where rounding can be answered
         record = tune(recipe, run_folder=Path(folder) / "run").record
         exam = Exam.of(recipe)
         row_of = {text: row for row, text in enumerate(dict.fromkeys(exam.texts))}
         rows = [row_of[text] for text in exam.texts]
         raw = json.dumps(recipe.model_dump(mode="json"))
-        for adapter in ("frozen", "tuned"):
-            found: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
-            for _ in range(options.rounds):
-                for form, (bits, precision) in FORMS.items():
+        for adapter in sides:
+            found: dict[str, list[dict[str, Any]]] = {form: [] for form in forms}
+            for _ in range(rounds):
+                for form, (bits, precision) in forms.items():
                     found[form].append(child(raw, bits, precision, adapter, f"{folder}/{form}.npy"))
             if adapter == "tuned":
                 head = BundleHead.from_spec(record.manifest.task, load_file(record.file(HEAD_FILE)))
@@ -98,7 +112,7 @@ def main() -> None:
             print(f"\n{adapter:10}{header}")
             exact = np.load(f"{folder}/float32.npy")
             before = exam.ranks(head, exact[rows])
-            for form in FORMS:
+            for form in forms:
                 vectors = np.load(f"{folder}/{form}.npy")
                 ranks = exam.ranks(head, vectors[rows])
                 gain = exam.gain(before, ranks)
@@ -125,5 +139,4 @@ def child(*arguments: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

@@ -1,19 +1,18 @@
 """How long an answer takes on one core: completing and composing bundles, searching, swapping category adapters.
 
-    python benchmarks/recommend_speed.py                      # 5k and 100k items, three minutes
+    python benchmarks/recommend_speed.py                      # 5k and 100k items, six minutes
     python benchmarks/recommend_speed.py --sizes 5k,100k,1m   # 12 GiB of memory, and half an hour for the graph over 1m
     python benchmarks/recommend_speed.py --sizes 5k --json    # the same figures as JSON
 
 The shop is made up, see `make_shop`; item vectors are there already, as `VectorCache` would map them, and requests come
-one at a time through `BundleRecommender`. Scorers: item-kNN, TF-IDF of titles and a head over encoder vectors, with all
-gates of the fusion at work; CEASE as well up to 5,000 items. Weights are set by hand and the head is random, for they
-do not matter to time. Figures are milliseconds a request by the clock, median and 95th percentile, and by the processor
-(median), which is what is left of them on a machine that nobody else uses.
+one at a time through `BundleRecommender.fit`, which chooses and weighs scorers on few validation bundles; the line of
+"complete" names those it took. The head is random, for what it says does not matter to time. Figures are milliseconds a
+request by the clock, median and 95th percentile, and by the processor (median), which is what is left of them on a
+machine that nobody else uses.
 
-- complete: ten items for the rest of a bundle, with what each scorer adds. "by rank" is the fusion whose scores are
-  normal quantiles of ranks.
+- complete: ten items for the rest of a bundle, with what each scorer adds.
 - compose: five bundles around the rest of a bundle, or around one item.
-- exact, hnsw: `ExactIndex` and `FaissIndex` on queries of the head, ten rows each; recall@10 is against the exact ones.
+- exact, hnsw: `ExactIndex` and `FaissIndex` on means of two items, ten rows each; recall@10 is against the exact ones.
 - adapters (LoRA as in lora-fashion over the embedded encoder): fetching one that is in memory, loading one from disk,
   and encoding a title while requests alternate between two adapters, less the time where all go to one. Memory an
   adapter is what the process grows by, over 24 adapters.
@@ -39,36 +38,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from _smoke import add_smoke, make_tiny
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from scipy import sparse
 
 from peft_combo.data.model import Bundles, Catalog, Dataset
+from peft_combo.data.splits import split
 from peft_combo.encoder import methods
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.index import ExactIndex, FaissIndex
+from peft_combo.encoder.vectors import VectorCache
 from peft_combo.recipe.files import load_recipe
-from peft_combo.recommender.composing.options import Weights
-from peft_combo.recommender.evidence import GATES
-from peft_combo.recommender.fit_data import Known
-from peft_combo.recommender.fit_state import FitState
-from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedScorer
-from peft_combo.recommender.fusion import Form, Fusion
 from peft_combo.recommender.recommender import BundleRecommender
-from peft_combo.recommender.scorer_id import ScorerId
-from peft_combo.scoring.linear import CEASE
-from peft_combo.scoring.neighbours import ItemKNN
-from peft_combo.scoring.text import TextCosine, tfidf_vectors
 from peft_combo.store.adapter_store import AdapterStore
 
 BARS = {5_000: 5.0, 100_000: 20.0}  # milliseconds of the median completion
 SWAP_BAR = 2.0  # milliseconds more than without
-CEASE_ITEMS = 5_000
 ADAPTERS = 24
-DIM = 384
+VALID = 40  # bundles that the fusion is fitted on
 SLOTS = ("top", "bottom", "dress", "shoes", "bag", "jacket", "hat", "scarf", "belt", "watch", "socks", "sunglasses")
 OUTFITS = (
     (0, 1, 3), (0, 1, 3, 4), (0, 1, 3, 5), (2, 3, 4), (2, 3, 4, 9), (0, 1, 3, 4, 5), (5, 7, 6), (0, 1, 8, 3, 9),
@@ -81,23 +71,22 @@ class Shop:
     """A made-up shop with the structure of a real one.
 
     Attributes:
-        bundles: three to five items, of one style and of different slots, most of them often sold.
-        history: (B, N) the same bundles; each item is in about one and a half on average, many in none.
-        vectors: (N, DIM) unit vectors near the centres of their style and slot.
+        bundles: three to five items, of one style and of different slots, most of them often sold; each item is in one
+            and a half on average, many in none.
+        vectors: (N, D) unit vectors near the centres of their style and slot.
     """
 
     catalog: Catalog
     bundles: list[NDArray[np.int64]]
-    history: Any
     vectors: NDArray[np.float32]
 
 
-def make_shop(n_items: int, seed: int = 0) -> Shop:
+def make_shop(n_items: int, dim: int, seed: int = 0) -> Shop:
     rng = np.random.default_rng(seed)
     n_styles = max(8, n_items // 500)
     slot_of, style_of = rng.integers(len(SLOTS), size=n_items), rng.integers(n_styles, size=n_items)
-    centres = rng.standard_normal((n_styles + len(SLOTS), DIM), dtype=np.float32)
-    vectors = rng.standard_normal((n_items, DIM), dtype=np.float32)
+    centres = rng.standard_normal((n_styles + len(SLOTS), dim), dtype=np.float32)
+    vectors = rng.standard_normal((n_items, dim), dtype=np.float32)
     vectors += 0.8 * centres[style_of]
     vectors += 0.6 * centres[n_styles + slot_of]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -115,9 +104,6 @@ def make_shop(n_items: int, seed: int = 0) -> Shop:
         places = (sizes * rng.random(len(cells)) ** 3).astype(np.int64)
         bundles.append(order[(starts[cells] + places)[sizes > 0]])
     bundles = [rows for rows in bundles if len(rows) > 1]
-    rows = np.repeat(np.arange(len(bundles)), [len(one) for one in bundles])
-    ones = np.ones(len(rows), np.float32)
-    history = sparse.csr_array((ones, (rows, np.concatenate(bundles))), shape=(len(bundles), n_items))
 
     # Words: the slot, two of the style, a brand, and three out of a long tail.
     tail = np.minimum(rng.zipf(1.2, size=(n_items, 3)), 30_000)
@@ -135,7 +121,17 @@ def make_shop(n_items: int, seed: int = 0) -> Shop:
         [SLOTS[slot] for slot in slot_of.tolist()],
         np.round(np.exp(rng.normal(3.5, 0.7, n_items)), 2),
     )
-    return Shop(catalog, bundles, history, vectors)
+    return Shop(catalog, bundles, vectors)
+
+
+class MadeUpVectors(VectorCache):
+    """Gives the shop's vectors for whatever encoder: as if all had been encoded before."""
+
+    def __init__(self, vectors: NDArray[np.float32]) -> None:
+        self._vectors = vectors
+
+    def vectors(self, *asked: Any) -> NDArray[np.float32]:
+        return self._vectors
 
 
 Times = tuple[float, float]  # seconds by the clock and by the processor
@@ -177,22 +173,42 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--no-graph", action="store_true", help="leave FAISS out")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    add_smoke(parser)
     options = parser.parse_args()
-    sizes = [items_in(size) for size in options.sizes.split(",")]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-
-    report = Report()
+    if options.smoke:
+        with make_tiny() as tiny:
+            recipe = load_recipe("lora-fashion", tiny.changes)
+            tell(
+                measure(Backbone.of(recipe.backbone), tiny.folder, [300], 4, 3, graph=not options.no_graph),
+                options.json,
+            )
+        return
+    sizes = [items_in(size) for size in options.sizes.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        backbone = Backbone.load()
-        store = stored_adapters(Path(folder) / "adapters", backbone)
-        measure_adapters(report, backbone, store, options.requests)
-        bank = AdapterBank(backbone, store)
-        for n_items in sizes:
-            measure_size(report, make_shop(n_items), bank, options.requests, graph=not options.no_graph)
-            gc.collect()
+        report = measure(Backbone.load(), Path(folder), sizes, options.requests, ADAPTERS, graph=not options.no_graph)
+    tell(report, options.json)
+
+
+def measure(
+    backbone: Backbone, folder: Path, sizes: Sequence[int], requests: int, adapters: int, graph: bool
+) -> Report:  # fmt: skip
+    """Measure adapters, then catalogues of each size."""
+    report = Report()
+    store = store_adapters(folder / "adapters", backbone, adapters)
+    measure_adapters(report, backbone, store, requests)
+    bank = AdapterBank(backbone, store)
+    for n_items in sizes:
+        measure_size(report, make_shop(n_items, backbone.dim), bank, requests, graph)
+        gc.collect()
+    return report
+
+
+def tell(report: Report, as_json: bool) -> None:
+    """Print all lines and what is to be said of the bars."""
     machine = f"{cpu_name()}, one thread; numpy {np.__version__}, torch {torch.__version__}"
-    if options.json:
+    if as_json:
         print(json.dumps({"machine": machine, "memory": report.memory, "lines": [asdict(one) for one in report.lines]}))
     else:
         print(machine)
@@ -203,7 +219,7 @@ def main() -> None:
     print(
         f"times: {'; '.join(missed) or 'pass'}; memory: an adapter costs {grown:.1f} MiB, its "
         f"tensors {own:.1f}, the encoder {shared:.0f}: {'pass' if grown < own + 0.1 * shared else 'FAIL'}",
-        file=sys.stderr if options.json else sys.stdout,
+        file=sys.stderr if as_json else sys.stdout,
     )
 
 
@@ -215,45 +231,28 @@ OWN, GROWN, BACKBONE, PER_GIB = (
 def measure_size(report: Report, shop: Shop, bank: AdapterBank, requests: int, graph: bool) -> None:
     """Time completing, composing and searching over one catalogue."""
     n_items, catalog = len(shop.catalog), shop.catalog
-    live = bank.get("a0")
-    known = Known(
-        history=sparse.csr_matrix(shop.history), users=None, past=sparse.csr_matrix((0, n_items)), user_rows={},
-        support=np.bincount(shop.history.indices, minlength=n_items).astype(np.int64), leaves=catalog.leaf_numbers,
-        catalog=catalog, text="{title}", frozen=shop.vectors,
-    )  # fmt: skip
     dataset = Dataset.build("made up", catalog, None, Bundles.build(map(str, range(len(shop.bundles))), shop.bundles))
-    head = FittedHead.of(shop.vectors, live.head)
-    tuned = ScorerId("tuned BERT", live.reference)
-    serving: dict[ScorerId, Fitted] = {
-        ScorerId("item-kNN"): FittedScorer(ItemKNN(similarity="tfidf").fit(known.history)),
-        ScorerId("TF-IDF title"): FittedScorer(TextCosine().fit(known.history, items=tfidf_vectors(catalog.titles))),
-        tuned: head,
-    }
-    if n_items <= CEASE_ITEMS:
-        serving[ScorerId("CEASE-BERT")] = FittedScorer(CEASE().fit(known.history, items=head.targets))
-
-    def recommender(form: Form) -> BundleRecommender:
-        weights = {scorer: dict.fromkeys(GATES, 0.2) for scorer in serving}
-        fusion = Fusion(form, weights, {ScorerId("item-kNN"): -0.1}, "by hand")
-        settings = dict.fromkeys(serving, "")
-        state = FitState((live,), known, fusion, settings, serving, tuned, head, None, Weights(), "", ())
-        return BundleRecommender(dataset, bank, state)
-
-    damped = recommender("damped")
+    parts = split(dataset, "bundle", VALID / len(shop.bundles), VALID / len(shop.bundles))
+    clock = time.perf_counter()
+    fitted = BundleRecommender.fit(dataset, parts, bank, "a0", cache=MadeUpVectors(shop.vectors))
+    print(f"{n_items:,} items: fitted in {time.perf_counter() - clock:.0f} s", file=sys.stderr)
     rng = np.random.default_rng(1)
     ids = [[str(row) for row in shop.bundles[one][:-1]] for one in rng.integers(len(shop.bundles), size=requests)]
-    report.add(n_items, "complete", timed(damped.complete, ids), BARS.get(n_items), " + ".join(map(str, serving)))
-    report.add(n_items, "complete, by rank", timed(recommender("normal").complete, ids), BARS.get(n_items))
-    report.add(n_items, "compose around a basket", timed(damped.compose, ids[: requests // 2]))
-    report.add(n_items, "compose around an item", timed(damped.compose, [own[:1] for own in ids[: requests // 2]]))
+    report.add(
+        n_items,
+        "complete",
+        timed(fitted.complete, ids),
+        BARS.get(n_items),
+        " + ".join(map(str, fitted.state.fusion.needs)),
+    )
+    report.add(n_items, "compose around a basket", timed(fitted.compose, ids[: requests // 2]))
+    report.add(n_items, "compose around an item", timed(fitted.compose, [own[:1] for own in ids[: requests // 2]]))
 
-    with torch.inference_mode():
-        contexts = torch.from_numpy(np.array([[int(row) for row in own[:2]] for own in ids]))
-        queries = live.head.query(torch.from_numpy(shop.vectors), contexts).numpy()
-    exact = ExactIndex(head.targets)
+    queries = np.stack([shop.vectors[[int(row) for row in own[:2]]].mean(axis=0) for own in ids])
+    exact = ExactIndex(shop.vectors)
     report.add(n_items, "search, exact", timed(lambda query: exact.search(query, 10), np.split(queries, len(queries))))
     if graph:
-        search_graph(report, n_items, head.targets, queries, exact.search(queries, 10)[0])
+        search_graph(report, n_items, shop.vectors, queries, exact.search(queries, 10)[0])
 
 
 def search_graph(
@@ -276,7 +275,7 @@ def search_graph(
 
 def measure_adapters(report: Report, backbone: Backbone, store: AdapterStore, requests: int) -> None:
     """Time fetching, loading and swapping, and weigh an adapter."""
-    names = [f"a{number}" for number in range(ADAPTERS)]
+    names = store.categories()
     AdapterBank(backbone, store).get(names[0])  # what is made once for all adapters is not an adapter's cost
     gc.collect()
     before = resident_mib()
@@ -299,11 +298,11 @@ def measure_adapters(report: Report, backbone: Backbone, store: AdapterStore, re
     report.add(None, "swap, the difference", [(float(more[0]), float(more[1]))], SWAP_BAR)
 
 
-def stored_adapters(folder: Path, backbone: Backbone) -> AdapterStore:
+def store_adapters(folder: Path, backbone: Backbone, count: int) -> AdapterStore:
     """Store adapters as tuning by lora-fashion would, with random weights instead of trained ones."""
     recipe = load_recipe("lora-fashion")
     store = AdapterStore(folder)
-    for number in range(ADAPTERS):
+    for number in range(count):
         attached = methods.attach(
             backbone.model, recipe.adapter, max_length=backbone.max_length, total_steps=1, seed=number
         )

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from _smoke import add_smoke, make_tiny
 from numpy.typing import NDArray
 from scipy.special import softmax
 
@@ -25,6 +26,7 @@ from peft_combo.data.task_data import labelled_of
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.metrics.classification import macro_f1
 from peft_combo.recipe.files import load_recipe
+from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import ClassificationTask
 from peft_combo.tuning.active_learning import margins, spread
 from peft_combo.tuning.tasks.linear import Targets, best_linear
@@ -43,16 +45,28 @@ WAYS: dict[str, Choose] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--recipe", default="classify-fashion")
     parser.add_argument("--start", type=int, default=200, help="titles labelled at first")
     parser.add_argument("--add", type=int, default=100, help="titles added a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    add_smoke(parser)
     arguments = parser.parse_args()
+    if arguments.smoke:
+        small = ["--start", "12", "--add", "6", "--rounds", "1", "--seeds", "2"]
+        with make_tiny() as tiny:
+            changes = (*tiny.changes, "data.valid_fraction=0.2", "data.test_fraction=0.2", "task.min_texts=2")
+            run(parser.parse_args(small), load_recipe(arguments.recipe, changes, tiny.shop))
+        return
+    if arguments.data is None:
+        parser.error("name the folder of the data by --data")
+    run(arguments, load_recipe(arguments.recipe, (), arguments.data))
 
-    recipe = load_recipe(arguments.recipe, (), arguments.data)
+
+def run(arguments: argparse.Namespace, recipe: Recipe) -> None:
+    """Choose titles in every way, and print the table."""
     assert isinstance(recipe.task, ClassificationTask)
     assert not recipe.task.multi_label
     found = labelled_of(recipe.data, recipe.task)

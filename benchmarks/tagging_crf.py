@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _smoke import add_smoke
+
 from peft_combo.data.labels.tags import TaggedText, entities
 from peft_combo.data.labels.texts import split_texts
 from peft_combo.data.task_data import tagged_of
@@ -31,16 +33,20 @@ def main() -> None:
     options.add_argument("--recipe", default="tag-fashion")
     options.add_argument("--data")
     options.add_argument("--set", action="append", default=[], dest="overrides")
+    add_smoke(options)
     given = options.parse_args()
     recipe = load_recipe(given.recipe, given.overrides, given.data)
     assert isinstance(recipe.task, TaggingTask)
     texts = tagged_of(recipe.data, recipe.task).texts
+    weights = list(itertools.product((0.0, 0.01, 0.1, 1.0), (0.001, 0.01, 0.1)))
+    if given.smoke:
+        texts, weights = texts[:100], weights[4:5]
     parts = split_texts([one.text for one in texts], recipe.data)
     train, valid, test = ([texts[row] for row in rows] for rows in (parts.train, parts.valid, parts.test))
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (l1, l2) in enumerate(itertools.product((0.0, 0.01, 0.1, 1.0), (0.001, 0.01, 0.1))):
+        for number, (l1, l2) in enumerate(weights):
             tagger = fitted(train, l1, l2, Path(folder) / f"{number}.crf")
             found.append((f1(valid, tagged(tagger, valid)), l1, l2, tagger))
             print(f"L1 {l1:g}, L2 {l2:g}: F1 {found[-1][0]:.4f} on {len(valid):,} validation texts", flush=True)

@@ -9,7 +9,8 @@ layers, as lora-fashion does. Each figure is texts encoded, with gradients and o
 - textbook: every batch padded to 128 tokens, LoRA in every layer, as PEFT puts it where it is not told otherwise.
 - pad-128: the same loop with LoRA in the top layers only; the whole encoder still runs forward.
 - dynamic: padded to the longest text of the batch instead.
-- sentence-transformers: its trainer with MultipleNegativesRankingLoss over pairs out of the same texts.
+- sentence-transformers: its trainer with MultipleNegativesRankingLoss over pairs out of the same texts; left out where
+  it is not installed.
 - ours: `ItemEncoder`, as `peft-combo tune` uses it; the cache of the lower layers is filled before, and timed apart.
 
 Rounds are interleaved, so a drift of the machine hits all alike; the median round counts, its spread is shown. The GEMM
@@ -21,29 +22,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import logging
 import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from _smoke import add_smoke, make_tiny
 from torch import nn
 
+from peft_combo.data.sources import open_dataset
 from peft_combo.encoder import methods
-from peft_combo.encoder.architectures import layers_of, set_dropout, set_training
+from peft_combo.encoder.architectures import layers_of, set_dropout, set_training, target_modules
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.tokens import length_sorted_chunks
 from peft_combo.recipe.adapter import LoraAdapter
 from peft_combo.recipe.files import load_recipe
+from peft_combo.recipe.model import Recipe
 from peft_combo.tuning.item_encoder import ItemEncoder
 
 BATCH = 192  # distinct items in a batch of lora-fashion: 32 bundles and 64 extra negatives
+LEFT_OUT = "sentence-transformers is not installed: its row is left out"
 
 
 def main() -> None:
@@ -52,32 +56,43 @@ def main() -> None:
     parser.add_argument("--top-layers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_smoke(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
-    from peft_combo.data.sources import open_dataset
+    if options.smoke:
+        with make_tiny() as tiny:
+            compare(load_recipe("lora-fashion", tiny.changes, tiny.shop), options.top_layers, 1, batch=24, pad_to=16)
+        return
+    compare(load_recipe("lora-fashion", data=options.data), options.top_layers, options.rounds, BATCH, pad_to=128)
 
-    recipe = load_recipe("lora-fashion", data=options.data)
+
+def compare(recipe: Recipe, top_layers: int, rounds: int, batch: int, pad_to: int) -> None:
+    """Time all ways in turn and print the table; the first two pad every text to `pad_to` tokens."""
     texts = list(dict.fromkeys(open_dataset(recipe.data).catalog.texts(recipe.data.text)))
-    backbone = Backbone.load()
-    adapter = LoraAdapter(rank=8, top_layers=options.top_layers)
+    backbone = Backbone.of(recipe.backbone)
+    adapter = LoraAdapter(rank=8, top_layers=top_layers)
     tokens = backbone.tokenize(texts).lengths
     print(
-        f"{len(texts):,} texts of {tokens.mean():.1f} tokens on average, batches of {BATCH}, {options.threads} threads"
+        f"{len(texts):,} texts of {tokens.mean():.1f} tokens on average, batches of {batch}, "
+        f"{torch.get_num_threads()} threads"
     )
 
-    ours, cached_in, flops = our_step(backbone, adapter, texts)
+    ours, cached_in, flops = our_step(backbone, adapter, texts, batch)
     ways = {
-        "textbook": plain_step(backbone, LoraAdapter(rank=8), texts, pad_to=128),
-        "pad-128": plain_step(backbone, adapter, texts, pad_to=128),
-        "dynamic": plain_step(backbone, adapter, texts, pad_to=None),
-        "sentence-transformers": sentence_transformers_step(backbone, adapter, texts),
-        "ours": ours,
+        "textbook": plain_step(backbone, LoraAdapter(rank=8), texts, batch, pad_to),
+        f"pad-{pad_to}": plain_step(backbone, adapter, texts, batch, pad_to),
+        "dynamic": plain_step(backbone, adapter, texts, batch, None),
     }
+    if importlib.util.find_spec("sentence_transformers"):
+        ways["sentence-transformers"] = sentence_transformers_step(backbone, adapter, texts, batch)
+    else:
+        print(LEFT_OUT)
+    ways["ours"] = ours
     rates: dict[str, list[float]] = {name: [] for name in (*ways, "peak")}
-    for round_number in range(options.rounds + 1):
+    for round_number in range(rounds + 1):
         for name, step in ways.items():
             count, seconds = step()
             if round_number:  # the first round warms up
@@ -90,9 +105,9 @@ def main() -> None:
         spread = f"{min(rates[name]):.0f} to {max(rates[name]):.0f}"
         print(f"{name:24}{middle[name]:10.1f}{spread:>18}{middle['ours'] / middle[name]:9.1f}x")
     print(f"\nlower layers of the whole catalogue, once: {cached_in:.1f} s")
-    bound = middle["peak"] / (flops / BATCH)
+    bound = middle["peak"] / (flops / batch)
     print(
-        f"GEMM peak {middle['peak'] / 1e9:.0f} GFLOP/s; our step does {flops / BATCH / 1e6:.0f} MFLOP a text, "
+        f"GEMM peak {middle['peak'] / 1e9:.0f} GFLOP/s; our step does {flops / batch / 1e6:.1f} MFLOP a text, "
         f"so at most {bound:.0f} texts/s: ours runs at {middle['ours'] / bound:.0%} of that bound"
     )
 
@@ -100,7 +115,7 @@ def main() -> None:
 Step = Callable[[], tuple[int, float]]
 
 
-def our_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str]) -> tuple[Step, float, float]:
+def our_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str], batch: int) -> tuple[Step, float, float]:
     """Return a timed step of ours, the seconds of filling the cache, and the floating point operations of a step."""
     attached = methods.attach(backbone.model, adapter, max_length=backbone.max_length, total_steps=100, seed=0)
     set_dropout(attached.inner, 0.0)
@@ -109,17 +124,17 @@ def our_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str]) -> tupl
     cached_in = time.perf_counter() - clock
     set_training(attached.inner, attached.cut, True)
     optimizer = torch.optim.AdamW(attached.trainable().values(), lr=1e-4)
-    rows = np.random.default_rng(0).permutation(len(texts))[:BATCH]
+    rows = np.random.default_rng(0).permutation(len(texts))[:batch]
     lengths = items.tokens.lengths[items.text_of[rows]]
     padded = sum(len(chunk) * int(lengths[chunk].max()) for chunk in length_sorted_chunks(lengths))
 
     def step() -> tuple[int, float]:
         clock = time.perf_counter()
-        vectors = items.vectors(items.encoder, rows)
+        vectors = items.encode(items.encoder, rows)
         contrast(vectors).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return BATCH, time.perf_counter() - clock
+        return batch, time.perf_counter() - clock
 
     return step, cached_in, float(padded * flops_per_token(backbone, adapter))
 
@@ -146,14 +161,14 @@ def flops_per_token(backbone: Backbone, adapter: LoraAdapter) -> int:
     return total
 
 
-def plain_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str], pad_to: int | None) -> Step:
+def plain_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str], batch: int, pad_to: int | None) -> Step:
     attached = methods.attach(backbone.model, adapter, max_length=backbone.max_length, total_steps=100, seed=0)
     for module in attached.inner.modules():
-        if isinstance(module, methods.lora.Linear):
-            module.forward = type(module).forward.__get__(module)  # PEFT's own, as a textbook loop has it
+        if hasattr(module, "lora_A"):
+            module.__dict__.pop("forward", None)  # ours is laid over PEFT's own, which a textbook loop has
     optimizer = torch.optim.AdamW(attached.trainable().values(), lr=1e-4)
-    # A whole batch padded to 128 takes many seconds; a third of it gives the same rate.
-    count = BATCH // 3 if pad_to else BATCH
+    # A whole padded batch takes many seconds; a third of it gives the same rate.
+    count = batch // 3 if pad_to else batch
     rows = np.random.default_rng(0).permutation(len(texts))[:count]
     tokens = backbone.tokenize(texts)
 
@@ -169,7 +184,7 @@ def plain_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str], pad_t
     return step
 
 
-def sentence_transformers_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str]) -> Step:
+def sentence_transformers_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str], batch: int) -> Step:
     """Return one short training of sentence-transformers with the same LoRA; its time is that of `train` alone."""
     import peft
     from datasets import Dataset
@@ -180,10 +195,10 @@ def sentence_transformers_step(backbone: Backbone, adapter: LoraAdapter, texts: 
     )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from peft_combo.encoder.architectures import target_modules
-    from peft_combo.encoder.loading import _locate
-
-    model = SentenceTransformer(_locate("embedded"), device="cpu")
+    folder = tempfile.TemporaryDirectory(prefix="tune-speed-")
+    backbone.model.save_pretrained(folder.name)
+    backbone.tokenizer.save_pretrained(folder.name)
+    model = SentenceTransformer(folder.name, device="cpu")
     model.max_seq_length = backbone.max_length
     targets = target_modules(backbone.model, "attention+ffn", adapter.top_layers)
     model.add_adapter(
@@ -191,15 +206,14 @@ def sentence_transformers_step(backbone: Backbone, adapter: LoraAdapter, texts: 
             task_type="FEATURE_EXTRACTION", r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets
         )
     )
-    rows = np.random.default_rng(0).permutation(len(texts))[: BATCH * 2]
+    rows = np.random.default_rng(0).permutation(len(texts))[: batch * 2]
     half = len(rows) // 2
     pairs = Dataset.from_dict({"a": [texts[r] for r in rows[:half]], "b": [texts[r] for r in rows[half:]]})
-    folder = tempfile.mkdtemp()
 
     def step() -> tuple[int, float]:
         arguments = SentenceTransformerTrainingArguments(
-            output_dir=folder, max_steps=2, per_device_train_batch_size=BATCH // 2, save_strategy="no", report_to=[],
-            logging_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+            output_dir=folder.name, max_steps=2, per_device_train_batch_size=batch // 2, save_strategy="no",
+            report_to=[], logging_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = SentenceTransformerTrainer(
             model=model, args=arguments, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model)
@@ -207,7 +221,7 @@ def sentence_transformers_step(backbone: Backbone, adapter: LoraAdapter, texts: 
         clock = time.perf_counter()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             trainer.train()
-        return 2 * BATCH, time.perf_counter() - clock
+        return 2 * batch, time.perf_counter() - clock
 
     return step
 
@@ -231,5 +245,4 @@ def gemm_peak() -> float:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_encoder
+from made_up import build_encoder
 
 from peft_combo.encoder.architectures import (
     ARCHITECTURES,

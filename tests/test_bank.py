@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_encoder
+from made_up import build_encoder
 from safetensors.torch import save_file
 
 from peft_combo.encoder import methods

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_encoder
+from made_up import build_encoder
 from torch.nn import functional
 
 from peft_combo.callbacks import Watch

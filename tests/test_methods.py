@@ -14,7 +14,8 @@ import peft
 import pytest
 import torch
 from conformance_cases import METHODS, TEXTS
-from conftest import REPOSITORY, build_encoder
+from conftest import REPOSITORY
+from made_up import build_encoder
 from torch import nn
 from transformers import AutoModel
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conformance_cases import METHODS
-from conftest import build_encoder
+from made_up import build_encoder
 from torch import nn
 
 from peft_combo.encoder import methods

@@ -1,0 +1,75 @@
+"""Made-up encoders and shops, tiny and real: what the tests and the benchmarks' smoke runs stand on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+# For each architecture: how to make a tiny, randomly built encoder of it. 32 wide, 4 heads, 3 layers, 200 words.
+_SIZES: dict[str, dict[str, Any]] = {
+    "bert": {}, "roberta": {"max_position_embeddings": 66}, "electra": {"embedding_size": 16},
+    "mpnet": {"max_position_embeddings": 66}, "albert": {"embedding_size": 16},
+    "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 3, "hidden_dim": 48},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"},
+    "modernbert": {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
+}  # fmt: skip
+
+
+def save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Let a tokenizer, whose first words are [PAD] [UNK] [CLS] [SEP] [MASK], frame texts, and save it as a model's."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]",
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def build_encoder(folder: Path, architecture: str = "bert", seed: int = 0, **changes: Any) -> Path:
+    """Save a tiny encoder with a word tokenizer into `folder`, the way a model folder looks."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import AutoConfig, AutoModel
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(195))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    save_tokenizer(folder, tokenizer)
+    common = {"vocab_size": len(words), "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3,
+              "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+    options = {**common, **_SIZES[architecture], **changes}
+    if architecture == "distilbert":
+        options = {k: v for k, v in options.items() if not k.startswith(("hidden_s", "num_", "intermediate"))}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModel.from_config(AutoConfig.for_model(architecture, **options)).save_pretrained(folder)
+    return folder
+
+
+def build_shop(folder: Path, above: str = "") -> Path:
+    """Write 60 items in 6 styles and 90 bundles of 30 users into `folder`; items of one style go together.
+
+    The style shows in one of two words a title has for it, so what goes together can be learned from text alone.
+
+    Args:
+        above: what stands before the style in an item's category path.
+    """
+    dice = random.Random(5)
+    titles = [f"w{10 + number % 6 * 2 + number // 6 % 2} w{40 + number} w{120 + number % 7}" for number in range(60)]
+    rows = "\n".join(f"i{number},{title},{above}Style {number % 3}" for number, title in enumerate(titles))
+    (folder / "items.csv").write_text(f"item_id,title,category\n{rows}\n")
+    members, meta = [], []
+    for bundle in range(90):
+        style = dice.randrange(6)
+        chosen = dice.sample([number for number in range(60) if number % 6 == style], dice.choice((2, 3, 4)))
+        members += [f"b{bundle},i{number}" for number in chosen]
+        meta.append(f"b{bundle},u{bundle % 30}")
+    (folder / "bundles.csv").write_text("bundle_id,item_id\n" + "\n".join(members) + "\n")
+    (folder / "bundle_meta.csv").write_text("bundle_id,user_id\n" + "\n".join(meta) + "\n")
+    return folder
