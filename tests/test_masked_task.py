@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,10 @@ def test_an_encoder_runs_the_tokens_it_is_shown(backbone: Backbone) -> None:
             alone = backbone.model(input_ids=torch.from_numpy(asked.tokens[own])[None]).last_hidden_state[0].numpy()
             assert np.allclose(states[own], alone, atol=1e-5)
         first = backbone.model.get_input_embeddings()(torch.from_numpy(asked.tokens[:8]))  # type: ignore[operator]
-        push = items.pushed(asked.items, None, asked.tokens)
-        assert torch.allclose(push.sizes[0], first.norm(), atol=1e-5)
-        again = items.encode(items.frozen, asked.items, push=push, tokens=asked.tokens).numpy()
+        selection = items.select(asked.items, asked.tokens)
+        entering, text = items.entering_states(selection)
+        assert torch.allclose(entering[text == 0], first, atol=1e-5)
+        again = items.encode_selection(items.frozen, replace(selection, added=torch.zeros_like(entering))).numpy()
         assert np.allclose(states, again, atol=1e-5)  # what is pushed is what is shown
 
 

@@ -20,8 +20,9 @@ from peft_combo.encoder import methods
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.errors import BackboneError, TuningError
 from peft_combo.recipe.model import BackboneConfig, Recipe
+from peft_combo.tuning.figures import Memory
 from peft_combo.tuning.loop import tune
-from peft_combo.tuning.plan import Memory, frozen_bytes, plan
+from peft_combo.tuning.plan import frozen_bytes, plan
 from peft_combo.tuning.probe import probe
 from peft_combo.tuning.resources import measured
 

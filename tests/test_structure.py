@@ -56,10 +56,8 @@ LONG_FILES = {
     "evaluation/completion.py": 509,
 }
 LONG_FUNCTIONS: dict[str, int] = {
-    "tuning/loop.py:tune": 190,
     "cli/tune.py:tune": 117,
     "evaluation/completion.py:evaluate": 109,
-    "tuning/plan.py:plan": 88,
     "cli/recommend.py:recommend": 87,
     "adapters/export.py:export": 82,
 }

@@ -6,9 +6,10 @@ The only importer of accelerate. Knows nothing of the recommender.
 from __future__ import annotations
 
 from peft_combo.tuning.continual import continue_tuning
+from peft_combo.tuning.figures import Disk, Memory, Plan
 from peft_combo.tuning.loop import Diverged, Interrupted, TuneResult, tune
 from peft_combo.tuning.optimizer import Schedule, learning_rate_factor
-from peft_combo.tuning.plan import Disk, Memory, Plan, plan
+from peft_combo.tuning.plan import plan
 from peft_combo.tuning.resources import duration, peak_mib
 from peft_combo.tuning.tasks import task_of
 

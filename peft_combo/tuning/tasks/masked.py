@@ -218,7 +218,8 @@ class MaskedWords:
         self._words: Tensor = backbone.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
         vocabulary, width = self._words.shape
         head = MaskedHead(backbone.dim, width, vocabulary, self._config)
-        head.size.copy_(torch.linalg.vector_norm(self._words) / self._words.numel() ** 0.5)
+        if not self._words.is_meta:  # shapes alone have no size
+            head.size.copy_(torch.linalg.vector_norm(self._words) / self._words.numel() ** 0.5)
         return head
 
     def start(self, head: MaskedHead, frozen: Encode) -> None:
