@@ -115,7 +115,7 @@ def our_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str]) -> tupl
 
     def step() -> tuple[int, float]:
         clock = time.perf_counter()
-        vectors = items.vectors(items.encoder, rows)
+        vectors = items.encode(items.encoder, rows)
         contrast(vectors).backward()
         optimizer.step()
         optimizer.zero_grad()

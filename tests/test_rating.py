@@ -37,7 +37,8 @@ from peft_combo.scoring.features import Counted, CrossFitted, log_popularity
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import TuneResult, tune
 from peft_combo.tuning.tasks import task_of
-from peft_combo.tuning.tasks.rating import Negatives, Rating, RatingBatch, rating_logits, rating_loss
+from peft_combo.tuning.tasks.negatives import Negatives
+from peft_combo.tuning.tasks.rating import Rating, RatingBatch, rating_logits, rating_loss
 
 MakeRecipe = Callable[..., Recipe]
 DAY = 86_400

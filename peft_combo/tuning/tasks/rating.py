@@ -1,7 +1,7 @@
 """The rating task: how likely a user takes an item, as a score in [0, 1].
 
-Owns events with their histories, the split by user or time, drawn negatives with their correction, the head and what
-is measured. Sees items as rows and vectors; knows nothing of encoders or the training loop.
+Owns the batches of events with their histories, the loss, what is measured and the baselines; wrong answers are drawn
+by `negatives`. Sees items as rows and vectors; knows nothing of encoders or the training loop.
 
 A user is the pooled vectors of the latest items they took, not one long text: a few thousand item texts serve all
 users, so equal texts are encoded once and the cache of the frozen layers holds, where one text for every user and
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from peft_combo import metrics
 from peft_combo.data.augmentation.variants import brands_of
-from peft_combo.data.events import Events, Taken, split_events
+from peft_combo.data.events import Events, split_events
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.task_data import needs_of
 from peft_combo.encoder.backbone import Backbone
@@ -41,6 +41,7 @@ from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.features import Counted, CrossFitted, baskets_of
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
 from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
+from peft_combo.tuning.tasks.negatives import Negatives
 
 # Events that are asked about while training and for the table; each ranks the whole catalogue.
 _ASKED_WHILE_TRAINING, _ASKED = 1000, 5000
@@ -54,57 +55,6 @@ _COUNTING = "popularity and item-kNN"
 
 Logits: TypeAlias = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Turns (Q, S) histories into (Q, N) log-odds."""
-
-
-class Negatives:
-    """Draws items that a user did not take, the popular ones more often, and says by how much more often.
-
-    Args:
-        taken: (U, N) what each user is known to have taken; of train alone, or the draw would tell of held-out events.
-        counts: (N,) train events of each item; an item is drawn in proportion to (count + 1) ** power.
-    """
-
-    def __init__(self, taken: Taken, counts: NDArray[np.int64], power: float) -> None:
-        weight = (counts + 1.0) ** power
-        self.share: NDArray[np.float64] = weight / weight.sum()
-        self._upto = np.cumsum(self.share)
-        self._n = taken.shape[1]
-        rows, columns = taken.nonzero()
-        self._cells = np.sort(rows.astype(np.int64) * self._n + columns)
-        self._free_share = 1 - np.bincount(rows, weights=self.share[columns], minlength=taken.shape[0])
-        self._free = self._n - np.bincount(rows, minlength=taken.shape[0])
-        if len(full := np.flatnonzero(self._free <= 0)):
-            raise DataError(
-                f"{len(full)} users took every one of the {self._n} items, so there is nothing they declined. "
-                "Give a larger catalogue, or leave these users out."
-            )
-
-    def draw(self, users: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        """Draw one item for each user, (M,) -> (M,), in proportion to its share among those the user did not take."""
-        items = np.empty(len(users), np.int64)
-        open_ = np.arange(len(users))
-        while len(open_):
-            drawn = np.minimum(np.searchsorted(self._upto, rng.random(len(open_)), "right"), self._n - 1)
-            items[open_] = drawn
-            open_ = open_[self._taken(users[open_], drawn)]
-        return items
-
-    def correction(self, users: NDArray[np.int64], items: NDArray[np.int64], each: int) -> NDArray[np.float32]:
-        """Return what to add to the log-odds against one evenly drawn item, where `each` are drawn by share: (M,).
-
-        Source: Yi et al. 2019, "Sampling-bias-corrected neural modeling", eq. 5, in the binary form of Gutmann and
-            Hyvärinen 2010, "Noise-contrastive estimation", eq. 3: log-odds less the log of k times the noise.
-        """
-        drawn = self.share[items] / self._free_share[users]
-        corrected: NDArray[np.float32] = -np.log(each * self._free[users] * drawn).astype(np.float32)
-        return corrected
-
-    def _taken(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
-        cells = users * self._n + items
-        if not len(self._cells):
-            return np.zeros(len(cells), bool)
-        place = np.minimum(np.searchsorted(self._cells, cells), len(self._cells) - 1)
-        return np.asarray(self._cells[place] == cells)
 
 
 @dataclass(frozen=True)
