@@ -28,11 +28,11 @@ from peft_combo.tuning.averaging import WeightAverage
 from peft_combo.tuning.extensions import build_extensions
 from peft_combo.tuning.item_encoder import ItemEncoder
 from peft_combo.tuning.loop import tune
-from peft_combo.tuning.model import TrainingModel, trained_parameters
-from peft_combo.tuning.optimizer import Group, groups_of
-from peft_combo.tuning.r_drop import disagreement
+from peft_combo.tuning.model import TrainingModel, collect_trained_parameters
+from peft_combo.tuning.optimizer import Group, build_parameter_groups
+from peft_combo.tuning.r_drop import compute_disagreement
 from peft_combo.tuning.step import Passes, StepExtensions
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -42,7 +42,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, variants: TextVariants | None = None) -> None:
         self.recipe = recipe
-        self.task = task_of(recipe)
+        self.task = build_task(recipe)
         backbone = Backbone.of(recipe.backbone)
         self.attached = methods.attach(backbone.model, recipe.adapter, max_length=16, total_steps=9, seed=0)
         self.head: TaskHead = self.task.head(backbone, 16)
@@ -57,7 +57,7 @@ class Run:
         set_training(self.attached.inner, self.attached.cut, False)
 
     def extend(self, config: TrainingConfig, variants: TextVariants | None = None) -> StepExtensions:
-        parameters = trained_parameters(self.attached, self.head)
+        parameters = collect_trained_parameters(self.attached, self.head)
         return build_extensions(config, self.items, parameters, variants, self.task.exclusive)
 
     def gradients(self, config: TrainingConfig) -> tuple[float, list[torch.Tensor]]:
@@ -74,14 +74,14 @@ def test_disagreement_by_hand() -> None:
     one, two = torch.log(torch.tensor([[0.5, 0.5]])), torch.log(torch.tensor([[0.8, 0.2]]))
     forth = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
     back = 0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.2 / 0.5)
-    assert disagreement(one, two, True).item() == pytest.approx((forth + back) / 2, abs=1e-6)
+    assert compute_disagreement(one, two, True).item() == pytest.approx((forth + back) / 2, abs=1e-6)
     # A yes or no with the same chances is the same question.
     odds = [torch.tensor([0.0]), torch.tensor([math.log(4)])]
-    assert disagreement(*odds, False).item() == pytest.approx((forth + back) / 2, abs=1e-6)
-    assert disagreement(one, one, True).item() == 0
+    assert compute_disagreement(*odds, False).item() == pytest.approx((forth + back) / 2, abs=1e-6)
+    assert compute_disagreement(one, one, True).item() == 0
     # What is no candidate in either pass adds nothing.
     barred = [torch.cat([x, torch.full((1, 1), -1e4)], 1) for x in (one, two)]
-    assert disagreement(*barred, True).item() == pytest.approx((forth + back) / 2, abs=1e-6)
+    assert compute_disagreement(*barred, True).item() == pytest.approx((forth + back) / 2, abs=1e-6)
 
 
 def test_r_drop_adds_what_two_passes_disagree_by(tiny_recipe: MakeRecipe) -> None:
@@ -95,7 +95,7 @@ def test_r_drop_adds_what_two_passes_disagree_by(tiny_recipe: MakeRecipe) -> Non
     first, second = seen
     assert not torch.equal(first, second)
     wanted = (run.task.loss(first, run.batch) + run.task.loss(second, run.batch)) / 2
-    wanted = wanted + 2.0 * disagreement(first, second, True)
+    wanted = wanted + 2.0 * compute_disagreement(first, second, True)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
@@ -112,7 +112,7 @@ def rates(recipe: Recipe) -> dict[int | None, set[tuple[float, float]]]:
     run = Run(recipe)
     names = {id(p): name for name, p in run.attached.trainable().items()}
     found: dict[int | None, set[tuple[float, float]]] = {}
-    for group in groups_of(recipe.training, run.attached, run.head):
+    for group in build_parameter_groups(recipe.training, run.attached, run.head):
         for parameter in group.parameters:
             name = names.get(id(parameter))
             layer = None if name is None else int(name.split("layer.")[1].split(".")[0])
@@ -142,7 +142,7 @@ def test_who_waits_does_not_move(tiny_recipe: MakeRecipe, tmp_path: Path) -> Non
             "training.early_stopping": None,
         }
     )
-    half = task_of(recipe).per_epoch * 2
+    half = build_task(recipe).per_epoch * 2
     with pytest.raises(SystemExit):
         tune(recipe, run_folder=tmp_path, watch=StopAt(half + 1))
     (folder,) = tmp_path.glob("step-*")
@@ -282,7 +282,7 @@ def test_the_mean_is_what_is_evaluated_and_stored(tiny_recipe: MakeRecipe, tmp_p
         }
     )
     folder = tmp_path / "run"
-    per_epoch = task_of(recipe).per_epoch
+    per_epoch = build_task(recipe).per_epoch
 
     class Keep(Watch):
         def evaluated(self, step: int, values: Any, best: bool) -> None:
@@ -312,7 +312,7 @@ def test_the_mean_is_what_is_evaluated_and_stored(tiny_recipe: MakeRecipe, tmp_p
 
 
 def test_training_sees_other_wordings_and_evaluation_does_not(tiny_recipe: MakeRecipe) -> None:
-    texts = task_of(tiny_recipe()).texts
+    texts = build_task(tiny_recipe()).texts
     wordings = [[f"{text} w190"] if row % 2 else [] for row, text in enumerate(texts)]
     run, plain = Run(tiny_recipe(), TextVariants(texts, wordings, 1.0)), Run(tiny_recipe())
     rows = np.arange(6)

@@ -19,11 +19,11 @@ from peft_combo.callbacks import Watch
 from peft_combo.encoder.heads import head_of
 from peft_combo.errors import DataError
 from peft_combo.recipe.model import Recipe
-from peft_combo.tuning.model import trained_parameters
+from peft_combo.tuning.model import collect_trained_parameters
 from peft_combo.tuning.plan import plan
 from peft_combo.tuning.processes import build_accelerator
 from peft_combo.tuning.setup import Setup
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.base import AnyTask
 
 TASKS = ("bundle", "sequence", "rating", "classification", "tagging", "masked")
@@ -73,14 +73,14 @@ def make(tiny_recipe: MakeRecipe, folders: dict[str, Path]) -> MakeRecipe:
 
 def build_setup(recipe: Recipe, folder: Path) -> Setup:
     """Put together what a run works on, its head fitted over the frozen encoder."""
-    return Setup.build(recipe, build_accelerator(recipe, folder), task_of(recipe), Watch())
+    return Setup.build(recipe, build_accelerator(recipe, folder), build_task(recipe), Watch())
 
 
 def nudge(setup: Setup) -> None:
     """Move every trained weight off its start, where a zero would hide another one's gradient."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in trained_parameters(setup.attached, setup.head).values():
+        for parameter in collect_trained_parameters(setup.attached, setup.head).values():
             parameter.add_(0.02 * torch.randn_like(parameter))
 
 
@@ -147,10 +147,10 @@ def test_data_that_is_not_there_or_not_enough_is_refused_with_what_was_expected(
     kind: str, make: MakeRecipe, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="nowhere"):
-        task_of(make(kind, **{"data.path": str(tmp_path / "nowhere")}))
+        build_task(make(kind, **{"data.path": str(tmp_path / "nowhere")}))
     (tmp_path / "items.csv").write_text("item_id,title\ni0,w1 w2\ni1,w3 w4\n")
     with pytest.raises(DataError, match=REFUSALS[kind]):
-        task_of(make(kind, **{"data.path": str(tmp_path)}))
+        build_task(make(kind, **{"data.path": str(tmp_path)}))
 
 
 @each_task
@@ -196,7 +196,7 @@ def test_the_loss_is_finite_and_reaches_head_and_adapter(kind: str, ready: Calla
     assert loss.shape == ()
     assert torch.isfinite(loss)
     loss.backward()
-    trained = trained_parameters(setup.attached, setup.head)
+    trained = collect_trained_parameters(setup.attached, setup.head)
     assert [name for name, p in trained.items() if p.grad is None or not p.grad.any()] == []
     assert all(bool(p.grad.isfinite().all()) for p in trained.values() if p.grad is not None)
     assert {name.split(":")[0] for name in trained} == {"adapter", "head"}
@@ -217,11 +217,11 @@ def test_a_head_rebuilt_from_its_specification_answers_the_same(kind: str, ready
     setup = ready(kind)
     setup.measure_baseline()
     nudge(setup)
-    setup.task.settle(setup.head, setup.evaluate().choice)
+    setup.task.apply_choice(setup.head, setup.evaluate().choice)
     rebuilt = head_of(json.loads(json.dumps(setup.head.spec())), setup.head.state_dict())
     assert type(rebuilt) is type(setup.head)
     assert rebuilt.spec() == setup.head.spec()
-    assert_same(setup.task.outcome(rebuilt, setup.encode), setup.predict())
+    assert_same(setup.task.predict(rebuilt, setup.encode), setup.predict())
 
 
 @each_task

@@ -184,7 +184,7 @@ def _short(what: str, needed: float, there: float, remedy: str) -> str:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ComputeSetting:
     """Where a run computes, and the parameters it counts there; of `precision` as the recipe or accelerate names it."""
 
     device: str
@@ -215,7 +215,7 @@ class Costs:
     seconds: float
 
 
-def build_plan(recipe: Recipe, task: AnyTask, attached: AttachedAdapter, setting: Setting, costs: Costs) -> Plan:
+def build_plan(recipe: Recipe, task: AnyTask, attached: AttachedAdapter, setting: ComputeSetting, costs: Costs) -> Plan:
     """Put a plan together from what was counted and measured: before a run, or on what it has loaded."""
     training = recipe.training
     # AdaLoRA's count of its own ranks is no trained number, though shapes alone say so.
@@ -244,7 +244,7 @@ def build_plan(recipe: Recipe, task: AnyTask, attached: AttachedAdapter, setting
         steps=steps,
         warmup_steps=math.ceil(training.warmup_fraction * steps),
         schedule=training.schedule,
-        evaluations=evaluations_of(training, task.per_epoch),
+        evaluations=count_evaluations(training, task.per_epoch),
         memory=Memory(
             base=costs.base, frozen=costs.frozen, loading=costs.loading, trained=(1 + _BESIDE + optimizer) * trained,
             step=costs.step, cached=in_memory, vectors=costs.vectors, evaluation=costs.evaluation,
@@ -259,11 +259,11 @@ def build_plan(recipe: Recipe, task: AnyTask, attached: AttachedAdapter, setting
     )  # fmt: skip
 
 
-def evaluations_of(training: TrainingConfig, per_epoch: int) -> int:
+def count_evaluations(training: TrainingConfig, per_epoch: int) -> int:
     """Return how often a whole run asks validation."""
-    return math.ceil(per_epoch * training.epochs / evaluation_interval(training, per_epoch))
+    return math.ceil(per_epoch * training.epochs / compute_evaluation_interval(training, per_epoch))
 
 
-def evaluation_interval(training: TrainingConfig, per_epoch: int) -> int:
+def compute_evaluation_interval(training: TrainingConfig, per_epoch: int) -> int:
     """Return the optimizer steps between two evaluations."""
     return max(1, round(training.evaluate_every * per_epoch))

@@ -1,4 +1,4 @@
-"""The catalogue's texts, encoded again and again while an adapter learns: the fast path of tuning.
+"""Item encoder with a cache of the frozen layers: the catalogue encoded again and again while an adapter learns.
 
 Owns which text belongs to which item, the cache of the frozen layers' outputs, the chunks, and the division of work
 over processes. The result is that of encoding text by text (equal within float tolerance); only the time differs.

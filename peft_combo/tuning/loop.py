@@ -26,16 +26,16 @@ from peft_combo.metrics.report import Table
 from peft_combo.recipe.model import Recipe
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.versions import AdapterRecord
-from peft_combo.tuning.figures import Plan, evaluation_interval
-from peft_combo.tuning.optimizer import Group, Schedule, groups_of, learning_rate_factor, optimizer_of
-from peft_combo.tuning.processes import any_process, build_accelerator, catch_interrupt
+from peft_combo.tuning.figures import Plan, compute_evaluation_interval
+from peft_combo.tuning.optimizer import Group, Schedule, build_optimizer, build_parameter_groups, learning_rate_factor
+from peft_combo.tuning.processes import ask_any_process, build_accelerator, catch_interrupt
 from peft_combo.tuning.resources import peak_mib
 from peft_combo.tuning.run_state import Progress, RunLog, forget_checkpoints
 from peft_combo.tuning.save import store_adapter
 from peft_combo.tuning.seeds import mix_seed
 from peft_combo.tuning.setup import Setup
 from peft_combo.tuning.step import ForwardPass, Passes
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.base import AnyTask, Evaluation
 
 
@@ -146,20 +146,20 @@ class Run:
             with store.writing(recipe.category):
                 pass  # a store that cannot be written is better known now than after the training
 
-        setup = Setup.build(recipe, accelerator, task_of(recipe) if task is None else task, watch, start, rewrite)
-        groups = groups_of(recipe.training, setup.attached, setup.head)
+        setup = Setup.build(recipe, accelerator, build_task(recipe) if task is None else task, watch, start, rewrite)
+        groups = build_parameter_groups(recipe.training, setup.attached, setup.head)
         # How good is it without tuning? The same head over the frozen encoder, as good as it gets there.
         before, baseline_seconds = setup.measure_baseline()
         plan = setup.measure_plan(baseline_seconds)
         watch.planned(plan.line(), plan.metric)
 
         prepared, optimizer = accelerator.prepare(
-            setup.model, optimizer_of(recipe.training, groups), device_placement=[False, False]
+            setup.model, build_optimizer(recipe.training, groups), device_placement=[False, False]
         )
         passes = Passes(cast(ForwardPass, setup.model), prepared, accelerator.backward)
         progress = Progress()
         if resume:
-            progress = Progress.restored(run_folder, setup, optimizer)
+            progress = Progress.restore(run_folder, setup, optimizer)
             watch.note(f"Going on after step {progress.step} of {setup.total}.")
         log = RunLog(run_folder / "log.jsonl", progress.step) if main else None
         return cls(
@@ -175,7 +175,7 @@ class Run:
             Interrupted: `stop` was set; a checkpoint of the last whole step was written first.
         """
         progress, training, weights = self.progress, self.setup.recipe.training, self.setup.extensions.weights
-        total, evaluate_every = self.setup.total, evaluation_interval(training, self.setup.task.per_epoch)
+        total, evaluate_every = self.setup.total, compute_evaluation_interval(training, self.setup.task.per_epoch)
         self.watch.stage("Tuning", total)
         self.watch.advance(progress.step)
         while progress.step < total and not progress.stopped_early:
@@ -184,7 +184,7 @@ class Run:
             weights.after_step(progress.step / total, evaluated)
             if evaluated:
                 self._evaluate()
-            interrupted = any_process(self.accelerator, stop.is_set())
+            interrupted = ask_any_process(self.accelerator, stop.is_set())
             if interrupted or progress.step % training.checkpoint_every == 0:
                 self._write_checkpoint()
             if interrupted:
@@ -248,7 +248,7 @@ class Run:
             setup.attached.load_state(best.adapter, best.values)
             setup.head.load_state_dict(best.head)
             choice = best.choice
-        setup.task.settle(setup.head, choice)
+        setup.task.apply_choice(setup.head, choice)
         table = setup.task.table(self.before, setup.predict())
         best_step = progress.step if best is None else best.step
         chosen = {"best_step": best_step, **choice, **setup.attached.summary()}

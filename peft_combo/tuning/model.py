@@ -65,7 +65,7 @@ class TrainingModel(nn.Module):
         return self._extensions.choose_texts(self._items.select(batch.items, tokens), seed)
 
 
-def trained_parameters(attached: AttachedAdapter, head: TaskHead) -> dict[str, nn.Parameter]:
+def collect_trained_parameters(attached: AttachedAdapter, head: TaskHead) -> dict[str, nn.Parameter]:
     """Return the parameters of adapter and head that learn, by name."""
     return {**{f"adapter: {k}": p for k, p in attached.trainable().items()},
             **{f"head: {k}": p for k, p in head.named_parameters() if p.requires_grad}}  # fmt: skip

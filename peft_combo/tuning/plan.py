@@ -28,12 +28,12 @@ from peft_combo.recipe.model import Recipe, TrainingConfig
 from peft_combo.tuning.adversarial import count_passes
 from peft_combo.tuning.augmentation import build_text_variants
 from peft_combo.tuning.extensions import build_extensions
-from peft_combo.tuning.figures import Costs, Plan, Setting, build_plan, evaluations_of
+from peft_combo.tuning.figures import ComputeSetting, Costs, Plan, build_plan, count_evaluations
 from peft_combo.tuning.item_encoder import ItemEncoder
-from peft_combo.tuning.model import TrainingModel, trained_parameters
+from peft_combo.tuning.model import TrainingModel, collect_trained_parameters
 from peft_combo.tuning.probe import probe
-from peft_combo.tuning.resources import give_back, measured, resident_mib
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.resources import give_back, measure, resident_mib
+from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.base import AnyTask, Batch, Encode
 
 _FLOAT = 4  # bytes
@@ -57,7 +57,7 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
             method that does not work on it, trained tensors that get no gradient.
     """
     recipe.ready()
-    task = task_of(recipe) if task is None else task
+    task = build_task(recipe) if task is None else task
     total = task.per_epoch * recipe.training.epochs
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # What cannot work is refused on shapes alone, which costs nothing however large the encoder is.
@@ -69,16 +69,16 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
     # Before the trials, whose heads stand on fewer words: the last head made is the one a task works with.
     head_parameters = sum(p.numel() for p in task.head(shapes, whole.max_length).parameters() if p.requires_grad)
     depths = (1, 2) if shapes.layers > 1 else (1,)
-    trials = [_Trial(recipe, task, depth, total, device) for depth in depths]
-    vectors = stand_in_vectors(task, shapes, whole.max_length)
+    trials = [_TwinTrial(recipe, task, depth, total, device) for depth in depths]
+    vectors = build_stand_in_encoder(task, shapes, whole.max_length)
     vectors_mib = vectors(None).nbytes / 2**20
     head = trials[0].head.eval()
-    ranking = measured(lambda: task.evaluate(head, vectors, recipe.metric))
+    ranking = measure(lambda: task.evaluate(head, vectors, recipe.metric))
     slower = _slowdown(recipe, task, trials[-1], total, device)
     give_back()
 
     costs = _estimate(recipe, task, shapes, whole, trials, vectors_mib, ranking)
-    setting = Setting(
+    setting = ComputeSetting(
         device=device,
         processes=1,
         precision=recipe.backbone.precision,
@@ -89,18 +89,18 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
     return replace(found, advice=_advise(recipe, found, slower))
 
 
-def _slowdown(recipe: Recipe, task: AnyTask, trial: _Trial, total: int, device: str) -> float:
+def _slowdown(recipe: Recipe, task: AnyTask, trial: _TwinTrial, total: int, device: str) -> float:
     """Return how many times the step of float32 weights a step of quantised ones takes."""
     if recipe.backbone.quantization == "none":
         return 1.0
     plain = recipe.backbone.model_copy(update={"quantization": "none"})
-    twin = _Trial(recipe.model_copy(update={"backbone": plain}), task, trial.layers, total, device)
+    twin = _TwinTrial(recipe.model_copy(update={"backbone": plain}), task, trial.layers, total, device)
     return trial.step_seconds / max(twin.step_seconds, 1e-9)
 
 
 def _estimate(
-    recipe: Recipe, task: AnyTask, shapes: Backbone, whole: AttachedAdapter, trials: list[_Trial], vectors_mib: float,
-    ranking: tuple[float, float],
+    recipe: Recipe, task: AnyTask, shapes: Backbone, whole: AttachedAdapter, trials: list[_TwinTrial],
+    vectors_mib: float, ranking: tuple[float, float],
 ) -> Costs:  # fmt: skip
     """Reckon what the whole encoder takes from what twins of one and two layers took.
 
@@ -121,7 +121,7 @@ def _estimate(
     lower_seconds = (shapes.layers - adapted) * layer_encode
     upper_seconds = adapted * layer_encode
     step_seconds = last.step_seconds * (adapted / last.layers if adapted else 1)
-    evaluations = evaluations_of(recipe.training, task.per_epoch)
+    evaluations = count_evaluations(recipe.training, task.per_epoch)
     if not states_mib:  # the lower layers run for whatever is encoded, in steps too
         step_seconds += lower_seconds * last.batch_tokens / last.tokens
         upper_seconds += lower_seconds
@@ -132,8 +132,8 @@ def _estimate(
     step_mib = (last.step_bytes + (adapted - last.layers) * layer_bytes) / 2**20
     return Costs(
         base=resident_mib(),
-        frozen=frozen_bytes(shapes.model, recipe.backbone.quantization) / 2**20,
-        loading=frozen_bytes(shapes.model, "none") / 2**20,
+        frozen=count_frozen_bytes(shapes.model, recipe.backbone.quantization) / 2**20,
+        loading=count_frozen_bytes(shapes.model, "none") / 2**20,
         step=step_mib,
         states=states_mib,
         vectors=vectors_mib,
@@ -172,7 +172,7 @@ def _advise(recipe: Recipe, found: Plan, slower: float) -> tuple[str, ...]:
     return tuple(advice)
 
 
-class _Trial:
+class _TwinTrial:
     """A twin of so many layers, put through one step of the heaviest batch and through encoding texts."""
 
     def __init__(self, recipe: Recipe, task: AnyTask, layers: int, total: int, device: str) -> None:
@@ -184,7 +184,7 @@ class _Trial:
         )  # fmt: skip
         set_dropout(attached.inner, recipe.training.encoder_dropout)
         self.head = task.head(twin, attached.max_length).to(device)
-        batch = heaviest_batch(task, recipe.training)  # after the head: some tasks cut their texts for it
+        batch = find_heaviest_batch(task, recipe.training)  # after the head: some tasks cut their texts for it
         own = {int(item) for item in batch.items}
         texts = [text if number in own else "" for number, text in enumerate(task.texts)]
         items = ItemEncoder(
@@ -195,18 +195,18 @@ class _Trial:
             retokenized=task.retokenized,
             fast=recipe.training.fast_path,
         )  # fmt: skip
-        parameters = trained_parameters(attached, self.head)
+        parameters = collect_trained_parameters(attached, self.head)
         extensions = build_extensions(recipe.training, items, parameters, None, task.exclusive)
         model = TrainingModel(task, items, attached, self.head, extensions)
         distinct = list(dict.fromkeys(task.texts))
         sample = distinct[:: max(1, len(distinct) // _SAMPLE)]
-        with autocast_of(device, recipe.backbone.precision):
+        with build_autocast(device, recipe.backbone.precision):
             self.step_seconds, self.step_bytes = probe(model, attached, self.head, batch, recipe)
             give_back()
-            _, self.step_mib = measured(lambda: model(batch, recipe.seed).backward())
+            _, self.step_mib = measure(lambda: model(batch, recipe.seed).backward())
             model.zero_grad(set_to_none=True)
             give_back()
-            self.encode_seconds, self.encode_mib = measured(lambda: twin.encode(sample))
+            self.encode_seconds, self.encode_mib = measure(lambda: twin.encode(sample))
         self.tokens = int(twin.tokenize(sample, attached.max_length).lengths.sum())
         self.batch_tokens = int(items.tokens.lengths.sum())
         items.close()
@@ -224,13 +224,13 @@ def _of_all_layers(adapter: AdapterConfig, layers: int) -> AdapterConfig:
     return adapter.model_copy(update={"top_layers": None}) if hasattr(adapter, "top_layers") else adapter
 
 
-def heaviest_batch(task: AnyTask, training: TrainingConfig) -> Batch:
+def find_heaviest_batch(task: AnyTask, training: TrainingConfig) -> Batch:
     """Return the micro-batch with the most text, in characters, of the first steps."""
     batches: list[Batch] = [task.batch(step, 0, training.accumulation) for step in range(min(task.per_epoch, _BATCHES))]
     return max(batches, key=lambda batch: sum(len(task.texts[item]) for item in set(batch.items.tolist())))
 
 
-def stand_in_vectors(task: AnyTask, backbone: Backbone, max_length: int) -> Encode:
+def build_stand_in_encoder(task: AnyTask, backbone: Backbone, max_length: int) -> Encode:
     """Return an encoder that takes no time: as many rows as the real one gives, of unit length, and at random."""
     sizes = backbone.tokenize(task.texts, max_length).lengths if task.per_token else np.ones(len(task.texts), np.int64)
 
@@ -243,7 +243,7 @@ def stand_in_vectors(task: AnyTask, backbone: Backbone, max_length: int) -> Enco
     return encode
 
 
-def frozen_bytes(model: nn.Module, quantization: Quantization) -> int:
+def count_frozen_bytes(model: nn.Module, quantization: Quantization) -> int:
     """Return the bytes of an encoder's weights, in float32 or as bitsandbytes packs those of its linear layers.
 
     8bit keeps a byte a weight and a float32 scale a row; 4bit half a byte a weight and a float32 scale a block of 64.
@@ -260,6 +260,6 @@ def frozen_bytes(model: nn.Module, quantization: Quantization) -> int:
     return int(packed) + sum(t.numel() * t.element_size() for t in others.values())
 
 
-def autocast_of(device: str, precision: str) -> AbstractContextManager[object]:
+def build_autocast(device: str, precision: str) -> AbstractContextManager[object]:
     """Return the context in which a run of this precision computes; float16 needs a scaler to learn in, so not here."""
     return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -13,7 +13,7 @@ from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import TuningError
 from peft_combo.recipe.model import Recipe
-from peft_combo.tuning.model import trained_parameters
+from peft_combo.tuning.model import collect_trained_parameters
 from peft_combo.tuning.tasks.base import Batch
 
 
@@ -30,7 +30,7 @@ def probe(
     Raises:
         TuningError: a trained tensor gets no gradient.
     """
-    trained = trained_parameters(attached, head)
+    trained = collect_trained_parameters(attached, head)
     start = {name: p.detach().clone() for name, p in trained.items()}
     set_training(attached.inner, attached.cut, False)
     head.eval()

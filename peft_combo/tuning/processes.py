@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from peft_combo.errors import TuningError
 from peft_combo.recipe.model import Recipe
-from peft_combo.tuning.run_state import flat
+from peft_combo.tuning.run_state import flatten
 
 
 def build_accelerator(recipe: Recipe, run_folder: Path) -> Accelerator:
@@ -52,11 +52,11 @@ def build_accelerator(recipe: Recipe, run_folder: Path) -> Accelerator:
     except (ValueError, RuntimeError) as error:
         raise TuningError(f"accelerate cannot start with this configuration: {error}") from error
     if trackers:
-        accelerator.init_trackers(recipe.name, config=flat(recipe.model_dump(mode="json")))
+        accelerator.init_trackers(recipe.name, config=flatten(recipe.model_dump(mode="json")))
     return accelerator
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
+def ask_any_process(accelerator: Accelerator, flag: bool) -> bool:
     """Return whether any process has the flag, so that all stop at the same step."""
     if accelerator.num_processes == 1:
         return flag

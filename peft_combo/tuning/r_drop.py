@@ -19,10 +19,10 @@ def compute_r_drop_loss(
     first = predict(seed)
     loss_of_first = loss(first)
     second = predict(mix_seed(seed, 1))
-    return (loss_of_first + loss(second)) / 2 + weight * disagreement(first, second, exclusive)
+    return (loss_of_first + loss(second)) / 2 + weight * compute_disagreement(first, second, exclusive)
 
 
-def disagreement(first: Tensor, second: Tensor, exclusive: bool) -> Tensor:
+def compute_disagreement(first: Tensor, second: Tensor, exclusive: bool) -> Tensor:
     """Return the mean over queries of the symmetric Kullback-Leibler divergence of two predictions, in nats.
 
     Args:

@@ -63,7 +63,7 @@ class Progress:
         return True
 
     def checkpoint(self, setup: Setup, optimizer: Any) -> Checkpoint:
-        """Return all that `restored` needs."""
+        """Return all that `restore` needs."""
         recipe, task, weights = setup.recipe, setup.task, setup.extensions.weights
         tensors, values = setup.attached.state()
         groups = {
@@ -101,7 +101,7 @@ class Progress:
         )
 
     @classmethod
-    def restored(cls, run_folder: Path, setup: Setup, optimizer: Any) -> Self:
+    def restore(cls, run_folder: Path, setup: Setup, optimizer: Any) -> Self:
         """Put the last checkpoint back into adapter, head, optimizer and the average of weights.
 
         Raises:
@@ -115,7 +115,7 @@ class Progress:
                 f"written every {recipe.training.checkpoint_every} steps and on Ctrl-C."
             )
         values = checkpoint.values
-        then, now = flat(values["recipe"]), flat(recipe.model_dump(mode="json"))
+        then, now = flatten(values["recipe"]), flatten(recipe.model_dump(mode="json"))
         changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key != "store"]
         if changed:
             shown = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed[:5])
@@ -199,12 +199,12 @@ def _step_of(line: str) -> float:
         return math.inf  # half a line: the run was killed while it wrote
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as dotted keys with printable values."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            found |= flatten(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value if isinstance(value, int | float | str | bool) else json.dumps(value)
     return found

@@ -1,4 +1,4 @@
-"""The end of a run: adapter and head written, read back, compared, and only then made visible.
+"""Saving a tuned adapter: written with its head, read back, compared, and only then made visible.
 
 Owns what the manifest of a tuned adapter says.
 """

@@ -25,12 +25,12 @@ from peft_combo.store.versions import AdapterRecord
 from peft_combo.tuning.adversarial import count_passes
 from peft_combo.tuning.augmentation import build_text_variants
 from peft_combo.tuning.extensions import build_extensions
-from peft_combo.tuning.figures import Costs, Plan, Setting, build_plan, evaluations_of
+from peft_combo.tuning.figures import ComputeSetting, Costs, Plan, build_plan, count_evaluations
 from peft_combo.tuning.item_encoder import ItemEncoder
-from peft_combo.tuning.model import TrainingModel, trained_parameters
-from peft_combo.tuning.plan import autocast_of, heaviest_batch
+from peft_combo.tuning.model import TrainingModel, collect_trained_parameters
+from peft_combo.tuning.plan import build_autocast, find_heaviest_batch
 from peft_combo.tuning.probe import probe
-from peft_combo.tuning.resources import measured, resident_mib
+from peft_combo.tuning.resources import measure, resident_mib
 from peft_combo.tuning.step import StepExtensions
 from peft_combo.tuning.tasks.base import AnyTask, Encode, Evaluation
 from peft_combo.tuning.warm_start import load_start
@@ -93,7 +93,7 @@ class Setup:
             cache_limit_bytes=recipe.training.cache_limit_mib * 2**20, process=accelerator.process_index,
             processes=accelerator.num_processes, progress=watch.advance,
         )  # fmt: skip
-        parameters = trained_parameters(attached, head)
+        parameters = collect_trained_parameters(attached, head)
         extensions = build_extensions(recipe.training, items, parameters, variants, task.exclusive)
         return cls(
             recipe, accelerator, task, backbone, attached, head, items,
@@ -131,7 +131,7 @@ class Setup:
         """Return the predictions for the table, with the weights as they are."""
         self.stop_training()
         with self.accelerator.autocast():
-            return self.task.outcome(self.head, self.encode)
+            return self.task.predict(self.head, self.encode)
 
     def measure_baseline(self) -> tuple[Any, float]:
         """Make the head as good as it gets over the frozen encoder, then give it the weights it starts from.
@@ -144,7 +144,7 @@ class Setup:
         with self.accelerator.autocast():
             self.task.start(self.head, frozen)
             clock = time.perf_counter()
-            before = self.task.outcome(self.head, frozen)
+            before = self.task.predict(self.head, frozen)
             seconds = time.perf_counter() - clock
             if self.head_start is not None:
                 self.head.load_state_dict(self.head_start)
@@ -159,16 +159,16 @@ class Setup:
             TuningError: a trained tensor gets no gradient.
         """
         recipe, training, accelerator = self.recipe, self.recipe.training, self.accelerator
-        evaluation_seconds, evaluation_mib = measured(self.evaluate)
-        with autocast_of(accelerator.device.type, accelerator.mixed_precision):
-            batch = heaviest_batch(self.task, training)
+        evaluation_seconds, evaluation_mib = measure(self.evaluate)
+        with build_autocast(accelerator.device.type, accelerator.mixed_precision):
+            batch = find_heaviest_batch(self.task, training)
             step_seconds, step_bytes = probe(self.model, self.attached, self.head, batch, recipe)
-        frozen_bytes = bytes_of(self.backbone.model)
+        weight_bytes = bytes_of(self.backbone.model)
         vectors_mib = 4 * self.backbone.dim * self.items.rows / 2**20
-        held = self.base_mib + (frozen_bytes + self.items.cached_bytes) / 2**20
+        held = self.base_mib + (weight_bytes + self.items.cached_bytes) / 2**20
         seconds = self.total * step_seconds * training.accumulation * count_passes(training)
-        seconds += evaluations_of(training, self.task.per_epoch) * evaluation_seconds + baseline_seconds
-        setting = Setting(
+        seconds += count_evaluations(training, self.task.per_epoch) * evaluation_seconds + baseline_seconds
+        setting = ComputeSetting(
             device=accelerator.device.type,
             processes=accelerator.num_processes,
             precision=accelerator.mixed_precision,
@@ -177,8 +177,8 @@ class Setup:
         )
         costs = Costs(
             base=self.base_mib,
-            frozen=frozen_bytes / 2**20,
-            loading=frozen_bytes / 2**20,
+            frozen=weight_bytes / 2**20,
+            loading=weight_bytes / 2**20,
             step=step_bytes / 2**20,
             states=self.items.cached_bytes / 2**20,
             vectors=vectors_mib,
