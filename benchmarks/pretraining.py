@@ -35,7 +35,7 @@ from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.versions import AdapterRecord
 from peft_combo.tuning.continual import pretrained_start
 from peft_combo.tuning.loop import tune
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "pretraining.md"
 TEXTS = "fashion-text"
@@ -162,10 +162,10 @@ def untuned(recipe: Recipe, start: AdapterRecord) -> NDArray[np.float64]:
     """Return the NDCG@10 of plain cosine over the pretrained encoder, question by question."""
     backbone = Backbone.of(recipe.backbone)
     adapter = backbone.attach(start)
-    task = task_of(recipe)
+    task = build_task(recipe)
     head = task.head(backbone, adapter.max_length).eval()
     vectors = backbone.encode(task.texts, adapter)
-    ranks = task.outcome(head, lambda rows: vectors if rows is None else vectors[rows])
+    ranks = task.predict(head, lambda rows: vectors if rows is None else vectors[rows])
     return metrics.per_query(ranks, "ndcg@10")
 
 

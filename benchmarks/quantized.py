@@ -36,7 +36,7 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.data.sources import open_dataset
 from peft_combo.recipe.parse import parse_recipe
 from peft_combo.tuning.resources import peak_mib
-from peft_combo.tuning.plan import autocast_of
+from peft_combo.tuning.plan import build_autocast
 raw, bits, precision, adapter, vectors = sys.argv[1:]
 recipe = parse_recipe(json.loads(raw))
 texts = list(dict.fromkeys(open_dataset(recipe.data).catalog.texts(recipe.data.text)))

@@ -28,8 +28,8 @@ from peft_combo.metrics.classification import macro_f1
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import ClassificationTask
-from peft_combo.tuning.active_learning import margins, spread
-from peft_combo.tuning.tasks.linear import Targets, best_linear
+from peft_combo.tuning.active_learning import choose_spread, compute_margins
+from peft_combo.tuning.tasks.linear import Targets, fit_best_linear
 
 Choose = Callable[[NDArray[np.float32], NDArray[np.float64], int, int], list[int]]
 """Chooses so many rows of a pool by its (N, D) vectors, (N,) uncertainties and a seed."""
@@ -39,7 +39,7 @@ WAYS: dict[str, Choose] = {
         np.random.default_rng(seed).permutation(len(vectors))[:count].tolist()
     ),
     "most unsure": lambda vectors, unsure, count, seed: np.argsort(-unsure, kind="stable")[:count].tolist(),
-    "suggested": spread,
+    "suggested": choose_spread,
 }
 
 
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace, recipe: Recipe) -> None:
         return Targets.of(right[rows][:, None] == np.arange(len(classes)), exclusive=True)
 
     def logits(labelled: NDArray[np.int64]) -> NDArray[np.float32]:
-        model = best_linear(features[labelled], targets(labelled), features[valid], targets(valid))
+        model = fit_best_linear(features[labelled], targets(labelled), features[valid], targets(valid))
         return model.logits(features)
 
     def measured(scores: NDArray[np.float32]) -> tuple[float, float]:
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace, recipe: Recipe) -> None:
                 values.append(measured(scores))
                 if number < arguments.rounds:
                     pool = np.setdiff1d(train, labelled)
-                    unsure = margins(softmax(scores[pool], axis=1), exclusive=True)
+                    unsure = compute_margins(softmax(scores[pool], axis=1), exclusive=True)
                     chosen = choose(vectors[pool], unsure, arguments.add, 1000 * seed + number)
                     labelled = np.concatenate([labelled, pool[chosen]])
             results[name].append(values)

@@ -25,7 +25,7 @@ from peft_combo.data.task_data import tagged_of
 from peft_combo.metrics.classification import f1_values, interval, micro_f1, totals
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recipe.task import TaggingTask
-from peft_combo.tuning.tasks.tagging import Tags, entity_counts, word_features
+from peft_combo.tuning.tasks.tagging import Tags, count_entities, extract_word_features
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def fitted(texts: Sequence[TaggedText], l1: float, l2: float, file: Path) -> Any
     pycrfsuite = importlib.import_module("pycrfsuite")  # by name: the type checker need not have it
     trainer = pycrfsuite.Trainer(verbose=False)
     for one in texts:
-        trainer.append(word_features(one), list(one.tags))
+        trainer.append(extract_word_features(one), list(one.tags))
     trainer.set_params({"c1": l1, "c2": l2, "max_iterations": 200, "feature.possible_transitions": True})
     trainer.train(str(file))
     tagger = pycrfsuite.Tagger()
@@ -76,12 +76,12 @@ def fitted(texts: Sequence[TaggedText], l1: float, l2: float, file: Path) -> Any
 
 
 def tagged(tagger: Any, texts: Sequence[TaggedText]) -> list[Tags]:
-    return [tuple(tagger.tag(word_features(one))) for one in texts]
+    return [tuple(tagger.tag(extract_word_features(one))) for one in texts]
 
 
 def counted(texts: Sequence[TaggedText], said: Sequence[Tags]) -> Any:
     types = sorted({kind for one in texts for kind, _, _ in entities(one.tags)})
-    return entity_counts([one.tags for one in texts], said, types)
+    return count_entities([one.tags for one in texts], said, types)
 
 
 def f1(texts: Sequence[TaggedText], said: Sequence[Tags]) -> float:

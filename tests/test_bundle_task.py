@@ -12,7 +12,7 @@ from peft_combo.data.queries import Questions
 from peft_combo.encoder.heads.completion import BundleHead, completion_ranks
 from peft_combo.errors import StoreError
 from peft_combo.recipe.task import BundleTask
-from peft_combo.tuning.tasks.bundle import BundleBatch, BundleBatches, bundle_logits, bundle_loss
+from peft_combo.tuning.tasks.bundle import BundleBatch, BundleBatches, compute_bundle_logits, compute_bundle_loss
 
 # Four items on the axes of the plane: 0 and 2 point right, 1 points up, 3 points left.
 VECTORS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
@@ -47,7 +47,7 @@ def test_the_loss_of_a_worked_case() -> None:
     batch = BundleBatch(
         np.arange(4), torch.tensor([[0]]), torch.tensor([1]), torch.tensor([[True, False, True, False]]), torch.ones(1)
     )
-    assert bundle_loss(bundle_logits(head, VECTORS, batch), batch).item() == pytest.approx(
+    assert compute_bundle_loss(compute_bundle_logits(head, VECTORS, batch), batch).item() == pytest.approx(
         math.log(1 + math.exp(-1)), abs=1e-6
     )
 

@@ -20,8 +20,8 @@ from peft_combo.tuning.tasks.bundle import (
     BundleBatch,
     BundleBatches,
     BundleCompletion,
-    bundle_loss,
-    inverse_propensities,
+    compute_bundle_loss,
+    compute_inverse_propensities,
 )
 
 BUNDLES = [np.array([0, 1], np.int32), np.array([0, 2], np.int32), np.array([0, 3], np.int32)]
@@ -52,10 +52,10 @@ def weights_of(pseudo: Mined | None = None, **task: Any) -> dict[int, set[float]
 def test_propensities_of_a_worked_case() -> None:
     # 15 bundles, 3 and none: propensities 1, 1/2 and 1/4 at the square root, and a floor that only the last feels.
     counts = np.array([15, 3, 0])
-    np.testing.assert_allclose(inverse_propensities(counts, 0.5, 0.1), [1, 2, 4])
-    np.testing.assert_allclose(inverse_propensities(counts, 0.5, 0.4), [1, 2, 2.5])
-    np.testing.assert_allclose(inverse_propensities(counts, 0.0, 0.1), [1, 1, 1])
-    assert inverse_propensities(counts, 0.5, 0.1).dtype == np.float32
+    np.testing.assert_allclose(compute_inverse_propensities(counts, 0.5, 0.1), [1, 2, 4])
+    np.testing.assert_allclose(compute_inverse_propensities(counts, 0.5, 0.4), [1, 2, 2.5])
+    np.testing.assert_allclose(compute_inverse_propensities(counts, 0.0, 0.1), [1, 1, 1])
+    assert compute_inverse_propensities(counts, 0.5, 0.1).dtype == np.float32
 
 
 def test_without_a_power_or_pseudo_bundles_all_questions_weigh_the_same() -> None:
@@ -78,11 +78,11 @@ def test_a_pseudo_bundle_is_asked_too_and_weighs_by_its_confidence() -> None:
 def test_the_loss_is_the_weighted_mean_and_its_scale_is_none() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 0.0, 0.0]])
     first, second = (-logits.log_softmax(1)[row, 1].item() for row in range(2))
-    assert bundle_loss(logits, batch_of([3.0, 1.0])).item() == pytest.approx((3 * first + second) / 4)
-    assert bundle_loss(logits, batch_of([6.0, 2.0])).item() == pytest.approx((3 * first + second) / 4)
-    assert bundle_loss(logits, batch_of([1.0, 1.0])).item() == pytest.approx((first + second) / 2)
+    assert compute_bundle_loss(logits, batch_of([3.0, 1.0])).item() == pytest.approx((3 * first + second) / 4)
+    assert compute_bundle_loss(logits, batch_of([6.0, 2.0])).item() == pytest.approx((3 * first + second) / 4)
+    assert compute_bundle_loss(logits, batch_of([1.0, 1.0])).item() == pytest.approx((first + second) / 2)
     one, two = batch_of([1.0]), batch_of([1.0, 0.0])
-    assert bundle_loss(logits[:1], one).item() == pytest.approx(bundle_loss(logits, two).item())
+    assert compute_bundle_loss(logits[:1], one).item() == pytest.approx(compute_bundle_loss(logits, two).item())
 
 
 def test_smoothing_spreads_over_fair_candidates_only() -> None:
@@ -90,11 +90,13 @@ def test_smoothing_spreads_over_fair_candidates_only() -> None:
     logits = torch.tensor([[1.0, 0.0, -1e4, -1e4]])
     right, wrong = math.log(1 + math.e), math.log(1 + math.exp(-1))  # -log p of either
     batch = batch_of([1.0], [[False, False, True, True]])
-    assert bundle_loss(logits, batch, 0.2).item() == pytest.approx(0.8 * right + 0.2 * (right + wrong) / 2, abs=1e-6)
+    assert compute_bundle_loss(logits, batch, 0.2).item() == pytest.approx(
+        0.8 * right + 0.2 * (right + wrong) / 2, abs=1e-6
+    )
     # With nothing barred it is what PyTorch has under the same name.
     free = torch.tensor([[1.0, 0.5, -1.0, 2.0]])
     theirs = torch.nn.functional.cross_entropy(free, torch.tensor([1]), label_smoothing=0.3)
-    torch.testing.assert_close(bundle_loss(free, batch_of([1.0]), 0.3), theirs)
+    torch.testing.assert_close(compute_bundle_loss(free, batch_of([1.0]), 0.3), theirs)
 
 
 def test_the_task_learns_from_what_was_bought_together() -> None:

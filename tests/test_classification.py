@@ -26,7 +26,7 @@ from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import ClassificationTask
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import TuneResult, tune
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.classification import Classification
 
 MakeRecipe = Callable[..., Recipe]
@@ -83,10 +83,10 @@ def test_it_learns_is_stored_and_tells_the_same_again(recipe: MakeRecipe, tmp_pa
     backbone = Backbone.of(made.backbone)
     live = AdapterBank(backbone, AdapterStore(made.store)).get("tiny")
     head = live.head_as(ClassificationHead)
-    task = task_of(made)
+    task = build_task(made)
     assert isinstance(task, Classification)
     vectors = backbone.encode(task.texts, live.attached)
-    again = task.outcome(head, lambda rows: vectors if rows is None else vectors[rows])
+    again = task.predict(head, lambda rows: vectors if rows is None else vectors[rows])
     assert task.table(again, again).after.values["macro_f1"] == pytest.approx(table.after.values["macro_f1"], abs=1e-6)
     with pytest.raises(StoreError, match="tuned for classification; expected one tuned for bundle"):
         _ = live.head
@@ -165,10 +165,10 @@ def test_a_head_is_rebuilt_and_refused() -> None:
 def test_rare_classes_and_too_few_are_said(recipe: MakeRecipe, intents: Path) -> None:
     with (intents / "labels.csv").open("a") as file:
         file.write("w99 w98,rare\n")
-    task = task_of(recipe())
+    task = build_task(recipe())
     assert any("1 classes with under 5 training texts left out, 1 texts" in note for note in task.notes)
     with pytest.raises(DataError, match="needs two classes with 500 training texts"):
-        task_of(recipe(**{"task.min_texts": 500}))
+        build_task(recipe(**{"task.min_texts": 500}))
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from peft_combo.metrics.report import Gain, Row
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.parse import parse_recipe
 from peft_combo.store.adapter_store import AdapterStore
-from peft_combo.tuning.continual import Comparison, Gate, continuation, continue_tuning, judged
+from peft_combo.tuning.continual import Gate, VersionComparison, continuation, continue_tuning, find_refusals
 from peft_combo.tuning.loop import TuneResult, tune
 
 MakeRecipe = Callable[..., Recipe]
@@ -198,20 +198,22 @@ def test_new_data_without_news_is_refused(tiny_recipe: MakeRecipe, tiny_shop: Pa
 def test_the_gate_says_all_that_speaks_against_a_version() -> None:
     row = Row("x", {"ndcg@10": 0.5}, (0.4, 0.6))
 
-    def compared(questions: str, gain: float, p: float) -> Comparison:
-        return Comparison(questions, 10, 5, row, row, Gain(gain, (gain, gain), p))
+    def compared(questions: str, gain: float, p: float) -> VersionComparison:
+        return VersionComparison(questions, 10, 5, row, row, Gain(gain, (gain, gain), p))
 
     won, kept = compared("new validation", 0.02, 0.01), compared("old validation", -0.005, 0.5)
-    assert judged((won, kept), Gate()) == ()
-    assert judged((won,), Gate()) == ()
-    (against,) = judged((won, kept), Gate(gain=0.05))
+    assert find_refusals((won, kept), Gate()) == ()
+    assert find_refusals((won,), Gate()) == ()
+    (against,) = find_refusals((won, kept), Gate(gain=0.05))
     assert "gains +0.0200 NDCG@10, and more than +0.05 is asked" in against
-    (against,) = judged((replace(won, gain=Gain(0.02, (0, 0), 0.05)), kept), Gate())
+    (against,) = find_refusals((replace(won, gain=Gain(0.02, (0, 0), 0.05)), kept), Gate())
     assert "p = 0.0500, and less than 0.05 is asked" in against
-    (against,) = judged((won, compared("old validation", -0.02, 0.9)), Gate())
+    (against,) = find_refusals((won, compared("old validation", -0.02, 0.9)), Gate())
     assert "forgets 0.0200 NDCG@10, and at most 0.01 is allowed" in against
-    assert judged((won, compared("old validation", -0.02, 0.9)), Gate(forgetting=0.02)) == ()
-    assert len(judged((compared("new validation", 0.0, 1.0), compared("old validation", -1.0, 0.0)), Gate())) == 3
+    assert find_refusals((won, compared("old validation", -0.02, 0.9)), Gate(forgetting=0.02)) == ()
+    assert (
+        len(find_refusals((compared("new validation", 0.0, 1.0), compared("old validation", -1.0, 0.0)), Gate())) == 3
+    )
 
 
 def test_a_win_is_promoted_and_its_forgetting_is_told(

@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch.nn import functional
 
-from peft_combo.tuning.tasks.linear import PENALTIES, Targets, best_linear, fit_linear, linear_loss
+from peft_combo.tuning.tasks.linear import PENALTIES, Targets, compute_linear_loss, fit_best_linear, fit_linear
 
 rng = np.random.default_rng(0)
 FEATURES = rng.normal(size=(60, 5)).astype(np.float32)
@@ -23,21 +23,21 @@ MANY = FEATURES[:, :4] + rng.normal(size=(60, 4)) > 0.3
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_is_torchs_own(smoothing: float) -> None:
     logits = torch.randn(60, 3, generator=torch.Generator().manual_seed(1))
-    ours = linear_loss(logits, Targets.of(ONE, exclusive=True, smoothing=smoothing))
+    ours = compute_linear_loss(logits, Targets.of(ONE, exclusive=True, smoothing=smoothing))
     theirs = functional.cross_entropy(logits, torch.from_numpy(CLASSES), label_smoothing=smoothing)
     torch.testing.assert_close(ours, theirs)
     weight = torch.tensor([20 / ONE[:, c].sum() for c in range(3)], dtype=torch.float32)
-    balanced = linear_loss(logits, Targets.of(ONE, exclusive=True, balanced=True))
+    balanced = compute_linear_loss(logits, Targets.of(ONE, exclusive=True, balanced=True))
     torch.testing.assert_close(balanced, functional.cross_entropy(logits, torch.from_numpy(CLASSES), weight=weight))
 
 
 def test_the_loss_of_several_classes_is_torchs_own() -> None:
     logits = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
     wanted = torch.from_numpy(MANY).float()
-    ours = linear_loss(logits, Targets.of(MANY, exclusive=False))
+    ours = compute_linear_loss(logits, Targets.of(MANY, exclusive=False))
     torch.testing.assert_close(ours, functional.binary_cross_entropy_with_logits(logits, wanted))
     weight = (60 - wanted.sum(0)) / wanted.sum(0)
-    balanced = linear_loss(logits, Targets.of(MANY, exclusive=False, balanced=True))
+    balanced = compute_linear_loss(logits, Targets.of(MANY, exclusive=False, balanced=True))
     theirs = functional.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
     torch.testing.assert_close(balanced, theirs)
 
@@ -46,7 +46,7 @@ def test_a_loss_worked_by_hand() -> None:
     # Even logits over two classes: log 2, whatever is right.
     targets = Targets.of(np.array([[True, False]]), exclusive=True, smoothing=0.5)
     assert targets.wanted.tolist() == [[0.75, 0.25]]
-    assert linear_loss(torch.zeros(1, 2), targets).item() == pytest.approx(math.log(2))
+    assert compute_linear_loss(torch.zeros(1, 2), targets).item() == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
@@ -56,7 +56,7 @@ def test_the_fit_is_where_the_gradient_is_zero(exclusive: bool, balanced: bool) 
     model = fit_linear(FEATURES, targets, 1e-2 / SIZE)
     weight = torch.from_numpy(model.weight).requires_grad_()
     bias = torch.from_numpy(model.bias).requires_grad_()
-    loss = linear_loss(torch.from_numpy(FEATURES) @ weight.T + bias, targets) + 5e-3 * (weight**2).sum()
+    loss = compute_linear_loss(torch.from_numpy(FEATURES) @ weight.T + bias, targets) + 5e-3 * (weight**2).sum()
     loss.backward()
     assert weight.grad is not None
     assert bias.grad is not None
@@ -82,10 +82,10 @@ def test_the_penalty_is_chosen_by_the_loss_on_held_out_examples() -> None:
     targets = Targets.of(ONE, exclusive=True)
     # Noise as labels: whatever is learned is wrong elsewhere, so the strongest penalty is best.
     noise = Targets.of(np.roll(ONE, 7, axis=0), exclusive=True)
-    shy = best_linear(FEATURES, targets, FEATURES, noise)
+    shy = fit_best_linear(FEATURES, targets, FEATURES, noise)
     np.testing.assert_array_equal(shy.weight, fit_linear(FEATURES, targets, PENALTIES[0]).weight)
     # Held out what was learned from: the weakest.
-    bold = best_linear(FEATURES, targets, FEATURES, targets)
+    bold = fit_best_linear(FEATURES, targets, FEATURES, targets)
     assert (bold.weight**2).sum() > (shy.weight**2).sum()
     weakest = fit_linear(FEATURES, targets, PENALTIES[-1])
     np.testing.assert_allclose(bold.logits(FEATURES), weakest.logits(FEATURES), atol=0.3)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,16 @@ from peft_combo.recipe.task import MaskedTask
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.item_encoder import ItemEncoder
 from peft_combo.tuning.loop import Interrupted, tune
-from peft_combo.tuning.tasks import task_of
-from peft_combo.tuning.tasks.masked import MaskedBatch, MaskedWords, Masker, Surroundings, fit_head, frequencies, told
+from peft_combo.tuning.tasks import build_task
+from peft_combo.tuning.tasks.masked import (
+    MaskedBatch,
+    MaskedWords,
+    Masker,
+    Surroundings,
+    estimate_frequencies,
+    fit_head,
+    predict_words,
+)
 
 MakeRecipe = Callable[..., Recipe]
 MASK, FIRST_WORD = 4, 5  # ids of the tiny tokenizer: [PAD] [UNK] [CLS] [SEP] [MASK] w0 w1 ...
@@ -63,9 +72,9 @@ def recipe(tiny_recipe: MakeRecipe, texts_alone: Path) -> MakeRecipe:
     return make
 
 
-def masked(masker: Masker, share: float, seed: int = 0, random: float = 0.0, kept: float = 0.0) -> MaskedBatch:
+def mask(masker: Masker, share: float, seed: int = 0, random: float = 0.0, kept: float = 0.0) -> MaskedBatch:
     rows = np.arange(len(masker.tokens))
-    return masker.masked(rows, share, random, kept, np.random.default_rng(seed))
+    return masker.mask(rows, share, random, kept, np.random.default_rng(seed))
 
 
 # --- what is asked, and what is shown ---------------------------------------------------------------------------------
@@ -90,7 +99,7 @@ def test_pieces_of_a_word_are_one_unit_and_what_is_no_word_is_none(backbone: Bac
 def test_the_share_is_of_words_and_every_text_is_asked(backbone: Backbone) -> None:
     masker = Masker.of(backbone, TEXTS, 16, whole_words=True)
     for seed in range(20):
-        asked = masked(masker, 0.3, seed)
+        asked = mask(masker, 0.3, seed)
         owner = np.searchsorted(np.cumsum(masker.tokens.lengths), asked.places, side="right")
         units = [len(set(masker.unit[asked.places[owner == text]].tolist())) for text in range(3)]
         assert units == [1, 1, 2]  # of 4, 2 and 8 words
@@ -100,13 +109,13 @@ def test_the_share_is_of_words_and_every_text_is_asked(backbone: Backbone) -> No
 
 def test_only_what_is_asked_for_changes_and_the_answer_is_what_stood_there(backbone: Backbone) -> None:
     masker = Masker.of(backbone, TEXTS, 16, whole_words=True)
-    asked = masked(masker, 0.5)
+    asked = mask(masker, 0.5)
     assert asked.answers.tolist() == masker.tokens.ids[asked.places].tolist()
     assert set(asked.tokens[asked.places].tolist()) == {MASK}
     rest = np.setdiff1d(np.arange(len(asked.tokens)), asked.places)
     assert (asked.tokens[rest] == masker.tokens.ids[rest]).all()
     # A part of the texts: places count within what is shown.
-    part = masker.masked(np.array([0, 2]), 0.5, 0.0, 0.0, np.random.default_rng(0))
+    part = masker.mask(np.array([0, 2]), 0.5, 0.0, 0.0, np.random.default_rng(0))
     assert len(part.tokens) == 8 + 10
     assert (masker.tokens.ids[np.r_[0:8, 13:23]][part.places] == part.answers).all()
 
@@ -114,7 +123,7 @@ def test_only_what_is_asked_for_changes_and_the_answer_is_what_stood_there(backb
 def test_eight_in_ten_show_the_mask_one_another_word_and_one_itself(backbone: Backbone) -> None:
     texts = [" ".join(f"w{(text * 7 + word) % 195}" for word in range(14)) for text in range(2000)]
     masker = Masker.of(backbone, texts, 16, whole_words=True)
-    asked = masked(masker, 0.5, random=0.1, kept=0.1)
+    asked = mask(masker, 0.5, random=0.1, kept=0.1)
     shown = asked.tokens[asked.places]
     assert len(shown) == 2000 * 7
     # Of the words drawn at random one in 195 is the word itself.
@@ -127,7 +136,7 @@ def test_eight_in_ten_show_the_mask_one_another_word_and_one_itself(backbone: Ba
 
 def test_masks_are_a_function_of_seed_and_step(recipe: MakeRecipe, backbone: Backbone) -> None:
     def batches(seed: int) -> list[MaskedBatch]:
-        task = task_of(recipe(seed=seed))
+        task = build_task(recipe(seed=seed))
         task.head(backbone, 16)
         return [task.batch(step) for step in (0, 1, task.per_epoch)]
 
@@ -137,7 +146,7 @@ def test_masks_are_a_function_of_seed_and_step(recipe: MakeRecipe, backbone: Bac
         assert (np.diff(first.items) > 0).all()  # distinct and ascending, as the encoder wants them
     assert one[0].tokens.tolist() != other[0].tokens.tolist()
     # Held-out texts are asked the same by every run, and nothing is shown there but the mask.
-    tasks = [task_of(recipe(seed=seed)) for seed in (0, 1)]
+    tasks = [build_task(recipe(seed=seed)) for seed in (0, 1)]
     for task in tasks:
         task.head(backbone, 16)
     held = [task._cloze(task._valid, 1) for task in tasks if isinstance(task, MaskedWords)]
@@ -156,7 +165,7 @@ def test_an_encoder_runs_the_tokens_it_is_shown(backbone: Backbone) -> None:
     )
     items = ItemEncoder(backbone, attached, TEXTS, per_token=True, retokenized=True)
     masker = Masker.of(backbone, TEXTS, 16, whole_words=True)
-    asked = masked(masker, 0.5)
+    asked = mask(masker, 0.5)
     states = items.catalogue(items.frozen, asked.items, tokens=asked.tokens)
     with torch.no_grad():
         for row in range(3):
@@ -164,9 +173,10 @@ def test_an_encoder_runs_the_tokens_it_is_shown(backbone: Backbone) -> None:
             alone = backbone.model(input_ids=torch.from_numpy(asked.tokens[own])[None]).last_hidden_state[0].numpy()
             assert np.allclose(states[own], alone, atol=1e-5)
         first = backbone.model.get_input_embeddings()(torch.from_numpy(asked.tokens[:8]))  # type: ignore[operator]
-        push = items.pushed(asked.items, None, asked.tokens)
-        assert torch.allclose(push.sizes[0], first.norm(), atol=1e-5)
-        again = items.encode(items.frozen, asked.items, push=push, tokens=asked.tokens).numpy()
+        selection = items.select(asked.items, asked.tokens)
+        entering, text = items.entering_states(selection)
+        assert torch.allclose(entering[text == 0], first, atol=1e-5)
+        again = items.encode_selection(items.frozen, replace(selection, added=torch.zeros_like(entering))).numpy()
         assert np.allclose(states, again, atol=1e-5)  # what is pushed is what is shown
 
 
@@ -186,7 +196,7 @@ def test_an_untrained_head_says_how_often_words_occur_and_a_loss_by_hand() -> No
     normed = (bent - bent.mean()) / (bent.var(unbiased=False) + 1e-5).sqrt()
     logits = head(state, words).detach()
     assert torch.allclose(logits[0], words @ normed + shares.log(), atol=1e-5)
-    answers = told(head, words, state, np.array([2]))
+    answers = predict_words(head, words, state, np.array([2]))
     assert answers.likelihood[0] == pytest.approx(float(logits[0].log_softmax(0)[2]), abs=1e-5)
     assert answers.ranks[0] == 1 + int((logits[0] > logits[0, 2]).sum())
     assert answers.values()["perplexity"] == pytest.approx(float(np.exp(-answers.likelihood[0])))
@@ -199,19 +209,19 @@ def test_a_fitted_head_is_never_worse_on_what_is_held_out_and_learns_what_there_
     states = torch.from_numpy((4 * np.eye(6)[answers] + dice.normal(size=(300, 6))).astype(np.float32))
     head = MaskedHead(6, 6, 6, MaskedTask())
     fit_head(head, words, (states[:200], answers[:200]), (states[200:], answers[200:]))
-    assert told(head, words, states[200:], answers[200:]).values()["token_accuracy"] > 0.9
+    assert predict_words(head, words, states[200:], answers[200:]).values()["token_accuracy"] > 0.9
     noise = MaskedHead(6, 6, 6, MaskedTask())
     nothing = torch.from_numpy(dice.normal(size=(300, 6)).astype(np.float32))
-    before = told(noise, words, nothing[200:], answers[200:]).likelihood.mean()
+    before = predict_words(noise, words, nothing[200:], answers[200:]).likelihood.mean()
     fit_head(noise, words, (nothing[:200], answers[:200]), (nothing[200:], answers[200:]))
-    assert told(noise, words, nothing[200:], answers[200:]).likelihood.mean() >= before
+    assert predict_words(noise, words, nothing[200:], answers[200:]).likelihood.mean() >= before
 
 
 def test_frequencies_and_neighbours_by_hand(backbone: Backbone) -> None:
     counts = np.array([3, 1, 0, 0])
     # With a word that was never seen, the largest pseudo-count is the most probable; with seen ones, the smallest.
-    assert frequencies(counts, np.array([2])).tolist() == pytest.approx([4 / 8, 2 / 8, 1 / 8, 1 / 8])
-    assert frequencies(counts, np.array([0, 0, 0, 1])) == pytest.approx([0.75, 0.25, 0, 0], abs=1e-3)
+    assert estimate_frequencies(counts, np.array([2])).tolist() == pytest.approx([4 / 8, 2 / 8, 1 / 8, 1 / 8])
+    assert estimate_frequencies(counts, np.array([0, 0, 0, 1])) == pytest.approx([0.75, 0.25, 0, 0], abs=1e-3)
 
     masker = Masker.of(backbone, ["w1 w2 w3", "w1 w2 w4", "w1 w5 w3"], 16, whole_words=True)
     w = {n: FIRST_WORD + n for n in range(9)}
@@ -227,7 +237,7 @@ def test_frequencies_and_neighbours_by_hand(backbone: Backbone) -> None:
     # A masked neighbour says nothing of its own: what is left is the left side, and frequencies three times.
     assert probability([2, w[1], MASK, MASK, 3], 2, w[2]) == pytest.approx((3 / 200 + 2 / 3) / 4)
     sure = MaskedBatch(np.array([0]), np.array([2, w[1], MASK, w[4], 3]), np.array([2]), np.array([w[2]]))
-    weights = model.mixed_for(sure).weights
+    weights = model.fit_mixture(sure).weights
     assert weights.sum() == pytest.approx(1)
     assert weights[2:].sum() > 0.99  # those that were certain of it
     assert weights[0] < 1e-3
@@ -289,12 +299,12 @@ def test_what_cannot_be_masked_is_refused(recipe: MakeRecipe, tmp_path: Path, te
         recipe(task={"kind": "masked", "random_share": 0.5, "kept_share": 0.5})
     (tmp_path / "items.csv").write_text("item_id,title\na,w1\nb,w2\n")
     with pytest.raises(DataError, match=r"None of the 2 texts .* has 2 words"):
-        task_of(recipe(**{"data.path": str(tmp_path)}))
+        build_task(recipe(**{"data.path": str(tmp_path)}))
     folder = build_encoder(tmp_path / "maskless")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "mask_token": None}))
     with pytest.raises(BackboneError, match="has no mask token"):
-        task_of(recipe()).head(Backbone.load(str(folder), max_length=16), 16)
+        build_task(recipe()).head(Backbone.load(str(folder), max_length=16), 16)
 
 
 def test_the_texts_of_a_catalogue_are_described_without_labels(recipe: MakeRecipe, tmp_path: Path) -> None:

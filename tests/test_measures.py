@@ -8,7 +8,7 @@ from scipy import sparse
 
 from peft_combo.data.labels.tags import entities
 from peft_combo.metrics import classification as measures
-from peft_combo.tuning.tasks.tagging import entity_counts
+from peft_combo.tuning.tasks.tagging import count_entities
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_entities_of_a_tag_sequence(tags: str, found: list[tuple[str, int, int]]
 
 
 def counts(gold: list[str], said: list[str], types: tuple[str, ...] = ("Acc", "Clo")) -> measures.Counts:
-    return entity_counts([tuple(tags.split()) for tags in gold], [tuple(tags.split()) for tags in said], types)
+    return count_entities([tuple(tags.split()) for tags in gold], [tuple(tags.split()) for tags in said], types)
 
 
 def test_half_an_entity_is_none_though_most_tokens_are_right() -> None:

@@ -20,8 +20,9 @@ from peft_combo.encoder import methods
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.errors import BackboneError, TuningError
 from peft_combo.recipe.model import BackboneConfig, Recipe
+from peft_combo.tuning.figures import Memory
 from peft_combo.tuning.loop import tune
-from peft_combo.tuning.plan import Memory, frozen_bytes, plan
+from peft_combo.tuning.plan import count_frozen_bytes, plan
 from peft_combo.tuning.probe import probe
 from peft_combo.tuning.resources import measured
 
@@ -125,8 +126,8 @@ def test_quantised_weights_take_what_bitsandbytes_takes(bits: Any, tiny_bert: Pa
             total += weight.SCB.numel() * 4
         if getattr(weight, "quant_state", None) is not None:
             total += weight.quant_state.absmax.numel() * 4
-    assert frozen_bytes(shapes.model, bits) == pytest.approx(total, rel=0.01)
-    assert frozen_bytes(shapes.model, bits) < frozen_bytes(shapes.model, "none")
+    assert count_frozen_bytes(shapes.model, bits) == pytest.approx(total, rel=0.01)
+    assert count_frozen_bytes(shapes.model, bits) < count_frozen_bytes(shapes.model, "none")
 
 
 def test_weights_are_not_needed_for_a_plan_nor_for_a_refusal(

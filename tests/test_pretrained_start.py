@@ -26,7 +26,7 @@ from peft_combo.store.versions import AdapterRecord
 from peft_combo.tuning.continual import pretrained_start
 from peft_combo.tuning.loop import TuneResult, tune
 from peft_combo.tuning.plan import plan
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -89,7 +89,7 @@ def test_a_head_is_fitted_over_the_states_it_will_stand_on(
     task = {"kind": "classification", "min_texts": 2}
     result = started(supervised(tiny_recipe, store, task=task, category="tiny-fitted"), tmp_path)
     bank = AdapterBank(Backbone.of(tiny_recipe().backbone), AdapterStore(store))
-    own = task_of(supervised(tiny_recipe, store, task=task))
+    own = build_task(supervised(tiny_recipe, store, task=task))
     head = own.head(bank.backbone, 16)
     own.start(head, lambda rows: bank.encode([own.texts[row] for row in rows], read.reference))
     stored = bank.get(result.record.reference).head_as(ClassificationHead)

@@ -36,8 +36,9 @@ from peft_combo.recommender.rating import FittedRating, Rater, after, rate
 from peft_combo.scoring.features import Counted, CrossFitted, log_popularity
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import TuneResult, tune
-from peft_combo.tuning.tasks import task_of
-from peft_combo.tuning.tasks.rating import Negatives, Rating, RatingBatch, rating_logits, rating_loss
+from peft_combo.tuning.tasks import build_task
+from peft_combo.tuning.tasks.negatives import Negatives
+from peft_combo.tuning.tasks.rating import ItemRating, RatingBatch, compute_rating_logits, compute_rating_loss
 
 MakeRecipe = Callable[..., Recipe]
 DAY = 86_400
@@ -76,9 +77,9 @@ def run(recipe: Recipe, tmp_path: Path, **options: Any) -> TuneResult:
     return tune(recipe, run_folder=tmp_path / "run", **options)
 
 
-def rating_of(recipe: Recipe) -> Rating:
-    task = task_of(recipe)
-    assert isinstance(task, Rating)
+def rating_of(recipe: Recipe) -> ItemRating:
+    task = build_task(recipe)
+    assert isinstance(task, ItemRating)
     return task
 
 
@@ -291,13 +292,17 @@ def test_the_loss_by_hand(recipe: MakeRecipe) -> None:
     )  # fmt: skip
     # Log-odds 0.6 / 0.5 + 0.3 - 1 = 0.5 and 0 - 1 + 0.25 = -0.75.
     wanted = (np.log1p(np.exp(-0.5)) + np.log1p(np.exp(-0.75))) / 2
-    assert float(rating_loss(rating_logits(head, vectors, batch), batch).detach()) == pytest.approx(wanted, rel=1e-6)
+    assert float(compute_rating_loss(compute_rating_logits(head, vectors, batch), batch).detach()) == pytest.approx(
+        wanted, rel=1e-6
+    )
     counted = Counted(np.array([0, 0, 0.1], np.float32), None)
     scores = head.scores(vectors.numpy(), np.array([[0, -1]]), counted)
     np.testing.assert_allclose(scores, [[1, -1, 0.5]], atol=1e-6)
     # What validation chose changes the scores and not the loss.
-    rating_of(recipe()).settle(head, {"slope": 2.0, "shift": 0.5})
-    assert float(rating_loss(rating_logits(head, vectors, batch), batch).detach()) == pytest.approx(wanted, rel=1e-6)
+    rating_of(recipe()).apply_choice(head, {"slope": 2.0, "shift": 0.5})
+    assert float(compute_rating_loss(compute_rating_logits(head, vectors, batch), batch).detach()) == pytest.approx(
+        wanted, rel=1e-6
+    )
     scores = 2 * scores + 0.5
     again = head_of(head.spec(), head.state_dict())
     assert isinstance(again, RatingHead)
@@ -338,7 +343,7 @@ def test_it_learns_is_stored_and_says_the_same_again(neighbours: int, recipe: Ma
     live = AdapterBank(backbone, AdapterStore(made.store)).get("tiny")
     task = rating_of(made)
     vectors = backbone.encode(task.texts, live.attached)
-    again = task.outcome(live.head_as(RatingHead), lambda rows: vectors)
+    again = task.predict(live.head_as(RatingHead), lambda rows: vectors)
     assert task.table(again, again).after.values == pytest.approx(table.after.values, abs=1e-5)
 
 
@@ -380,9 +385,9 @@ def test_what_does_not_suit_the_task_is_refused(changes: dict[str, Any], told: s
 
 def test_data_that_cannot_be_rated_is_refused(recipe: MakeRecipe, tiny_shop: Path, visits: Path) -> None:
     with pytest.raises(DataError, match="has no interactions"):
-        task_of(recipe(**{"data.path": str(tiny_shop), "data.split": "user"}))
+        build_task(recipe(**{"data.path": str(tiny_shop), "data.split": "user"}))
     with pytest.raises(DataError, match=r"split by user or time, found data\.split: bundle"):
-        task_of(recipe(**{"data.split": "bundle"}))
+        build_task(recipe(**{"data.split": "bundle"}))
     timeless = Interactions.build(["a"], users=[0, 0], items=[0, 1], times=[1, np.nan])
     with pytest.raises(DataError, match="1 of 2 have none"):
         Events.of(timeless, RatingTask())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.errors import RecipeError, TuningError
 from peft_combo.recipe.model import Averaging, Recipe, TrainingConfig
-from peft_combo.tuning.adversarial import Objective, passes_of
+from peft_combo.tuning.adversarial import Perturbation, add_adversarial_gradients, count_passes
+from peft_combo.tuning.augmentation import TextVariants
 from peft_combo.tuning.averaging import WeightAverage
-from peft_combo.tuning.item_encoder import ItemEncoder, Push, Variants
+from peft_combo.tuning.extensions import build_extensions
+from peft_combo.tuning.item_encoder import ItemEncoder
 from peft_combo.tuning.loop import tune
-from peft_combo.tuning.model import Trainee, disagreement
-from peft_combo.tuning.optimizer import Group, groups_of
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.model import TrainingModel, collect_trained_parameters
+from peft_combo.tuning.optimizer import Group, build_parameter_groups
+from peft_combo.tuning.r_drop import compute_disagreement
+from peft_combo.tuning.step import Passes, StepExtensions
+from peft_combo.tuning.tasks import build_task
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -35,9 +40,9 @@ MakeRecipe = Callable[..., Recipe]
 class Run:
     """The parts of a run, as the loop puts them together, after some steps have moved every weight."""
 
-    def __init__(self, recipe: Recipe, variants: Variants | None = None) -> None:
+    def __init__(self, recipe: Recipe, variants: TextVariants | None = None) -> None:
         self.recipe = recipe
-        self.task = task_of(recipe)
+        self.task = build_task(recipe)
         backbone = Backbone.of(recipe.backbone)
         self.attached = methods.attach(backbone.model, recipe.adapter, max_length=16, total_steps=9, seed=0)
         self.head: TaskHead = self.task.head(backbone, 16)
@@ -45,14 +50,20 @@ class Run:
         with torch.no_grad():
             for parameter in (*self.attached.trainable().values(), *self.head.parameters()):
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        self.items = ItemEncoder(backbone, self.attached, self.task.texts, variants=variants)
-        self.trainee = Trainee(self.task, self.items, self.attached, self.head, recipe.training.r_drop)
+        self.items = ItemEncoder(backbone, self.attached, self.task.texts, extra_texts=tuple(variants or ()))
+        self.extensions = self.extend(recipe.training, variants)
+        self.model = TrainingModel(self.task, self.items, self.attached, self.head, self.extensions)
         self.batch = self.task.batch(0)
         set_training(self.attached.inner, self.attached.cut, False)
 
+    def extend(self, config: TrainingConfig, variants: TextVariants | None = None) -> StepExtensions:
+        parameters = collect_trained_parameters(self.attached, self.head)
+        return build_extensions(config, self.items, parameters, variants, self.task.exclusive)
+
     def gradients(self, config: TrainingConfig) -> tuple[float, list[torch.Tensor]]:
-        self.trainee.zero_grad(set_to_none=True)
-        loss = Objective(config, self.trainee, self.trainee, lambda one: one.backward()).add_gradients(self.batch, 3)
+        self.model.zero_grad(set_to_none=True)
+        passes = Passes(self.model, self.model, lambda one: one.backward())
+        loss = self.extend(config).add_gradients(passes, self.batch, 3)
         return loss, [p.grad.clone() for p in self.attached.trainable().values() if p.grad is not None]
 
 
@@ -63,14 +74,14 @@ def test_disagreement_by_hand() -> None:
     one, two = torch.log(torch.tensor([[0.5, 0.5]])), torch.log(torch.tensor([[0.8, 0.2]]))
     forth = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
     back = 0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.2 / 0.5)
-    assert disagreement(one, two, True).item() == pytest.approx((forth + back) / 2, abs=1e-6)
+    assert compute_disagreement(one, two, True).item() == pytest.approx((forth + back) / 2, abs=1e-6)
     # A yes or no with the same chances is the same question.
     odds = [torch.tensor([0.0]), torch.tensor([math.log(4)])]
-    assert disagreement(*odds, False).item() == pytest.approx((forth + back) / 2, abs=1e-6)
-    assert disagreement(one, one, True).item() == 0
+    assert compute_disagreement(*odds, False).item() == pytest.approx((forth + back) / 2, abs=1e-6)
+    assert compute_disagreement(one, one, True).item() == 0
     # What is no candidate in either pass adds nothing.
     barred = [torch.cat([x, torch.full((1, 1), -1e4)], 1) for x in (one, two)]
-    assert disagreement(*barred, True).item() == pytest.approx((forth + back) / 2, abs=1e-6)
+    assert compute_disagreement(*barred, True).item() == pytest.approx((forth + back) / 2, abs=1e-6)
 
 
 def test_r_drop_adds_what_two_passes_disagree_by(tiny_recipe: MakeRecipe) -> None:
@@ -80,11 +91,11 @@ def test_r_drop_adds_what_two_passes_disagree_by(tiny_recipe: MakeRecipe) -> Non
     seen: list[torch.Tensor] = []
     honest = run.task.logits
     run.task.logits = lambda *a: seen.append(honest(*a)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
-    loss = run.trainee(run.batch, 3)
+    loss = run.model(run.batch, 3)
     first, second = seen
     assert not torch.equal(first, second)
     wanted = (run.task.loss(first, run.batch) + run.task.loss(second, run.batch)) / 2
-    wanted = wanted + 2.0 * disagreement(first, second, True)
+    wanted = wanted + 2.0 * compute_disagreement(first, second, True)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
@@ -101,7 +112,7 @@ def rates(recipe: Recipe) -> dict[int | None, set[tuple[float, float]]]:
     run = Run(recipe)
     names = {id(p): name for name, p in run.attached.trainable().items()}
     found: dict[int | None, set[tuple[float, float]]] = {}
-    for group in groups_of(recipe.training, run.attached, run.head):
+    for group in build_parameter_groups(recipe.training, run.attached, run.head):
         for parameter in group.parameters:
             name = names.get(id(parameter))
             layer = None if name is None else int(name.split("layer.")[1].split(".")[0])
@@ -131,7 +142,7 @@ def test_who_waits_does_not_move(tiny_recipe: MakeRecipe, tmp_path: Path) -> Non
             "training.early_stopping": None,
         }
     )
-    half = task_of(recipe).per_epoch * 2
+    half = build_task(recipe).per_epoch * 2
     with pytest.raises(SystemExit):
         tune(recipe, run_folder=tmp_path, watch=StopAt(half + 1))
     (folder,) = tmp_path.glob("step-*")
@@ -158,11 +169,13 @@ def test_a_push_enters_where_learning_begins(cached: bool, tiny_recipe: MakeReci
     assert (run.items.cached_bytes > 0) == cached
     rows = np.array([5, 3, 5, 0])
     plain = run.items.encode(run.items.encoder, rows)
-    push = run.items.pushed(rows, None)
-    torch.testing.assert_close(run.items.encode(run.items.encoder, rows, push=push), plain)
-    with torch.no_grad():
-        push.added[push.text == 1, :4] += 0.5  # the second text is item 3's
-    moved = run.items.encode(run.items.encoder, rows, push=push)
+    selection = run.items.select(rows)
+    states, text = run.items.entering_states(selection)
+    selection = replace(selection, added=torch.zeros_like(states))
+    torch.testing.assert_close(run.items.encode_selection(run.items.encoder, selection), plain)
+    assert selection.added is not None
+    selection.added[text == 1, :4] += 0.5  # the second text is item 3's
+    moved = run.items.encode_selection(run.items.encoder, selection)
     assert [bool((a - b).abs().max() > 1e-4) for a, b in zip(moved, plain, strict=True)] == [False, True, False, False]
 
 
@@ -174,15 +187,15 @@ class Flat(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
         self.seen: list[torch.Tensor] = []
 
-    def pushed(self, batch: Any, seed: int) -> Push:
-        return Push(torch.zeros(3, 2, requires_grad=True), torch.tensor([0, 0, 1]), torch.tensor([10.0, 2.0]))
+    def entering_states(self, batch: Any, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([[6.0, 0.0], [0.0, 8.0], [2.0, 0.0]]), torch.tensor([0, 0, 1])  # of lengths 10 and 2
 
-    def forward(self, batch: Any, seed: int, push: Push | None = None) -> torch.Tensor:
-        if push is None:
+    def forward(self, batch: Any, seed: int, added: torch.Tensor | None = None) -> torch.Tensor:
+        if added is None:
             return self.weight
-        self.seen.append(push.added.detach().clone())
+        self.seen.append(added.detach().clone())
         direction = torch.tensor([[3.0, 0.0], [0.0, 4.0], [-1.0, 0.0]])
-        return self.weight * (1 + (push.added * direction).sum())
+        return self.weight * (1 + (added * direction).sum())
 
 
 @pytest.mark.parametrize("kind", ["fgm", "pgd", "freelb"])
@@ -191,7 +204,9 @@ def test_pushes_go_where_the_loss_grows_and_no_farther(kind: str) -> None:
     config = TrainingConfig.model_validate(
         {"adversarial": {"kind": kind, "epsilon": 0.1, "steps": 4, "step_size": 1.0}}
     )
-    loss = Objective(config, flat, flat, lambda one: one.backward()).add_gradients(None, 0)  # type: ignore[arg-type]
+    assert config.adversarial is not None
+    passes = Passes(flat, flat, lambda one: one.backward())
+    loss = add_adversarial_gradients(config.adversarial, passes, None, 0)  # type: ignore[arg-type]
     # Lengths of a tenth of 10 and of 2, along (3, 0, 0, 4) / 5 and (-1, 0).
     worst = torch.tensor([[0.6, 0.0], [0.0, 0.8], [-0.2, 0.0]])
     if kind == "freelb":
@@ -206,7 +221,7 @@ def test_pushes_go_where_the_loss_grows_and_no_farther(kind: str) -> None:
         assert float(push[:2].norm()) <= 1 + 1e-5
         assert float(push[2].norm()) <= 0.2 + 1e-5
     assert len(flat.seen) == {"fgm": 2, "pgd": 5, "freelb": 4}[kind]
-    assert passes_of(config) == {"fgm": 2, "pgd": 6, "freelb": 4}[kind]
+    assert count_passes(config) == {"fgm": 2, "pgd": 6, "freelb": 4}[kind]
 
 
 def _gain(push: torch.Tensor) -> float:
@@ -215,15 +230,15 @@ def _gain(push: torch.Tensor) -> float:
 
 def test_the_worst_push_is_worse_than_any_other(tiny_recipe: MakeRecipe) -> None:
     run = Run(tiny_recipe())
-    plain = run.trainee(run.batch, 3).item()
-    push = run.trainee.pushed(run.batch, 3)
+    plain = run.model(run.batch, 3).item()
+    push = Perturbation.around(*run.model.entering_states(run.batch, 3))
     dice = torch.Generator().manual_seed(0)
     random = []
     for _ in range(5):
         noise = torch.randn(push.added.shape, generator=dice)
         with torch.no_grad():
             push.added.copy_(noise * (0.05 * push.sizes / push.lengths(noise))[push.text, None])
-        random.append(run.trainee(run.batch, 3, push).item())
+        random.append(run.model(run.batch, 3, push.added).item())
     total, _ = run.gradients(TrainingConfig.model_validate({"adversarial": {"epsilon": 0.05}}))
     assert 2 * total - plain > max(random)  # the mean of a clean and a pushed pass
 
@@ -248,10 +263,10 @@ def test_averages_by_hand() -> None:
     for step, value in enumerate((9.0, 2.0, 4.0, 9.0), 1):
         weight.data.fill_(value)
         for average in (plain, running):
-            average.step(step / 4, evaluated=step != 3)
+            average.after_step(step / 4, evaluated=step != 3)
     # swa: evaluated and in the second half are 2 and 9. ema: 2, then 0.75 * 2 + 0.25 * 4, then 0.75 * 2.5 + 0.25 * 9.
     assert (plain.mean["w"].item(), running.mean["w"].item()) == (5.5, 4.125)
-    with plain.applied():
+    with plain.for_evaluation():
         assert weight.item() == 5.5
     assert weight.item() == 9.0
 
@@ -267,7 +282,7 @@ def test_the_mean_is_what_is_evaluated_and_stored(tiny_recipe: MakeRecipe, tmp_p
         }
     )
     folder = tmp_path / "run"
-    per_epoch = task_of(recipe).per_epoch
+    per_epoch = build_task(recipe).per_epoch
 
     class Keep(Watch):
         def evaluated(self, step: int, values: Any, best: bool) -> None:
@@ -297,12 +312,13 @@ def test_the_mean_is_what_is_evaluated_and_stored(tiny_recipe: MakeRecipe, tmp_p
 
 
 def test_training_sees_other_wordings_and_evaluation_does_not(tiny_recipe: MakeRecipe) -> None:
-    texts = task_of(tiny_recipe()).texts
+    texts = build_task(tiny_recipe()).texts
     wordings = [[f"{text} w190"] if row % 2 else [] for row, text in enumerate(texts)]
-    run, plain = Run(tiny_recipe(), Variants(wordings, 1.0)), Run(tiny_recipe())
+    run, plain = Run(tiny_recipe(), TextVariants(texts, wordings, 1.0)), Run(tiny_recipe())
     rows = np.arange(6)
     with torch.no_grad():
-        seen = run.items.encode(run.items.encoder, rows, seed=1)
+        shown = run.extensions.choose_texts(run.items.select(rows), 1)
+        seen = run.items.encode_selection(run.items.encoder, shown)
         straight = plain.items.encode(plain.items.encoder, rows)
         torch.testing.assert_close(run.items.encode(run.items.encoder, rows), straight)
     same = [bool(torch.allclose(a, b, atol=1e-5)) for a, b in zip(seen, straight, strict=True)]

@@ -20,13 +20,13 @@ from peft_combo.errors import StoreError
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, SequenceTask
 from peft_combo.tuning.loop import tune
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.sequence import (
     SequenceBatch,
     SequenceBatches,
-    sequence_logits,
-    sequence_loss,
-    size_log_odds,
+    compute_sequence_logits,
+    compute_sequence_loss,
+    estimate_size_log_odds,
 )
 
 DIM = 8
@@ -134,8 +134,8 @@ def test_a_stored_head_is_rebuilt_and_drops_nothing_out() -> None:
 def test_how_often_bundles_of_a_size_end_is_counted() -> None:
     # Of three bundles of at least 2 items two end there; the third has 3 items, or any number from 3 on.
     expected = [math.log(0.5 / 3.5), math.log(0.5 / 3.5), math.log(2.5 / 1.5), math.log(1.5 / 0.5)]
-    assert size_log_odds([2, 2, 3], 3).tolist() == pytest.approx(expected)
-    assert size_log_odds([2, 2, 7], 3).tolist() == pytest.approx(expected)
+    assert estimate_size_log_odds([2, 2, 3], 3).tolist() == pytest.approx(expected)
+    assert estimate_size_log_odds([2, 2, 7], 3).tolist() == pytest.approx(expected)
 
 
 def test_how_probable_the_end_is_does_not_depend_on_the_number_of_items() -> None:
@@ -147,7 +147,7 @@ def test_how_probable_the_end_is_does_not_depend_on_the_number_of_items() -> Non
     expected = head.completeness(queries, torch.arange(4)).sigmoid()
     for count in (3, 7):
         batch = SequenceBatch(np.arange(count), sequences, torch.zeros(4, count, dtype=torch.bool))
-        logits = sequence_logits(head, items(7)[:count], batch)
+        logits = compute_sequence_logits(head, items(7)[:count], batch)
         torch.testing.assert_close(logits.softmax(-1)[:, -1], expected)
 
 
@@ -160,9 +160,9 @@ def test_the_loss_of_a_worked_case() -> None:
     barred = torch.tensor([[False, True], [True, False], [False, False]])  # what is in the bundle is no wrong answer
     batch = SequenceBatch(np.arange(2), torch.tensor([[0, 1]]), barred)
     assert batch.targets.tolist() == [0, 1, 2]
-    logits = sequence_logits(head, axes, batch)
+    logits = compute_sequence_logits(head, axes, batch)
     torch.testing.assert_close(logits.softmax(-1), torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0.25, 0.25, 0.5]]))
-    assert sequence_loss(logits, batch).item() == pytest.approx(math.log(2))
+    assert compute_sequence_loss(logits, batch).item() == pytest.approx(math.log(2))
 
 
 # ---- the batches ----
@@ -208,15 +208,15 @@ def test_it_learns_and_starts_where_the_bundle_task_starts(tiny_recipe: Callable
     result = tune(recipe)
     assert result.table.after.values["ndcg@10"] > result.table.before.values["ndcg@10"] + 0.05
     assert result.record.manifest.task["kind"] == "sequence"
-    bundle_task, same = task_of(tiny_recipe()), task_of(recipe)
+    bundle_task, same = build_task(tiny_recipe()), build_task(recipe)
     vectors = functional.normalize(torch.randn(len(same.texts), 32), dim=-1).numpy()
     heads = BundleHead(32, BundleTask()).eval(), SequenceHead(32, SequenceTask()).eval()
-    ranks = [one.outcome(head, lambda rows: vectors) for one, head in zip((bundle_task, same), heads, strict=True)]
+    ranks = [one.predict(head, lambda rows: vectors) for one, head in zip((bundle_task, same), heads, strict=True)]
     np.testing.assert_array_equal(*ranks)
 
 
 def test_it_begins_with_the_mean_item_of_the_training_bundles(tiny_recipe: Callable[..., Recipe]) -> None:
-    task = task_of(tiny_recipe(task={"kind": "sequence"}))
+    task = build_task(tiny_recipe(task={"kind": "sequence"}))
     vectors = functional.normalize(torch.randn(len(task.texts), DIM), dim=-1).numpy()
     head = SequenceHead(DIM, SequenceTask())
     asked: list[Any] = []

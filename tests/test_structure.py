@@ -49,12 +49,9 @@ MOST_LINES, MOST_FUNCTION_LINES = 500, 80
 # What is longer today. Entries go, none may come: split the file or function instead.
 LONG_FILES = {
     "recommender/composing/composer.py": 655,
-    "tuning/tasks/rating.py": 517,
 }
 LONG_FUNCTIONS: dict[str, int] = {
-    "tuning/loop.py:tune": 190,
     "cli/tune.py:tune": 117,
-    "tuning/plan.py:plan": 88,
     "cli/recommend.py:recommend": 87,
 }
 

@@ -22,7 +22,13 @@ from peft_combo.recipe.files import write_recipe
 from peft_combo.recipe.model import DataConfig, Recipe
 from peft_combo.recipe.task import ClassificationTask, TaggingTask
 from peft_combo.store.adapter_store import AdapterStore
-from peft_combo.tuning.active_learning import entropies, margins, spread, suggest_bundles, suggest_texts
+from peft_combo.tuning.active_learning import (
+    choose_spread,
+    compute_entropies,
+    compute_margins,
+    suggest_bundles,
+    suggest_texts,
+)
 from peft_combo.tuning.loop import tune
 
 MakeRecipe = Callable[..., Recipe]
@@ -30,10 +36,10 @@ MakeRecipe = Callable[..., Recipe]
 
 def test_uncertainties_of_worked_cases() -> None:
     likely = np.array([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0.0], [0.1, 0.6, 0.3]])
-    np.testing.assert_allclose(margins(likely, exclusive=True), [0.0, 1.0, 1.0, 0.7])
-    many = margins(np.array([[1.0, 0.0], [0.5, 0.5], [0.5, 1.0], [0.9, 0.2]]), exclusive=False)
+    np.testing.assert_allclose(compute_margins(likely, exclusive=True), [0.0, 1.0, 1.0, 0.7])
+    many = compute_margins(np.array([[1.0, 0.0], [0.5, 0.5], [0.5, 1.0], [0.9, 0.2]]), exclusive=False)
     np.testing.assert_allclose(many, [0.0, 1.0, 0.5, 0.3])
-    np.testing.assert_allclose(entropies(likely[:3]), [0.0, 1.0, np.log(2) / np.log(3)], atol=1e-12)
+    np.testing.assert_allclose(compute_entropies(likely[:3]), [0.0, 1.0, np.log(2) / np.log(3)], atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -44,18 +50,18 @@ def test_the_unsure_cluster_is_chosen_and_none_of_its_near_copies(seed: int) -> 
     vectors = np.concatenate([sure, unsure]).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     weights = np.concatenate([np.full(200, 0.02), np.full(200, 0.9)])
-    chosen = spread(vectors, weights, 5, seed)
+    chosen = choose_spread(vectors, weights, 5, seed)
     # One of each forty: a random choice of five of two hundred has all of these in one of thirty cases.
     assert sorted((row - 200) // 40 for row in chosen) == [0, 1, 2, 3, 4]
-    assert spread(vectors, weights, 5, seed) == chosen
+    assert choose_spread(vectors, weights, 5, seed) == chosen
 
 
 def test_copies_and_what_is_sure_are_never_chosen() -> None:
     vectors = np.repeat(np.eye(3, dtype=np.float32), 2, axis=0)
-    chosen = spread(vectors, np.array([1.0, 1, 1, 1, 0, 0]), 6, seed=0)
+    chosen = choose_spread(vectors, np.array([1.0, 1, 1, 1, 0, 0]), 6, seed=0)
     assert sorted(row // 2 for row in chosen) == [0, 1]
-    assert spread(vectors, np.zeros(6), 3, seed=0) == []
-    assert spread(vectors[:0], np.zeros(0), 3, seed=0) == []
+    assert choose_spread(vectors, np.zeros(6), 3, seed=0) == []
+    assert choose_spread(vectors[:0], np.zeros(0), 3, seed=0) == []
 
 
 def read_csv(file: Path) -> list[dict[str, str]]:

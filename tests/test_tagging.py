@@ -28,7 +28,7 @@ from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.gather import gather_shares
 from peft_combo.tuning.item_encoder import ItemEncoder
 from peft_combo.tuning.loop import TuneResult, tune
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.tagging import Dictionary, Tagging
 
 MakeRecipe = Callable[..., Recipe]
@@ -107,11 +107,11 @@ def test_it_learns_is_stored_and_tags_the_same_again(recipe: MakeRecipe, tmp_pat
     # Out of the files again, over texts that are tagged as new ones.
     backbone = Backbone.of(made.backbone)
     live = AdapterBank(backbone, AdapterStore(made.store)).get("tiny")
-    task = task_of(made)
+    task = build_task(made)
     assert isinstance(task, Tagging)
     task.head(backbone, live.attached.max_length)
     states = {row: backbone.states([task.texts[row]], live.attached) for row in task._test}
-    again = task.outcome(live.head_as(TaggingHead), lambda rows: np.concatenate([states[row] for row in rows]))
+    again = task.predict(live.head_as(TaggingHead), lambda rows: np.concatenate([states[row] for row in rows]))
     assert task.table(again, again).after.values["f1"] == pytest.approx(table.after.values["f1"], abs=1e-6)
     texts = [task.texts[row] for row in task._test]
     found = tag_texts(backbone, live.attached, live.head_as(TaggingHead), texts)
@@ -151,7 +151,7 @@ def test_a_word_speaks_through_its_first_piece_alone() -> None:
 
 
 def test_special_tokens_padding_and_further_pieces_have_no_label(recipe: MakeRecipe, piece_bert: Path) -> None:
-    task = task_of(recipe())
+    task = build_task(recipe())
     assert isinstance(task, Tagging)
     backbone = Backbone.load(str(piece_bert), max_length=24)
     task.head(backbone, 24)
@@ -169,7 +169,7 @@ def test_special_tokens_padding_and_further_pieces_have_no_label(recipe: MakeRec
 
 def test_a_word_that_was_cut_off_is_missed_and_not_forgiven(recipe: MakeRecipe, tmp_path: Path) -> None:
     made = recipe(**{"backbone.max_length": 8, "training.epochs": 1})
-    task = task_of(made)
+    task = build_task(made)
     assert isinstance(task, Tagging)
     task.head(Backbone.of(made.backbone), 8)
     cut = sum(int((first < 0).sum()) for first in task._first)

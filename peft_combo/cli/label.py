@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft_combo.encoder.backbone import Backbone
     from peft_combo.encoder.bank import LiveAdapter
     from peft_combo.recipe.model import Recipe
-    from peft_combo.tuning.active_learning import Suggestion
+    from peft_combo.tuning.active_learning import LabelSuggestion
 
 
 @data_app.command("suggest")
@@ -83,7 +83,9 @@ _HOW = {
 }
 
 
-def _titles(recipe: Recipe, backbone: Backbone, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[Suggestion]:
+def _titles(
+    recipe: Recipe, backbone: Backbone, live: LiveAdapter, count: int, watch: ConsoleWatch
+) -> list[LabelSuggestion]:
     from peft_combo.data.labels.annotation import unlabelled_texts
     from peft_combo.recipe.task import ClassificationTask, TaggingTask
     from peft_combo.tuning.active_learning import suggest_texts
@@ -97,7 +99,7 @@ def _titles(recipe: Recipe, backbone: Backbone, live: LiveAdapter, count: int, w
 
 def _bundles(
     recipe: Recipe, backbone: Backbone, live: LiveAdapter, count: int, watch: ConsoleWatch
-) -> list[Suggestion]:
+) -> list[LabelSuggestion]:
     from peft_combo.data.pseudo_bundles import Mined, mine
     from peft_combo.data.sources import open_dataset
     from peft_combo.data.splits import split_as

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from peft_combo.metrics.report import Row
     from peft_combo.recipe.model import Recipe
     from peft_combo.tuning.continual import Continuation, Continued, Pretrained
+    from peft_combo.tuning.figures import Plan
     from peft_combo.tuning.loop import TuneResult
-    from peft_combo.tuning.plan import Plan
 
 
 @app.command()

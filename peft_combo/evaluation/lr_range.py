@@ -1,6 +1,6 @@
 """Which learning rate a recipe bears: the rate grows step by step until the loss runs away.
 
-Owns the course of the rate and what is read off the losses. The steps are `tuning`'s own; nothing is stored.
+Owns the course of the rate and what is read off the losses. The steps are `tuning.loop.Run`'s own; nothing is stored.
 
 Source: Smith 2017, "Cyclical learning rates for training neural networks", section 3.3.
 """
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from peft_combo.callbacks import Watch
 from peft_combo.metrics.charts import Curve, Plane
 from peft_combo.recipe.model import Recipe, TrainingConfig
-from peft_combo.tuning.loop import Diverged, tune
+from peft_combo.tuning.loop import Diverged, Run
 
 # The running mean looks back on about ten steps, so of a hundred it lags by a tenth; earlier it is no mean yet.
 _MEMORY = 0.9
@@ -114,28 +115,14 @@ def _lost(losses: Sequence[float], smoothed: NDArray[np.float64]) -> int | None:
     return None
 
 
-class _Enough(Exception):
-    """The test has seen what it wanted."""
+class _Notes(Watch):
+    """Passes on what is noted of a run, and nothing of its steps: they are those of the test."""
 
-
-class _Listener(Watch):
-    def __init__(self, rates: Sequence[float], inner: Watch) -> None:
-        self.rates = rates
-        self.losses: list[float] = []
+    def __init__(self, inner: Watch) -> None:
         self._inner = inner
 
     def note(self, text: str) -> None:
         self._inner.note(text)
-
-    def planned(self, summary: str, metric: str) -> None:
-        self._inner.stage("Raising the learning rate", len(self.rates))
-
-    def stepped(self, step: int, loss: float) -> None:
-        self.losses.append(loss)
-        self._inner.stepped(step, loss)
-        seen = read_range(self.rates[: len(self.losses)], self.losses)
-        if seen.diverged is not None or len(self.losses) == len(self.rates):
-            raise _Enough
 
 
 def lr_range(
@@ -158,19 +145,19 @@ def lr_range(
     def growing(config: TrainingConfig, step: int, total: int) -> float:
         return rates[min(step, steps - 1)] / config.learning_rate
 
-    listener = _Listener(rates, watch or Watch())
-    with tempfile.TemporaryDirectory() as scratch:
-        training = recipe.training.model_copy(
-            update={
-                "epochs": _MOST_EPOCHS, "evaluate_every": float(_MOST_EPOCHS), "checkpoint_every": 1_000_000,
-                "trackers": (),
-            }
-        )  # fmt: skip
+    watch = watch or Watch()
+    losses: list[float] = []
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
+        training = recipe.training.model_copy(update={"epochs": _MOST_EPOCHS, "trackers": ()})
         probing = recipe.model_copy(update={"training": training, "store": f"{scratch}/adapters"})
-        try:
-            tune(probing, run_folder=Path(scratch) / "run", watch=listener, schedule=growing)
-        except Diverged:
-            listener.losses.append(math.inf)
-        except _Enough:
-            pass
-    return read_range(rates[: len(listener.losses)], listener.losses)
+        run = Run.prepare(probing, run_folder=Path(scratch) / "run", watch=_Notes(watch), schedule=growing)
+        watch.stage("Raising the learning rate", steps)
+        while len(losses) < steps and read_range(rates[: len(losses)], losses).diverged is None:
+            try:
+                losses.append(run.take_step())
+            except Diverged:
+                losses.append(math.inf)
+                break
+            watch.stepped(len(losses), losses[-1])
+        run.close()
+    return read_range(rates[: len(losses)], losses)

@@ -22,7 +22,7 @@ from peft_combo.evaluation.comparison.variants import Over, over_of
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recipe.model import Recipe
 from peft_combo.tuning.loop import Interrupted, tune
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 
 # Of the trials that reach a rung (1, 3, 9 ... evaluations) the best third goes on. Li et al. 2020, ASHA.
 _KEPT_SHARE = 3
@@ -249,7 +249,7 @@ def _proposed(trial: Any, axis: Axis) -> str:
 
 def _study_name(base: Recipe, axes: Sequence[Axis], seed: int) -> str:
     """Return a name that another recipe, space, seed or data would not have: their trials must not be mixed."""
-    data = task_of(base).data
+    data = build_task(base).data
     told = [base.digest(), data["digest"], data["split_digest"], [asdict(axis) for axis in axes], seed]
     return f"{base.name}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
 

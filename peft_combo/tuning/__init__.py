@@ -6,11 +6,12 @@ The only importer of accelerate. Knows nothing of the recommender.
 from __future__ import annotations
 
 from peft_combo.tuning.continual import continue_tuning
+from peft_combo.tuning.figures import Disk, Memory, Plan
 from peft_combo.tuning.loop import Diverged, Interrupted, TuneResult, tune
 from peft_combo.tuning.optimizer import Schedule, learning_rate_factor
-from peft_combo.tuning.plan import Disk, Memory, Plan, plan
+from peft_combo.tuning.plan import plan
 from peft_combo.tuning.resources import duration, peak_mib
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 
 __all__ = [
     "Disk",
@@ -21,10 +22,10 @@ __all__ = [
     "Schedule",
     "TuneResult",
     "continue_tuning",
+    "build_task",
     "duration",
     "learning_rate_factor",
     "peak_mib",
     "plan",
-    "task_of",
     "tune",
 ]

@@ -1,4 +1,4 @@
-"""What is most worth labelling: where a stored adapter is least sure, and nothing twice.
+"""Active learning: what is most worth labelling, where a stored adapter is least sure, and nothing twice.
 
 Owns how unsure an adapter is of a text or of a set of items, and how the unsure ones are spread. What has no label yet,
 and the files to label it in, are for `data.unlabelled` to know.
@@ -42,7 +42,7 @@ _COMPOSED_FOR = 2000
 
 
 @dataclass(frozen=True)
-class Suggestion:
+class LabelSuggestion:
     """Something worth labelling.
 
     Attributes:
@@ -65,7 +65,7 @@ def suggest_texts(
     count: int,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> list[Suggestion]:
+) -> list[LabelSuggestion]:
     """Choose the texts that a classification or tagging adapter would learn most from.
 
     Args:
@@ -82,8 +82,8 @@ def suggest_texts(
         case ClassificationHead() as head:
             vectors = backbone.encode(texts, live.attached, progress=progress)
             likely = head.probabilities(vectors)
-            unsure = margins(likely, exclusive=not head.config.multi_label)
-            chosen = spread(vectors, unsure, count, seed)
+            unsure = compute_margins(likely, exclusive=not head.config.multi_label)
+            chosen = choose_spread(vectors, unsure, count, seed)
             return [_to_classify(texts[row], head, likely[row], float(unsure[row])) for row in chosen]
         case TaggingHead() as head:
             read: list[ReadText] = []
@@ -93,10 +93,12 @@ def suggest_texts(
                 if progress is not None:
                     progress(len(some))
             # The mean over the words, so that a long title is not unsure for being long.
-            unsure = np.array([margins(one.likely, exclusive=True).mean() if one.words else 0.0 for one in read])
+            unsure = np.array(
+                [compute_margins(one.likely, exclusive=True).mean() if one.words else 0.0 for one in read]
+            )
             states = np.array([one.state for one in read], np.float32).reshape(len(read), backbone.dim)
             lengths = np.linalg.norm(states, axis=1, keepdims=True)
-            chosen = spread(states / np.maximum(lengths, np.finfo(np.float32).tiny), unsure, count, seed)
+            chosen = choose_spread(states / np.maximum(lengths, np.finfo(np.float32).tiny), unsure, count, seed)
             return [_to_tag(read[row], head, float(unsure[row])) for row in chosen]
         case head:
             raise StoreError(
@@ -114,7 +116,7 @@ def suggest_bundles(
     count: int,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> list[Suggestion]:
+) -> list[LabelSuggestion]:
     """Choose the sets of items of which a bundle adapter would learn most, were it told whether they are bundles.
 
     Candidates are the sets that were bought together, and for every item (or a sample of them) the pair with the item
@@ -134,7 +136,7 @@ def suggest_bundles(
     targets = target_vectors(head, vectors)
     known = {frozenset(rows.tolist()) for rows in dataset.bundles.items}
     candidates: dict[frozenset[int], NDArray[np.int32]] = {}
-    for rows in (*sets, *_composed(head, vectors, targets, texts, seed)):
+    for rows in (*sets, *_compose_pairs(head, vectors, targets, texts, seed)):
         candidates.setdefault(frozenset(rows.tolist()), np.sort(rows))
     fresh = [rows for items, rows in candidates.items() if items not in known]
     if not fresh:
@@ -142,21 +144,21 @@ def suggest_bundles(
     questions = Questions.leave_one_out(fresh, [""] * len(fresh))
     asked = np.concatenate(
         [
-            _completion_entropies(head, vectors, targets, questions.take(slice(start, start + _ASKED_AT_ONCE)))
+            _compute_completion_entropies(head, vectors, targets, questions.take(slice(start, start + _ASKED_AT_ONCE)))
             for start in range(0, len(questions), _ASKED_AT_ONCE)
         ]
     )
     unsure = np.bincount(questions.bundles, asked) / np.bincount(questions.bundles)
     with torch.inference_mode():
         wholes = context_queries(head, vectors, padded([rows.astype(np.int64) for rows in fresh])).float().cpu().numpy()
-    chosen = spread(wholes, unsure, count, seed)
+    chosen = choose_spread(wholes, unsure, count, seed)
     return [
         _to_judge(f"suggested-{place}", dataset, fresh[row], float(unsure[row]))
         for place, row in enumerate(chosen, start=1)
     ]
 
 
-def margins(probabilities: NDArray[np.floating[Any]], exclusive: bool) -> NDArray[np.float64]:
+def compute_margins(probabilities: NDArray[np.floating[Any]], exclusive: bool) -> NDArray[np.float64]:
     """Return how near the two likeliest answers are: (N, C) -> (N,), 0 for a sure answer, 1 for two that are alike.
 
     Args:
@@ -171,7 +173,7 @@ def margins(probabilities: NDArray[np.floating[Any]], exclusive: bool) -> NDArra
     return np.asarray(1 - (best[:, -1] - best[:, -2]), np.float64)
 
 
-def entropies(probabilities: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def compute_entropies(probabilities: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Return how evenly (N, C) distributions are spread: (N,), 0 for a sure answer, 1 where all are alike.
 
     Where thousands of items could be right, the two likeliest are always near; how many are in play says more.
@@ -180,7 +182,7 @@ def entropies(probabilities: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     return np.asarray(-xlogy(p, p).sum(1) / np.log(max(2, p.shape[1])), np.float64)
 
 
-def spread(vectors: NDArray[np.float32], weights: NDArray[np.float64], count: int, seed: int) -> list[int]:
+def choose_spread(vectors: NDArray[np.float32], weights: NDArray[np.float64], count: int, seed: int) -> list[int]:
     """Choose rows of great weight that lie far from each other.
 
     The first is drawn by its weight, each further one by weight times the squared distance to the nearest that was
@@ -211,7 +213,7 @@ def spread(vectors: NDArray[np.float32], weights: NDArray[np.float64], count: in
     return chosen
 
 
-def _composed(
+def _compose_pairs(
     head: BundleHead,
     vectors: NDArray[np.float32],
     targets: NDArray[np.float32],
@@ -234,35 +236,37 @@ def _composed(
     return pairs
 
 
-def _completion_entropies(
+def _compute_completion_entropies(
     head: BundleHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], questions: Questions
 ) -> NDArray[np.float64]:
     """Return how unsure the head is of what completes each context: (Q,)."""
     logits = completion_scores(head, vectors, targets, questions.contexts) * float(step_scale(head))
     for row, excluded in zip(logits, questions.excluded(), strict=True):
         row[excluded] = -np.inf
-    return entropies(softmax(logits, axis=1))
+    return compute_entropies(softmax(logits, axis=1))
 
 
-def _to_classify(text: str, head: ClassificationHead, likely: NDArray[np.float32], unsure: float) -> Suggestion:
+def _to_classify(text: str, head: ClassificationHead, likely: NDArray[np.float32], unsure: float) -> LabelSuggestion:
     best = np.argsort(-likely, kind="stable")[:3]
     guess = ", ".join(f"{head.labels[one]} {likely[one]:.2f}" for one in best)
-    return Suggestion(
+    return LabelSuggestion(
         unsure, text, guess, ({"text": text, "label": "", "guess": guess, "uncertainty": round(unsure, 4)},)
     )
 
 
-def _to_tag(read: ReadText, head: TaggingHead, unsure: float) -> Suggestion:
+def _to_tag(read: ReadText, head: TaggingHead, unsure: float) -> LabelSuggestion:
     found = read.entities(head.tags)
     guess = ", ".join(f"{one.text} ({one.type})" for one in found) or "nothing"
     spans = [[one.start, one.end, one.type] for one in found]
-    return Suggestion(unsure, read.text, guess, ({"text": read.text, "spans": spans, "uncertainty": round(unsure, 4)},))
+    return LabelSuggestion(
+        unsure, read.text, guess, ({"text": read.text, "spans": spans, "uncertainty": round(unsure, 4)},)
+    )
 
 
-def _to_judge(name: str, dataset: Dataset, rows: NDArray[np.int32], unsure: float) -> Suggestion:
+def _to_judge(name: str, dataset: Dataset, rows: NDArray[np.int32], unsure: float) -> LabelSuggestion:
     titles = [dataset.catalog.titles[row] for row in rows]
     lines = tuple(
         {"bundle_id": name, "item_id": dataset.catalog.item_ids[row], "title": title, "uncertainty": round(unsure, 4)}
         for row, title in zip(rows, titles, strict=True)
     )
-    return Suggestion(unsure, " + ".join(titles), "", lines)
+    return LabelSuggestion(unsure, " + ".join(titles), "", lines)

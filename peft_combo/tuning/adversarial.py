@@ -1,74 +1,77 @@
-"""What one micro-batch adds to the gradients: a plain pass, or several over pushed states.
+"""Adversarial training: FGM, PGD and FreeLB over perturbations of the states that enter the layers that learn.
 
-Owns adversarial training. Knows neither tasks nor methods; what a pass is worth is the trainee's business.
+Knows neither tasks nor methods; what a pass is worth is the model's business.
+
+Source: Miyato et al. 2017 (fgm); Madry et al. 2018 (pgd); Zhu et al. 2020, "FreeLB".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import assert_never
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_combo.recipe.model import Adversarial, TrainingConfig
-from peft_combo.tuning.item_encoder import Push
-from peft_combo.tuning.model import Trainee, mixed
+from peft_combo.tuning.seeds import mix_seed
+from peft_combo.tuning.step import Passes
 from peft_combo.tuning.tasks.base import Batch
 
 
-class Objective:
-    """Runs the passes of a micro-batch.
+@dataclass(frozen=True, eq=False)
+class Perturbation:
+    """What is added to the states of some texts' tokens where they enter the layers that learn.
 
-    Args:
-        model: what is called with batch, seed and push: `trainee`, or what accelerate made of it.
-        backward: takes a scalar loss and adds its gradients to the weights.
+    Attributes:
+        added: (S, D) float32, without padding; a leaf, so that a backward pass leaves its gradient in it.
+        text: (S,) which text each token is of, from 0.
+        sizes: (K,) Euclidean length of all states of each text together.
     """
 
-    def __init__(
-        self, config: TrainingConfig, trainee: Trainee, model: nn.Module, backward: Callable[[Tensor], None]
-    ) -> None:
-        self._adversarial = config.adversarial
-        self._trainee = trainee
-        self._model = model
-        self._backward = backward
+    added: Tensor
+    text: Tensor
+    sizes: Tensor
 
-    def add_gradients(self, batch: Batch, seed: int) -> float:
-        """Add the gradients of the mean loss over all passes, and return that loss."""
-        config = self._adversarial
-        if config is None:
-            return self._learn(batch, seed, None, 1.0)
-        push = self._trainee.pushed(batch, seed)
-        match config.kind:
-            case "fgm":
-                clean = self._learn(batch, seed, push, 0.5)
-                _ascend(push, config.epsilon, config.epsilon)
-                return clean + self._learn(batch, seed, push, 0.5)
-            case "pgd":
-                clean = self._learn(batch, seed, None, 0.5)
-                _scatter(push, config, mixed(seed, 1))
-                for _ in range(config.steps):
-                    # The bare trainee: no other process has to know of these gradients.
-                    (push.added.grad,) = torch.autograd.grad(self._trainee(batch, seed, push), push.added)
-                    _ascend(push, config.step_size * config.epsilon, config.epsilon)
-                return clean + self._learn(batch, seed, push, 0.5)
-            case "freelb":
-                _scatter(push, config, mixed(seed, 1))
-                loss = 0.0
-                for _ in range(config.steps):
-                    loss += self._learn(batch, seed, push, 1 / config.steps)
-                    _ascend(push, config.step_size * config.epsilon, config.epsilon)
-                return loss
-            case _:
-                assert_never(config.kind)
+    @classmethod
+    def around(cls, states: Tensor, text: Tensor) -> Perturbation:
+        """Return a perturbation of nothing of (S, D) states, of the texts (S,)."""
+        zero = cls(torch.zeros_like(states).requires_grad_(True), text, states.new_zeros(int(text.max()) + 1))
+        return cls(zero.added, text, zero.lengths(states))
 
-    def _learn(self, batch: Batch, seed: int, push: Push | None, weight: float) -> float:
-        loss: Tensor = weight * self._model(batch, seed, push)
-        self._backward(loss)
-        return float(loss.detach())
+    def lengths(self, states: Tensor) -> Tensor:
+        """Return the Euclidean length of each text's part: (S, D) -> (K,)."""
+        return torch.zeros_like(self.sizes).index_add_(0, self.text, states.square().sum(1)).sqrt()
 
 
-def passes_of(config: TrainingConfig) -> int:
+def add_adversarial_gradients(config: Adversarial, passes: Passes, batch: Batch, seed: int) -> float:
+    """Add the gradients of the mean loss over all passes, and return that loss; see `step.AddGradients`."""
+    found = Perturbation.around(*passes.bare.entering_states(batch, seed))
+    match config.kind:
+        case "fgm":
+            clean = passes.learn(batch, seed, found.added, 0.5)
+            _ascend(found, config.epsilon, config.epsilon)
+            return clean + passes.learn(batch, seed, found.added, 0.5)
+        case "pgd":
+            clean = passes.learn(batch, seed, weight=0.5)
+            _scatter(found, config, mix_seed(seed, 1))
+            for _ in range(config.steps):
+                # The bare model: no other process has to know of these gradients.
+                (found.added.grad,) = torch.autograd.grad(passes.bare(batch, seed, found.added), found.added)
+                _ascend(found, config.step_size * config.epsilon, config.epsilon)
+            return clean + passes.learn(batch, seed, found.added, 0.5)
+        case "freelb":
+            _scatter(found, config, mix_seed(seed, 1))
+            loss = 0.0
+            for _ in range(config.steps):
+                loss += passes.learn(batch, seed, found.added, 1 / config.steps)
+                _ascend(found, config.step_size * config.epsilon, config.epsilon)
+            return loss
+        case _:
+            assert_never(config.kind)
+
+
+def count_passes(config: TrainingConfig) -> int:
     """Return how many forward and backward passes a micro-batch takes."""
     if config.adversarial is None:
         return 1
@@ -76,27 +79,31 @@ def passes_of(config: TrainingConfig) -> int:
 
 
 @torch.no_grad()
-def _ascend(push: Push, length: float, most: float) -> None:
+def _ascend(perturbation: Perturbation, length: float, most: float) -> None:
     """Move each text's part along its gradient; lengths are shares of the length of its states."""
-    gradient = push.added.grad
+    gradient = perturbation.added.grad
     assert gradient is not None
-    along = length * push.sizes / push.lengths(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
-    push.added.add_(along[push.text, None] * gradient)
-    _shorten(push, most)
-    push.added.grad = None
+    along = length * perturbation.sizes / perturbation.lengths(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+    perturbation.added.add_(along[perturbation.text, None] * gradient)
+    _shorten(perturbation, most)
+    perturbation.added.grad = None
 
 
 @torch.no_grad()
-def _scatter(push: Push, config: Adversarial, seed: int) -> None:
+def _scatter(perturbation: Perturbation, config: Adversarial, seed: int) -> None:
     """Start from somewhere within the ball, drawn evenly in each coordinate. Source: Zhu et al. 2020, alg. 1."""
-    generator = torch.Generator(push.added.device).manual_seed(seed)
-    push.added.uniform_(-1, 1, generator=generator)
+    generator = torch.Generator(perturbation.added.device).manual_seed(seed)
+    perturbation.added.uniform_(-1, 1, generator=generator)
     # A text's part of n numbers has length sqrt(n) at most, so this is the radius.
-    numbers = torch.bincount(push.text, minlength=len(push.sizes)) * push.added.shape[1]
-    push.added.mul_((config.epsilon * push.sizes / numbers.sqrt())[push.text, None])
+    numbers = torch.bincount(perturbation.text, minlength=len(perturbation.sizes)) * perturbation.added.shape[1]
+    perturbation.added.mul_((config.epsilon * perturbation.sizes / numbers.sqrt())[perturbation.text, None])
 
 
 @torch.no_grad()
-def _shorten(push: Push, most: float) -> None:
-    limit = most * push.sizes / push.lengths(push.added).clamp_min(torch.finfo(push.added.dtype).tiny)
-    push.added.mul_(limit.clamp_max(1.0)[push.text, None])
+def _shorten(perturbation: Perturbation, most: float) -> None:
+    limit = (
+        most
+        * perturbation.sizes
+        / perturbation.lengths(perturbation.added).clamp_min(torch.finfo(perturbation.added.dtype).tiny)
+    )
+    perturbation.added.mul_(limit.clamp_max(1.0)[perturbation.text, None])

@@ -1,4 +1,4 @@
-"""The mean of the weights along a run, which often generalises better than any point of it.
+"""Weight averaging: SWA and EMA of the weights along a run.
 
 Owns what is averaged and when; the weights themselves stay where they are, and the mean is put in for a moment only.
 Source: Izmailov et al. 2018, "Averaging weights leads to wider optima and better generalization", alg. 1 (swa);
@@ -17,10 +17,10 @@ from peft_combo.recipe.model import Averaging
 
 
 class WeightAverage:
-    """A mean over the weights that learn.
+    """A mean over the weights that learn; a `step.WeightCopy`.
 
     Args:
-        parameters: name -> weight; read at each `add`, and for a while written by `applied`.
+        parameters: name -> weight; read at each `add`, and for a while written by `for_evaluation`.
 
     Attributes:
         count: points in the mean. mean: name -> tensor; empty while there is no point.
@@ -33,7 +33,7 @@ class WeightAverage:
         self.mean: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def step(self, share: float, evaluated: bool) -> None:
+    def after_step(self, share: float, evaluated: bool) -> None:
         """Take in the weights after an optimizer step, if they count.
 
         Args:
@@ -50,7 +50,7 @@ class WeightAverage:
             self.mean[name].lerp_(parameter, 1 - kept)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def for_evaluation(self) -> Iterator[None]:
         """Let the mean stand in for the weights; without a point they stay."""
         kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self.keep()

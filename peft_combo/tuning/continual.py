@@ -41,7 +41,7 @@ from peft_combo.store.aliases import Alias
 from peft_combo.store.references import check_alias
 from peft_combo.store.versions import AdapterRecord
 from peft_combo.tuning.loop import TuneResult, tune
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.base import AnyTask
 from peft_combo.tuning.tasks.bundle import BundleCompletion
 from peft_combo.tuning.warm_start import only_encoder, recipe_from
@@ -65,7 +65,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class VersionComparison:
     """The version a run started from and the one it made, on the same questions.
 
     Attributes:
@@ -96,8 +96,8 @@ class Continued:
 
     result: TuneResult
     start: AdapterRecord
-    validation: tuple[Comparison, ...]
-    test: Comparison
+    validation: tuple[VersionComparison, ...]
+    test: VersionComparison
     refused: tuple[str, ...]
     alias: Alias | None
     promoted: bool
@@ -144,7 +144,7 @@ def pretrained_start(recipe: Recipe, reference: str) -> Pretrained | None:
     if not only_encoder(record, recipe.task.kind):
         return None
     recipe = recipe_from(recipe, record)
-    task: Any = task_of(recipe)  # each keeps `data` and `notes` as its own; the protocol only promises to show them
+    task: Any = build_task(recipe)  # each keeps `data` and `notes` as its own; the protocol only promises to show them
     task.data = {**task.data, "continued": {"from": record.reference, "digest": record.digest, "pretrained": True}}
     task.notes = [
         *task.notes,
@@ -200,7 +200,7 @@ def continuation(recipe: Recipe, reference: str, *, new_data: Path | None = None
     if new_data is None:
         dataset, exams = old, {"new validation": parts.valid, "old test": parts.test}
     else:
-        dataset, parts, exams, replayed = _with_new(recipe, old, parts, new_data, replay, notes)
+        dataset, parts, exams, replayed = _join_new_data(recipe, old, parts, new_data, replay, notes)
         continued |= {"old_digest": old.digest, "replay": replay, "replayed": replayed}
     task = BundleCompletion(recipe, config, (dataset, parts))
     task.notes = [*task.notes, *notes]
@@ -220,7 +220,7 @@ def _refuse_other_split(record: AdapterRecord, recipe: Recipe, old: Dataset, par
         raise DataError(problem)
 
 
-def _with_new(
+def _join_new_data(
     recipe: Recipe, old: Dataset, parts: Split, new_data: Path, replay: float, notes: list[str]
 ) -> tuple[Dataset, Split, dict[str, NDArray[np.int32]], int]:
     """Join old and new data; return it with what is learned from and what is asked, and how many are replayed."""
@@ -296,7 +296,7 @@ def continue_tuning(
     run = continuation(recipe, reference, new_data=new_data, replay=replay)
     if promote is not None:
         check_alias(promote)
-        if problem := _not_compared(store, run.recipe.category, promote, run.start):
+        if problem := _find_mismatch(store, run.recipe.category, promote, run.start):
             raise StoreError(f"{problem} Start from it: --from {run.recipe.category}@{promote}")
     result = tune(run.recipe, resume=resume, run_folder=run_folder, watch=watch, task=run.task, start=run.start)
 
@@ -305,16 +305,16 @@ def continue_tuning(
     bank = AdapterBank(backbone, store)
     pair = [bank.get(record.reference) for record in (run.start, result.record)]
     vectors = [backbone.encode(run.task.texts, live.attached) for live in pair]
-    compared = partial(_compared, run, pair, vectors)
+    compared = partial(_compare_versions, run, pair, vectors)
     validation = tuple(compared(name) for name in run.exams if name != "old test")
-    refused = judged(validation, gate)
+    refused = find_refusals(validation, gate)
     alias, promoted, told = None, False, "No alias was to be moved."
     if promote is not None and os.environ.get("RANK", "0") == "0":
-        alias, promoted, told = _promoted(store, run.start, result.record, promote, refused)
+        alias, promoted, told = _promote(store, run.start, result.record, promote, refused)
     return Continued(result, run.start, validation, compared("old test"), refused, alias, promoted, told)
 
 
-def judged(validation: tuple[Comparison, ...], gate: Gate) -> tuple[str, ...]:
+def find_refusals(validation: tuple[VersionComparison, ...], gate: Gate) -> tuple[str, ...]:
     """Return what speaks against the new version, each with its figure; nothing where it wins."""
     against = []
     for one in validation:
@@ -333,7 +333,7 @@ def judged(validation: tuple[Comparison, ...], gate: Gate) -> tuple[str, ...]:
     return tuple(against)
 
 
-def _not_compared(store: AdapterStore, category: str, alias: str, start: AdapterRecord) -> str:
+def _find_mismatch(store: AdapterStore, category: str, alias: str, start: AdapterRecord) -> str:
     """Say why a win over `start` is none over what the alias points to; empty where it is one, or there is no alias."""
     pointing = next((one for one in store.aliases(category) if one.name == alias), None)
     if pointing is None or pointing.target == start.reference:
@@ -344,13 +344,13 @@ def _not_compared(store: AdapterStore, category: str, alias: str, start: Adapter
     )
 
 
-def _promoted(
+def _promote(
     store: AdapterStore, start: AdapterRecord, made: AdapterRecord, name: str, refused: tuple[str, ...]
 ) -> tuple[Alias | None, bool, str]:
     """Move the alias if nothing speaks against it; return it, whether it moved, and what happened in words."""
     reference = f"{made.category}@{name}"
     against = list(refused)
-    if problem := _not_compared(store, made.category, name, start):  # somebody moved it while this run was under way
+    if problem := _find_mismatch(store, made.category, name, start):  # somebody moved it while this run was under way
         against.append(problem)
     if not against:
         return store.alias(made.reference, name), True, f"Promoted: {reference} points to v{made.version} now."
@@ -359,7 +359,9 @@ def _promoted(
     return alias, False, f"Not promoted: {reference} {stays}, since {'; '.join(against)}. {made.reference} is stored."
 
 
-def _compared(run: Continuation, pair: list[LiveAdapter], vectors: list[NDArray[np.float32]], name: str) -> Comparison:
+def _compare_versions(
+    run: Continuation, pair: list[LiveAdapter], vectors: list[NDArray[np.float32]], name: str
+) -> VersionComparison:
     questions = Questions.of(run.dataset.bundles, run.exams[name])
     ndcg, rows = [], []
     for live, encoded in zip(pair, vectors, strict=True):
@@ -369,4 +371,4 @@ def _compared(run: Continuation, pair: list[LiveAdapter], vectors: list[NDArray[
         rows.append(completion_row(live.reference, ranks, questions.clusters))
     before, after = ndcg
     gain = Gain.between(before, after, questions.clusters)
-    return Comparison(name, len(questions), len(set(questions.clusters.tolist())), rows[0], rows[1], gain)
+    return VersionComparison(name, len(questions), len(set(questions.clusters.tolist())), rows[0], rows[1], gain)

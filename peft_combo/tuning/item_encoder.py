@@ -1,4 +1,4 @@
-"""The catalogue's texts, encoded again and again while an adapter learns: the fast path of tuning.
+"""Item encoder with a cache of the frozen layers: the catalogue encoded again and again while an adapter learns.
 
 Owns which text belongs to which item, the cache of the frozen layers' outputs, the chunks, and the division of work
 over processes. The result is that of encoding text by text (equal within float tolerance); only the time differs.
@@ -24,35 +24,21 @@ from peft_combo.tuning.gather import _ragged, gather_shares
 
 
 @dataclass(frozen=True, eq=False)
-class Variants:
-    """Other wordings of the texts, which training sees in their place now and then.
+class Selection:
+    """What is run to encode some items.
 
     Attributes:
-        texts: for each text its other wordings; none is fine.
-        share: chance that a text of a training batch is seen in one of them.
+        texts: (K,) numbers of the texts to run.
+        place: (M,) for each item, which of `texts` it is.
+        tokens: (T,) ids to run in place of the texts' own, one text behind the other; None runs their own.
+        added: (S, D) what is added to the states of this process's share of the texts where they enter the layers that
+            learn, without padding; None adds nothing.
     """
 
-    texts: Sequence[Sequence[str]]
-    share: float
-
-
-@dataclass(frozen=True, eq=False)
-class Push:
-    """What is added to the states of some texts' tokens where they enter the layers that learn.
-
-    Attributes:
-        added: (T, D) float32, without padding; a leaf, so that a backward pass leaves its gradient in it.
-        text: (T,) which text each token is of, from 0.
-        sizes: (K,) Euclidean length of all states of each text together.
-    """
-
-    added: Tensor
-    text: Tensor
-    sizes: Tensor
-
-    def lengths(self, states: Tensor) -> Tensor:
-        """Return the Euclidean length of each text's part: (T, D) -> (K,)."""
-        return torch.zeros_like(self.sizes).index_add_(0, self.text, states.square().sum(1)).sqrt()
+    texts: NDArray[np.int64]
+    place: NDArray[np.int64]
+    tokens: NDArray[np.int64] | None = None
+    added: Tensor | None = None
 
 
 class ItemEncoder:
@@ -66,6 +52,7 @@ class ItemEncoder:
         encoder: the module that learns; pass it (or a wrapped form) to `encode`.
         frozen: the same part of the encoder without the adapter.
         per_token: whether an item becomes the states of its tokens instead of one vector.
+        number_of: text -> its number; those of the items come first.
         text_of: (N,) for each item the number of its text; items with equal texts share one.
         cached_bytes: size of the cache; 0 where there is none.
     """
@@ -78,7 +65,7 @@ class ItemEncoder:
         *,
         per_token: bool = False,
         retokenized: bool = False,
-        variants: Variants | None = None,
+        extra_texts: Sequence[str] = (),
         fast: bool = True,
         cache_limit_bytes: int = 2**30,
         scratch: Path | None = None,
@@ -91,22 +78,15 @@ class ItemEncoder:
         Args:
             retokenized: tokens of the texts will be exchanged (`encode`), so what the frozen layers say of the texts
                 as they are is of no use.
-            variants: of the texts, in their order; not where `per_token`.
+            extra_texts: further texts that a `Selection` may name, though they are no item's.
         """
         distinct = dict.fromkeys(texts)
         number = {text: place for place, text in enumerate(distinct)}
         self.text_of = np.array([number[text] for text in texts], np.int64)
-        self._share = 0.0 if variants is None else variants.share
-        others: dict[int, NDArray[np.int64]] = {}
-        if variants is not None:
-            for text, wordings in zip(texts, variants.texts, strict=True):
-                for wording in wordings:
-                    number.setdefault(wording, len(number))
-                own = np.array([number[wording] for wording in wordings], np.int64)
-                others[number[text]] = np.unique(np.concatenate([others.get(number[text], own), own]))
-            distinct = dict.fromkeys(number)
-        self._others = others
-        self.tokens: Tokens = backbone.tokenize(list(distinct), attached.max_length)
+        for text in extra_texts:
+            number.setdefault(text, len(number))
+        self.number_of = number
+        self.tokens: Tokens = backbone.tokenize(list(number), attached.max_length)
         self.per_token = per_token
         # Rows that each text has in what `encode` returns.
         self._sizes = self.tokens.lengths if per_token else np.ones(len(self.tokens), np.int64)
@@ -126,7 +106,7 @@ class ItemEncoder:
             self.frozen = backbone.model
 
     def __len__(self) -> int:
-        """Number of distinct texts, other wordings included."""
+        """Number of distinct texts, extra ones included."""
         return len(self.tokens)
 
     @property
@@ -134,84 +114,79 @@ class ItemEncoder:
         """Number of vectors or states that the whole catalogue becomes."""
         return int(self._sizes[self.text_of].sum())
 
-    def encode(
-        self, encoder: nn.Module, items: NDArray[np.int64], *, seed: int | None = None, push: Push | None = None,
-        tokens: NDArray[np.int64] | None = None,
-    ) -> Tensor:  # fmt: skip
+    def encode(self, encoder: nn.Module, items: NDArray[np.int64]) -> Tensor:
         """Encode items, with gradients where the caller has them on.
-
-        With several processes each encodes a share and all get the whole; gradients flow as if one had done it all.
 
         Args:
             encoder: `self.encoder`, `self.frozen`, or a wrapped form of either.
             items: (M,) rows of the catalogue.
-            seed: draws which texts are seen in another wording, and in which; None takes each as it is.
-            push: what `pushed` made for the same items and seed; added where states enter the layers that learn.
-            tokens: ids to run in place of the items' own, one text behind the other; only for an encoder that is
-                `retokenized`, and items whose texts are distinct and ascending.
         Returns:
             (M, D) float32 of unit length; or where this encoder is `per_token` (T, D) float32, the states of every
             token of the first item, then of the second, without padding.
         """
+        return self.encode_selection(encoder, self.select(items))
+
+    def select(self, items: NDArray[np.int64], tokens: NDArray[np.int64] | None = None) -> Selection:
+        """Return what is run for (M,) items: their distinct texts, as they are.
+
+        Args:
+            tokens: ids to run in place of the items' own, one text behind the other; only for an encoder that is
+                `retokenized`, and items whose texts are distinct and ascending.
+        """
         texts, place = np.unique(self.text_of[items], return_inverse=True)
-        wordings = self._worded(texts, seed)
-        own = wordings[self.process :: self.processes]
-        tokens = self._share_of(tokens, texts)
-        # With more processes than texts an idle one must still touch every weight: the others wait for its gradients.
-        encoded = self._encode(encoder, own if len(own) else wordings[:1], push, tokens)
-        encoded = encoded[: int(self._sizes[own].sum())]
-        sizes = self._sizes[wordings]
+        return Selection(texts, place, tokens)
+
+    def encode_selection(self, encoder: nn.Module, selection: Selection) -> Tensor:
+        """Encode what was selected; see `encode`.
+
+        With several processes each encodes a share and all get the whole; gradients flow as if one had done it all.
+        """
+        texts, place = selection.texts, selection.place
+        share = len(texts[self.process :: self.processes])
+        own, tokens = self._share_of(selection)
+        encoded = self._encode(encoder, own, tokens, selection.added)
+        encoded = encoded[: int(self._sizes[own[:share]].sum())]
+        sizes = self._sizes[texts]
         whole = gather_shares(encoded, sizes, self.process, self.processes)
         rows = _ragged((np.cumsum(sizes) - sizes)[place], sizes[place])
         return whole[torch.from_numpy(rows).to(whole.device)]
 
     @torch.no_grad()
-    def pushed(self, items: NDArray[np.int64], seed: int | None, tokens: NDArray[np.int64] | None = None) -> Push:
-        """Return a push of nothing for this process's share of `items`, to be filled by who looks for a bad one."""
-        texts = np.unique(self.text_of[items])
-        wordings = self._worded(texts, seed)
-        own = wordings[self.process :: self.processes]
-        own = own if len(own) else wordings[:1]
-        padded, mask = self._entering(own, self._share_of(tokens, texts))
-        states = padded[mask.bool()]
-        text = torch.from_numpy(np.repeat(np.arange(len(own)), self.tokens.lengths[own])).to(states.device)
-        push = Push(torch.zeros_like(states).requires_grad_(True), text, states.new_zeros(len(own)))
-        return Push(push.added, text, push.lengths(states))
+    def entering_states(self, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Return what enters the layers that learn, for this process's share of what was selected.
 
-    def _share_of(self, tokens: NDArray[np.int64] | None, texts: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Return the exchanged ids of this process's share of the texts."""
+        Returns:
+            (S, D) states of tokens, without padding, and (S,) which text of the share each is of, from 0.
+        """
+        own, tokens = self._share_of(selection)
+        padded, mask = self._entering(own, tokens)
+        states: Tensor = padded[mask.bool()]
+        text = torch.from_numpy(np.repeat(np.arange(len(own)), self.tokens.lengths[own]))
+        return states, text.to(states.device)
+
+    def _share_of(self, selection: Selection) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Return the texts that this process runs, and the ids in place of their own."""
+        texts, tokens = selection.texts, selection.tokens
+        own = texts[self.process :: self.processes]
+        # With more processes than texts an idle one must still touch every weight: the others wait for its gradients.
+        own = own if len(own) else texts[:1]
         if tokens is None:
-            return None
+            return own, None
         spans = np.split(tokens, np.cumsum(self.tokens.lengths[texts])[:-1])
-        return np.concatenate(spans[self.process :: self.processes] or spans[:1])
-
-    def _worded(self, texts: NDArray[np.int64], seed: int | None) -> NDArray[np.int64]:
-        """Return the texts by number, some in another wording."""
-        if seed is None or not self._others:
-            return texts
-        rng = np.random.default_rng(seed)
-        drawn = zip(texts, rng.random(len(texts)) < self._share, rng.random(len(texts)), strict=True)
-        return np.array(
-            [
-                own[int(which * len(own))] if altered and len(own := self._others[int(text)]) else text
-                for text, altered, which in drawn
-            ],
-            np.int64,
-        )
+        return own, np.concatenate(spans[self.process :: self.processes] or spans[:1])
 
     @torch.inference_mode()
     def catalogue(
         self, encoder: nn.Module, items: NDArray[np.int64] | None = None, *, tokens: NDArray[np.int64] | None = None
     ) -> NDArray[np.float32]:
-        """Encode `items`, or all of them, without gradients; see `encode`."""
-        chosen = np.arange(len(self.text_of)) if items is None else items
-        encoded: NDArray[np.float32] = self.encode(encoder, chosen, tokens=tokens).cpu().numpy()
+        """Encode `items`, or all of them, without gradients; see `encode` and `select`."""
+        selection = self.select(np.arange(len(self.text_of)) if items is None else items, tokens)
+        encoded: NDArray[np.float32] = self.encode_selection(encoder, selection).cpu().numpy()
         return encoded
 
     def _encode(
-        self, encoder: nn.Module, texts: NDArray[np.int64], push: Push | None = None,
-        tokens: NDArray[np.int64] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, encoder: nn.Module, texts: NDArray[np.int64], tokens: NDArray[np.int64] | None, added: Tensor | None
+    ) -> Tensor:
         """Encode texts by number, (K,) -> (K, D), or the states of all their tokens."""
         lengths = self.tokens.lengths[texts]
         chunks = list(length_sorted_chunks(lengths)) if self._fast else [np.arange(len(texts))]
@@ -220,14 +195,14 @@ class ItemEncoder:
         for chunk in chunks:
             rows = texts[chunk]
             shown = None if tokens is None else tokens[_ragged(begin[chunk], lengths[chunk])]
-            if self._cache is None and push is None:
+            if self._cache is None and added is None:
                 ids, mask = self._ids(rows, shown)
                 hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             else:
                 states, mask = self._entering(rows, shown)
-                if push is not None:
-                    added = push.added[torch.from_numpy(_ragged(begin[chunk], lengths[chunk])).to(states.device)]
-                    states = states.masked_scatter(mask.bool()[..., None], states[mask.bool()] + added)
+                if added is not None:
+                    own = torch.from_numpy(_ragged(begin[chunk], lengths[chunk])).to(states.device)
+                    states = states.masked_scatter(mask.bool()[..., None], states[mask.bool()] + added[own])
                 hidden = encoder(inputs_embeds=states, attention_mask=mask).last_hidden_state
             encoded.append(hidden[mask.bool()].float() if self.per_token else self._backbone.pool(hidden, mask))
         if not encoded:

@@ -1,7 +1,7 @@
-"""One tuning run, told from top to bottom: recipe in, stored adapter and honest numbers out.
+"""Tuning run: recipe in, stored adapter and honest numbers out.
 
-Owns the loop (accelerate: processes, precision, accumulation) and what stops it. Knows neither how a method works
-(`methods`) nor what a task learns or measures (`tasks`).
+Owns the life of a run (`Run`: prepare, loop, finish) and what stops it. Knows neither how a method works
+(`encoder.methods`) nor what a task learns or measures (`tasks`), nor what a recipe adds around a step (`extensions`).
 
 Randomness has no state here: the order of examples, the dropout masks and every draw are functions of seed and step, so
 a run resumed from a checkpoint repeats the uninterrupted one bit for bit without storing a generator.
@@ -10,48 +10,33 @@ a run resumed from a checkpoint repeats the uninterrupted one bit for bit withou
 from __future__ import annotations
 
 import math
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from importlib import metadata
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 
 from peft_combo.callbacks import Watch
 from peft_combo.data.augmentation.variants import Rewrite
-from peft_combo.encoder import methods
-from peft_combo.encoder.architectures import bytes_of, set_dropout, set_training
-from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import TuningError
 from peft_combo.metrics.report import Table
 from peft_combo.recipe.model import Recipe
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.versions import AdapterRecord
-from peft_combo.tuning.adversarial import Objective, passes_of
-from peft_combo.tuning.augmentation import wordings_of
-from peft_combo.tuning.averaging import WeightAverage
-from peft_combo.tuning.item_encoder import ItemEncoder
-from peft_combo.tuning.model import Trainee, learning, mixed
-from peft_combo.tuning.optimizer import Schedule, groups_of, learning_rate_factor, optimizer_of
-from peft_combo.tuning.plan import Plan, assembled, autocast_of, evaluation_interval, evaluations_of, heaviest_batch
-from peft_combo.tuning.probe import probe
-from peft_combo.tuning.resources import measured, peak_mib, resident_mib
-from peft_combo.tuning.run_state import Progress, RunLog, flat, forget_checkpoints
+from peft_combo.tuning.figures import Plan, compute_evaluation_interval
+from peft_combo.tuning.optimizer import Group, Schedule, build_optimizer, build_parameter_groups, learning_rate_factor
+from peft_combo.tuning.processes import ask_any_process, build_accelerator, catch_interrupt
+from peft_combo.tuning.resources import peak_mib
+from peft_combo.tuning.run_state import Progress, RunLog, forget_checkpoints
 from peft_combo.tuning.save import store_adapter
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.seeds import mix_seed
+from peft_combo.tuning.setup import Setup
+from peft_combo.tuning.step import ForwardPass, Passes
+from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.base import AnyTask, Evaluation
-from peft_combo.tuning.warm_start import load_start
 
 
 @dataclass(frozen=True)
@@ -108,242 +93,195 @@ def tune(
         Interrupted: SIGINT came; a checkpoint of the last whole step was written first.
     """
     started = time.perf_counter()
-    schedule = schedule or learning_rate_factor
-    recipe.ready()
-    run_folder = run_folder or Path("runs") / recipe.name
-    accelerator = _accelerator(recipe, run_folder)
-    main = accelerator.is_main_process
-    watch = watch if watch is not None and main else Watch()
-    store = AdapterStore(recipe.store)
-    if main:
-        with store.writing(recipe.category):
-            pass  # a store that cannot be written is better known now than after the training
-
-    task = task_of(recipe) if task is None else task
-    wordings, said = wordings_of(recipe, task, rewrite)
-    for note in (*task.notes, *said):
-        watch.note(note)
-    base = resident_mib()
-    backbone = Backbone.of(recipe.backbone, accelerator.device)
-
-    with torch.random.fork_rng(), _stop_asked() as stop:
-        steps_per_epoch, total = task.per_epoch, task.per_epoch * recipe.training.epochs
-        attached = methods.attach(
-            backbone.model, recipe.adapter, max_length=backbone.max_length, total_steps=total, seed=recipe.seed,
-            tokenizer=backbone.tokenizer,
+    with torch.random.fork_rng(), catch_interrupt() as stop:
+        run = Run.prepare(
+            recipe, resume=resume, run_folder=run_folder, watch=watch, schedule=schedule, task=task, start=start,
+            rewrite=rewrite,
         )  # fmt: skip
-        set_dropout(attached.inner, recipe.training.encoder_dropout)
-        head = task.head(backbone, attached.max_length).to(accelerator.device)
-        head_start = None if start is None else load_start(start, backbone, attached, head, task.texts)
-        others = () if wordings is None else wordings.texts
-        watch.stage("Encoding the texts", len({*task.texts, *(text for own in others for text in own)}))
-        items = ItemEncoder(
-            backbone, attached, task.texts, per_token=task.per_token, retokenized=task.retokenized, variants=wordings,
-            fast=recipe.training.fast_path, cache_limit_bytes=recipe.training.cache_limit_mib * 2**20,
-            process=accelerator.process_index, processes=accelerator.num_processes, progress=watch.advance,
-        )  # fmt: skip
-        trainee = Trainee(task, items, attached, head, recipe.training.r_drop)
-
-        groups = groups_of(recipe.training, attached, head)
-
-        # How good is it without tuning? The same head over the frozen encoder, as good as it gets there.
-        frozen = partial(items.catalogue, items.frozen)
-        _stop_training(trainee, attached)
-        with accelerator.autocast():
-            task.start(head, frozen)
-            clock = time.perf_counter()
-            before = task.outcome(head, frozen)
-            outcome_seconds = time.perf_counter() - clock
-            if head_start is not None:
-                head.load_state_dict(head_start)
-            elif start is not None:  # pretrained: its states are not the frozen encoder's, so the head suits them first
-                task.start(head, partial(items.catalogue, trainee.encoder))
-        evaluation_seconds, evaluation_mib = measured(
-            lambda: _evaluate(accelerator, task, items, trainee, attached, recipe.metric)
-        )
-
-        with autocast_of(accelerator.device.type, accelerator.mixed_precision):
-            step_seconds, step_bytes = probe(trainee, attached, head, heaviest_batch(task, recipe.training), recipe)
-        evaluate_every = evaluation_interval(recipe.training, steps_per_epoch)
-        vectors_mib = 4 * backbone.dim * items.rows / 2**20
-        plan = assembled(
-            recipe, task, attached, head,
-            device=accelerator.device.type, processes=accelerator.num_processes, precision=accelerator.mixed_precision,
-            frozen_parameters=sum(p.numel() for p in backbone.model.parameters()), total=total, base=base,
-            frozen=bytes_of(backbone.model) / 2**20, loading=bytes_of(backbone.model) / 2**20, step=step_bytes / 2**20,
-            states=items.cached_bytes / 2**20, vectors=vectors_mib, evaluation=max(0.0, evaluation_mib - vectors_mib),
-            allocator=max(0.0, resident_mib() - base - (bytes_of(backbone.model) + items.cached_bytes) / 2**20),
-            seconds=total * step_seconds * recipe.training.accumulation * passes_of(recipe.training)
-            + evaluations_of(recipe.training, steps_per_epoch) * evaluation_seconds + outcome_seconds,
-        )  # fmt: skip
-        watch.planned(plan.line(), plan.metric)
-
-        optimizer = optimizer_of(recipe.training, groups)
-        model, optimizer = accelerator.prepare(trainee, optimizer, device_placement=[False, False])
-        objective = Objective(recipe.training, trainee, model, accelerator.backward)
-        parameters = [p for group in groups for p in group.parameters]
-        average = None
-        if recipe.training.averaging is not None:
-            average = WeightAverage(recipe.training.averaging, learning(attached, head))
-        averaged = nullcontext if average is None else average.applied
-
-        progress = Progress()
-        if resume:
-            progress = Progress.restored(run_folder, recipe, task, attached, head, optimizer, average)
-            watch.note(f"Going on after step {progress.step} of {total}.")
-        log = RunLog(run_folder / "log.jsonl", progress.step) if main else None
-
-        # The loop, in the order things happen.
-        watch.stage("Tuning", total)
-        watch.advance(progress.step)
-        while progress.step < total and not progress.stopped_early:
-            step = progress.step
-            set_training(attached.inner, attached.cut, True)
-            head.train()
-            loss_sum = 0.0
-            for part in range(recipe.training.accumulation):
-                with accelerator.accumulate(model):
-                    batch = task.batch(step, part, recipe.training.accumulation)
-                    loss_sum += objective.add_gradients(batch, mixed(recipe.seed, step, part))
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, recipe.training.max_grad_norm)
-                        factor = schedule(recipe.training, step, total)
-                        for moved, group in zip(optimizer.param_groups, groups, strict=True):
-                            moved["lr"] = group.rate_at(factor, step, total)
-                    optimizer.step()
-                    if accelerator.sync_gradients:
-                        attached.after_step(step + 1)  # AdaLoRA reads the gradients: after the step, before clearing
-                    optimizer.zero_grad()
-            progress.step += 1
-            progress.losses.append(loss_sum / recipe.training.accumulation)
-            if not math.isfinite(progress.losses[-1]):
-                raise Diverged(
-                    f"The loss is not a number after step {progress.step}. Lower training.learning_rate (it is "
-                    f"{recipe.training.learning_rate:g}) or training.max_grad_norm, and start anew."
-                )
-            if log is not None:
-                log.add(progress.step, loss=progress.losses[-1], lr=groups[0].rate * factor)
-            accelerator.log({"loss": progress.losses[-1], "learning_rate": groups[0].rate * factor}, step=progress.step)
-            watch.stepped(progress.step, progress.losses[-1])
-
-            evaluated = progress.step % evaluate_every == 0 or progress.step == total
-            if average is not None:
-                average.step(progress.step / total, evaluated)
-            if evaluated:
-                with averaged():
-                    evaluation = _evaluate(accelerator, task, items, trainee, attached, recipe.metric)
-                    best = progress.keep_if_best(evaluation, recipe, attached, head)
-                if log is not None:
-                    log.add(progress.step, **evaluation.values)
-                accelerator.log({f"valid/{name}": v for name, v in evaluation.values.items()}, step=progress.step)
-                watch.evaluated(progress.step, evaluation.values, best)
-            interrupted = _any(accelerator, stop.is_set())
-            if main and (interrupted or progress.step % recipe.training.checkpoint_every == 0):
-                progress.checkpoint(recipe, task, attached, head, optimizer, average).write(run_folder)
-            if interrupted:
-                accelerator.end_training()
-                raise Interrupted(
-                    f"Stopped after step {progress.step} of {total}; its state is in {run_folder}. "
-                    "Go on with the same command and --resume."
-                )
-
-        if progress.best is None:  # without early stopping the last state is taken
-            if average is not None:
-                average.keep()
-            choice = _evaluate(accelerator, task, items, trainee, attached, recipe.metric).choice
-        else:
-            attached.load_state(progress.best.adapter, progress.best.values)
-            head.load_state_dict(progress.best.head)
-            choice = progress.best.choice
-        task.settle(head, choice)
-        _stop_training(trainee, attached)
-        with accelerator.autocast():
-            after = task.outcome(head, partial(items.catalogue, trainee.encoder))
-        table = task.table(before, after)
-        best_step = progress.best.step if progress.best is not None else progress.step
-        chosen = {"best_step": best_step, **choice, **attached.summary()}
-        if main:
-            record = store_adapter(store, recipe, backbone, attached, head, task, table, chosen)
-            forget_checkpoints(run_folder)
-        accelerator.wait_for_everyone()
-        if not main:
-            record = store.open(recipe.category)
-        items.close()
-        accelerator.end_training()
+        run.loop(stop)
+        record, table, chosen = run.finish()
     return TuneResult(
-        record, plan, table, tuple(progress.losses), chosen, progress.stopped_early, time.perf_counter() - started,
-        peak_mib(), run_folder,
+        record, run.plan, table, tuple(run.progress.losses), chosen, run.progress.stopped_early,
+        time.perf_counter() - started, peak_mib(), run.run_folder,
     )  # fmt: skip
 
 
-def _accelerator(recipe: Recipe, run_folder: Path) -> Accelerator:
-    # "no" is the recipe's way of not asking, and leaves the choice to `accelerate launch`.
-    precision = None if recipe.backbone.precision == "no" else recipe.backbone.precision
-    trackers = list(recipe.training.trackers)
-    for tracker in trackers:
-        try:
-            metadata.version(tracker)
-        except metadata.PackageNotFoundError:
-            raise TuningError(
-                f'training.trackers: {tracker} is not installed. Install it with: pip install "peft-combo[{tracker}]"'
-            ) from None
-    # Without a GPU accelerate joins the processes it launched only where it is told that they compute on the CPU.
-    several_on_cpu = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-    # accelerate keeps the precision of a process's first run for all others, and refuses another one.
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    try:
-        accelerator = Accelerator(
-            cpu=several_on_cpu,
-            mixed_precision=precision,
-            gradient_accumulation_steps=recipe.training.accumulation,
-            log_with=trackers or None,
-            project_dir=str(run_folder) if trackers else None,
+@dataclass(eq=False)
+class Run:
+    """One run: `prepare` makes it, `loop` trains, `finish` chooses the weights and stores them.
+
+    Attributes:
+        setup: what learns. before: predictions of the frozen encoder, for the table.
+        passes, groups, optimizer, schedule: what a step is made with.
+        progress: where the run is. log: its own record; None beside the main process.
+    """
+
+    setup: Setup
+    run_folder: Path
+    store: AdapterStore
+    watch: Watch
+    before: Any
+    plan: Plan
+    passes: Passes
+    groups: list[Group]
+    optimizer: Any
+    schedule: Schedule
+    progress: Progress
+    log: RunLog | None
+
+    @classmethod
+    def prepare(
+        cls, recipe: Recipe, *, resume: bool = False, run_folder: Path | None = None, watch: Watch | None = None,
+        schedule: Schedule | None = None, task: AnyTask | None = None, start: AdapterRecord | None = None,
+        rewrite: Rewrite | None = None,
+    ) -> Run:  # fmt: skip
+        """Put together all that learns, measure the frozen encoder, and say what the run will need; see `tune`."""
+        recipe.ready()
+        run_folder = run_folder or Path("runs") / recipe.name
+        accelerator = build_accelerator(recipe, run_folder)
+        main = accelerator.is_main_process
+        watch = watch if watch is not None and main else Watch()
+        store = AdapterStore(recipe.store)
+        if main:
+            with store.writing(recipe.category):
+                pass  # a store that cannot be written is better known now than after the training
+
+        setup = Setup.build(recipe, accelerator, build_task(recipe) if task is None else task, watch, start, rewrite)
+        groups = build_parameter_groups(recipe.training, setup.attached, setup.head)
+        # How good is it without tuning? The same head over the frozen encoder, as good as it gets there.
+        before, baseline_seconds = setup.measure_baseline()
+        plan = setup.measure_plan(baseline_seconds)
+        watch.planned(plan.line(), plan.metric)
+
+        prepared, optimizer = accelerator.prepare(
+            setup.model, build_optimizer(recipe.training, groups), device_placement=[False, False]
         )
-    except (ValueError, RuntimeError) as error:
-        raise TuningError(f"accelerate cannot start with this configuration: {error}") from error
-    if trackers:
-        accelerator.init_trackers(recipe.name, config=flat(recipe.model_dump(mode="json")))
-    return accelerator
+        passes = Passes(cast(ForwardPass, setup.model), prepared, accelerator.backward)
+        progress = Progress()
+        if resume:
+            progress = Progress.restore(run_folder, setup, optimizer)
+            watch.note(f"Going on after step {progress.step} of {setup.total}.")
+        log = RunLog(run_folder / "log.jsonl", progress.step) if main else None
+        return cls(
+            setup, run_folder, store, watch, before, plan, passes, groups, optimizer,
+            schedule or learning_rate_factor, progress, log,
+        )  # fmt: skip
 
+    def loop(self, stop: threading.Event) -> None:
+        """Train until the last step, or until validation or `stop` says stop, in the order things happen.
 
-def _evaluate(
-    accelerator: Accelerator, task: AnyTask, items: ItemEncoder, trainee: Trainee, attached: AttachedAdapter,
-    metric: str,
-) -> Evaluation:  # fmt: skip
-    """Return the validation metrics of the weights as they are."""
-    _stop_training(trainee, attached)
-    with accelerator.autocast():
-        return task.evaluate(trainee.head, partial(items.catalogue, trainee.encoder), metric)
+        Raises:
+            Diverged: the loss is no number any more.
+            Interrupted: `stop` was set; a checkpoint of the last whole step was written first.
+        """
+        progress, training, weights = self.progress, self.setup.recipe.training, self.setup.extensions.weights
+        total, evaluate_every = self.setup.total, compute_evaluation_interval(training, self.setup.task.per_epoch)
+        self.watch.stage("Tuning", total)
+        self.watch.advance(progress.step)
+        while progress.step < total and not progress.stopped_early:
+            self.take_step()
+            evaluated = progress.step % evaluate_every == 0 or progress.step == total
+            weights.after_step(progress.step / total, evaluated)
+            if evaluated:
+                self._evaluate()
+            interrupted = ask_any_process(self.accelerator, stop.is_set())
+            if interrupted or progress.step % training.checkpoint_every == 0:
+                self._write_checkpoint()
+            if interrupted:
+                self.accelerator.end_training()
+                raise Interrupted(
+                    f"Stopped after step {progress.step} of {total}; its state is in {self.run_folder}. "
+                    "Go on with the same command and --resume."
+                )
 
+    def take_step(self) -> float:
+        """Take one optimizer step, and return its loss.
 
-def _stop_training(trainee: Trainee, attached: AttachedAdapter) -> None:
-    set_training(attached.inner, attached.cut, False)
-    trainee.head.eval()
+        Raises:
+            Diverged: the loss is no number any more.
+        """
+        setup, training, accelerator = self.setup, self.setup.recipe.training, self.accelerator
+        step, total = self.progress.step, setup.total
+        factor = self.schedule(training, step, total)
+        setup.train()
+        loss = 0.0
+        for part in range(training.accumulation):
+            with accelerator.accumulate(self.passes.prepared):
+                batch = setup.task.batch(step, part, training.accumulation)
+                seed = mix_seed(setup.recipe.seed, step, part)
+                loss += setup.extensions.add_gradients(self.passes, batch, seed)
+                if accelerator.sync_gradients:
+                    parameters = [p for group in self.groups for p in group.parameters]
+                    accelerator.clip_grad_norm_(parameters, training.max_grad_norm)
+                    for moved, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+                        moved["lr"] = group.rate_at(factor, step, total)
+                self.optimizer.step()
+                if accelerator.sync_gradients:
+                    setup.attached.after_step(step + 1)  # AdaLoRA reads the gradients: after the step, before clearing
+                self.optimizer.zero_grad()
+        loss /= training.accumulation
+        self.progress.step += 1
+        self.progress.losses.append(loss)
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"The loss is not a number after step {self.progress.step}. Lower training.learning_rate (it is "
+                f"{training.learning_rate:g}) or training.max_grad_norm, and start anew."
+            )
+        rate = self.groups[0].rate * factor
+        if self.log is not None:
+            self.log.add(self.progress.step, loss=loss, lr=rate)
+        accelerator.log({"loss": loss, "learning_rate": rate}, step=self.progress.step)
+        self.watch.stepped(self.progress.step, loss)
+        return loss
 
+    def finish(self) -> tuple[AdapterRecord, Table, dict[str, Any]]:
+        """Choose the weights, compare them with the frozen encoder, and store them.
 
-def _any(accelerator: Accelerator, flag: bool) -> bool:
-    """Return whether any process has the flag, so that all stop at the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+        Returns:
+            the stored adapter, the table, and what was chosen.
+        """
+        setup, progress, best = self.setup, self.progress, self.progress.best
+        if best is None:  # without early stopping the last state is taken
+            setup.extensions.weights.keep()
+            choice = setup.evaluate().choice
+        else:
+            setup.attached.load_state(best.adapter, best.values)
+            setup.head.load_state_dict(best.head)
+            choice = best.choice
+        setup.task.apply_choice(setup.head, choice)
+        table = setup.task.table(self.before, setup.predict())
+        best_step = progress.step if best is None else best.step
+        chosen = {"best_step": best_step, **choice, **setup.attached.summary()}
+        if self.accelerator.is_main_process:
+            record = store_adapter(self.store, setup, table, chosen)
+            forget_checkpoints(self.run_folder)
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            record = self.store.open(setup.recipe.category)
+        self.close()
+        return record, table, chosen
 
+    def close(self) -> None:
+        """Give back the cache and whatever accelerate holds."""
+        self.setup.items.close()
+        self.accelerator.end_training()
 
-@contextmanager
-def _stop_asked() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request to stop after the current step; the second one interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
+    @property
+    def accelerator(self) -> Accelerator:
+        """Processes, precision and accumulation."""
+        return self.setup.accelerator
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
+    def _evaluate(self) -> None:
+        """Ask validation, and keep the weights if they are the best so far."""
+        progress, setup = self.progress, self.setup
+        with setup.extensions.weights.for_evaluation():
+            evaluation: Evaluation = setup.evaluate()
+            best = progress.keep_if_best(evaluation, setup.recipe, setup.attached, setup.head)
+        if self.log is not None:
+            self.log.add(progress.step, **evaluation.values)
+        self.accelerator.log({f"valid/{name}": v for name, v in evaluation.values.items()}, step=progress.step)
+        self.watch.evaluated(progress.step, evaluation.values, best)
 
-    previous = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    def _write_checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            self.progress.checkpoint(self.setup, self.optimizer).write(self.run_folder)

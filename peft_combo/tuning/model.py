@@ -1,83 +1,71 @@
-"""What learns: encoder and head behind one forward pass, and the probe that says whether every part of it would.
+"""Training model: encoder, adapter and head behind one forward pass that returns the loss.
 
 Owns the randomness of a pass, which is a function of the seed it is given. Changes no weight.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
+
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
-from peft_combo.tuning.item_encoder import ItemEncoder, Push
+from peft_combo.tuning.item_encoder import ItemEncoder, Selection
+from peft_combo.tuning.seeds import mix_seed
+from peft_combo.tuning.step import StepExtensions
 from peft_combo.tuning.tasks.base import AnyTask, Batch, RetokenizedBatch
 
 
-class Trainee(nn.Module):
-    """Encoder and head behind one forward, as data-parallel wrappers want it."""
+class TrainingModel(nn.Module):
+    """Encoder and head behind one forward, as data-parallel wrappers want it.
+
+    Args:
+        extensions: what stands around a step; default nothing.
+    """
 
     def __init__(
-        self, task: AnyTask, items: ItemEncoder, attached: AttachedAdapter, head: TaskHead, r_drop: float = 0.0
-    ) -> None:
+        self, task: AnyTask, items: ItemEncoder, attached: AttachedAdapter, head: TaskHead,
+        extensions: StepExtensions | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoder = items.encoder
         self.head = head
         self._task = task
         self._items = items
         self._attached = [attached]  # in a list, so that its modules are not registered a second time
-        self._r_drop = r_drop
+        self._extensions = StepExtensions() if extensions is None else extensions
 
-    def forward(self, batch: Batch, seed: int, push: Push | None = None) -> Tensor:
-        """Return the scalar loss of a batch; `push` is added where states enter the layers that learn."""
-        first = self._answers(batch, seed, seed, push)
-        loss = self._task.loss(first, batch)
-        if self._r_drop:
-            second = self._answers(batch, seed, mixed(seed, 1), push)
-            loss = (loss + self._task.loss(second, batch)) / 2
-            loss = loss + self._r_drop * disagreement(first, second, self._task.exclusive)
+    def forward(self, batch: Batch, seed: int, added: Tensor | None = None) -> Tensor:
+        """Return the scalar loss of a batch.
+
+        Args:
+            seed: draws dropout masks and whatever the extensions draw.
+            added: (S, D), goes onto the `entering_states` of the same batch and seed.
+        """
+        selection = replace(self._select(batch, seed), added=added)
+
+        def predict(dropout: int) -> Tensor:
+            torch.manual_seed(mix_seed(dropout, self._items.process + 1))  # other texts, other masks
+            encoded = self._items.encode_selection(self.encoder, selection)
+            torch.manual_seed(mix_seed(dropout, 0))  # the loss is the same on every process
+            return self._task.logits(self.head, encoded, batch)
+
+        loss = self._extensions.compute_loss(predict, lambda logits: self._task.loss(logits, batch), seed)
         extra = self._attached[0].regularizer()
         return loss if extra is None else loss + extra
 
-    def pushed(self, batch: Batch, seed: int) -> Push:
-        """Return a push of nothing for the texts that `forward` would encode."""
-        return self._items.pushed(batch.items, seed, _tokens(batch))
+    def entering_states(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the states that enter the layers that learn, see `ItemEncoder.entering_states`."""
+        return self._items.entering_states(self._select(batch, seed))
 
-    def _answers(self, batch: Batch, seed: int, dropout: int, push: Push | None) -> Tensor:
-        torch.manual_seed(mixed(dropout, self._items.process + 1))  # other texts, other masks
-        encoded = self._items.encode(self.encoder, batch.items, seed=seed, push=push, tokens=_tokens(batch))
-        torch.manual_seed(mixed(dropout, 0))  # the loss is the same on every process
-        return self._task.logits(self.head, encoded, batch)
+    def _select(self, batch: Batch, seed: int) -> Selection:
+        tokens = batch.tokens if isinstance(batch, RetokenizedBatch) else None
+        return self._extensions.choose_texts(self._items.select(batch.items, tokens), seed)
 
 
-def _tokens(batch: Batch) -> NDArray[np.int64] | None:
-    return batch.tokens if isinstance(batch, RetokenizedBatch) else None
-
-
-def disagreement(first: Tensor, second: Tensor, exclusive: bool) -> Tensor:
-    """Return the mean over questions of the symmetric Kullback-Leibler divergence of two answers, in nats.
-
-    Args:
-        first, second: (Q, C) log-odds, or (Q,) where each question is a yes or no.
-        exclusive: whether a row is one softmax; else each number is a sigmoid of its own, and their divergences add up.
-    Source: Liang et al. 2021, "R-Drop: regularized dropout for neural networks", eq. 2.
-    """
-    if exclusive:
-        one, two = first.log_softmax(-1), second.log_softmax(-1)
-        apart = (one.exp() - two.exp()) * (one - two)
-    else:
-        apart = (first.sigmoid() - second.sigmoid()) * (first - second)
-    return 0.5 * apart.sum() / len(first)
-
-
-def learning(attached: AttachedAdapter, head: TaskHead) -> dict[str, nn.Parameter]:
+def collect_trained_parameters(attached: AttachedAdapter, head: TaskHead) -> dict[str, nn.Parameter]:
     """Return the parameters of adapter and head that learn, by name."""
     return {**{f"adapter: {k}": p for k, p in attached.trainable().items()},
             **{f"head: {k}": p for k, p in head.named_parameters() if p.requires_grad}}  # fmt: skip
-
-
-def mixed(*numbers: int) -> int:
-    """Return a 63-bit seed that any change of any number changes."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

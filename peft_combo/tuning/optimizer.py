@@ -1,4 +1,4 @@
-"""How weights are moved: which optimizer, at which rate each weight, and from when on.
+"""Learning-rate schedule and optimizer: parameter groups, layer-wise decay, gradual unfreezing.
 
 Owns the groups of weights, their peak rates, the course of the rate and who waits at the start. Knows no task and
 takes no step.
@@ -43,7 +43,7 @@ class Group:
         return 0.0 if step < self.waits * total else self.rate * factor
 
 
-def groups_of(config: TrainingConfig, attached: AttachedAdapter, head: TaskHead) -> list[Group]:
+def build_parameter_groups(config: TrainingConfig, attached: AttachedAdapter, head: TaskHead) -> list[Group]:
     """Divide what learns; a head's vectors and scalars are not decayed.
 
     What is in no layer (prompts, the embeddings of tokens) learns at the full rate, and gradual freezing passes it by.
@@ -99,7 +99,7 @@ def _waits(freezing: Freezing | None, place: int | None, layers: int) -> float:
             assert_never(freezing.schedule)
 
 
-def optimizer_of(config: TrainingConfig, groups: list[Group]) -> torch.optim.Optimizer:
+def build_optimizer(config: TrainingConfig, groups: list[Group]) -> torch.optim.Optimizer:
     """Return the recipe's optimizer over these groups."""
     own: list[dict[str, Any]] = [
         {"params": group.parameters, "lr": group.rate, "weight_decay": group.decay} for group in groups

@@ -13,12 +13,12 @@ from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import TuningError
 from peft_combo.recipe.model import Recipe
-from peft_combo.tuning.model import learning
+from peft_combo.tuning.model import collect_trained_parameters
 from peft_combo.tuning.tasks.base import Batch
 
 
 def probe(
-    trainee: nn.Module, attached: AttachedAdapter, head: TaskHead, batch: Batch, recipe: Recipe
+    model: nn.Module, attached: AttachedAdapter, head: TaskHead, batch: Batch, recipe: Recipe
 ) -> tuple[float, int]:
     """Make sure that every trained tensor gets a gradient, and measure a forward and backward pass.
 
@@ -30,7 +30,7 @@ def probe(
     Raises:
         TuningError: a trained tensor gets no gradient.
     """
-    trained = learning(attached, head)
+    trained = collect_trained_parameters(attached, head)
     start = {name: p.detach().clone() for name, p in trained.items()}
     set_training(attached.inner, attached.cut, False)
     head.eval()
@@ -38,20 +38,20 @@ def probe(
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    trainee.zero_grad(set_to_none=True)
-    kept = _Kept(trainee)
+    model.zero_grad(set_to_none=True)
+    kept = _Kept(model)
     with torch.autograd.graph.saved_tensors_hooks(kept.note, _same):
-        loss: Tensor = trainee(batch, recipe.seed)
+        loss: Tensor = model(batch, recipe.seed)
     loss.backward()  # type: ignore[no-untyped-call]
     silent = [name for name, p in trained.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
-    trainee.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     clock = time.perf_counter()  # the first pass also paid for memory that the second finds ready
-    trainee(batch, recipe.seed).backward()
+    model(batch, recipe.seed).backward()
     seconds = time.perf_counter() - clock
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(start[name])
-    trainee.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     if silent:
         raise TuningError(
             f"{len(silent)} of {len(trained)} trained tensors get no gradient, so they would be stored untrained: "

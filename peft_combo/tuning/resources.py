@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 
 
-def measured(work: Callable[[], object]) -> tuple[float, float]:
+def measure(work: Callable[[], object]) -> tuple[float, float]:
     """Do `work`; return its seconds and the MiB that this process grew by meanwhile."""
     before = highest = resident_mib()
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""Where a run is: what is best so far, and how it goes to disk and comes back.
+"""Early stopping and checkpoint state: what is best so far, and how a run goes to disk and comes back.
 
 Owns early stopping, what a checkpoint of a run holds, when one may be resumed, and the run's log.
 """
@@ -19,9 +19,9 @@ from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import TuningError
 from peft_combo.recipe.model import Recipe
-from peft_combo.tuning.averaging import WeightAverage
 from peft_combo.tuning.checkpoint import Checkpoint, optimizer_state, optimizer_tensors
-from peft_combo.tuning.tasks.base import AnyTask, Evaluation
+from peft_combo.tuning.setup import Setup
+from peft_combo.tuning.tasks.base import Evaluation
 
 
 @dataclass
@@ -62,19 +62,17 @@ class Progress:
         self.waited = 0
         return True
 
-    def checkpoint(
-        self, recipe: Recipe, task: AnyTask, attached: AttachedAdapter, head: TaskHead, optimizer: Any,
-        average: WeightAverage | None,
-    ) -> Checkpoint:  # fmt: skip
-        """Return all that `restored` needs."""
-        tensors, values = attached.state()
+    def checkpoint(self, setup: Setup, optimizer: Any) -> Checkpoint:
+        """Return all that `restore` needs."""
+        recipe, task, weights = setup.recipe, setup.task, setup.extensions.weights
+        tensors, values = setup.attached.state()
         groups = {
             "adapter": tensors,
-            "head": dict(head.state_dict()),
+            "head": dict(setup.head.state_dict()),
             "optimizer": optimizer_tensors(optimizer.state_dict()["state"]),
         }
-        if average is not None and average.mean:
-            groups["average"] = average.mean
+        if weights.mean:
+            groups["average"] = dict(weights.mean)
         best: dict[str, Any] | None = None
         if self.best is not None:
             groups |= {"best-adapter": self.best.adapter, "best-head": self.best.head}
@@ -94,7 +92,7 @@ class Progress:
                 "continued": task.data.get("continued"),
                 "adapter": values,
                 "best": best,
-                "averaged": average.count if average is not None else 0,
+                "averaged": weights.count,
                 "losses": self.losses,
                 "waited": self.waited,
                 "stopped_early": self.stopped_early,
@@ -103,15 +101,13 @@ class Progress:
         )
 
     @classmethod
-    def restored(
-        cls, run_folder: Path, recipe: Recipe, task: AnyTask, attached: AttachedAdapter, head: TaskHead, optimizer: Any,
-        average: WeightAverage | None,
-    ) -> Self:  # fmt: skip
+    def restore(cls, run_folder: Path, setup: Setup, optimizer: Any) -> Self:
         """Put the last checkpoint back into adapter, head, optimizer and the average of weights.
 
         Raises:
             TuningError: there is none, it cannot be read, or it is of another recipe or other data.
         """
+        recipe, task = setup.recipe, setup.task
         checkpoint = Checkpoint.latest(run_folder)
         if checkpoint is None:
             raise TuningError(
@@ -119,7 +115,7 @@ class Progress:
                 f"written every {recipe.training.checkpoint_every} steps and on Ctrl-C."
             )
         values = checkpoint.values
-        then, now = flat(values["recipe"]), flat(recipe.model_dump(mode="json"))
+        then, now = flatten(values["recipe"]), flatten(recipe.model_dump(mode="json"))
         changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key != "store"]
         if changed:
             shown = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed[:5])
@@ -138,14 +134,14 @@ class Progress:
                 "--from and --replay it was made with, or start anew without --resume."
             )
         tensors = checkpoint.tensors
-        attached.load_state(tensors["adapter"], values["adapter"])
-        head.load_state_dict(tensors["head"])
+        setup.attached.load_state(tensors["adapter"], values["adapter"])
+        setup.head.load_state_dict(tensors["head"])
         state = optimizer.state_dict()
         optimizer.load_state_dict({**state, "state": optimizer_state(tensors["optimizer"])})
         if values["scaler"] is not None and getattr(optimizer, "scaler", None) is not None:
             optimizer.scaler.load_state_dict(values["scaler"])
-        if average is not None and values["averaged"]:
-            average.load(tensors["average"], values["averaged"])
+        if values["averaged"]:
+            setup.extensions.weights.load(tensors["average"], values["averaged"])
         best = values["best"]
         return cls(
             checkpoint.step,
@@ -203,12 +199,12 @@ def _step_of(line: str) -> float:
         return math.inf  # half a line: the run was killed while it wrote
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as dotted keys with printable values."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            found |= flatten(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value if isinstance(value, int | float | str | bool) else json.dumps(value)
     return found

@@ -1,4 +1,4 @@
-"""The end of a run: adapter and head written, read back, compared, and only then made visible.
+"""Saving a tuned adapter: written with its head, read back, compared, and only then made visible.
 
 Owns what the manifest of a tuned adapter says.
 """
@@ -13,33 +13,28 @@ from safetensors.torch import save_file
 
 from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import set_training
-from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.heads.base import HEAD_FILE, TaskHead
-from peft_combo.encoder.methods.attached import AttachedAdapter
+from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.errors import TuningError
 from peft_combo.metrics.report import Row, Table
-from peft_combo.recipe.model import Recipe
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.manifest import installed_versions
 from peft_combo.store.versions import AdapterRecord
-from peft_combo.tuning.tasks.base import AnyTask
+from peft_combo.tuning.setup import Setup
 
 _RELOAD_SAMPLE = 64
 # A reloaded adapter gives the same vectors but for the order of additions; a folded AdaLoRA differs by about 1e-7.
 _RELOAD_TOLERANCE = 1e-4
 
 
-def store_adapter(
-    store: AdapterStore, recipe: Recipe, backbone: Backbone, attached: AttachedAdapter, head: TaskHead,
-    task: AnyTask, table: Table, chosen: Mapping[str, Any],
-) -> AdapterRecord:  # fmt: skip
+def store_adapter(store: AdapterStore, setup: Setup, table: Table, chosen: Mapping[str, Any]) -> AdapterRecord:
     """Write adapter and head, read them back, compare, and only then make the version visible.
 
     Raises:
         TuningError: what was read back encodes otherwise.
         StoreError: it cannot be written.
     """
-    gain = table.gain
+    recipe, task, backbone = setup.recipe, setup.task, setup.backbone
+    attached, head, gain = setup.attached, setup.head, table.gain
     with store.writing(recipe.category) as draft:
         attached.save(draft.path, backbone.base_name)
         save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, draft.path / HEAD_FILE)

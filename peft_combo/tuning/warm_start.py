@@ -1,4 +1,4 @@
-"""A run that starts from a stored adapter instead of from nothing.
+"""Warm start: a run that starts from a stored adapter instead of from nothing.
 
 Owns what may start from what, and how stored weights get into an adapter that learns: never silently into another one.
 An adapter that was pretrained on texts alone (task masked) may start any task; its head stays behind.

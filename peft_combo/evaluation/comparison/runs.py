@@ -28,7 +28,7 @@ from peft_combo.evaluation.comparison.variants import Variant
 from peft_combo.files import write_text
 from peft_combo.recipe.files import write_recipe
 from peft_combo.recipe.model import Recipe
-from peft_combo.tuning.tasks import task_of
+from peft_combo.tuning.tasks import build_task
 
 
 class Stopped(PeftComboError):
@@ -84,7 +84,7 @@ def _asked(variants: Sequence[Variant]) -> list[_Asked]:
         recipe = variant.recipe
         key = json.dumps([recipe.data.model_dump(mode="json"), recipe.task.model_dump(mode="json")])
         if key not in known:
-            task = task_of(recipe)
+            task = build_task(recipe)
             distinct = list(dict.fromkeys(task.texts))
             places = np.linspace(0, len(distinct) - 1, min(len(distinct), max(BATCHES))).astype(int)
             digests = str(task.data["digest"]), str(task.data["split_digest"])

@@ -1,4 +1,4 @@
-"""What can be learned: one module per task, each with its head, its batches, its loss and its measure.
+"""Training tasks: what can be learned, one module per task, each with its head, its batches, its loss and its measure.
 
 All of them look the same to the tuning loop (`base.Task`); here a recipe becomes a task and a stored head a head.
 """
@@ -13,7 +13,7 @@ from peft_combo.tuning.tasks.base import AnyTask
 from peft_combo.tuning.tasks.bundle import BundleCompletion
 from peft_combo.tuning.tasks.classification import Classification
 from peft_combo.tuning.tasks.masked import MaskedWords
-from peft_combo.tuning.tasks.rating import Rating
+from peft_combo.tuning.tasks.rating import ItemRating
 from peft_combo.tuning.tasks.sequence import SequenceGeneration
 from peft_combo.tuning.tasks.tagging import Tagging
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-def task_of(recipe: Recipe) -> AnyTask:
+def build_task(recipe: Recipe) -> AnyTask:
     """Read the data of a recipe and make its task.
 
     Raises:
@@ -41,7 +41,7 @@ def task_of(recipe: Recipe) -> AnyTask:
         case ClassificationTask():
             return Classification(recipe, recipe.task)
         case RatingTask():
-            return Rating(recipe, recipe.task)
+            return ItemRating(recipe, recipe.task)
         case SequenceTask():
             return SequenceGeneration(recipe, recipe.task)
         case TaggingTask():

@@ -1,4 +1,4 @@
-"""What the tuning loop asks of a task, and the table every task ends with.
+"""Task protocol: batches, loss, evaluation and baselines, as the tuning loop asks for them.
 
 Owns the protocol and the values that cross it. Knows nothing of any one task, of encoders or of the loop: a task sees
 texts by number and what was made of them, vectors or the states of their tokens.
@@ -28,7 +28,8 @@ class Evaluation:
     """How good the weights are at a moment.
 
     Attributes:
-        values: validation metric -> value, higher is better. choice: what validation chose for the head, for `settle`.
+        values: validation metric -> value, higher is better.
+        choice: what validation chose for the head, for `apply_choice`.
     """
 
     values: Mapping[str, float]
@@ -53,13 +54,14 @@ class RetokenizedBatch(Batch, Protocol):
 
 
 BatchT = TypeVar("BatchT", bound=Batch)
-OutcomeT = TypeVar("OutcomeT")
+PredictionsT = TypeVar("PredictionsT")
 
 
-class Task(Protocol[HeadT, BatchT, OutcomeT]):
-    """What is learned. The loop calls, in this order: `head`, `start`, `outcome` of the frozen encoder, then `batch`,
-    `logits` and `loss` for every step and `evaluate` now and then, then `settle`, `outcome` of the tuned encoder and
-    `table`.
+class Task(Protocol[HeadT, BatchT, PredictionsT]):
+    """What is learned.
+
+    The loop calls, in this order: `head`, `start`, `predict` of the frozen encoder, then `batch`, `logits` and `loss`
+    for every step and `evaluate` now and then, then `apply_choice`, `predict` of the tuned encoder and `table`.
 
     Nothing here has a random state: a batch is a function of seed and place, and every process computes the same.
 
@@ -122,13 +124,13 @@ class Task(Protocol[HeadT, BatchT, OutcomeT]):
     def evaluate(self, head: HeadT, encode: Encode, metric: str) -> Evaluation:
         """Return the validation metrics of the weights as they are, the head's own settings chosen for `metric`."""
 
-    def settle(self, head: HeadT, choice: Mapping[str, float]) -> None:
+    def apply_choice(self, head: HeadT, choice: Mapping[str, float]) -> None:
         """Put into `head` what `evaluate` chose."""
 
-    def outcome(self, head: HeadT, encode: Encode) -> OutcomeT:
+    def predict(self, head: HeadT, encode: Encode) -> PredictionsT:
         """Answer the questions of the table, one by one."""
 
-    def table(self, before: OutcomeT, after: OutcomeT) -> Table:
+    def table(self, before: PredictionsT, after: PredictionsT) -> Table:
         """Compare the tuned with the frozen encoder and with whoever needs no encoder."""
 
 

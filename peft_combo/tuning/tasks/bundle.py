@@ -1,4 +1,4 @@
-"""The bundle task: which items belong with the rest of a bundle.
+"""Bundle completion task: which items belong with the rest of a bundle.
 
 Owns the head (set encoder, query and target projections), the batches, the loss and how completion is measured. Sees
 items as rows and vectors; knows nothing of encoders or the training loop.
@@ -63,7 +63,7 @@ class BundleBatch:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CompletionQuery:
     """What comes next? The context and the right answer are of one bundle.
 
     Attributes:
@@ -129,12 +129,12 @@ class Candidates:
         """Return which of `bundles` a step or one of its parts has."""
         return self._epochs.share(step, part, parts)
 
-    def offered(self, bundles: Sequence[NDArray[np.int64]], rng: np.random.Generator) -> NDArray[np.int64]:
+    def offer_items(self, bundles: Sequence[NDArray[np.int64]], rng: np.random.Generator) -> NDArray[np.int64]:
         """Return (M,) distinct rows: those of some bundles, ascending, then extra negatives."""
         own = np.unique(np.concatenate(bundles))
         return np.concatenate([own, self._extra(own, rng)])
 
-    def barred(self, items: NDArray[np.int64], questions: Sequence[Asked]) -> NDArray[np.bool_]:
+    def barred(self, items: NDArray[np.int64], questions: Sequence[CompletionQuery]) -> NDArray[np.bool_]:
         """Return (Q, M), True where an item offered is neither the answer nor a fair wrong answer."""
         position = {int(row): place for place, row in enumerate(items)}
         mask = np.zeros((len(questions), len(items)), bool)
@@ -200,7 +200,7 @@ class BundleBatches:
         if pseudo is not None and config.pseudo_bundles is not None:
             self._of_bundle[len(bundles) :] = config.pseudo_bundles.weight * pseudo.confidences
         counts = np.bincount(np.concatenate(bundles), minlength=len(duplicates))
-        self._of_answer = inverse_propensities(counts, config.propensity_power, config.propensity_floor)
+        self._of_answer = compute_inverse_propensities(counts, config.propensity_power, config.propensity_floor)
 
     @property
     def per_epoch(self) -> int:
@@ -210,11 +210,13 @@ class BundleBatches:
     def batch(self, step: int, part: int = 0, parts: int = 1) -> BundleBatch:
         """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
         bundles, rng = self._candidates.share(step, part, parts)
-        items = self._candidates.offered(bundles, rng)
+        items = self._candidates.offer_items(bundles, rng)
         questions = [
-            Asked(np.delete(rows, index), int(answer), rows) for rows in bundles for index, answer in enumerate(rows)
+            CompletionQuery(np.delete(rows, index), int(answer), rows)
+            for rows in bundles
+            for index, answer in enumerate(rows)
         ]
-        contexts = [self._thinned(asked.context, rng) for asked in questions]
+        contexts = [self._thin_context(asked.context, rng) for asked in questions]
         position = {int(row): place for place, row in enumerate(items)}
         places = padded([np.array([position[int(row)] for row in context]) for context in contexts])
         targets = np.array([position[asked.answer] for asked in questions])
@@ -223,14 +225,14 @@ class BundleBatches:
         weights = of_bundle * self._of_answer[items[targets]]
         return BundleBatch(items, *map(torch.from_numpy, (places, targets, barred, weights)))
 
-    def _thinned(self, context: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    def _thin_context(self, context: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
         if not (rate := self._config.context_dropout):
             return context
         kept = context[rng.random(len(context)) >= rate]
         return kept if len(kept) else context[[rng.integers(len(context))]]
 
 
-def inverse_propensities(counts: NDArray[np.int64], power: float, floor: float) -> NDArray[np.float32]:
+def compute_inverse_propensities(counts: NDArray[np.int64], power: float, floor: float) -> NDArray[np.float32]:
     """Return what an answer weighs so that popular items do not speak for all: one over its propensity.
 
     An item was seen in a bundle because it fits and because it was seen at all; the chance of the latter is taken to
@@ -250,7 +252,7 @@ def inverse_propensities(counts: NDArray[np.int64], power: float, floor: float) 
     return np.asarray(1 / np.maximum(propensities, floor), np.float32)
 
 
-def bundle_logits(head: BundleHead, vectors: Tensor, batch: BundleBatch) -> Tensor:
+def compute_bundle_logits(head: BundleHead, vectors: Tensor, batch: BundleBatch) -> Tensor:
     """Score the candidates of a batch for each of its questions.
 
     Args:
@@ -258,20 +260,20 @@ def bundle_logits(head: BundleHead, vectors: Tensor, batch: BundleBatch) -> Tens
     Returns:
         (Q, M) float32, far below all others where an item is no candidate.
     """
-    return candidate_logits(head, head.query(vectors, batch.contexts.to(vectors.device)), vectors, batch.barred)
+    return compute_candidate_logits(head, head.query(vectors, batch.contexts.to(vectors.device)), vectors, batch.barred)
 
 
-def candidate_logits(head: CompletionHead, queries: Tensor, vectors: Tensor, barred: Tensor) -> Tensor:
+def compute_candidate_logits(head: CompletionHead, queries: Tensor, vectors: Tensor, barred: Tensor) -> Tensor:
     """Score (M, D) items for (Q, D) queries: (Q, M) float32, far below all others where an item is barred, (Q, M)."""
     logits = queries @ head.target(vectors).T * step_scale(head)  # (Q, D) @ (D, M) -> (Q, M)
     return logits.float().masked_fill(barred.to(vectors.device), _NEVER)
 
 
-def bundle_loss(logits: Tensor, batch: BundleBatch, smoothing: float = 0.0) -> Tensor:
+def compute_bundle_loss(logits: Tensor, batch: BundleBatch, smoothing: float = 0.0) -> Tensor:
     """Softmax cross-entropy of the left-out item against all fair candidates of the batch.
 
     Args:
-        logits: (Q, M) of `bundle_logits`.
+        logits: (Q, M) of `compute_bundle_logits`.
         smoothing: this share of each target is spread evenly over the question's fair candidates, the answer among
             them; nothing goes to what is barred.
     Returns:
@@ -329,8 +331,8 @@ class Completion(Generic[CompletionHeadT]):
         leaf_names = [dataset.catalog.leaf(row) or "" for row in range(len(self.texts))]
         _, self._leaves = np.unique(np.array(leaf_names), return_inverse=True)
         self._bundles = [dataset.bundles.items[row] for row in parts.train]
-        self._questions = Questions.of(dataset.bundles, parts.valid)
-        self._asked = self._questions.sample(_ASKED_WHILE_TRAINING, recipe.seed)
+        self._queries = Questions.of(dataset.bundles, parts.valid)
+        self._sampled_queries = self._queries.sample(_ASKED_WHILE_TRAINING, recipe.seed)
 
     def start(self, head: CompletionHeadT, frozen: Encode) -> None:
         pass
@@ -338,20 +340,20 @@ class Completion(Generic[CompletionHeadT]):
     def evaluate(self, head: CompletionHeadT, encode: Encode, metric: str) -> Evaluation:
         vectors = encode(None)
         tried = {
-            share: metrics.ranking_metrics(completion_ranks(head.at_strength(share), vectors, self._asked))
+            share: metrics.ranking_metrics(completion_ranks(head.at_strength(share), vectors, self._sampled_queries))
             for share in (self._strengths if head.learned() else (1.0,))
         }
         strength = max(tried, key=lambda share: tried[share][metric])
         return Evaluation(tried[strength], {"strength": strength})
 
-    def settle(self, head: CompletionHeadT, choice: Mapping[str, float]) -> None:
+    def apply_choice(self, head: CompletionHeadT, choice: Mapping[str, float]) -> None:
         head.load_state_dict(head.at_strength(choice["strength"]).state_dict())
 
-    def outcome(self, head: CompletionHeadT, encode: Encode) -> NDArray[np.float64]:
-        return completion_ranks(head, encode(None), self._questions)
+    def predict(self, head: CompletionHeadT, encode: Encode) -> NDArray[np.float64]:
+        return completion_ranks(head, encode(None), self._queries)
 
     def table(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Table:
-        questions, clusters = self._questions, self._questions.clusters
+        questions, clusters = self._queries, self._queries.clusters
         history = self._dataset.bundles.to_csr(len(self.texts), self._parts.train)
         ranks = {
             "popularity": self._scorer_ranks(Popularity().fit(history)),
@@ -374,7 +376,7 @@ class Completion(Generic[CompletionHeadT]):
         )  # fmt: skip
 
     def _scorer_ranks(self, scorer: Scorer) -> NDArray[np.float64]:
-        questions = self._questions
+        questions = self._queries
         contexts, excluded = questions.to_csr(len(self.texts)), questions.excluded()
         ranks = []
         for start in range(0, len(questions), _SCORE_BLOCK):
@@ -409,7 +411,7 @@ class BundleCompletion(Completion[BundleHead]):
         return self._batches.batch(step, part, parts)
 
     def logits(self, head: BundleHead, encoded: Tensor, batch: BundleBatch) -> Tensor:
-        return bundle_logits(head, encoded, batch)
+        return compute_bundle_logits(head, encoded, batch)
 
     def loss(self, logits: Tensor, batch: BundleBatch) -> Tensor:
-        return bundle_loss(logits, batch, self._config.label_smoothing)
+        return compute_bundle_loss(logits, batch, self._config.label_smoothing)

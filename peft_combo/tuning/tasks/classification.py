@@ -1,4 +1,4 @@
-"""The classification task: which class a text is of, or which classes apply to it.
+"""Text classification task: which class a text is of, or which classes apply to it.
 
 Owns the head, its loss, what is measured and the baselines. Sees texts as numbers and vectors; where the labels come
 from is for `data` to know.
@@ -38,7 +38,7 @@ from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import ClassificationTask
 from peft_combo.scoring.text import Tfidf
 from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
-from peft_combo.tuning.tasks.linear import Targets, best_linear, linear_loss
+from peft_combo.tuning.tasks.linear import Targets, compute_linear_loss, fit_best_linear
 
 # Where several classes may apply, validation chooses from how much on they do.
 _THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -55,7 +55,7 @@ class TextBatch:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ClassificationPredictions:
     """What a model says of the questions: how likely each class is, and which it gives, both (Q, C)."""
 
     probabilities: NDArray[np.float32]
@@ -136,11 +136,11 @@ class Classification:
     def start(self, head: ClassificationHead, frozen: Encode) -> None:
         scale = np.float32(head.dim**0.5)
         valid = frozen(self._valid) * scale
-        probe = best_linear(frozen(self._train) * scale, self._targets, valid, self._held)
+        probe = fit_best_linear(frozen(self._train) * scale, self._targets, valid, self._held)
         with torch.no_grad():
             head.linear.weight.copy_(torch.from_numpy(probe.weight))
             head.linear.bias.copy_(torch.from_numpy(probe.bias))
-        self.settle(head, self._choice(_likely(probe.logits(valid), self.exclusive), "macro_f1")[1])
+        self.apply_choice(head, self._choice(_likely(probe.logits(valid), self.exclusive), "macro_f1")[1])
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> TextBatch:
         rows = self._epochs.share(step, part, parts)
@@ -151,20 +151,20 @@ class Classification:
         return logits
 
     def loss(self, logits: Tensor, batch: TextBatch) -> Tensor:
-        return linear_loss(logits, batch.targets)
+        return compute_linear_loss(logits, batch.targets)
 
     def evaluate(self, head: ClassificationHead, encode: Encode, metric: str) -> Evaluation:
         values, choice = self._choice(head.probabilities(encode(self._valid)), metric)
         return Evaluation(values, choice)
 
-    def settle(self, head: ClassificationHead, choice: Mapping[str, float]) -> None:
+    def apply_choice(self, head: ClassificationHead, choice: Mapping[str, float]) -> None:
         head.threshold.fill_(choice.get("threshold", 0.5))
 
-    def outcome(self, head: ClassificationHead, encode: Encode) -> Answers:
+    def predict(self, head: ClassificationHead, encode: Encode) -> ClassificationPredictions:
         probabilities = head.probabilities(encode(self._test))
-        return Answers(probabilities, head.classes(probabilities))
+        return ClassificationPredictions(probabilities, head.classes(probabilities))
 
-    def table(self, before: Answers, after: Answers) -> Table:
+    def table(self, before: ClassificationPredictions, after: ClassificationPredictions) -> Table:
         answers = {
             "most frequent class": self._most_frequent(),
             "TF-IDF + logistic regression": self._tfidf(),
@@ -223,29 +223,31 @@ class Classification:
             len(self._classes),
         )
 
-    def _calibration(self, answers: Answers) -> float:
+    def _calibration(self, answers: ClassificationPredictions) -> float:
         right = self._right[self._test]
         if not self.exclusive:  # each class is a question of its own
             return calibration_error(answers.probabilities.ravel(), right.ravel())
         best = answers.probabilities.argmax(1)
         return calibration_error(answers.probabilities.max(1), right[np.arange(len(best)), best])
 
-    def _most_frequent(self) -> Answers:
+    def _most_frequent(self) -> ClassificationPredictions:
         """Say the same of every text: the most frequent class, with its share in training as the confidence."""
         share = self._right[self._train].mean(0).astype(np.float32)
         probabilities = np.repeat(share[None], len(self._test), axis=0)
-        return Answers(probabilities, _given(probabilities, True, 0.5))
+        return ClassificationPredictions(probabilities, _given(probabilities, True, 0.5))
 
-    def _tfidf(self) -> Answers:
+    def _tfidf(self) -> ClassificationPredictions:
         train, valid, test = ([self.texts[row] for row in rows] for rows in (self._train, self._valid, self._test))
         words = Tfidf.fit(train, longest=2, sublinear=True)
         features = words.vectors(valid)
-        model = best_linear(words.vectors(train), self._targets, features, self._held)
+        model = fit_best_linear(words.vectors(train), self._targets, features, self._held)
         _, choice = self._choice(_likely(model.logits(features), self.exclusive), "macro_f1")
         probabilities = _likely(model.logits(words.vectors(test)), self.exclusive)
-        return Answers(probabilities, _given(probabilities, self.exclusive, choice.get("threshold", 0.5)))
+        return ClassificationPredictions(
+            probabilities, _given(probabilities, self.exclusive, choice.get("threshold", 0.5))
+        )
 
-    def _confusions(self, answers: Answers) -> tuple[Detail, ...]:
+    def _confusions(self, answers: ClassificationPredictions) -> tuple[Detail, ...]:
         if not self.exclusive:
             return ()
         right, said = self._right[self._test].argmax(1), answers.given.argmax(1)

@@ -64,7 +64,7 @@ class Targets:
         return Targets(self.wanted[rows], self.weights[rows], self.exclusive)
 
 
-def linear_loss(logits: Tensor, targets: Targets) -> Tensor:
+def compute_linear_loss(logits: Tensor, targets: Targets) -> Tensor:
     """Weighted cross-entropy of (N, C) logits, a scalar: softmax over the classes, or sigmoid of each."""
     wanted = torch.from_numpy(targets.wanted).to(logits.device)
     weights = torch.from_numpy(targets.weights).to(logits.device)
@@ -91,7 +91,9 @@ class LinearModel:
 
 
 def fit_linear(features: Features, targets: Targets, penalty: float, start: LinearModel | None = None) -> LinearModel:
-    """Minimise `linear_loss` plus ``penalty / 2 * s`` times the squared norm of the weights (not the biases) by L-BFGS.
+    """Minimise `compute_linear_loss` plus ``penalty / 2 * s`` times the squared norm of the weights by L-BFGS.
+
+    The biases bear no penalty.
 
     Args:
         features: (N, D); s is the mean squared length of their rows (dense ones centred), so that their scale is none.
@@ -138,7 +140,9 @@ def fit_linear(features: Features, targets: Targets, penalty: float, start: Line
     return LinearModel(weight, np.asarray(found.x[classes * dim :] - weight @ centre, np.float32))
 
 
-def best_linear(features: Features, targets: Targets, held_features: Features, held_targets: Targets) -> LinearModel:
+def fit_best_linear(
+    features: Features, targets: Targets, held_features: Features, held_targets: Targets
+) -> LinearModel:
     """Fit with weaker and weaker penalties while the loss on held-out examples falls; return the last that lowered it.
 
     Chosen by loss and not by the metric: over some hundred examples a metric is too coarse, and a start whose training
@@ -148,7 +152,7 @@ def best_linear(features: Features, targets: Targets, held_features: Features, h
     model: LinearModel | None = None
     for penalty in PENALTIES:
         model = fit_linear(features, targets, penalty, model)
-        loss = float(linear_loss(torch.from_numpy(model.logits(held_features)), held_targets))
+        loss = float(compute_linear_loss(torch.from_numpy(model.logits(held_features)), held_targets))
         if loss >= best[0]:
             break
         best = (loss, model)

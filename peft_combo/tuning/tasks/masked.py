@@ -1,4 +1,4 @@
-"""The masked task: which words were taken out of a text. It needs no label: so an encoder may meet a catalogue first.
+"""Masked language modelling task: which words were taken out of a text. It needs no label: so an encoder may meet a catalogue first.
 
 Owns the head, which words are asked for and what is shown in their place, the measures and the baselines. What such an
 adapter is good for afterwards is for `continuing` to know.
@@ -121,7 +121,7 @@ class Masker:
         sizes = self.tokens.lengths[rows]
         return np.repeat(self.tokens.offsets[rows] - np.cumsum(sizes) + sizes, sizes) + np.arange(int(sizes.sum()))
 
-    def masked(
+    def mask(
         self, rows: NDArray[np.int64], share: float, random: float, kept: float, rng: np.random.Generator
     ) -> MaskedBatch:
         """Take words out of some texts: of each the nearest number to `share` of its words, and one at least.
@@ -152,7 +152,7 @@ class Masker:
 
 
 @dataclass(frozen=True)
-class Answers:
+class MaskedPredictions:
     """What somebody says of Q questions.
 
     Attributes:
@@ -218,7 +218,8 @@ class MaskedWords:
         self._words: Tensor = backbone.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
         vocabulary, width = self._words.shape
         head = MaskedHead(backbone.dim, width, vocabulary, self._config)
-        head.size.copy_(torch.linalg.vector_norm(self._words) / self._words.numel() ** 0.5)
+        if not self._words.is_meta:  # shapes alone have no size
+            head.size.copy_(torch.linalg.vector_norm(self._words) / self._words.numel() ** 0.5)
         return head
 
     def start(self, head: MaskedHead, frozen: Encode) -> None:
@@ -240,7 +241,7 @@ class MaskedWords:
     def batch(self, step: int, part: int = 0, parts: int = 1) -> MaskedBatch:
         rows = self._train[np.sort(self._epochs.share(step, part, parts))]
         config, rng = self._config, np.random.default_rng([self._seed, step, part])
-        return self._masker.masked(rows, config.mask_share, config.random_share, config.kept_share, rng)
+        return self._masker.mask(rows, config.mask_share, config.random_share, config.kept_share, rng)
 
     def logits(self, head: MaskedHead, encoded: Tensor, batch: MaskedBatch) -> Tensor:
         logits: Tensor = head(encoded[torch.from_numpy(batch.places).to(encoded.device)], self._words)
@@ -253,18 +254,18 @@ class MaskedWords:
         values = self._answers(head, encode, self._cloze(self._valid, _VALID)).values()
         return Evaluation({name: values[name] for name in self._config.metrics})
 
-    def settle(self, head: MaskedHead, choice: Mapping[str, float]) -> None:
+    def apply_choice(self, head: MaskedHead, choice: Mapping[str, float]) -> None:
         pass
 
-    def outcome(self, head: MaskedHead, encode: Encode) -> Answers:
+    def predict(self, head: MaskedHead, encode: Encode) -> MaskedPredictions:
         return self._answers(head, encode, self._cloze(self._test, _TEST))
 
-    def table(self, before: Answers, after: Answers) -> Table:
+    def table(self, before: MaskedPredictions, after: MaskedPredictions) -> Table:
         valid, test = self._cloze(self._valid, _VALID), self._cloze(self._test, _TEST)
         often = self._frequencies(valid.answers)
-        around = Surroundings.of(self._masker, self._train, often).mixed_for(valid)
+        around = Surroundings.of(self._masker, self._train, often).fit_mixture(valid)
         answers = {
-            "how often a word occurs": _ranked(
+            "how often a word occurs": _rank_answers(
                 np.broadcast_to(np.log(often), (len(test.answers), len(often))), test.answers
             ),
             "words next to it, counted": around.answers(test),
@@ -286,13 +287,13 @@ class MaskedWords:
     def _cloze(self, rows: NDArray[np.int64], seed: int) -> MaskedBatch:
         """Ask what stands in some texts, whoever runs."""
         # Nothing but the mask: what shows itself would be no question to count.
-        return self._masker.masked(rows, self._config.mask_share, 0.0, 0.0, np.random.default_rng(seed))
+        return self._masker.mask(rows, self._config.mask_share, 0.0, 0.0, np.random.default_rng(seed))
 
     def _frequencies(self, held: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return how likely each word is by itself: (V,)."""
         own = self._masker.places(self._train)
         seen = self._masker.tokens.ids[own[self._masker.unit[own] >= 0]]
-        return frequencies(np.bincount(seen, minlength=len(self._words)), held)
+        return estimate_frequencies(np.bincount(seen, minlength=len(self._words)), held)
 
     def _states(self, encode: Encode, asked: MaskedBatch) -> Tensor:
         """Encode what is asked for: (Q, D)."""
@@ -308,19 +309,19 @@ class MaskedWords:
         return torch.cat(found)
 
     @torch.inference_mode()
-    def _answers(self, head: MaskedHead, encode: Encode, asked: MaskedBatch) -> Answers:
-        return told(head, self._words, self._states(encode, asked), asked.answers)
+    def _answers(self, head: MaskedHead, encode: Encode, asked: MaskedBatch) -> MaskedPredictions:
+        return predict_words(head, self._words, self._states(encode, asked), asked.answers)
 
 
 @torch.inference_mode()
-def told(head: MaskedHead, words: Tensor, states: Tensor, answers: NDArray[np.int64]) -> Answers:
+def predict_words(head: MaskedHead, words: Tensor, states: Tensor, answers: NDArray[np.int64]) -> MaskedPredictions:
     """Let a head answer: (Q, D) states."""
     found = []
     for start in range(0, len(answers), _QUESTIONS_AT_ONCE):
         some = states[start : start + _QUESTIONS_AT_ONCE].to(words.device)
         logits = head(some, words).float().log_softmax(-1).cpu().numpy()
-        found.append(_ranked(logits, answers[start : start + _QUESTIONS_AT_ONCE]))
-    return _joined(found)
+        found.append(_rank_answers(logits, answers[start : start + _QUESTIONS_AT_ONCE]))
+    return _join_predictions(found)
 
 
 def fit_head(
@@ -333,7 +334,7 @@ def fit_head(
     """
     states, answers = seen[0].to(words.device), torch.from_numpy(seen[1]).to(words.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=_FIRST_RATE)
-    best = (float(told(head, words, *held).likelihood.mean()), _copied(head))
+    best = (float(predict_words(head, words, *held).likelihood.mean()), _copy_weights(head))
     examples = Epochs(len(answers), _QUESTIONS_AT_ONCE, _FIRST)
     stride = max(_FIRST_STEPS, examples.per_epoch)
     for look in range(_FIRST_LOOKS):
@@ -343,32 +344,34 @@ def fit_head(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        value = float(told(head, words, *held).likelihood.mean())
+        value = float(predict_words(head, words, *held).likelihood.mean())
         if value <= best[0]:
             break
-        best = (value, _copied(head))
+        best = (value, _copy_weights(head))
     head.load_state_dict(best[1])
     head.zero_grad(set_to_none=True)
 
 
-def _copied(head: MaskedHead) -> dict[str, Tensor]:
+def _copy_weights(head: MaskedHead) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}
 
 
-def _ranked(likelihoods: NDArray[np.floating[Any]], answers: NDArray[np.int64]) -> Answers:
+def _rank_answers(likelihoods: NDArray[np.floating[Any]], answers: NDArray[np.int64]) -> MaskedPredictions:
     """Judge (Q, V) logarithms of probabilities."""
     likelihood = np.take_along_axis(likelihoods, answers[:, None], axis=1)[:, 0].astype(np.float64)
-    return Answers(likelihood, metrics.midranks(likelihoods, answers))
+    return MaskedPredictions(likelihood, metrics.midranks(likelihoods, answers))
 
 
-def _joined(parts: Sequence[Answers]) -> Answers:
-    return Answers(np.concatenate([one.likelihood for one in parts]), np.concatenate([one.ranks for one in parts]))
+def _join_predictions(parts: Sequence[MaskedPredictions]) -> MaskedPredictions:
+    return MaskedPredictions(
+        np.concatenate([one.likelihood for one in parts]), np.concatenate([one.ranks for one in parts])
+    )
 
 
 # --- whoever needs no encoder -----------------------------------------------------------------------------------------
 
 
-def frequencies(counts: NDArray[np.int64], held: NDArray[np.int64]) -> NDArray[np.float64]:
+def estimate_frequencies(counts: NDArray[np.int64], held: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the probability of each word from how often it was seen, with the pseudo-count that suits `held` best.
 
     Args:
@@ -412,7 +415,7 @@ class Surroundings:
             found.append((known, sparse.csr_array(counts.multiply(1 / counts.sum(axis=1)[:, None]))))
         return cls(alone, tuple(found), np.full(4, 0.25))
 
-    def mixed_for(self, asked: MaskedBatch) -> Self:
+    def fit_mixture(self, asked: MaskedBatch) -> Self:
         """Return the mixture whose weights suit these questions best."""
         parts = np.concatenate([self._each(asked, block)[1] for block in _blocks(len(asked.answers))])  # (Q, 4)
         weights = self.weights
@@ -421,11 +424,11 @@ class Surroundings:
             weights = (shares / shares.sum(1, keepdims=True)).mean(0)
         return type(self)(self.alone, self.contexts, weights)
 
-    def answers(self, asked: MaskedBatch) -> Answers:
+    def answers(self, asked: MaskedBatch) -> MaskedPredictions:
         """Answer questions."""
-        return _joined(
+        return _join_predictions(
             [
-                _ranked(np.log(self._each(asked, block)[0]), asked.answers[block])
+                _rank_answers(np.log(self._each(asked, block)[0]), asked.answers[block])
                 for block in _blocks(len(asked.answers))
             ]
         )

@@ -1,7 +1,7 @@
-"""The rating task: how likely a user takes an item, as a score in [0, 1].
+"""Rating task: click-through prediction, how likely a user takes an item, as a score in [0, 1].
 
-Owns events with their histories, the split by user or time, drawn negatives with their correction, the head and what
-is measured. Sees items as rows and vectors; knows nothing of encoders or the training loop.
+Owns the batches of events with their histories, the loss, what is measured and the baselines; wrong answers are drawn
+by `negatives`. Sees items as rows and vectors; knows nothing of encoders or the training loop.
 
 A user is the pooled vectors of the latest items they took, not one long text: a few thousand item texts serve all
 users, so equal texts are encoded once and the cache of the frozen layers holds, where one text for every user and
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from peft_combo import metrics
 from peft_combo.data.augmentation.variants import brands_of
-from peft_combo.data.events import Events, Taken, split_events
+from peft_combo.data.events import Events, split_events
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.task_data import needs_of
 from peft_combo.encoder.backbone import Backbone
@@ -41,6 +41,7 @@ from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.features import Counted, CrossFitted, baskets_of
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
 from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
+from peft_combo.tuning.tasks.negatives import Negatives
 
 # Events that are asked about while training and for the table; each ranks the whole catalogue.
 _ASKED_WHILE_TRAINING, _ASKED = 1000, 5000
@@ -54,57 +55,6 @@ _COUNTING = "popularity and item-kNN"
 
 Logits: TypeAlias = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Turns (Q, S) histories into (Q, N) log-odds."""
-
-
-class Negatives:
-    """Draws items that a user did not take, the popular ones more often, and says by how much more often.
-
-    Args:
-        taken: (U, N) what each user is known to have taken; of train alone, or the draw would tell of held-out events.
-        counts: (N,) train events of each item; an item is drawn in proportion to (count + 1) ** power.
-    """
-
-    def __init__(self, taken: Taken, counts: NDArray[np.int64], power: float) -> None:
-        weight = (counts + 1.0) ** power
-        self.share: NDArray[np.float64] = weight / weight.sum()
-        self._upto = np.cumsum(self.share)
-        self._n = taken.shape[1]
-        rows, columns = taken.nonzero()
-        self._cells = np.sort(rows.astype(np.int64) * self._n + columns)
-        self._free_share = 1 - np.bincount(rows, weights=self.share[columns], minlength=taken.shape[0])
-        self._free = self._n - np.bincount(rows, minlength=taken.shape[0])
-        if len(full := np.flatnonzero(self._free <= 0)):
-            raise DataError(
-                f"{len(full)} users took every one of the {self._n} items, so there is nothing they declined. "
-                "Give a larger catalogue, or leave these users out."
-            )
-
-    def draw(self, users: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-        """Draw one item for each user, (M,) -> (M,), in proportion to its share among those the user did not take."""
-        items = np.empty(len(users), np.int64)
-        open_ = np.arange(len(users))
-        while len(open_):
-            drawn = np.minimum(np.searchsorted(self._upto, rng.random(len(open_)), "right"), self._n - 1)
-            items[open_] = drawn
-            open_ = open_[self._taken(users[open_], drawn)]
-        return items
-
-    def correction(self, users: NDArray[np.int64], items: NDArray[np.int64], each: int) -> NDArray[np.float32]:
-        """Return what to add to the log-odds against one evenly drawn item, where `each` are drawn by share: (M,).
-
-        Source: Yi et al. 2019, "Sampling-bias-corrected neural modeling", eq. 5, in the binary form of Gutmann and
-            Hyvärinen 2010, "Noise-contrastive estimation", eq. 3: log-odds less the log of k times the noise.
-        """
-        drawn = self.share[items] / self._free_share[users]
-        corrected: NDArray[np.float32] = -np.log(each * self._free[users] * drawn).astype(np.float32)
-        return corrected
-
-    def _taken(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
-        cells = users * self._n + items
-        if not len(self._cells):
-            return np.zeros(len(cells), bool)
-        place = np.minimum(np.searchsorted(self._cells, cells), len(self._cells) - 1)
-        return np.asarray(self._cells[place] == cells)
 
 
 @dataclass(frozen=True)
@@ -129,7 +79,7 @@ class RatingBatch:
     nearness: Tensor | None
 
 
-def rating_logits(head: RatingHead, vectors: Tensor, batch: RatingBatch) -> Tensor:
+def compute_rating_logits(head: RatingHead, vectors: Tensor, batch: RatingBatch) -> Tensor:
     """Return (P,) log-odds of the pairs of a batch; `vectors` are the (M, D) ones of ``batch.items``."""
     device = vectors.device
     users = head.towers.query(vectors, batch.histories.to(device))[batch.events.to(device)]  # (P, D)
@@ -138,14 +88,14 @@ def rating_logits(head: RatingHead, vectors: Tensor, batch: RatingBatch) -> Tens
     return head.logits((users * items).sum(1).float(), batch.log_popularity.to(device), nearness)
 
 
-def rating_loss(logits: Tensor, batch: RatingBatch) -> Tensor:
+def compute_rating_loss(logits: Tensor, batch: RatingBatch) -> Tensor:
     """Binary cross-entropy over (P,) log-odds, a scalar; what was drawn by popularity is corrected for."""
     corrected = logits + batch.correction.to(logits.device)
     return functional.binary_cross_entropy_with_logits(corrected, batch.targets.to(logits.device))
 
 
 @dataclass(frozen=True, eq=False)
-class Questions:
+class RatingQueries:
     """Held-out events and the pairs that are judged.
 
     Attributes:
@@ -165,14 +115,14 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Answers:
+class RatingPredictions:
     """What a model says: (L,) ranks of the liked items, from 1, and (P,) log-odds of the pairs."""
 
     ranks: NDArray[np.float64]
     logits: NDArray[np.float64]
 
 
-class Rating:
+class ItemRating:
     """The rating task as the loop sees it; see `base.Task`.
 
     Tuning starts from the head that is best over the frozen encoder, as the classification task does and for the same
@@ -200,7 +150,7 @@ class Rating:
         self.notes.append(
             f"{len(events):,} events (each user and item once) of {len(dataset.interactions):,} interactions"
         )
-        self._train = _sampled(parts.train, config.max_events, recipe.seed)
+        self._train = _sample_rows(parts.train, config.max_events, recipe.seed)
         counts = np.bincount(events.items[parts.seen], minlength=len(self.texts))
         self._liked = events.liked_of(parts.seen, self._shape)
         self._counted = Counted.of_events(events, parts.seen, self._shape, config.neighbours)
@@ -209,7 +159,7 @@ class Rating:
         self._negatives = Negatives(events.matrix(parts.seen, self._shape), counts, config.popularity_power)
         self._epochs = Epochs(len(self._train), recipe.training.batch_size, recipe.seed)
         self._valid, self._test = (
-            self._questions(_sampled(rows, most, recipe.seed))
+            self._build_queries(_sample_rows(rows, most, recipe.seed))
             for rows, most in ((parts.valid, _ASKED_WHILE_TRAINING), (parts.test, _ASKED))
         )
         if not self._valid.liked.any() or not self._test.liked.any():
@@ -271,7 +221,7 @@ class Rating:
                 break
         optimizer.zero_grad()
         head.load_state_dict(best_state)
-        self.settle(head, best.choice)
+        self.apply_choice(head, best.choice)
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> RatingBatch:
         events, rows = self._events, self._train[self._epochs.share(step, part, parts)]
@@ -295,14 +245,14 @@ class Rating:
         )  # fmt: skip
 
     def logits(self, head: RatingHead, encoded: Tensor, batch: RatingBatch) -> Tensor:
-        return rating_logits(head, encoded, batch)
+        return compute_rating_logits(head, encoded, batch)
 
     def loss(self, logits: Tensor, batch: RatingBatch) -> Tensor:
-        return rating_loss(logits, batch)
+        return compute_rating_loss(logits, batch)
 
     def evaluate(self, head: RatingHead, encode: Encode, metric: str) -> Evaluation:
         raw = copy.deepcopy(head)
-        self.settle(raw, {})
+        self.apply_choice(raw, {})
         answers = self._answers(self._valid, self._model(raw, encode(None)))
         slope, shift = platt(answers.logits, self._valid.targets)
         found = self._values(self._valid, answers)
@@ -310,14 +260,14 @@ class Rating:
         choice = {"slope": slope, "shift": shift} if slope > 0 else {}
         return Evaluation({name: found[name] for name in self._config.metrics}, choice)
 
-    def settle(self, head: RatingHead, choice: Mapping[str, float]) -> None:
+    def apply_choice(self, head: RatingHead, choice: Mapping[str, float]) -> None:
         head.slope.fill_(choice.get("slope", 1.0))
         head.shift.fill_(choice.get("shift", 0.0))
 
-    def outcome(self, head: RatingHead, encode: Encode) -> Answers:
+    def predict(self, head: RatingHead, encode: Encode) -> RatingPredictions:
         return self._answers(self._test, self._model(head, encode(None)))
 
-    def table(self, before: Answers, after: Answers) -> Table:
+    def table(self, before: RatingPredictions, after: RatingPredictions) -> Table:
         asked = self._test
         baselines = self._baselines()
         answers = {**baselines, "frozen backbone": before, "tuned": after}
@@ -358,7 +308,7 @@ class Rating:
 
     def _frozen_loss(self, head: RatingHead, vectors: NDArray[np.float32], batch: RatingBatch) -> Tensor:
         encoded = torch.from_numpy(vectors[batch.items]).to(head.constant.device)
-        return rating_loss(rating_logits(head, encoded, batch), batch)
+        return compute_rating_loss(compute_rating_logits(head, encoded, batch), batch)
 
     def _weigh(self, head: RatingHead, vectors: NDArray[np.float32]) -> None:
         """Weigh text against counts: a few numbers, which steps made for thousands would hardly move."""
@@ -380,7 +330,7 @@ class Rating:
     def _first_batches(self) -> list[RatingBatch]:
         return [self.batch(step) for step in range(min(self.per_epoch, _WEIGHED))]
 
-    def _baselines(self) -> dict[str, Answers]:
+    def _baselines(self) -> dict[str, RatingPredictions]:
         """Answer as counting alone does; of a scorer with several settings, in the one that is best on validation."""
         metric, n_items = self._recipe.metric, self._shape[1]
 
@@ -435,7 +385,7 @@ class Rating:
 
         return model
 
-    def _auc_gains(self, answers: Mapping[str, Answers]) -> tuple[tuple[str | float, ...], ...]:
+    def _auc_gains(self, answers: Mapping[str, RatingPredictions]) -> tuple[tuple[str | float, ...], ...]:
         asked = self._test
         right, users = asked.targets >= 0.5, asked.users[asked.events]
         drawn = {name: auc_draws(one.logits, right, users) for name, one in answers.items()}
@@ -461,7 +411,7 @@ class Rating:
             np.concatenate([targets, np.zeros(len(drawn), np.float32)]),
         )  # fmt: skip
 
-    def _questions(self, rows: NDArray[np.int64]) -> Questions:
+    def _build_queries(self, rows: NDArray[np.int64]) -> RatingQueries:
         events, everyones = self._events, self._everyones
         # Nothing of this is trained on, so what a user takes later may be known here: it is no wrong answer.
         evenly = Negatives(everyones, np.zeros(self._shape[1], np.int64), 0.0) if self._config.implicit else None
@@ -473,7 +423,7 @@ class Rating:
             user = events.users[row]
             own = everyones.indices[everyones.indptr[user] : everyones.indptr[user + 1]].astype(np.int64)
             excluded.append(own[own != events.items[row]])
-        return Questions(
+        return RatingQueries(
             events.histories(rows, self._config.history), events.users[rows], events.items[rows], liked, which,
             candidates, targets, tuple(excluded),
         )  # fmt: skip
@@ -482,7 +432,7 @@ class Rating:
         targets = target_vectors(head.towers, vectors)
         return lambda histories: head.scores(vectors, histories, self._counted, targets)
 
-    def _answers(self, asked: Questions, model: Logits) -> Answers:
+    def _answers(self, asked: RatingQueries, model: Logits) -> RatingPredictions:
         place = np.cumsum(asked.liked) - 1
         ranks, logits = np.empty(int(asked.liked.sum())), np.empty(len(asked.events))
         for start in range(0, len(asked.items), _QUERY_BLOCK):
@@ -494,15 +444,15 @@ class Rating:
             own = place[start:stop][liked]
             excluded = [asked.excluded[one] for one in own]
             ranks[own] = metrics.midranks(scores[liked], asked.items[start:stop][liked], excluded)
-        return Answers(ranks, logits)
+        return RatingPredictions(ranks, logits)
 
-    def _calibrated(self, model: Logits) -> Answers:
+    def _calibrated(self, model: Logits) -> RatingPredictions:
         """Answer as a model without probabilities does after Platt scaling on the validation pairs."""
         slope, constant = platt(self._answers(self._valid, model).logits, self._valid.targets)
         found = self._answers(self._test, model)
-        return Answers(found.ranks, slope * found.logits + constant)
+        return RatingPredictions(found.ranks, slope * found.logits + constant)
 
-    def _values(self, asked: Questions, answers: Answers) -> dict[str, float]:
+    def _values(self, asked: RatingQueries, answers: RatingPredictions) -> dict[str, float]:
         return {
             "ndcg@10": float(by_user(metrics.per_query(answers.ranks, "ndcg@10"), asked.users[asked.liked]).mean()),
             "auc": auc(answers.logits, asked.targets >= 0.5),
@@ -511,7 +461,7 @@ class Rating:
         }
 
 
-def _sampled(rows: NDArray[np.int64], most: int | None, seed: int) -> NDArray[np.int64]:
+def _sample_rows(rows: NDArray[np.int64], most: int | None, seed: int) -> NDArray[np.int64]:
     if most is None or len(rows) <= most:
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))

@@ -33,7 +33,7 @@ from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import SequenceTask
 from peft_combo.tuning.tasks.base import Encode
-from peft_combo.tuning.tasks.bundle import Asked, Candidates, Completion, candidate_logits
+from peft_combo.tuning.tasks.bundle import Candidates, Completion, CompletionQuery, compute_candidate_logits
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,19 @@ class SequenceBatches:
     def batch(self, step: int, part: int = 0, parts: int = 1) -> SequenceBatch:
         """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
         bundles, rng = self._candidates.share(step, part, parts)
-        items = self._candidates.offered(bundles, rng)
+        items = self._candidates.offer_items(bundles, rng)
         position = {int(row): place for place, row in enumerate(items)}
         orders = [rng.permutation(rows) for rows in bundles for _ in range(self._orders)]
         sequences = padded([np.array([position[int(row)] for row in rows]) for rows in orders])
         barred = []
         for rows in orders:
-            questions = [Asked(rows[:place], int(answer), rows) for place, answer in enumerate(rows)]
+            questions = [CompletionQuery(rows[:place], int(answer), rows) for place, answer in enumerate(rows)]
             # Whether a bundle is complete is asked apart from which item would be next, so nothing is barred there.
             barred += [self._candidates.barred(items, questions), np.zeros((1, len(items)), bool)]
         return SequenceBatch(items, torch.from_numpy(sequences), torch.from_numpy(np.concatenate(barred)))
 
 
-def sequence_logits(head: SequenceHead, vectors: Tensor, batch: SequenceBatch) -> Tensor:
+def compute_sequence_logits(head: SequenceHead, vectors: Tensor, batch: SequenceBatch) -> Tensor:
     """Score the candidates of a batch for each of its questions, and the end.
 
     The end is a decision of its own, taken first: its log-odds are against all items together, so how probable it is
@@ -112,16 +112,16 @@ def sequence_logits(head: SequenceHead, vectors: Tensor, batch: SequenceBatch) -
     asked = batch.asked.to(vectors.device)
     queries = head.prefixes(vectors, batch.sequences.to(vectors.device))[asked]  # (Q, D)
     sizes = torch.nonzero(asked)[:, 1]
-    items = candidate_logits(head, queries, vectors, batch.barred)
+    items = compute_candidate_logits(head, queries, vectors, batch.barred)
     end = head.completeness(queries, sizes).float() + items.logsumexp(1)
     return torch.cat([items, end[:, None]], 1)
 
 
-def sequence_loss(logits: Tensor, batch: SequenceBatch) -> Tensor:
+def compute_sequence_loss(logits: Tensor, batch: SequenceBatch) -> Tensor:
     """Softmax cross-entropy of what comes next, at every place of every sequence: a scalar, mean over the questions.
 
     Args:
-        logits: (Q, M + 1) of `sequence_logits`.
+        logits: (Q, M + 1) of `compute_sequence_logits`.
     """
     return functional.cross_entropy(logits, batch.targets.to(logits.device))
 
@@ -148,19 +148,19 @@ class SequenceGeneration(Completion[SequenceHead]):
         vectors = torch.from_numpy(frozen(np.concatenate(self._bundles).astype(np.int64)))
         with torch.no_grad():
             head.begin.copy_(functional.normalize(vectors.mean(0), dim=0))
-            head.size_log_odds.copy_(size_log_odds([len(rows) for rows in self._bundles], self._config.sizes))
+            head.size_log_odds.copy_(estimate_size_log_odds([len(rows) for rows in self._bundles], self._config.sizes))
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> SequenceBatch:
         return self._batches.batch(step, part, parts)
 
     def logits(self, head: SequenceHead, encoded: Tensor, batch: SequenceBatch) -> Tensor:
-        return sequence_logits(head, encoded, batch)
+        return compute_sequence_logits(head, encoded, batch)
 
     def loss(self, logits: Tensor, batch: SequenceBatch) -> Tensor:
-        return sequence_loss(logits, batch)
+        return compute_sequence_loss(logits, batch)
 
 
-def size_log_odds(sizes: Sequence[int], longest: int) -> Tensor:
+def estimate_size_log_odds(sizes: Sequence[int], longest: int) -> Tensor:
     """Return the log-odds that a bundle which has so many items has no more.
 
     Args:

@@ -1,4 +1,4 @@
-"""The tagging task: which words of a text name something, and what.
+"""Named-entity recognition task: which words of a text name something, and what.
 
 Owns the head, the alignment of words with word pieces, entity-level measures, the baselines, and tagging new texts.
 Where the tags come from is for `data.tags` to know.
@@ -41,7 +41,7 @@ from peft_combo.metrics.report import Detail, Gain, Row, Table
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import TaggingTask
 from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
-from peft_combo.tuning.tasks.linear import Targets, best_linear, linear_loss
+from peft_combo.tuning.tasks.linear import Targets, compute_linear_loss, fit_best_linear
 
 # The label of a piece that is asked nothing, by PyTorch's custom.
 IGNORED = -100
@@ -116,7 +116,7 @@ class Tagging:
     def start(self, head: TaggingHead, frozen: Encode) -> None:
         batch = self._batch(self._train)
         held = self._batch(self._valid)
-        probe = best_linear(
+        probe = fit_best_linear(
             frozen(self._train)[batch.pieces], batch.targets, frozen(self._valid)[held.pieces], held.targets
         )
         with torch.no_grad():
@@ -131,17 +131,17 @@ class Tagging:
         return logits
 
     def loss(self, logits: Tensor, batch: TagBatch) -> Tensor:
-        return linear_loss(logits, batch.targets)
+        return compute_linear_loss(logits, batch.targets)
 
     def evaluate(self, head: TaggingHead, encode: Encode, metric: str) -> Evaluation:
         return Evaluation(
             _values([self._texts[row].tags for row in self._valid], self._answers(head, encode, self._valid))
         )
 
-    def settle(self, head: TaggingHead, choice: Mapping[str, float]) -> None:
+    def apply_choice(self, head: TaggingHead, choice: Mapping[str, float]) -> None:
         pass
 
-    def outcome(self, head: TaggingHead, encode: Encode) -> list[Tags]:
+    def predict(self, head: TaggingHead, encode: Encode) -> list[Tags]:
         return self._answers(head, encode, self._test)
 
     def table(self, before: list[Tags], after: list[Tags]) -> Table:
@@ -150,12 +150,12 @@ class Tagging:
         gold = [one.tags for one in test]
         answers = {
             "dictionary of the training entities": Dictionary.of(train).tag(test),
-            "words around + logistic regression": _windowed(train, valid, test, self._column),
+            "words around + logistic regression": _tag_by_window(train, valid, test, self._column),
             "frozen backbone": before,
             "tuned": after,
         }
         types = sorted({*self._types, *(kind for tags in gold for kind, _, _ in entities(tags))})
-        counts = {name: entity_counts(gold, said, types) for name, said in answers.items()}
+        counts = {name: count_entities(gold, said, types) for name, said in answers.items()}
         rows = tuple(Row(name, f1_values(totals(own)), interval(own, micro_f1)) for name, own in counts.items())
         old, new = counts["frozen backbone"], counts["tuned"]
         gain = Gain(
@@ -211,7 +211,7 @@ class Tagging:
         return answers
 
 
-def entity_counts(gold: Sequence[Tags], said: Sequence[Tags], types: Sequence[str]) -> Counts:
+def count_entities(gold: Sequence[Tags], said: Sequence[Tags], types: Sequence[str]) -> Counts:
     """Count entities text by text: right where type, first and last word are, given, and wanted."""
     column = {kind: place for place, kind in enumerate(types)}
     answers = []
@@ -231,7 +231,7 @@ def _values(gold: Sequence[Tags], said: Sequence[Tags]) -> dict[str, float]:
     types = sorted({kind for tags in (*gold, *said) for kind, _, _ in entities(tags)})
     if not types:
         return dict.fromkeys(TaggingTask.metrics, 0.0)
-    return f1_values(totals(entity_counts(gold, said, types)))
+    return f1_values(totals(count_entities(gold, said, types)))
 
 
 def _per_type(types: Sequence[str], before: NDArray[np.float64], after: NDArray[np.float64]) -> Detail:
@@ -309,16 +309,16 @@ class Dictionary:
         return tuple(tags)
 
 
-def _windowed(
+def _tag_by_window(
     train: Sequence[TaggedText], valid: Sequence[TaggedText], test: Sequence[TaggedText], column: Mapping[str, int]
 ) -> list[Tags]:
     """Tag each word by itself, its ending and its shape, and the two words on either side."""
     vocabulary: dict[str, int] = {}
     for one in train:
-        for features in word_features(one):
+        for features in extract_word_features(one):
             for feature in features:
                 vocabulary.setdefault(feature, len(vocabulary))
-    model = best_linear(
+    model = fit_best_linear(
         _one_hot(train, vocabulary), _word_targets(train, column), _one_hot(valid, vocabulary),
         _word_targets(valid, column),
     )  # fmt: skip
@@ -330,7 +330,7 @@ def _word_targets(texts: Sequence[TaggedText], column: Mapping[str, int]) -> Tar
     return Targets.of(np.array(wanted)[:, None] == np.arange(len(column)), exclusive=True)
 
 
-def word_features(one: TaggedText) -> list[list[str]]:
+def extract_word_features(one: TaggedText) -> list[list[str]]:
     """Describe each word by itself, its ending and its shape, and the two words on either side."""
     words = ["<2", "<1", *(token.casefold() for token in one.tokens), ">1", ">2"]
     return [
@@ -347,7 +347,7 @@ def word_features(one: TaggedText) -> list[list[str]]:
 def _one_hot(texts: Sequence[TaggedText], vocabulary: Mapping[str, int]) -> Any:
     indptr, indices = [0], []
     for one in texts:
-        for features in word_features(one):
+        for features in extract_word_features(one):
             indices += [place for feature in features if (place := vocabulary.get(feature)) is not None]
             indptr.append(len(indices))
     return sparse.csr_array(

@@ -1,0 +1,189 @@
+"""Setup of a tuning run: encoder, adapter, head and training model, and what is measured on them before the first step.
+
+Owns how a recipe becomes something that learns, and how the weights are judged as they are. Takes no step.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from peft_combo.callbacks import Watch
+from peft_combo.data.augmentation.variants import Rewrite
+from peft_combo.encoder import methods
+from peft_combo.encoder.architectures import bytes_of, set_dropout, set_training
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.heads.base import TaskHead
+from peft_combo.encoder.methods.attached import AttachedAdapter
+from peft_combo.recipe.model import Recipe
+from peft_combo.store.versions import AdapterRecord
+from peft_combo.tuning.adversarial import count_passes
+from peft_combo.tuning.augmentation import build_text_variants
+from peft_combo.tuning.extensions import build_extensions
+from peft_combo.tuning.figures import ComputeSetting, Costs, Plan, build_plan, count_evaluations
+from peft_combo.tuning.item_encoder import ItemEncoder
+from peft_combo.tuning.model import TrainingModel, collect_trained_parameters
+from peft_combo.tuning.plan import build_autocast, find_heaviest_batch
+from peft_combo.tuning.probe import probe
+from peft_combo.tuning.resources import measure, resident_mib
+from peft_combo.tuning.step import StepExtensions
+from peft_combo.tuning.tasks.base import AnyTask, Encode, Evaluation
+from peft_combo.tuning.warm_start import load_start
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a run works on. `attached` and `head` learn in place; nothing here is exchanged.
+
+    Attributes:
+        model: encoder and head behind one forward pass.
+        extensions: what the recipe adds around a step.
+        head_start: weights of a stored head to go on from; None where there is none.
+        pretrained: whether the adapter starts from a stored one that has no head for this task.
+        base_mib: memory of the process before the encoder was loaded.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    task: AnyTask
+    backbone: Backbone
+    attached: AttachedAdapter
+    head: TaskHead
+    items: ItemEncoder
+    model: TrainingModel
+    extensions: StepExtensions
+    head_start: dict[str, Tensor] | None
+    pretrained: bool
+    base_mib: float
+
+    @classmethod
+    def build(
+        cls, recipe: Recipe, accelerator: Accelerator, task: AnyTask, watch: Watch,
+        start: AdapterRecord | None = None, rewrite: Rewrite | None = None,
+    ) -> Setup:  # fmt: skip
+        """Load the encoder, put adapter and head on it, and encode what the frozen layers make of the texts.
+
+        Args:
+            start, rewrite: see `tune`.
+        Raises:
+            PeftComboError: whatever of this does not work.
+        """
+        variants, notes = build_text_variants(recipe, task, rewrite)
+        for note in (*task.notes, *notes):
+            watch.note(note)
+        base_mib = resident_mib()
+        backbone = Backbone.of(recipe.backbone, accelerator.device)
+        attached = methods.attach(
+            backbone.model, recipe.adapter, max_length=backbone.max_length,
+            total_steps=task.per_epoch * recipe.training.epochs, seed=recipe.seed, tokenizer=backbone.tokenizer,
+        )  # fmt: skip
+        set_dropout(attached.inner, recipe.training.encoder_dropout)
+        head = task.head(backbone, attached.max_length).to(accelerator.device)
+        head_start = None if start is None else load_start(start, backbone, attached, head, task.texts)
+        extra_texts = () if variants is None else tuple(variants)
+        watch.stage("Encoding the texts", len({*task.texts, *extra_texts}))
+        items = ItemEncoder(
+            backbone, attached, task.texts, per_token=task.per_token, retokenized=task.retokenized,
+            extra_texts=extra_texts, fast=recipe.training.fast_path,
+            cache_limit_bytes=recipe.training.cache_limit_mib * 2**20, process=accelerator.process_index,
+            processes=accelerator.num_processes, progress=watch.advance,
+        )  # fmt: skip
+        parameters = collect_trained_parameters(attached, head)
+        extensions = build_extensions(recipe.training, items, parameters, variants, task.exclusive)
+        return cls(
+            recipe, accelerator, task, backbone, attached, head, items,
+            TrainingModel(task, items, attached, head, extensions), extensions, head_start,
+            pretrained=start is not None and head_start is None, base_mib=base_mib,
+        )  # fmt: skip
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.task.per_epoch * self.recipe.training.epochs
+
+    def train(self) -> None:
+        """Let dropout drop, in the layers that learn and the head."""
+        set_training(self.attached.inner, self.attached.cut, True)
+        self.head.train()
+
+    def stop_training(self) -> None:
+        """Let dropout rest."""
+        set_training(self.attached.inner, self.attached.cut, False)
+        self.head.eval()
+
+    @property
+    def encode(self) -> Encode:
+        """Encodes texts with the adapter as it is."""
+        return partial(self.items.catalogue, self.model.encoder)
+
+    def evaluate(self) -> Evaluation:
+        """Return the validation metrics of the weights as they are."""
+        self.stop_training()
+        with self.accelerator.autocast():
+            return self.task.evaluate(self.head, self.encode, self.recipe.metric)
+
+    def predict(self) -> Any:
+        """Return the predictions for the table, with the weights as they are."""
+        self.stop_training()
+        with self.accelerator.autocast():
+            return self.task.predict(self.head, self.encode)
+
+    def measure_baseline(self) -> tuple[Any, float]:
+        """Make the head as good as it gets over the frozen encoder, then give it the weights it starts from.
+
+        Returns:
+            predictions of the frozen encoder for the table, and the seconds they took.
+        """
+        frozen: Encode = partial(self.items.catalogue, self.items.frozen)
+        self.stop_training()
+        with self.accelerator.autocast():
+            self.task.start(self.head, frozen)
+            clock = time.perf_counter()
+            before = self.task.predict(self.head, frozen)
+            seconds = time.perf_counter() - clock
+            if self.head_start is not None:
+                self.head.load_state_dict(self.head_start)
+            elif self.pretrained:  # its states are not the frozen encoder's, so the head suits them first
+                self.task.start(self.head, self.encode)
+        return before, seconds
+
+    def measure_plan(self, baseline_seconds: float) -> Plan:
+        """Take one evaluation and one step that changes nothing, and say what the run will do and need.
+
+        Raises:
+            TuningError: a trained tensor gets no gradient.
+        """
+        recipe, training, accelerator = self.recipe, self.recipe.training, self.accelerator
+        evaluation_seconds, evaluation_mib = measure(self.evaluate)
+        with build_autocast(accelerator.device.type, accelerator.mixed_precision):
+            batch = find_heaviest_batch(self.task, training)
+            step_seconds, step_bytes = probe(self.model, self.attached, self.head, batch, recipe)
+        weight_bytes = bytes_of(self.backbone.model)
+        vectors_mib = 4 * self.backbone.dim * self.items.rows / 2**20
+        held = self.base_mib + (weight_bytes + self.items.cached_bytes) / 2**20
+        seconds = self.total * step_seconds * training.accumulation * count_passes(training)
+        seconds += count_evaluations(training, self.task.per_epoch) * evaluation_seconds + baseline_seconds
+        setting = ComputeSetting(
+            device=accelerator.device.type,
+            processes=accelerator.num_processes,
+            precision=accelerator.mixed_precision,
+            frozen_parameters=sum(p.numel() for p in self.backbone.model.parameters()),
+            head_parameters=sum(p.numel() for p in self.head.parameters() if p.requires_grad),
+        )
+        costs = Costs(
+            base=self.base_mib,
+            frozen=weight_bytes / 2**20,
+            loading=weight_bytes / 2**20,
+            step=step_bytes / 2**20,
+            states=self.items.cached_bytes / 2**20,
+            vectors=vectors_mib,
+            evaluation=max(0.0, evaluation_mib - vectors_mib),
+            allocator=max(0.0, resident_mib() - held),
+            seconds=seconds,
+        )
+        return build_plan(recipe, self.task, self.attached, setting, costs)
