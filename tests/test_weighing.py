@@ -84,7 +84,7 @@ def test_an_item_of_a_rare_slot_is_found_where_it_fits_best() -> None:
 
 def test_the_parts_of_one_item_more_are_those_of_the_objective(composer: Composer) -> None:
     relevance = np.random.default_rng(0).random(4 * EACH)
-    parts = composer.completions([np.array([0])], relevance[None], None)
+    parts = composer.score_completions([np.array([0])], relevance[None], None)
     whole = parts_of(composer, [0, 25], context=[0], relevance=relevance, options=Options(weights=Weights(slots=1)))
     assert parts["relevance"][0, 25] == pytest.approx(whole["relevance"])
     assert parts["slots"][0, 25] == pytest.approx(whole["slots"])

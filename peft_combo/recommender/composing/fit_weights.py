@@ -39,7 +39,7 @@ def fit_weights(
     grid = list(itertools.product(SLOTS, COMPATIBILITY if compatibility is not None else COMPATIBILITY[-1:]))
     found: list[list[NDArray[np.float64]]] = [[] for _ in grid]
     for part in blocks(questions):
-        own = composer.completions(
+        own = composer.score_completions(
             [row[row >= 0] for row in part.contexts], relevance(part),
             None if compatibility is None else compatibility(part),
         )  # fmt: skip
