@@ -22,7 +22,7 @@ from peft_combo.errors import DataError
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import ALL_SEASONS, CatalogIndex, Constraints
 from peft_combo.recommender.composing.evidence import Composition, co_counts
-from peft_combo.recommender.composing.options import Compatibility, Options, Weights, Wished
+from peft_combo.recommender.composing.options import Compatibility, OneOf, Options, Weights
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.scoring.linear import CEASE
 from peft_combo.scoring.text import tfidf_vectors
@@ -905,19 +905,19 @@ def test_a_composition_of_five_thousand_items_is_quick() -> None:
     assert np.median(took) < 0.15  # far above what it takes, for machines that are busy
 
 
-# ---- wishes ----
+# ---- query items ----
 
 
 def test_every_bundle_has_one_item_for_each_wish_and_the_best_is_the_best() -> None:
-    """Two wishes within one slot, and what else answers them stays away; against all bundles, one by one."""
+    """Two query items within one slot, and what else answers them stays away; against all bundles, one by one."""
     catalog = shop({"top": [1] * 6, "bottom": [1] * 3, "shoes": [1] * 3})
     composer = Composer(catalog, outfits(catalog, ("top", "top", "bottom"), ("top", "top", "shoes")))
     rng = np.random.default_rng(2)
     relevance, pairs = rng.normal(size=12).astype(np.float32), rng.normal(size=(12, 12))
-    wished = [Wished("shirt", np.array([0, 1])), Wished("coat", np.array([2, 3]))]
+    one_of = [OneOf("shirt", np.array([0, 1])), OneOf("coat", np.array([2, 3]))]
     size = Constraints(size=(3, 3))
     found = composer.compose(
-        wished=wished, relevance=relevance, compatibility=table(pairs), constraints=size, options=PLAIN
+        one_of=one_of, relevance=relevance, compatibility=table(pairs), constraints=size, options=PLAIN
     )
     allowed = [
         bundle
@@ -932,10 +932,10 @@ def test_every_bundle_has_one_item_for_each_wish_and_the_best_is_the_best() -> N
 
 
 def test_wishes_alone_make_a_bundle_where_size_or_budget_leave_no_more(small: Composer) -> None:
-    wished = [Wished("shirt", np.array([1, 0])), Wished("boots", np.array([5, 4]))]
+    one_of = [OneOf("shirt", np.array([1, 0])), OneOf("boots", np.array([5, 4]))]
 
     def bundles(**limits: Any) -> list[tuple[int, ...]]:
-        composed = small.compose(wished=wished, constraints=Constraints(**limits), options=Options(k=9, diversity=0))
+        composed = small.compose(one_of=one_of, constraints=Constraints(**limits), options=Options(k=9, diversity=0))
         return [tuple(sorted(one.items)) for one in composed]
 
     assert set(bundles(size=(2, 2))) == set(itertools.product((0, 1), (4, 5)))
@@ -958,11 +958,11 @@ def test_wishes_alone_make_a_bundle_where_size_or_budget_leave_no_more(small: Co
     ],
 )
 def test_wishes_that_cannot_be_met_say_why(limits: dict[str, Any], expected: str, small: Composer) -> None:
-    wished = [Wished("shirt", np.array([1, 0])), Wished("boots", np.array([4, 5]))]
+    one_of = [OneOf("shirt", np.array([1, 0])), OneOf("boots", np.array([4, 5]))]
     with pytest.raises(DataError, match=expected):
-        small.compose(wished=wished, constraints=Constraints(**limits))
+        small.compose(one_of=one_of, constraints=Constraints(**limits))
 
 
 def test_substitutes_answer_no_wishes(small: Composer) -> None:
     with pytest.raises(DataError, match="cannot answer wishes"):
-        small.compose([0], wished=[Wished("boots", np.array([4]))], options=Options(mode="substitute"))
+        small.compose([0], one_of=[OneOf("boots", np.array([4]))], options=Options(mode="substitute"))

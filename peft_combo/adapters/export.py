@@ -38,7 +38,7 @@ from peft_combo import metrics
 from peft_combo.adapters import onnx_graph as onnx_graphs
 from peft_combo.adapters.onnx_graph import SCHEMES, Graph, Run
 from peft_combo.callbacks import Watch
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.architectures import bytes_of
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
@@ -144,7 +144,7 @@ def export(
     format: Format,
     *,
     texts: Sequence[str],
-    questions: Questions | None = None,
+    questions: Queries | None = None,
     min_agreement: float | None = None,
     watch: Watch | None = None,
 ) -> Export:
@@ -269,7 +269,7 @@ class _Trial:
 
     def __init__(
         self, live: LiveAdapter, backbone: Backbone, reader: Backbone, texts: Sequence[str],
-        questions: Questions | None, watch: Watch,
+        questions: Queries | None, watch: Watch,
     ) -> None:  # fmt: skip
         distinct = list(dict.fromkeys(texts))
         if len(distinct) < _FEWEST_TEXTS:

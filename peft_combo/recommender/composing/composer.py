@@ -33,7 +33,7 @@ from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, EvidenceSource
 from peft_combo.recommender.composing.feasibility import explain_infeasible
 from peft_combo.recommender.composing.objective import Objective, ScoreScale
-from peft_combo.recommender.composing.options import Compatibility, Options, Rows, Weights, Wished, _scores
+from peft_combo.recommender.composing.options import Compatibility, OneOf, Options, Rows, Weights, _scores
 from peft_combo.recommender.composing.query_bundles import search_around
 from peft_combo.recommender.composing.search import diversify, search_bundles
 from peft_combo.recommender.composing.search_space import SlottedCatalog, build_search_space
@@ -112,7 +112,7 @@ class Composer:
         self,
         context: Sequence[int] | Rows = (),
         *,
-        wished: Sequence[Wished] = (),
+        one_of: Sequence[OneOf] = (),
         relevance: ArrayLike | None = None,
         compatibility: Compatibility | None = None,
         constraints: Constraints | None = None,
@@ -126,7 +126,7 @@ class Composer:
 
         Args:
             context: distinct rows that every bundle keeps; may be empty.
-            wished: of each every bundle has exactly one item, beside the context. First sets of one item for each are
+            named: of each every bundle has exactly one item, beside the context. First sets of one item for each are
                 found, then each of the best sets is completed. Not for substitutes.
             relevance: (N,) scores, higher is better; None for none.
             compatibility: scores of items beside sets, asked for once a step; None for none.
@@ -142,8 +142,8 @@ class Composer:
         constraints, options = constraints or Constraints(), options or Options()
         given = self._check_rows(context)
         objective = self._make_objective(relevance, compatibility, options)
-        if wished:
-            found = search_around(self._slotted, given, wished, constraints, objective)
+        if one_of:
+            found = search_around(self._slotted, given, one_of, constraints, objective)
         else:
             space = build_search_space(self._slotted, given, constraints, options)
             if not space.feasible:
@@ -193,7 +193,7 @@ class Composer:
             contexts: Q arrays of distinct rows.
             relevance, beside: (Q, N) scores; None for none.
         Returns:
-            "relevance", "compatibility" and "slots", (Q, N) each. Redundancy is no question of what fits.
+            "relevance", "compatibility" and "slots", (Q, N) each. Redundancy says nothing on what fits.
         """
         zero = np.zeros((len(contexts), 1))
         logs = np.empty((len(contexts), len(self.catalog)))

@@ -81,7 +81,7 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class Wished:
+class OneOf:
     """A part every bundle must have: one of some items.
 
     Attributes:

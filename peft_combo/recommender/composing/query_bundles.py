@@ -12,34 +12,34 @@ from peft_combo.errors import DataError
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.feasibility import explain_infeasible
 from peft_combo.recommender.composing.objective import Objective
-from peft_combo.recommender.composing.options import Wished
+from peft_combo.recommender.composing.options import OneOf
 from peft_combo.recommender.composing.search import limit_repeats, search_bundles
 from peft_combo.recommender.composing.search_space import SearchSpace, SlottedCatalog, build_search_space
 
-_SETS_KEPT = 6  # sets of wished items that are completed, at least
+_SETS_KEPT = 6  # sets of named items that are completed, at least
 
 
 def search_around(
     slotted: SlottedCatalog,
     context: tuple[int, ...],
-    wished: Sequence[Wished],
+    one_of: Sequence[OneOf],
     constraints: Constraints,
     objective: Objective,
 ) -> list[tuple[int, ...]]:
-    """Find bundles that hold one item for each wish, and besides none that would answer one."""
+    """Find bundles that hold one item for each query item, and besides none that would answer one."""
     options = objective.options
     if options.mode == "substitute":
         raise DataError("Substitutes replace what is there; they cannot answer wishes. Ask for complements.")
-    least = len(context) + len(wished)
+    least = len(context) + len(one_of)
     if constraints.size is not None and constraints.size[1] < least:
-        names = ", ".join(one.name for one in wished)
+        names = ", ".join(one.name for one in one_of)
         raise DataError(
             f"A bundle of at most {constraints.size[1]} items was asked for, and {names} beside the context make "
             f"{least}. Ask for a size of at least {least}, or for less."
         )
     space = build_search_space(slotted, context, replace(constraints, size=None), options)
-    sets = _choose_sets(slotted, space, wished, objective)
-    answers = np.concatenate([one.rows for one in wished]).tolist()
+    sets = _choose_sets(slotted, space, one_of, objective)
+    answers = np.concatenate([one.rows for one in one_of]).tolist()
     rest = replace(constraints, exclude_items=(*constraints.exclude_items, *answers))
     low, high = constraints.size or slotted.templates.typical_sizes()
     found: list[tuple[int, ...]] = []
@@ -60,12 +60,12 @@ def search_around(
 
 
 def _choose_sets(
-    slotted: SlottedCatalog, space: SearchSpace, wished: Sequence[Wished], objective: Objective
+    slotted: SlottedCatalog, space: SearchSpace, one_of: Sequence[OneOf], objective: Objective
 ) -> list[tuple[int, ...]]:
-    """Return the best sets of one allowed item for each wish, no two of them alike, within the budget."""
+    """Return the best sets of one allowed item for each query item, no two of them alike, within the budget."""
     options, cents = objective.options, slotted.index.cents
-    candidates = [one.rows[space.allowed[one.rows]] for one in wished]
-    for one, rows in zip(wished, candidates, strict=True):
+    candidates = [one.rows[space.allowed[one.rows]] for one in one_of]
+    for one, rows in zip(one_of, candidates, strict=True):
         if not len(rows):
             raise DataError(
                 f"None of the {len(one.rows):,} items that answer {one.name!r} is allowed. Loosen the constraints, "
@@ -73,7 +73,7 @@ def _choose_sets(
             )
     lowest = [int(cents[rows].min()) for rows in candidates]
     if space.left is not None and sum(lowest) > space.left:
-        terms = " + ".join(f"{one.name} {price / 100:.2f}" for one, price in zip(wished, lowest, strict=True))
+        terms = " + ".join(f"{one.name} {price / 100:.2f}" for one, price in zip(one_of, lowest, strict=True))
         raise DataError(
             f"The budget leaves {space.left / 100:.2f}, and the cheapest of what was asked for cost "
             f"{sum(lowest) / 100:.2f} ({terms}). Raise it to at least {sum(lowest) / 100:.2f} beside the context."
@@ -94,7 +94,7 @@ def _choose_sets(
         sets = limit_repeats(grown, 4 * options.beam)
     if not sets:
         raise DataError(
-            f"No two items that answer {' and '.join(one.name for one in wished)} go together: they are the same, "
+            f"No two items that answer {' and '.join(one.name for one in one_of)} go together: they are the same, "
             "alike, or cost too much. Raise near_duplicate or the budget."
         )
     judged = sorted(objective.judge(space.context, sets), key=lambda one: (-one.score, objective.tie_break(one.added)))

@@ -21,7 +21,7 @@ from peft_combo import metrics
 from peft_combo.data.augmentation.variants import brands_of
 from peft_combo.data.model import Dataset
 from peft_combo.data.pseudo_bundles import Mined, mine
-from peft_combo.data.queries import Questions, padded
+from peft_combo.data.queries import Queries, padded
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.encoder.backbone import Backbone
@@ -329,7 +329,7 @@ class Completion(Generic[CompletionHeadT]):
         leaf_names = [dataset.catalog.leaf(row) or "" for row in range(len(self.texts))]
         _, self._leaves = np.unique(np.array(leaf_names), return_inverse=True)
         self._bundles = [dataset.bundles.items[row] for row in parts.train]
-        self._questions = Questions.of(dataset.bundles, parts.valid)
+        self._questions = Queries.of(dataset.bundles, parts.valid)
         self._asked = self._questions.sample(_ASKED_WHILE_TRAINING, recipe.seed)
 
     def start(self, head: CompletionHeadT, frozen: Encode) -> None:
@@ -351,7 +351,7 @@ class Completion(Generic[CompletionHeadT]):
         return completion_ranks(head, encode(None), self._questions)
 
     def table(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Table:
-        questions, clusters = self._questions, self._questions.clusters
+        questions, clusters = self._questions, self._questions.groups
         history = self._dataset.bundles.to_csr(len(self.texts), self._parts.train)
         ranks = {
             "popularity": self._scorer_ranks(Popularity().fit(history)),
