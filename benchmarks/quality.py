@@ -40,7 +40,7 @@ from peft_combo.evaluation.canary import run_canary
 from peft_combo.evaluation.completion import evaluate
 from peft_combo.evaluation.report import Report
 from peft_combo.recipe.files import load_recipe
-from peft_combo.recommender.category_calibration import Areas
+from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.scorer_id import BY_CATEGORY, FROZEN, FUSION, PEER, ScorerId
 from peft_combo.tuning.loop import tune
 
@@ -151,8 +151,10 @@ def one_split(
             for short, result in results.items()
         }
     frozen = backbone.encode(texts)
-    areas = Areas.of(dataset.catalog, {short: result.record.manifest.recipe for short, result in results.items()})
-    report = evaluate(dataset, parts, frozen=frozen, tuned=tuned, areas=areas, text=recipe.data.text, seed=seed)
+    coverage = CategoryCoverage.of(
+        dataset.catalog, {short: result.record.manifest.recipe for short, result in results.items()}
+    )
+    report = evaluate(dataset, parts, frozen=frozen, tuned=tuned, coverage=coverage, text=recipe.data.text, seed=seed)
     alive = run_canary(dataset, parts, frozen=frozen, tuned=tuned, text=recipe.data.text, seed=seed).alive
     print(
         f"{name}, split {seed} ({parts.digest[:12]}): tuned in {tuned_in:.0f} s ("
@@ -205,7 +207,7 @@ def compare(reports: list[Report], row: str, peer: str, measure: str, part: str 
         keep = slice(None) if part is None else answers.slices[part]
         mine = metrics.per_query(answers.ranks[row], measure)[keep]
         gains.append(mine - metrics.per_query(answers.ranks[peer], measure)[keep])
-        clusters.append(answers.clusters[keep])
+        clusters.append(answers.groups[keep])
     if sum(map(len, gains)):  # a slice may be empty
         what = f"{measure}{'' if part is None else f', {part}'}"
         verdict(what, row, peer, np.concatenate(gains), np.concatenate(clusters))
@@ -214,7 +216,7 @@ def compare(reports: list[Report], row: str, peer: str, measure: str, part: str 
 def compare_fill_ins(reports: list[Report], row: str, peer: str) -> None:
     """Print a row's lead in fill-in-the-blank."""
     gains = np.concatenate([r.answers.fill_ins[row] - r.answers.fill_ins[peer] for r in reports])
-    clusters = np.concatenate([report.answers.clusters for report in reports])
+    clusters = np.concatenate([report.answers.groups for report in reports])
     verdict("fill-in", row, peer, gains[~np.isnan(gains)], clusters[~np.isnan(gains)])
 
 

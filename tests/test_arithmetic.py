@@ -23,7 +23,7 @@ from peft_combo.adapters.diff import diff
 from peft_combo.adapters.merge import MergeError, merge
 from peft_combo.adapters.transfer import alignment, transfer
 from peft_combo.adapters.validation import Exam
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
 from peft_combo.encoder.methods.attached import WEIGHTS_FILE
@@ -47,7 +47,7 @@ from peft_combo.recipe.task import BundleTask
 from peft_combo.store.adapter_store import AdapterStore
 
 TEXTS = [" ".join(f"w{(11 * text + 5 * word) % 190}" for word in range(1 + text % 9)) for text in range(40)]
-QUESTIONS = Questions.leave_one_out([np.array([row, row + 1, row + 15], np.int32) for row in range(20)], ["g"] * 20)
+QUESTIONS = Queries.leave_one_out([np.array([row, row + 1, row + 15], np.int32) for row in range(20)], ["g"] * 20)
 LORA = LoraAdapter(rank=4)
 
 

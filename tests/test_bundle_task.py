@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.completion import BundleHead, completion_ranks
 from peft_combo.errors import StoreError
 from peft_combo.recipe.task import BundleTask
@@ -115,7 +115,7 @@ def test_context_dropout_leaves_at_least_one() -> None:
 def test_completion_ranks_of_a_worked_case() -> None:
     # Item 0 asks for 2 (its twin: rank 1) and item 1 for 0: 0 and 2 tie below nothing, 3 is equal too: all at 0.
     head = BundleHead(2, BundleTask())
-    questions = Questions.leave_one_out([np.array([0, 2], np.int32), np.array([1, 3], np.int32)], ["a", "b"])
+    questions = Queries.leave_one_out([np.array([0, 2], np.int32), np.array([1, 3], np.int32)], ["a", "b"])
     ranks = dict(zip(questions.targets.tolist(), completion_ranks(head, VECTORS.numpy(), questions), strict=True))
     assert ranks[2] == 1
     assert ranks[0] == 1
@@ -147,7 +147,7 @@ def test_strength_goes_from_the_identity_to_what_was_learned() -> None:
 
 def test_a_sample_of_questions_is_part_of_them_and_always_the_same() -> None:
     bundles = [np.array([row, row + 1, row + 2], np.int32) for row in range(20)]
-    questions = Questions.leave_one_out(bundles, [str(row) for row in range(20)])
+    questions = Queries.leave_one_out(bundles, [str(row) for row in range(20)])
     some = questions.sample(7, seed=3)
     assert len(some) == 7
     whole = {(tuple(c), int(t)) for c, t in zip(questions.contexts, questions.targets, strict=True)}

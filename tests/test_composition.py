@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split
 from peft_combo.encoder.heads.completion import BundleHead, CompletionHead, completion_scores, target_vectors
@@ -76,17 +76,17 @@ def test_bundles_are_measured_by_what_they_share_with_the_wanted_one() -> None:
 
 def test_one_item_of_each_bundle_is_told_and_the_seed_says_which() -> None:
     bundles = [np.array([row, row + 30, row + 60], np.int32) for row in range(30)]
-    questions = Questions.leave_one_out(bundles, [f"u{row // 2}" for row in range(30)])
+    questions = Queries.leave_one_out(bundles, [f"u{row // 2}" for row in range(30)])
     openings = Openings.of(questions, seed=4)
     whole = [
         sorted([int(given), *wanted.tolist()]) for given, wanted in zip(openings.given, openings.wanted, strict=True)
     ]
     assert whole == [bundle.tolist() for bundle in bundles]
-    assert openings.clusters.tolist() == [f"u{row // 2}" for row in range(30)]
+    assert openings.groups.tolist() == [f"u{row // 2}" for row in range(30)]
     assert {int(given) // 30 for given in openings.given} == {0, 1, 2}
     np.testing.assert_array_equal(openings.given, Openings.of(questions, seed=4).given)
     assert openings.given.tolist() != Openings.of(questions, seed=5).given.tolist()
-    np.testing.assert_array_equal(openings.questions.contexts[:, 0], openings.given)
+    np.testing.assert_array_equal(openings.queries.contexts[:, 0], openings.given)
 
 
 def test_a_list_takes_the_best_that_is_known_and_never_what_is_given() -> None:
@@ -116,7 +116,7 @@ def test_every_way_has_its_row_and_lists_are_the_best_completions(
         if "its end" not in row.name:
             assert row.values["precision"] == pytest.approx(row.values["recall"])
 
-    openings = Openings.of(Questions.of(dataset.bundles, parts.test), seed=0)
+    openings = Openings.of(Queries.of(dataset.bundles, parts.test), seed=0)
     head = heads()["set"]
     scores = completion_scores(head, vectors, target_vectors(head, vectors), openings.given[:, None])
     np.put_along_axis(scores, openings.given[:, None], -2, axis=1)

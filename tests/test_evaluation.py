@@ -15,7 +15,7 @@ import pytest
 from scipy import sparse
 
 from peft_combo.data.model import Dataset, Interactions
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split
 from peft_combo.encoder.heads.completion import BundleHead, completion_ranks, target_vectors
@@ -29,7 +29,7 @@ from peft_combo.recipe.task import BundleTask, RatingTask
 from peft_combo.recommender import model_selection
 from peft_combo.recommender.fit_data import Known
 from peft_combo.recommender.fitted_scorers import FittedEnsemble, FittedHead
-from peft_combo.recommender.model_selection import families
+from peft_combo.recommender.model_selection import list_scorers
 from peft_combo.recommender.rating import Rater
 from peft_combo.recommender.scorer_id import ENSEMBLE, FUSION
 from peft_combo.scoring.base import HistoryScorer
@@ -164,7 +164,7 @@ def test_every_adapter_has_its_row_and_it_is_what_its_head_says(dataset: Dataset
     report = evaluate(dataset, parts, frozen=vectors, tuned={"one": (vectors, head), "two": (vectors, head)})
     names = [row.name for row in report.lines]
     assert names[-6:] == ["frozen BERT", "tuned BERT one", "tuned BERT two", "ensemble", "CEASE-BERT", "fusion"]
-    questions = Questions.leave_one_out(
+    questions = Queries.leave_one_out(
         [dataset.bundles.items[row] for row in parts.test], [dataset.bundles.groups[row] for row in parts.test]
     )
     expected = float((1 / completion_ranks(head, vectors, questions)).mean())
@@ -179,10 +179,10 @@ def test_every_adapter_has_its_row_and_it_is_what_its_head_says(dataset: Dataset
 def test_a_canary_dies_where_the_protocol_tells_the_answers(
     dataset: Dataset, parts: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def all_but_a_few(self: Questions) -> list[Any]:
+    def all_but_a_few(self: Queries) -> list[Any]:
         return [np.setdiff1d(np.arange(len(dataset.catalog)), [target, 0, 1, 2]) for target in self.targets]
 
-    monkeypatch.setattr(Questions, "excluded", all_but_a_few)
+    monkeypatch.setattr(Queries, "excluded", all_but_a_few)
     assert not run_canary(dataset, parts).alive
 
 
@@ -250,7 +250,7 @@ def test_without_held_out_bundles_there_is_nothing_to_evaluate(dataset: Dataset)
 
 
 def test_sampling_keeps_whole_bundles(dataset: Dataset, parts: Split) -> None:
-    report = evaluate(dataset, parts, max_questions=12)
+    report = evaluate(dataset, parts, max_queries=12)
     assert 8 < report.counts["test questions"] <= 12
     assert any("test:" in note for note in report.notes)
 
@@ -282,7 +282,7 @@ def test_an_ensemble_is_the_mean_of_scores_or_of_vectors() -> None:
     untrained = BundleHead(2, BundleTask(projection="none")).eval()
     one, two = FittedHead.of(vectors, untrained), FittedHead.of(turned, untrained)
     none = np.zeros(2, np.int64)
-    questions = Questions(np.array([[0], [2]]), none, np.array(["a", "b"]), none)
+    questions = Queries(np.array([[0], [2]]), none, np.array(["a", "b"]), none)
     scores, means = (FittedEnsemble.of([one, two], vectors=joined) for joined in (False, True))
     np.testing.assert_allclose(scores(questions), (one(questions) + two(questions)) / 2, atol=1e-6)
     # Item 0 is (1, 0) to one and (0, 1) to the other: on average (0.5, 0.5), as item 1 is; item 2 is (0.7, 0.7).
@@ -301,7 +301,7 @@ def test_only_adapters_of_all_items_form_an_ensemble(dataset: Dataset, parts: Sp
     vectors, head = head_and_vectors(dataset)
     for names, there in ((["one"], False), (["one", "two"], True)):
         known = Known.of(dataset, parts.train, None, "{title}", vectors, dict.fromkeys(names, (vectors, head)))
-        assert (ENSEMBLE in families(known, set(), 0)) == there
+        assert (ENSEMBLE in list_scorers(known, set(), 0)) == there
 
 
 def timed(dataset: Dataset) -> Dataset:

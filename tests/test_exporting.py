@@ -22,7 +22,7 @@ from peft_combo.adapters import export as exporting
 from peft_combo.adapters import onnx_graph as onnx_graphs
 from peft_combo.adapters.export import Export, ExportError, export
 from peft_combo.adapters.onnx_graph import Scheme
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
 from peft_combo.encoder.heads.completion import target_vectors
@@ -32,7 +32,7 @@ from peft_combo.store.adapter_store import AdapterStore
 
 Make = Callable[[AdapterConfig], LiveAdapter]
 TEXTS = [" ".join(f"w{(11 * text + 5 * word) % 190}" for word in range(1 + text % 12)) for text in range(80)]
-QUESTIONS = Questions.leave_one_out([np.array([row, row + 1, row + 30], np.int32) for row in range(20)], ["g"] * 20)
+QUESTIONS = Queries.leave_one_out([np.array([row, row + 1, row + 30], np.int32) for row in range(20)], ["g"] * 20)
 
 
 @pytest.fixture(scope="module")

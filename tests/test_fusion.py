@@ -13,7 +13,7 @@ from scipy import special, stats
 from peft_combo import metrics
 from peft_combo.machine import LIMITS
 from peft_combo.recommender.evidence import Evidence
-from peft_combo.recommender.fusion import BEST_SINGLE, Form, Fusion, comparable
+from peft_combo.recommender.fusion import BEST_SINGLE, Form, Fusion, make_comparable
 
 QUESTIONS, ITEMS = 300, 120
 FORMS = get_args(Form)
@@ -147,11 +147,11 @@ def test_shares_add_up_to_the_fused_score(form: Form) -> None:
         if not np.isnan(fused[query, item]):
             here = slice(query, query + 1)
             alone = {name: part[here] for name, part in scores.items()}
-            _, own = fusion.explained(alone, world.evidence.take(here))
+            _, own = fusion.explain(alone, world.evidence.take(here))
             shares = {name: float(part[0, item]) for name, part in own.items()}
             assert set(shares) == {"a", "b"}
             assert sum(shares.values()) == pytest.approx(fused[query, item], abs=1e-5)
-            again, parts = fusion.explained(scores, world.evidence)
+            again, parts = fusion.explain(scores, world.evidence)
             np.testing.assert_array_equal(again, fused)
             assert {name: part[query, item] for name, part in parts.items()} == pytest.approx(shares, abs=1e-6)
 
@@ -184,9 +184,9 @@ def test_forms_forget_where_a_scorer_has_its_zero_and_its_unit(form: Form) -> No
     world = World(0)
     scores = world.scorer(1.0)
     scores[:, :9] = np.nan
-    values, heard = comparable(scores, world.evidence, form)
+    values, heard = make_comparable(scores, world.evidence, form)
     factor = world.rng.uniform(0.5, 20, (QUESTIONS, 1)).astype(np.float32)
-    moved, _ = comparable(scores * factor + 3, world.evidence, form)
+    moved, _ = make_comparable(scores * factor + 3, world.evidence, form)
     np.testing.assert_allclose(moved, values, atol=2e-4)
     assert not values[~heard].any()
     # The middle is the middle of what was heard, and the order is kept.
@@ -218,7 +218,7 @@ def test_forms_are_what_their_definitions_say(form: Form) -> None:
     scores[:, ::3] = np.nan
     scores[:20, 1] = np.inf
     before = scores.copy()
-    values, heard = comparable(scores, world.evidence, form)
+    values, heard = make_comparable(scores, world.evidence, form)
     np.testing.assert_array_equal(scores, before)
     for row, context in enumerate(world.contexts):
         # float32 keeps 7 digits of scores around 20, whose deviation is 3.
@@ -232,7 +232,7 @@ def test_forms_are_what_their_definitions_say(form: Form) -> None:
 def test_one_known_score_and_none_at_all_say_nothing(form: Form) -> None:
     scores = np.full((2, 5), np.nan, np.float32)
     scores[0, 2] = 7
-    values, heard = comparable(scores, Evidence(np.full((2, 1), -1), np.ones(5, np.int64)), form)
+    values, heard = make_comparable(scores, Evidence(np.full((2, 1), -1), np.ones(5, np.int64)), form)
     assert not values.any()
     assert np.argwhere(heard).tolist() == [[0, 2]]
 
@@ -242,13 +242,13 @@ def test_equal_scores_are_no_opinion() -> None:
     alike = np.full((QUESTIONS, ITEMS), np.float32(0.1))
     alike[:, ::2] = np.nextafter(np.float32(0.1), np.float32(1))  # equal but for rounding
     for form in ("z", "damped"):
-        assert not comparable(alike, world.evidence, form)[0].any()
+        assert not make_comparable(alike, world.evidence, form)[0].any()
     constant = np.full((QUESTIONS, ITEMS), np.float32(7))
-    values, heard = comparable(constant, world.evidence, "normal")
+    values, heard = make_comparable(constant, world.evidence, "normal")
     assert np.abs(values[heard]).max() < 1e-6
     silent = np.full((QUESTIONS, ITEMS), np.nan, np.float32)
     for form in FORMS:
-        assert not comparable(silent, world.evidence, form)[0].any()
+        assert not make_comparable(silent, world.evidence, form)[0].any()
 
 
 def test_the_table_holds_what_was_tried_with_its_plain_figures() -> None:
@@ -310,7 +310,7 @@ def test_too_few_clusters_leave_the_best_single_scorer() -> None:
 def test_many_questions_are_sampled_by_whole_clusters() -> None:
     world = World(0)
     scores = {"a": world.scorer(1.0), "b": world.scorer(1.0)}
-    fusion = Fusion.fit(scores, world.targets, world.evidence, world.clusters, max_questions=100)
+    fusion = Fusion.fit(scores, world.targets, world.evidence, world.clusters, max_queries=100)
     for line in fusion.table:
         assert line.recall * 99 == pytest.approx(round(line.recall * 99))  # 33 clusters of three
 

@@ -18,7 +18,7 @@ from scipy.special import expit
 from peft_combo.data.events import Events, rated, split_events
 from peft_combo.data.leakage import rating_problem
 from peft_combo.data.model import Interactions
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import split_as
 from peft_combo.encoder.backbone import Backbone
@@ -458,7 +458,7 @@ def test_a_completion_is_asked_of_the_past_and_of_what_lies_beside() -> None:
     head = RatingHead(4, RatingTask(history=2)).eval()
     rater = Rater.of(vectors, head, interactions)
     none = np.zeros(3, np.int64)
-    questions = Questions(np.array([[0, -1], [0, 4], [1, -1]]), none, np.array(["a", "stranger", "a"]), none)
+    questions = Queries(np.array([[0, -1], [0, 4], [1, -1]]), none, np.array(["a", "stranger", "a"]), none)
     told = [FittedRating(rater, beside)(questions) for beside in (False, True)]
     expected = head.scores(vectors, np.array([[1, 3], [0, 1], [0, 4], [1, 3]]), rater.counted)
     np.testing.assert_array_equal(np.isnan(told[0]).all(axis=1), [False, True, False])

@@ -25,7 +25,7 @@ from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.persistence import fitted_recommender, load_recommender, save_recommender
-from peft_combo.recommender.query import understand
+from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import match_items
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.results import Recommendation
@@ -234,7 +234,7 @@ def test_ensembles_and_ratings_are_served_and_kept(
     rating = {"category": "rated", "data.path": str(folder), "task": {"kind": "rating", "neighbours": 5}}
     for name, changes in (("rated", rating), ("second", {"category": "second", "seed": 1})):
         tune(tiny_recipe("head", **{**changes, "training.epochs": 1}), run_folder=tmp_path / name)
-    monkeypatch.setattr(fit_state, "best_text", lambda picked: ENSEMBLE)
+    monkeypatch.setattr(fit_state, "select_text_scorer", lambda picked: ENSEMBLE)
     monkeypatch.setattr(fit_state, "Fusion", OfThese)
     made = BundleRecommender.fit(dataset, parts, bank, ["tiny", "second", "rated"])
     assert made.state.fusion.needs == (ENSEMBLE, ScorerId("rated", "rated@v1"))
@@ -318,8 +318,8 @@ def test_each_thing_a_query_names_is_in_every_bundle_and_said_to_be(fitted: Bund
         assert words.count("w121") == words.count("w124") == 1
         told = {entry["item"]: entry.get("answers") for entry in bundle.evidence}
         for item, word in zip(bundle.items, words, strict=True):
-            wish = {"wish": word, "type": "Odd" if word == "w121" else "Even", "named": True}
-            assert told[item] == ([wish] if word in ("w121", "w124") else None)
+            expected = {"wish": word, "type": "Odd" if word == "w121" else "Even", "named": True}
+            assert told[item] == ([expected] if word in ("w121", "w124") else None)
     # The whole query as one text says neither.
     assert not all({"w121", "w124"} <= set(last_words(bundle)) for bundle in fitted.compose(query=query))
     kept = fitted.compose(["i0"], query=query, tagger=by_last_word)
@@ -329,11 +329,11 @@ def test_each_thing_a_query_names_is_in_every_bundle_and_said_to_be(fitted: Bund
 def test_the_words_on_a_thing_choose_among_those_that_answer(fitted: BundleRecommender) -> None:
     """Title 43 is "w13 w83 w121", as no other is; the words on the other thing do not draw it away."""
     assert fitted.dataset.catalog.titles[43] == "w13 w83 w121"
-    wishes = understand("w13 w83 w121 and w10 w40 w124", by_last_word).wishes
+    items = parse_query("w13 w83 w121 and w10 w40 w124", by_last_word).items
     titles, vectors = fitted.dataset.catalog.titles, fitted.state.known.frozen
     assert vectors is not None
-    found = match_items(wishes, by_last_word, fitted.bank, titles, vectors)
-    assert [one.wish.text for one in found] == ["w13 w83 w121", "w10 w40 w124"]
+    found = match_items(items, by_last_word, fitted.bank, titles, vectors)
+    assert [one.item.text for one in found] == ["w13 w83 w121", "w10 w40 w124"]
     assert found[0].rows[0] == 43
     assert found[0].likeness[43] == pytest.approx(1.0, abs=1e-5)
 

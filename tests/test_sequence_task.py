@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads import head_of
 from peft_combo.encoder.heads.completion import BundleHead, completion_ranks
 from peft_combo.encoder.heads.sequence import SequenceHead
@@ -232,8 +232,8 @@ def test_it_begins_with_the_mean_item_of_the_training_bundles(tiny_recipe: Calla
 
 def test_completion_is_measured_with_the_set_as_it_is() -> None:
     head, vectors = trained(), items().numpy()
-    questions = Questions.leave_one_out([np.array([0, 3, 5], np.int32)], ["a"])
-    backwards = Questions(questions.contexts[:, ::-1].copy(), questions.targets, questions.clusters, questions.bundles)
+    questions = Queries.leave_one_out([np.array([0, 3, 5], np.int32)], ["a"])
+    backwards = Queries(questions.contexts[:, ::-1].copy(), questions.targets, questions.groups, questions.bundles)
     np.testing.assert_array_equal(
         completion_ranks(head, vectors, questions), completion_ranks(head, vectors, backwards)
     )

@@ -47,9 +47,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
 
 MOST_LINES, MOST_FUNCTION_LINES = 500, 80
 # What is longer today. Entries go, none may come: split the file or function instead.
-LONG_FILES = {
-    "recommender/composing/composer.py": 655,
-}
+LONG_FILES = {}
 LONG_FUNCTIONS: dict[str, int] = {
     "cli/tune.py:tune": 117,
     "cli/recommend.py:recommend": 87,

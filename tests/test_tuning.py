@@ -76,14 +76,14 @@ def test_every_method_learns_and_is_stored(
 
 def _ndcg_again(recipe: Recipe, backbone: Backbone, attached: Any, head: BundleHead) -> float:
     from peft_combo import metrics
-    from peft_combo.data.queries import Questions
+    from peft_combo.data.queries import Queries
     from peft_combo.data.sources import open_dataset
     from peft_combo.data.splits import split
     from peft_combo.encoder.heads.completion import completion_ranks
 
     dataset = open_dataset(recipe.data)
     rows = split(dataset, "user", recipe.data.valid_fraction, recipe.data.test_fraction).valid
-    questions = Questions.leave_one_out(
+    questions = Queries.leave_one_out(
         [dataset.bundles.items[row] for row in rows], [dataset.bundles.groups[row] for row in rows]
     )
     vectors = backbone.encode(dataset.catalog.texts("{title}"), attached)

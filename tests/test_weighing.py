@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from test_composing import SLOTS, outfits, parts_of, shop
 
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.fit_weights import fit_weights
@@ -25,16 +25,16 @@ def composer() -> Composer:
     return Composer(catalog, outfits(catalog, *PAIRS * 20))
 
 
-def asked() -> tuple[Questions, NDArray[np.float32]]:
+def asked() -> tuple[Queries, NDArray[np.float32]]:
     """A question for every item, answered by one of the slot that goes with it; and scores that know nothing."""
     items = np.arange(4 * EACH)
     partner = {0: 1, 1: 0, 2: 3, 3: 2}
     answers = np.array([partner[row // EACH] * EACH + row % EACH for row in items])
-    questions = Questions(items[:, None], answers, items.astype(np.str_), items)
+    questions = Queries(items[:, None], answers, items.astype(np.str_), items)
     return questions, np.random.default_rng(0).random((len(items), len(items)), np.float32)
 
 
-def answering(questions: Questions, scores: NDArray[np.float32]) -> Fitted:
+def answering(questions: Queries, scores: NDArray[np.float32]) -> Fitted:
     """Answer some of the questions by their rows of scores."""
     return lambda part: scores[part.bundles]
 
@@ -53,7 +53,7 @@ def test_slots_do_not_count_where_they_mislead(composer: Composer) -> None:
     own = np.roll(np.arange(EACH), 1)
     targets = np.concatenate([slot * EACH + own for slot in range(4)])
     scores[np.arange(len(targets)), targets] = 1.05
-    misled = Questions(questions.contexts, targets, questions.clusters, questions.bundles)
+    misled = Queries(questions.contexts, targets, questions.groups, questions.bundles)
     assert fit_weights(composer, misled, answering(misled, scores), None).slots == 0
 
 
@@ -84,7 +84,7 @@ def test_an_item_of_a_rare_slot_is_found_where_it_fits_best() -> None:
 
 def test_the_parts_of_one_item_more_are_those_of_the_objective(composer: Composer) -> None:
     relevance = np.random.default_rng(0).random(4 * EACH)
-    parts = composer.completions([np.array([0])], relevance[None], None)
+    parts = composer.score_completions([np.array([0])], relevance[None], None)
     whole = parts_of(composer, [0, 25], context=[0], relevance=relevance, options=Options(weights=Weights(slots=1)))
     assert parts["relevance"][0, 25] == pytest.approx(whole["relevance"])
     assert parts["slots"][0, 25] == pytest.approx(whole["slots"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from peft_combo.data.labels.tags import noun_entities
-from peft_combo.recommender.query import same_thing, understand
+from peft_combo.recommender.query import is_same_noun, parse_query
 
 
 @pytest.mark.parametrize(
-    ("query", "wishes", "text"),
+    ("query", "items", "text"),
     [
         (
             "black leather ankle boots with a wool coat under 200",
@@ -28,9 +28,9 @@ from peft_combo.recommender.query import same_thing, understand
         ("", [], ""),
     ],
 )
-def test_each_thing_gets_its_own_words(query: str, wishes: list[tuple[str, str, str]], text: str | None) -> None:
-    found = understand(query, noun_entities)
-    assert [(wish.name, wish.type, wish.text) for wish in found.wishes] == wishes
+def test_each_thing_gets_its_own_words(query: str, items: list[tuple[str, str, str]], text: str | None) -> None:
+    found = parse_query(query, noun_entities)
+    assert [(item.name, item.type, item.text) for item in found.items] == items
     assert text is None or found.text == text
 
 
@@ -49,20 +49,20 @@ def test_each_thing_gets_its_own_words(query: str, wishes: list[tuple[str, str, 
     ],
 )
 def test_a_budget_is_read_and_taken_out(query: str, budget: float | None, text: str) -> None:
-    found = understand(query, noun_entities)
+    found = parse_query(query, noun_entities)
     assert (found.budget, found.text) == (budget, text)
 
 
 def test_what_was_understood_reads_as_one_line() -> None:
-    assert str(understand("ankle boots with a coat under 200", noun_entities)) == (
+    assert str(parse_query("ankle boots with a coat under 200", noun_entities)) == (
         "ankle boots (Shoe), coat (Clo), budget 200"
     )
-    assert str(understand("hello", noun_entities)) == "no thing that a tag names"
+    assert str(parse_query("hello", noun_entities)) == "no thing that a tag names"
 
 
 def test_names_are_the_same_by_their_last_noun_in_any_number() -> None:
-    assert same_thing("ankle boots", "Boot")
-    assert same_thing("silk blouse", "blouses")
-    assert not same_thing("boot", "bootie")
-    assert not same_thing("dress shirt", "dress")
-    assert not same_thing("", "dress")
+    assert is_same_noun("ankle boots", "Boot")
+    assert is_same_noun("silk blouse", "blouses")
+    assert not is_same_noun("boot", "bootie")
+    assert not is_same_noun("dress shirt", "dress")
+    assert not is_same_noun("", "dress")

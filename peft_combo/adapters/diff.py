@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_combo import metrics
 from peft_combo.adapters.deltas import Changes, Spectrum, changes_of, relative
 from peft_combo.callbacks import Watch
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.architectures import architecture_of
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
@@ -104,7 +104,7 @@ def diff(
     backbone: Backbone,
     *,
     texts: Sequence[str] | None = None,
-    questions: Questions | None = None,
+    questions: Queries | None = None,
     watch: Watch | None = None,
 ) -> Difference:
     """Compare two adapters of one encoder by their weights and, on `texts`, by what they answer.
@@ -227,7 +227,7 @@ def _heads(a: BundleHead, b: BundleHead) -> tuple[tuple[Change, ...], list[str]]
 
 
 def _predictions(
-    a: LiveAdapter, b: LiveAdapter, backbone: Backbone, texts: Sequence[str], questions: Questions | None, watch: Watch
+    a: LiveAdapter, b: LiveAdapter, backbone: Backbone, texts: Sequence[str], questions: Queries | None, watch: Watch
 ) -> Predictions:
     first: dict[str, int] = {}
     for row, text in enumerate(texts):
@@ -267,7 +267,7 @@ def _shared(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _answers(
-    live: LiveAdapter, vectors: NDArray[np.float32], questions: Questions
+    live: LiveAdapter, vectors: NDArray[np.float32], questions: Queries
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the first ten of each list (Q, 10), of equal scores the lower row first, and the answers' ranks (Q,)."""
     targets = target_vectors(live.head, vectors)

@@ -36,7 +36,7 @@ from peft_combo.adapters.export_folder import (
 from peft_combo.adapters.onnx_graph import SCHEMES, Graph, Run
 from peft_combo.adapters.parity import NEIGHBOURS, ExportError, ParityCheck
 from peft_combo.callbacks import Watch
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.architectures import bytes_of
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
@@ -57,7 +57,7 @@ def export(
     format: Format,
     *,
     texts: Sequence[str],
-    questions: Questions | None = None,
+    questions: Queries | None = None,
     min_agreement: float | None = None,
     watch: Watch | None = None,
 ) -> Export:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from peft_combo import metrics
 from peft_combo.adapters.onnx_graph import Run
 from peft_combo.callbacks import Watch
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.heads.completion import completion_ranks
@@ -74,7 +74,7 @@ class ParityCheck:
 
     def __init__(
         self, live: LiveAdapter, backbone: Backbone, reader: Backbone, texts: Sequence[str],
-        questions: Questions | None, watch: Watch,
+        questions: Queries | None, watch: Watch,
     ) -> None:  # fmt: skip
         distinct = list(dict.fromkeys(texts))
         if len(distinct) < _FEWEST_TEXTS:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from peft_combo import metrics
 from peft_combo.data.leakage import split_problem
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.encoder.heads.completion import BundleHead, completion_ranks, completion_row
@@ -40,7 +40,7 @@ class Exam:
     parts: Split
     config: DataConfig
     texts: list[str]
-    questions: Questions
+    questions: Queries
 
     @classmethod
     def of(cls, recipe: Recipe) -> Exam:
@@ -56,13 +56,13 @@ class Exam:
         if not len(parts.valid):
             raise DataError(f"{dataset.name}: expected validation bundles, found none. Raise data.valid_fraction.")
         return cls(
-            dataset, parts, config, dataset.catalog.texts(config.text), Questions.of(dataset.bundles, parts.valid)
+            dataset, parts, config, dataset.catalog.texts(config.text), Queries.of(dataset.bundles, parts.valid)
         )  # fmt: skip
 
     @property
     def protocol(self) -> str:
         """How the figures come about, in words."""
-        groups = len(set(self.questions.clusters.tolist()))
+        groups = len(set(self.questions.groups.tolist()))
         return (
             f"{len(self.questions):,} questions of {len(self.parts.valid):,} validation bundles in {groups:,} "
             f"groups of {self.dataset.name}, each answer ranked among all {len(self.texts):,} items without the rest "
@@ -75,12 +75,12 @@ class Exam:
 
     def row(self, name: str, ranks: NDArray[np.float64]) -> Row:
         """Return the figures of some answers."""
-        return completion_row(name, ranks, self.questions.clusters)
+        return completion_row(name, ranks, self.questions.groups)
 
     def gain(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Gain:
         """Compare answers question by question."""
         old, new = metrics.per_query(before, METRIC), metrics.per_query(after, METRIC)
-        return Gain.between(old, new, self.questions.clusters)
+        return Gain.between(old, new, self.questions.groups)
 
     def caveat(self, manifest: Manifest) -> str:
         """Say what flatters an adapter here; "" where nothing does."""

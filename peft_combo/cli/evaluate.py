@@ -50,7 +50,7 @@ def evaluate(
         from peft_combo.encoder.vectors import VectorCache
         from peft_combo.evaluation.completion import evaluate as run
         from peft_combo.evaluation.report import plot
-        from peft_combo.recommender.category_calibration import Areas
+        from peft_combo.recommender.category_calibration import CategoryCoverage
         from peft_combo.store.adapter_store import AdapterStore
 
         config = loaded.data
@@ -81,7 +81,7 @@ def evaluate(
         report = run(
             dataset, parts, frozen=encoded(None), tuned={name: (encoded(name), head) for name, head in heads.items()},
             rated={name: (encoded(name), head) for name, head in raters.items()},
-            areas=Areas.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
+            coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
             text=config.text, seed=loaded.seed, compose=compose, advance=lambda name: watch.note(f"measured {name}"),
         )  # fmt: skip
     if plot_file is not None:

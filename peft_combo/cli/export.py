@@ -52,7 +52,7 @@ def adapters_export(
     loaded = recipe_for(manifest, recipe, tuple(overrides or ()), data)
     with console_watch() as watch:
         from peft_combo.adapters.export import export as run
-        from peft_combo.data.queries import Questions
+        from peft_combo.data.queries import Queries
         from peft_combo.data.sources import open_dataset
         from peft_combo.data.splits import split_as
         from peft_combo.encoder.backbone import Backbone
@@ -64,7 +64,7 @@ def adapters_export(
         else:
             dataset = open_dataset(loaded.ready().data)
             measured = dataset.catalog.texts(loaded.data.text)
-            questions = Questions.of(dataset.bundles, split_as(dataset, loaded.data).valid)
+            questions = Queries.of(dataset.bundles, split_as(dataset, loaded.data).valid)
         # In full precision whatever the adapter was tuned on: an export starts from there.
         encoder = loaded.backbone.model_copy(update={"quantization": "none", "pooling": manifest.backbone.pooling})
         backbone = Backbone.of(encoder)

@@ -16,7 +16,7 @@ from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
     from peft_combo.recipe.model import Recipe
-    from peft_combo.recommender.query import Wish
+    from peft_combo.recommender.query import QueryItem
     from peft_combo.recommender.recommender import BundleRecommender
     from peft_combo.recommender.results import Recommendation, Suggestion
 
@@ -80,19 +80,19 @@ def recommend(
         references = [] if frozen else adapters or [loaded.category]
         names = None if tagger is None else adapter_tagger(tagger, store)
         fitted = _recommender(loaded, references, store, cache, fitted_folder, watch)
-        from peft_combo.recommender.query import understand
+        from peft_combo.recommender.query import parse_query
         from peft_combo.recommender.requests import Request, answer, answer_file, count_requests
 
         if source is not None and target is not None:
             watch.stage("Answering", count_requests(source))
             done = answer_file(fitted, source, target, asked, watch.advance, names)
         else:
-            understood = None
+            parsed = None
             if query is not None and names is not None:
-                understood = understand(query, names)
-                watch.note(f"Understood: {understood}")
+                parsed = parse_query(query, names)
+                watch.note(f"Understood: {parsed}")
             found = answer(fitted, Request.model_validate(asked), names)
-            if understood is not None and (missing := _unanswered(understood.wishes, found)):
+            if parsed is not None and (missing := _unanswered(parsed.items, found)):
                 watch.note(f"Nothing in the catalogue answers: {', '.join(missing)}")
     if source is not None:
         print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
@@ -111,11 +111,11 @@ def recommend(
         _print_bundles(cast("list[Recommendation]", found), explain)
 
 
-def _unanswered(wishes: Sequence[Wish], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:
-    """Return the names of wishes that no item of any bundle answers."""
+def _unanswered(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:
+    """Return the names of query items that no item of any bundle answers."""
     evidence = [entry for one in found for entry in getattr(one, "evidence", ())]
     answered = {told["wish"] for entry in evidence for told in entry.get("answers", ())}
-    return [wish.name for wish in wishes if wish.name not in answered]
+    return [item.name for item in items if item.name not in answered]
 
 
 def _listed(text: str | None) -> list[str] | None:

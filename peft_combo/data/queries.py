@@ -14,62 +14,62 @@ from peft_combo.data.model import Bundles
 
 
 @dataclass(frozen=True)
-class Questions:
-    """Every item of every bundle once the answer, the rest of its bundle the question.
+class Queries:
+    """Every item of every bundle once the target, the rest of its bundle the query.
 
     Attributes:
         contexts: (Q, S) catalogue rows, -1 for none.
         targets: (Q,) catalogue rows.
-        clusters: (Q,) what an interval must draw as a whole: the group of the bundle.
+        groups: (Q,) what an interval must draw as a whole: the group of the bundle.
         bundles: (Q,) place of the bundle among those given.
     """
 
     contexts: NDArray[np.int64]
     targets: NDArray[np.int64]
-    clusters: NDArray[np.str_]
+    groups: NDArray[np.str_]
     bundles: NDArray[np.int64]
 
     @classmethod
-    def leave_one_out(cls, bundles: Sequence[NDArray[np.int32]], groups: Sequence[str]) -> Questions:
-        """Make the questions of `bundles`; `groups` names the user (or bundle) each belongs to."""
+    def leave_one_out(cls, bundles: Sequence[NDArray[np.int32]], groups: Sequence[str]) -> Queries:
+        """Make the queries of `bundles`; `groups` names the user (or bundle) each belongs to."""
         width = max((len(rows) for rows in bundles), default=1) - 1
         contexts: list[NDArray[np.int64]] = []
-        answers: list[int] = []
-        clusters: list[str] = []
+        targets: list[int] = []
+        group_of: list[str] = []
         places: list[int] = []
         for place, (rows, group) in enumerate(zip(bundles, groups, strict=True)):
             for index, target in enumerate(rows):
                 context = np.full(width, -1, np.int64)
                 context[: len(rows) - 1] = np.delete(rows, index)
                 contexts.append(context)
-                answers.append(int(target))
-                clusters.append(group)
+                targets.append(int(target))
+                group_of.append(group)
                 places.append(place)
         return cls(
-            np.array(contexts, np.int64).reshape(-1, width), np.array(answers, np.int64), np.array(clusters),
+            np.array(contexts, np.int64).reshape(-1, width), np.array(targets, np.int64), np.array(group_of),
             np.array(places, np.int64),
         )  # fmt: skip
 
     @classmethod
-    def of(cls, bundles: Bundles, rows: NDArray[np.int32]) -> Questions:
-        """Make the questions of these rows of `bundles`, clustered by what a split may not divide."""
+    def of(cls, bundles: Bundles, rows: NDArray[np.int32]) -> Queries:
+        """Make the queries of these rows of `bundles`, grouped by what a split may not divide."""
         return cls.leave_one_out([bundles.items[row] for row in rows], [bundles.groups[row] for row in rows])
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def take(self, rows: slice | NDArray[np.int64]) -> Questions:
-        """Return some of the questions."""
-        return Questions(self.contexts[rows], self.targets[rows], self.clusters[rows], self.bundles[rows])
+    def take(self, rows: slice | NDArray[np.int64]) -> Queries:
+        """Return some of the queries."""
+        return Queries(self.contexts[rows], self.targets[rows], self.groups[rows], self.bundles[rows])
 
-    def sample(self, most: int, seed: int) -> Questions:
-        """Return at most so many of the questions, drawn once for a seed."""
+    def sample(self, most: int, seed: int) -> Queries:
+        """Return at most so many of the queries, drawn once for a seed."""
         if len(self) <= most:
             return self
         return self.take(np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False)))
 
     def excluded(self) -> list[NDArray[np.int64]]:
-        """Return per question the catalogue rows that are no candidates: its context."""
+        """Return per query the catalogue rows that are no candidates: its context."""
         return [row[row >= 0] for row in self.contexts]
 
     def to_csr(self, n_items: int) -> sparse.csr_array[Any, tuple[int, int]]:

@@ -13,7 +13,7 @@ from peft_combo.data.splits import Split
 from peft_combo.evaluation.measures import LIST
 from peft_combo.recommender.fit_data import Tuned
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedScorer, ItemVectors
-from peft_combo.recommender.model_selection import asked, blocks
+from peft_combo.recommender.model_selection import make_queries, split_blocks
 from peft_combo.recommender.scorer_id import FROZEN, ScorerId
 from peft_combo.scoring.text import TextCosine, tfidf_vectors
 
@@ -42,14 +42,14 @@ def run_canary(
     tuned: Tuned | None = None,
     text: str = "{title}",
     seed: int = 0,
-    max_questions: int = 5000,
+    max_queries: int = 5000,
 ) -> Canary:
-    """Shuffle texts between items; rows that read nothing else must fall to chance on the test questions.
+    """Shuffle texts between items; rows that read nothing else must fall to chance on the test queries.
 
     A row that does not has seen the answers somewhere else: in the order of the catalogue, in what was excluded, or in
     a history that holds the test bundles.
     """
-    test = asked(dataset, parts.test, max_questions, seed, "test", [])
+    test = make_queries(dataset, parts.test, max_queries, seed, "test", [])
     order = np.random.default_rng(seed).permutation(len(dataset.catalog))
     history = dataset.bundles.to_csr(len(dataset.catalog), parts.train)
     vectors: dict[ScorerId, ItemVectors] = {ScorerId("TF-IDF title"): tfidf_vectors(dataset.catalog.texts(text))}
@@ -69,8 +69,8 @@ def run_canary(
     for scorer, (own_ask, other_ask) in asks.items():
         found = []
         for ask in (own_ask, other_ask):
-            ranks = [metrics.midranks(ask(part), part.targets, part.excluded()) for part in blocks(test)]
+            ranks = [metrics.midranks(ask(part), part.targets, part.excluded()) for part in split_blocks(test)]
             found.append(metrics.per_query(np.concatenate(ranks), "r@10"))
-        low, _ = metrics.bootstrap_interval(found[1], test.clusters, seed=seed)
+        low, _ = metrics.bootstrap_interval(found[1], test.groups, seed=seed)
         right[str(scorer)], shuffled[str(scorer)] = float(found[0].mean()), (float(found[1].mean()), low)
     return Canary(chance, right, shuffled, all(low <= chance for _, low in shuffled.values()))

@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.composition import compare
 from peft_combo.evaluation.measures import draw_distractors, find_slices, make_rows, measure_queries
 from peft_combo.evaluation.report import QueryResults, Report
-from peft_combo.recommender.category_calibration import Areas
+from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.fit_data import Known, Rated, Tuned
 from peft_combo.recommender.fitted_scorers import FittedHead
 from peft_combo.recommender.fusion import Fusion
-from peft_combo.recommender.model_selection import asked, best_text, families, picked_all
+from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
 from peft_combo.recommender.scorer_id import FUSION, RANDOM
 
 PROTOCOL = (
@@ -35,7 +35,7 @@ PROTOCOL = (
     "permutation of groups, two-sided."
 )
 
-# Scores of the validation questions are held in memory for all rows at once: 1.5e8 float32 are 600 MB.
+# Scores of the validation queries are held in memory for all rows at once: 1.5e8 float32 are 600 MB.
 _HELD_CELLS = 150_000_000
 
 
@@ -46,10 +46,10 @@ def evaluate(
     frozen: NDArray[np.float32] | None = None,
     tuned: Tuned | None = None,
     rated: Rated | None = None,
-    areas: Areas | None = None,
+    coverage: CategoryCoverage | None = None,
     text: str = "{title}",
     seed: int = 0,
-    max_questions: int = 5000,
+    max_queries: int = 5000,
     compose: bool = False,
     advance: Callable[[str], None] | None = None,
 ) -> Report:
@@ -58,11 +58,11 @@ def evaluate(
     Args:
         frozen: (N, D) vectors of the encoder without adapter; None leaves its rows out.
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
-        rated: the same of rating adapters, which must not have seen the owners of test bundles: `rating_problem`.
-        areas: which of them is for which items, see `Areas.of`; adds the row of all of them together.
+        rated: the same of rating adapters, which must not have seen the users of test bundles: `rating_problem`.
+        areas: which of them is for which items, see `CategoryCoverage.of`; adds the row of all of them together.
         text: template of what the word-based rows read.
         seed: of sampling, bootstrap and permutations.
-        max_questions: more test questions than so many are sampled, whole bundles at a time.
+        max_questions: more test queries than so many are sampled, whole bundles at a time.
         compose: also compose whole bundles, see `composition`; takes as long again or longer.
         advance: told the name of each row that is done.
     Raises:
@@ -75,27 +75,27 @@ def evaluate(
         )
     advance = advance or (lambda name: None)
     notes: list[str] = []
-    known = Known.of(dataset, parts.train, parts.train_interactions, text, frozen, tuned or {}, areas, rated)
+    known = Known.of(dataset, parts.train, parts.train_interactions, text, frozen, tuned or {}, coverage, rated)
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}
-    found = families(known, owners, seed)
+    found = list_scorers(known, owners, seed)
     limit = min(2000, max(100, _HELD_CELLS // (len(found) * len(dataset.catalog))))
-    valid = asked(dataset, parts.valid, limit, seed, "valid", notes)
-    test = asked(dataset, parts.test, max_questions, seed, "test", notes)
+    valid = make_queries(dataset, parts.valid, limit, seed, "valid", notes)
+    test = make_queries(dataset, parts.test, max_queries, seed, "test", notes)
 
     # Fit each row in each of its settings, and keep the one that is best on validation.
-    picked = picked_all(found, valid, known, seed, advance, notes)
-    asks = {name: one.fitted for name, one in picked.items()}
-    settings = {name: one.setting for name, one in picked.items()}
-    on_valid = {name: one.ndcg for name, one in picked.items()}
+    selected = select_settings(found, valid, known, seed, advance, notes)
+    asks = {name: one.fitted for name, one in selected.items()}
+    settings = {name: one.setting for name, one in selected.items()}
+    on_valid = {name: one.ndcg for name, one in selected.items()}
 
     # Fuse; the floor of the table has nothing to contribute.
-    candidates = {name: one.scores for name, one in picked.items() if name != RANDOM}
-    fusion = Fusion.fit(candidates, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
-    text_scorer = best_text(picked)
-    side = picked[text_scorer].fitted if text_scorer else None
-    picked.clear()
+    candidates = {name: one.scores for name, one in selected.items() if name != RANDOM}
+    fusion = Fusion.fit(candidates, valid.targets, known.evidence(valid), valid.groups, seed=seed)
+    text_scorer = select_text_scorer(selected)
+    side = selected[text_scorer].fitted if text_scorer else None
+    selected.clear()
     candidates.clear()
     on_valid[FUSION] = next(line.ndcg for line in fusion.table if line.name == fusion.chosen)
     settings[FUSION] = fusion.chosen
@@ -106,7 +106,7 @@ def evaluate(
     slices = find_slices(dataset, known, test)
     lines = make_rows(measured, settings, on_valid, slices, test, known, seed)
     answers = QueryResults(
-        test.clusters, slices, {str(scorer): own for scorer, own in measured.ranks.items()},
+        test.groups, slices, {str(scorer): own for scorer, own in measured.ranks.items()},
         {str(scorer): own for scorer, own in measured.fill_ins.items()},
     )  # fmt: skip
     composition = None
@@ -120,7 +120,7 @@ def evaluate(
     )  # fmt: skip
 
 
-def _count(dataset: Dataset, parts: Split, valid: Questions, test: Questions) -> dict[str, int]:
+def _count(dataset: Dataset, parts: Split, valid: Queries, test: Queries) -> dict[str, int]:
     return {
         "items": len(dataset.catalog),
         "train bundles": len(parts.train),
@@ -128,5 +128,5 @@ def _count(dataset: Dataset, parts: Split, valid: Questions, test: Questions) ->
         "test bundles": len(parts.test),
         "valid questions": len(valid),
         "test questions": len(test),
-        "test groups": len(set(test.clusters.tolist())),
+        "test groups": len(set(test.groups.tolist())),
     }

@@ -1,7 +1,7 @@
 """Who composes whole held-out bundles best, given one of their items: the composer, the beam search, or a plain list.
 
 Owns the protocol of that comparison and its table. The evaluation fits everybody and hands over the same test bundles
-it measures completion on; only the composer's weights are chosen here, on its validation questions.
+it measures completion on; only the composer's weights are chosen here, on its validation queries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from peft_combo import metrics
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.errors import DataError
@@ -26,9 +26,9 @@ from peft_combo.recommender.composing.generation import Sizes, Steps, generate, 
 from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.fit_data import Known
-from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, ItemVectors, beside, fused
+from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, ItemVectors, beside, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
-from peft_combo.recommender.model_selection import blocks
+from peft_combo.recommender.model_selection import split_blocks
 from peft_combo.recommender.scorer_id import FUSION, ScorerId
 
 PROTOCOL = (
@@ -99,34 +99,34 @@ class Openings:
     """Bundles to compose.
 
     Attributes:
-        given: (B,) the item of each bundle that is told. wanted: the others, ascending. clusters: (B,) their groups.
+        given: (B,) the item of each bundle that is told. wanted: the others, ascending. groups: (B,) their groups.
     """
 
     given: NDArray[np.int64]
     wanted: tuple[NDArray[np.int64], ...]
-    clusters: NDArray[np.str_]
+    groups: NDArray[np.str_]
 
     @classmethod
-    def of(cls, questions: Questions, seed: int) -> Openings:
-        """Put together the bundles that questions are of, and draw what is told of each."""
+    def of(cls, queries: Queries, seed: int) -> Openings:
+        """Put together the bundles that queries are of, and draw what is told of each."""
         rng = np.random.default_rng(seed)
         given, wanted = [], []
-        _, first = np.unique(questions.bundles, return_index=True)
+        _, first = np.unique(queries.bundles, return_index=True)
         for place in first:
-            context = questions.contexts[place]
-            rows = np.sort(np.append(context[context >= 0], questions.targets[place]))
+            context = queries.contexts[place]
+            rows = np.sort(np.append(context[context >= 0], queries.targets[place]))
             given.append(int(rng.choice(rows)))
             wanted.append(rows[rows != given[-1]])
-        return cls(np.array(given, np.int64), tuple(wanted), questions.clusters[first])
+        return cls(np.array(given, np.int64), tuple(wanted), queries.groups[first])
 
     def __len__(self) -> int:
         return len(self.given)
 
     @property
-    def questions(self) -> Questions:
+    def queries(self) -> Queries:
         """What completes the given item alone; the answers are not told."""
         none = np.zeros(len(self), np.int64)
-        return Questions(self.given[:, None], none, self.clusters, none)
+        return Queries(self.given[:, None], none, self.groups, none)
 
 
 def compare(
@@ -136,23 +136,23 @@ def compare(
     asks: Mapping[ScorerId, Fitted],
     fusion: Fusion[ScorerId],
     text_side: Fitted | None,
-    valid: Questions,
-    test: Questions,
+    valid: Queries,
+    test: Queries,
     seed: int,
     advance: Callable[[str], None],
 ) -> CompositionReport:
-    """Compose the bundles of the test questions in every way there is.
+    """Compose the bundles of the test queries in every way there is.
 
     Args:
         asks: by name whoever the fusion needs, and the heads of the tuned adapters.
-        valid: validation questions, which choose the composer's weights.
+        valid: validation queries, which choose the composer's weights.
         text_side: judges how well an item goes with a set, as for the composer that serves; None for none.
         advance: told the name of each row that is done.
     """
     openings = Openings.of(test, seed)
     texts = np.unique(np.array(known.texts), return_inverse=True)[1]
     templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
-    ask_all = fused(fusion, asks, known)
+    ask_all = fuse_scorers(fusion, asks, known)
     composer = Composer(dataset.catalog, templates, vectors=known.frozen, history=known.history)
     weights = fit_weights(composer, valid, ask_all, text_side, seed=seed)
     options = Options(k=1, weights=weights, seed=seed)
@@ -162,7 +162,7 @@ def compare(
     judges += [(name, head, head) for name, head in heads.items()]
     composed: dict[tuple[str, ScorerId], list[tuple[int, ...]]] = {}
     for name, ask, side in judges:
-        scores = np.concatenate([ask(part) for part in blocks(openings.questions)])  # (B, N)
+        scores = np.concatenate([ask(part) for part in split_blocks(openings.queries)])  # (B, N)
         composed[TOP_K, name] = _lists(openings, scores)
         composed[COMPOSER, name] = _compositions(openings, composer, scores, side, options)
         advance(f"{COMPOSER}, {name}")
@@ -180,10 +180,10 @@ def compare(
     }
     against = found[COMPOSER, FUSION]["recall"]
     rows = tuple(
-        _row(f"{way}, {scorer}", values, openings.clusters, None if values["recall"] is against else against, seed)
+        _row(f"{way}, {scorer}", values, openings.groups, None if values["recall"] is against else against, seed)
         for (way, scorer), values in found.items()
     )
-    return CompositionReport(PROTOCOL, asdict(weights), len(openings), len(set(openings.clusters.tolist())), rows)
+    return CompositionReport(PROTOCOL, asdict(weights), len(openings), len(set(openings.groups.tolist())), rows)
 
 
 def _lists(openings: Openings, scores: NDArray[np.float32]) -> list[tuple[int, ...]]:
@@ -259,7 +259,7 @@ def _mean_cosine(vectors: ItemVectors, rows: Sequence[int]) -> float:
 
 
 def _row(
-    name: str, values: Mapping[str, NDArray[np.float64]], clusters: NDArray[np.str_],
+    name: str, values: Mapping[str, NDArray[np.float64]], groups: NDArray[np.str_],
     against: NDArray[np.float64] | None, seed: int,
 ) -> ComposedRow:  # fmt: skip
     told = {value: ~np.isnan(found) for value, found in values.items()}
@@ -267,9 +267,9 @@ def _row(
         name,
         {value: float(found[told[value]].mean()) for value, found in values.items() if told[value].any()},
         {
-            value: metrics.bootstrap_interval(found[told[value]], clusters[told[value]], seed=seed)
+            value: metrics.bootstrap_interval(found[told[value]], groups[told[value]], seed=seed)
             for value, found in values.items()
             if told[value].any()
         },
-        None if against is None else metrics.paired_permutation(values["recall"], against, clusters, seed=seed),
+        None if against is None else metrics.paired_permutation(values["recall"], against, groups, seed=seed),
     )

@@ -15,12 +15,12 @@ from scipy import stats
 
 from peft_combo import metrics
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.evaluation.report import CompletionRow, Slice
 from peft_combo.recommender.fit_data import Known
 from peft_combo.recommender.fitted_scorers import Fitted, ItemVectors
 from peft_combo.recommender.fusion import Fusion
-from peft_combo.recommender.model_selection import blocks
+from peft_combo.recommender.model_selection import split_blocks
 from peft_combo.recommender.scorer_id import FROZEN, FUSION, PEER, ScorerId
 from peft_combo.scoring.base import unit_rows
 
@@ -43,7 +43,7 @@ class QueryMetrics:
 
 
 def measure_queries(
-    asks: Mapping[ScorerId, Fitted], fusion: Fusion[ScorerId], test: Questions, known: Known,
+    asks: Mapping[ScorerId, Fitted], fusion: Fusion[ScorerId], test: Queries, known: Known,
     distractors: NDArray[np.int64],
 ) -> QueryMetrics:  # fmt: skip
     """Score the test queries, a block at a time.
@@ -55,7 +55,7 @@ def measure_queries(
     lists: dict[ScorerId, list[NDArray[np.int64]]] = {scorer: [] for scorer in ranks}
     fill_ins: dict[ScorerId, list[NDArray[np.float64]]] = {scorer: [] for scorer in ranks}
     start = 0
-    for part in blocks(test):
+    for part in split_blocks(test):
         scores = {scorer: ask(part) for scorer, ask in asks.items()}
         scores[FUSION] = fusion.combine(scores, known.evidence(part))
         excluded = part.excluded()
@@ -76,7 +76,7 @@ def make_rows(
     settings: Mapping[ScorerId, str],
     valid_ndcg: Mapping[ScorerId, float],
     slices: Mapping[str, NDArray[np.bool_]],
-    test: Questions,
+    test: Queries,
     known: Known,
     seed: int,
 ) -> tuple[CompletionRow, ...]:
@@ -90,15 +90,15 @@ def make_rows(
             valid_ndcg=valid_ndcg[scorer],
             values=metrics.ranking_metrics(own),
             intervals={
-                metric: metrics.bootstrap_interval(metrics.per_query(own, metric), test.clusters, seed=seed)
+                metric: metrics.bootstrap_interval(metrics.per_query(own, metric), test.groups, seed=seed)
                 for metric in ("ndcg@10", "r@10")
             },
             p={
-                str(other): _p_value(own, ranks[other], test.clusters, seed)
+                str(other): _p_value(own, ranks[other], test.groups, seed)
                 for other in (PEER, FROZEN)
                 if other in ranks and other != scorer
             },
-            slices=_slice_row(scorer, ranks, slices, test.clusters, seed),
+            slices=_slice_row(scorer, ranks, slices, test.groups, seed),
             quality=_measure_lists(measured.lists[scorer], known.support, vectors),
             fill_in=None if np.isnan(fill_ins[scorer]).all() else float(np.nanmean(fill_ins[scorer])),
         )
@@ -106,7 +106,7 @@ def make_rows(
     )
 
 
-def draw_distractors(dataset: Dataset, test: Questions, seed: int) -> NDArray[np.int64]:
+def draw_distractors(dataset: Dataset, test: Queries, seed: int) -> NDArray[np.int64]:
     """Draw three wrong items from the target's slot (or leaf), none of its bundle: (Q, 3), -1 where there are not."""
     catalog = dataset.catalog
     kinds: Sequence[str | None] = catalog.slots
@@ -125,18 +125,18 @@ def draw_distractors(dataset: Dataset, test: Questions, seed: int) -> NDArray[np
     return drawn
 
 
-def find_slices(dataset: Dataset, known: Known, test: Questions) -> dict[str, NDArray[np.bool_]]:
+def find_slices(dataset: Dataset, known: Known, test: Queries) -> dict[str, NDArray[np.bool_]]:
     warm = known.support[test.targets] > 0
     sizes = (test.contexts >= 0).sum(axis=1) + 1
     parts = {"warm target": warm, "cold target": ~warm}
     if known.leaves is not None:
         same = np.concatenate(
-            [known.evidence(part).same_leaf()[np.arange(len(part)), part.targets] for part in blocks(test)]
+            [known.evidence(part).same_leaf()[np.arange(len(part)), part.targets] for part in split_blocks(test)]
         )
         what = "leaf" if any(dataset.catalog.categories) else "slot"
         parts |= {f"same-{what}": same, f"cross-{what}": ~same}
-    if known.areas is not None:
-        crossing = known.areas.crossing(test.contexts, test.targets)
+    if known.coverage is not None:
+        crossing = known.coverage.find_crossing(test.contexts, test.targets)
         parts |= {"same-category": ~crossing, "cross-category": crossing}
     return parts | {"size 2": sizes == 2, "size 3": sizes == 3, "size 4+": sizes >= 4}
 
@@ -152,10 +152,10 @@ def _fill_in(
     return np.where(distractors[:, 0] >= 0, found, np.nan)
 
 
-def _first_items(scores: NDArray[np.float32], questions: Questions) -> NDArray[np.int64]:
+def _first_items(scores: NDArray[np.float32], queries: Queries) -> NDArray[np.int64]:
     values = np.where(np.isnan(scores), -np.inf, scores)
-    rows, places = np.nonzero(questions.contexts >= 0)
-    values[rows, questions.contexts[rows, places]] = -np.inf
+    rows, places = np.nonzero(queries.contexts >= 0)
+    values[rows, queries.contexts[rows, places]] = -np.inf
     depth = min(LIST, values.shape[1])
     best = np.argpartition(-values, depth - 1, axis=1)[:, :depth]
     return np.where(np.isfinite(np.take_along_axis(values, best, axis=1)), best, -1)
@@ -163,7 +163,7 @@ def _first_items(scores: NDArray[np.float32], questions: Questions) -> NDArray[n
 
 def _slice_row(
     name: ScorerId, ranks: Mapping[ScorerId, NDArray[np.float64]], parts: Mapping[str, NDArray[np.bool_]],
-    clusters: NDArray[np.str_], seed: int,
+    groups: NDArray[np.str_], seed: int,
 ) -> dict[str, Slice]:  # fmt: skip
     found = {}
     for part, chosen in parts.items():
@@ -171,7 +171,7 @@ def _slice_row(
             mine = ranks[name][chosen]
             p = None
             if PEER in ranks and name != PEER:
-                p = _p_value(mine, ranks[PEER][chosen], clusters[chosen], seed)
+                p = _p_value(mine, ranks[PEER][chosen], groups[chosen], seed)
             found[part] = Slice(
                 int(chosen.sum()),
                 float(metrics.per_query(mine, "ndcg@10").mean()),
@@ -181,9 +181,9 @@ def _slice_row(
     return found
 
 
-def _p_value(a: NDArray[np.float64], b: NDArray[np.float64], clusters: NDArray[np.str_], seed: int) -> float:
+def _p_value(a: NDArray[np.float64], b: NDArray[np.float64], groups: NDArray[np.str_], seed: int) -> float:
     return metrics.paired_permutation(
-        metrics.per_query(a, "ndcg@10"), metrics.per_query(b, "ndcg@10"), clusters, seed=seed
+        metrics.per_query(a, "ndcg@10"), metrics.per_query(b, "ndcg@10"), groups, seed=seed
     )
 
 

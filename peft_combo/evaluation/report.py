@@ -19,13 +19,13 @@ from peft_combo.recommender.scorer_id import FUSION, ScorerId
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of the test questions.
+    """A part of the test queries.
 
     Attributes:
-        p: of the difference in NDCG@10 to CEASE-TFIDF on these questions; None for that row itself.
+        p: of the difference in NDCG@10 to CEASE-TFIDF on these queries; None for that row itself.
     """
 
-    questions: int
+    questions: int  # named so in the JSON
     ndcg: float
     recall: float
     p: float | None
@@ -39,14 +39,14 @@ class CompletionRow:
         name: the scorer.
         setting: what validation chose for it; "" where there was no choice.
         valid_ndcg: NDCG@10 on validation, of the chosen setting and so a little flattered; for a fusion, of weights
-            fitted on other clusters.
+            fitted on other groups.
         values: the headline metrics on test. intervals: 95 %, of ``ndcg@10`` and ``r@10``.
         p: by the name of another row, of the difference in NDCG@10 to it.
         slices: by name, such as ``cold target`` or ``cross-leaf``.
         quality: of the lists of ten: ``coverage`` (share of the catalogue that some list holds), ``popularity`` (mean
             percentile of support, 50 is the middle item), ``diversity`` (1 - mean cosine of frozen vectors within a
             list), ``near-duplicates`` (share of pairs within a list with cosine above 0.95).
-        fill_in: fill-in-the-blank, the share of questions whose answer is scored above three random items of its own
+        fill_in: fill-in-the-blank, the share of queries whose answer is scored above three random items of its own
             slot (its own leaf where there are no slots), a tie counting in part; None where items have neither.
     """
 
@@ -66,11 +66,11 @@ class QueryResults:
     """What became of each test query, for further tests; not part of the JSON.
 
     Attributes:
-        clusters: (Q,) the group of each query. slices: by name, (Q,) bool.
+        groups: (Q,) the group of each query. slices: by name, (Q,) bool.
         ranks: per row (Q,), 1 = best. fill_ins: per row (Q,) in [0, 1]; NaN where there are no three others to choose.
     """
 
-    clusters: NDArray[np.str_]
+    groups: NDArray[np.str_]
     slices: Mapping[str, NDArray[np.bool_]]
     ranks: Mapping[str, NDArray[np.float64]]
     fill_ins: Mapping[str, NDArray[np.float64]]
@@ -83,7 +83,7 @@ class Report:
     Attributes:
         lines: one per scorer, in the order of the table.
         fusion: as fitted on validation; its `table` holds what was tried.
-        counts: items, bundles, questions and groups of the parts.
+        counts: items, bundles, queries and groups of the parts.
         notes: rows that are missing and why, and what was sampled.
         composition: how whole bundles are composed; None where it was not asked for.
     """

@@ -4,13 +4,13 @@ Owns the areas of a catalogue, what an adapter's manifest says about its own, an
 different adapters comparable. Sees adapters as arrays of scores with names; nothing of encoders or requests.
 
 A context of several categories is encoded by each adapter as a whole, and each adapter's scores count only for the
-items it is at home with: the question "what goes with this basket" is asked once in the language of each category.
+items it is at home with: the query "what goes with this basket" is asked once in the language of each category.
 Scores of different adapters are on different scales, so a candidate i of area a gets
 
     score(q, i) = own_a s_a(q, i) + shared_a s_0(q, i) + offset_a
 
 with s_a of the area's adapter, s_0 of the adapter that was tuned on all categories, and three numbers per area that are
-fitted on validation questions.
+fitted on validation queries.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 from peft_combo.data.leakage import _claimed
 from peft_combo.data.model import CATEGORY_SEPARATOR, Catalog
 from peft_combo.errors import DataError
-from peft_combo.recommender.conditional_logit import Scores, conditional_logit, sampled_cells
+from peft_combo.recommender.conditional_logit import Scores, fit_conditional_logit, sample_cells
 from peft_combo.recommender.evidence import Evidence
 
-# Prior spread of the three numbers, on scores of deviation 1: with few questions an area stays near the others.
+# Prior spread of the three numbers, on scores of deviation 1: with few queries an area stays near the others.
 _SPREAD = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Areas:
+class CategoryCoverage:
     """Which adapter is at home with which items.
 
     Attributes:
@@ -81,7 +81,7 @@ class Areas:
             of_item[wins], depth[wins] = place, longest[wins]
         return cls(tuple(claims), general[0] if general else None, of_item)
 
-    def crossing(self, contexts: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def find_crossing(self, contexts: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Tell which answers are of another area than every item of their context: (Q, S), (Q,) -> (Q,)."""
         here = np.where(contexts >= 0, self.of_item[contexts], -2)
         same: NDArray[np.bool_] = (here == self.of_item[targets][:, None]).any(axis=1)
@@ -105,76 +105,76 @@ class Calibration:
     @staticmethod
     def fit(
         scores: Scores[str],
-        areas: Areas,
+        coverage: CategoryCoverage,
         targets: NDArray[np.int64],
         contexts: NDArray[np.int64],
-        clusters: Sequence[str] | NDArray[np.str_],
+        groups: Sequence[str] | NDArray[np.str_],
         *,
         folds: int = 5,
         seed: int = 0,
     ) -> tuple[Calibration, NDArray[np.float32]]:
-        """Fit by conditional logit on validation questions.
+        """Fit by conditional logit on validation queries.
 
         Args:
-            scores: per adapter (Q, N) of the validation questions.
-            clusters: (Q,) what may not stand on both sides of a fold.
+            scores: per adapter (Q, N) of the validation queries.
+            groups: (Q,) what may not stand on both sides of a fold.
         Returns:
-            the calibration, and (Q, N) scores of the same questions by calibrations that did not see their cluster.
+            the calibration, and (Q, N) scores of the same queries by calibrations that did not see their group.
         Source: McFadden 1974 (conditional logit); per-class scale and offset as in Platt 1999.
         """
         scale = {name: (float(np.nanmean(part)), max(float(np.nanstd(part)), 1e-9)) for name, part in scores.items()}
         rng = np.random.default_rng(seed)
-        support = np.zeros(len(areas.of_item), np.int64)
-        sampled = sampled_cells(scores.values(), targets, Evidence(contexts, support), rng)
+        support = np.zeros(len(coverage.of_item), np.int64)
+        sampled = sample_cells(scores.values(), targets, Evidence(contexts, support), rng)
         rows, columns = sampled.rows, sampled.columns
-        place = areas.of_item[columns]
+        place = coverage.of_item[columns]
         standard = {name: _standard(part[rows, columns], scale[name]) for name, part in scores.items()}
         terms: list[tuple[str, str]] = []
         cells: list[NDArray[np.float32]] = []
-        for number, name in enumerate(areas.members):
+        for number, name in enumerate(coverage.members):
             here = (place == number).astype(np.float32)
             terms += [("own", name), ("offset", name)]
             cells += [here * standard[name], here]
-            if areas.shared is not None:
+            if coverage.shared is not None:
                 terms.append(("shared", name))
-                cells.append(here * standard[areas.shared])
-        if areas.shared is not None:
+                cells.append(here * standard[coverage.shared])
+        if coverage.shared is not None:
             terms.append(("shared", ""))
-            cells.append((place < 0).astype(np.float32) * standard[areas.shared])
+            cells.append((place < 0).astype(np.float32) * standard[coverage.shared])
         # Where both voices are heard they start from half each, the shared one alone from the whole.
-        start = {"own": 0.5 if areas.shared is not None else 1.0, "shared": 0.5, "offset": 0.0}
+        start = {"own": 0.5 if coverage.shared is not None else 1.0, "shared": 0.5, "offset": 0.0}
         centre = np.array([1.0 if term == ("shared", "") else start[term[0]] for term in terms])
         free = [(None, None) if kind == "offset" else (0.0, None) for kind, _ in terms]
         matrix, precision = np.stack(cells), np.full(len(terms), _SPREAD**-2.0)
 
         def solved(chosen: NDArray[np.bool_]) -> Calibration:
-            theta = conditional_logit(matrix, sampled, chosen, precision, free, centre)
+            theta = fit_conditional_logit(matrix, sampled, chosen, precision, free, centre)
             found: dict[str, dict[str, float]] = {"own": {}, "shared": {}, "offset": {}}
             for (kind, name), value in zip(terms, theta, strict=True):
                 found[kind][name] = float(value)
             return Calibration(scale, found["own"], found["shared"], found["offset"])
 
-        labels = np.unique(np.asarray(clusters), return_inverse=True)[1]
+        labels = np.unique(np.asarray(groups), return_inverse=True)[1]
         fold_of = (rng.permutation(labels.max() + 1) % folds)[labels]
-        crossed = np.empty((len(targets), len(areas.of_item)), np.float32)
+        crossed = np.empty((len(targets), len(coverage.of_item)), np.float32)
         for fold in np.unique(fold_of):
             held = fold_of == fold
             one = solved(~held) if (~held).any() else solved(held)
-            crossed[held] = one.combine({name: part[held] for name, part in scores.items()}, areas)
+            crossed[held] = one.combine({name: part[held] for name, part in scores.items()}, coverage)
         return solved(np.ones(len(targets), bool)), crossed
 
-    def combine(self, scores: Scores[str], areas: Areas) -> NDArray[np.float32]:
+    def combine(self, scores: Scores[str], coverage: CategoryCoverage) -> NDArray[np.float32]:
         """Return (Q, N) scores on one scale; NaN for items that no adapter is for."""
         (first, *_) = scores.values()
         found = np.full(first.shape, np.nan, np.float32)
-        general = None if areas.shared is None else _standard(scores[areas.shared], self.scale[areas.shared])
-        for number, name in enumerate(areas.members):
-            here = areas.of_item == number
+        general = None if coverage.shared is None else _standard(scores[coverage.shared], self.scale[coverage.shared])
+        for number, name in enumerate(coverage.members):
+            here = coverage.of_item == number
             found[:, here] = self.own[name] * _standard(scores[name][:, here], self.scale[name]) + self.offset[name]
             if general is not None:
                 found[:, here] += self.shared[name] * general[:, here]
         if general is not None:
-            rest = areas.of_item < 0
+            rest = coverage.of_item < 0
             found[:, rest] = self.shared[""] * general[:, rest]
         return found
 

@@ -20,22 +20,22 @@ Key = TypeVar("Key", bound=Hashable)
 Scores: TypeAlias = Mapping[Key, "NDArray[np.float32]"]
 """(Q, N) of each scorer, whatever a scorer is told by."""
 
-# How likely an answer is taken to come from anywhere. Without it the hopeless questions, most of them where R@10 is
+# How likely an target is taken to come from anywhere. Without it the hopeless queries, most of them where R@10 is
 # 0.15, would have the say over weights that only matter near the top (cross-validated NDCG@10 on BundleRec electronics:
 # 0.087 without, 0.104 with; on clothing no difference).
 _DOUBT = 0.01
 _TINY = 1e-12
-# The softmax is taken over the answer, the heads of all scorers' lists and some of the rest. The heads are where
+# The softmax is taken over the target, the heads of all scorers' lists and some of the rest. The heads are where
 # NDCG@10 is decided; the rest keeps a scorer honest about what nobody puts forward.
 _HEAD, _REST = 40, 150
 
 
 @dataclass(frozen=True)
 class SampledCells:
-    """The cells the softmax is taken over, question after question, the answer first.
+    """The cells the softmax is taken over, query after query, the target first.
 
     Attributes:
-        starts: (Q,) where each question begins. rows, columns: (M,).
+        starts: (Q,) where each query begins. rows, columns: (M,).
     """
 
     starts: NDArray[np.int64]
@@ -43,27 +43,27 @@ class SampledCells:
     columns: NDArray[np.int64]
 
 
-def sampled_cells(
-    scores: Collection[NDArray[np.float32]], answers: NDArray[np.int64], evidence: Evidence, rng: np.random.Generator
+def sample_cells(
+    scores: Collection[NDArray[np.float32]], targets: NDArray[np.int64], evidence: Evidence, rng: np.random.Generator
 ) -> SampledCells:
-    n_questions, n_items = len(answers), len(evidence.item_support)
+    n_queries, n_items = len(targets), len(evidence.item_support)
     depth = min(_HEAD, n_items)
-    heads = np.empty((len(scores), n_questions, depth), np.int64)
+    heads = np.empty((len(scores), n_queries, depth), np.int64)
     for place, part in enumerate(scores):
-        for block in row_blocks(n_questions, n_items):
+        for block in row_blocks(n_queries, n_items):
             ordered = np.where(np.isnan(part[block]), np.inf, -part[block])
             heads[place, block] = np.argpartition(ordered, depth - 1, axis=1)[:, :depth]
     columns = []
-    for row, answer in enumerate(answers):
+    for row, target in enumerate(targets):
         drawn = rng.integers(n_items, size=_REST)
-        taken = np.append(evidence.contexts[row], answer)  # -1 for none does no harm
-        columns.append(np.append(answer, np.setdiff1d(np.append(heads[:, row], drawn), taken)))
+        taken = np.append(evidence.contexts[row], target)  # -1 for none does no harm
+        columns.append(np.append(target, np.setdiff1d(np.append(heads[:, row], drawn), taken)))
     sizes = np.array([len(part) for part in columns])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-    return SampledCells(starts, np.repeat(np.arange(n_questions), sizes), np.concatenate(columns))
+    return SampledCells(starts, np.repeat(np.arange(n_queries), sizes), np.concatenate(columns))
 
 
-def conditional_logit(
+def fit_conditional_logit(
     cells: NDArray[np.float32],
     sampled: SampledCells,
     chosen: NDArray[np.bool_],
@@ -71,12 +71,12 @@ def conditional_logit(
     bounds: Sequence[tuple[float | None, float | None]],
     centre: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    """Maximise the mean of ln(share of the answer + doubt) under a normal prior; see `Fusion.fit`.
+    """Maximise the mean of ln(share of the target + doubt) under a normal prior; see `Fusion.fit`.
 
     Args:
         cells: (P, M), per term what it gives each sampled cell.
-        chosen: (Q,) the questions to fit on.
-        precision, centre: (P,) of the prior, which counts as much as one question.
+        chosen: (Q,) the queries to fit on.
+        precision, centre: (P,) of the prior, which counts as much as one query.
     Returns:
         (P,) one number per term.
     """
@@ -84,7 +84,7 @@ def conditional_logit(
     sizes = np.diff(np.append(sampled.starts, len(sampled.rows)))[chosen]
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
     precision = precision / len(sizes)
-    answers = kept[:, starts]  # (P, Q)
+    targets = kept[:, starts]  # (P, Q)
 
     def loss(theta: NDArray[np.float64], doubt: float) -> tuple[float, NDArray[np.float64]]:
         logits = theta.astype(np.float32) @ kept  # (P,) @ (P, M)
@@ -94,7 +94,7 @@ def conditional_logit(
         trust = (right / (right + doubt + _TINY)).astype(np.float32)
         away = theta - centre
         value = -np.log(right + doubt + _TINY).mean() + precision @ away**2 / 2
-        slope = (kept @ (share * np.repeat(trust, sizes)) - answers @ trust) / len(sizes)
+        slope = (kept @ (share * np.repeat(trust, sizes)) - targets @ trust) / len(sizes)
         return float(value), slope.astype(np.float64) + precision * away
 
     theta = centre

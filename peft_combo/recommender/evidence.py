@@ -22,7 +22,7 @@ _HALF_KNOWN = 2.0
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What is known about the questions and the items, beside any score.
+    """What is known about the queries and the items, beside any score.
 
     Attributes:
         contexts: (Q, S) catalogue rows, -1 for none; they are no candidates.
@@ -35,11 +35,11 @@ class Evidence:
     leaves: NDArray[np.int64] | None = None
 
     def take(self, rows: slice | NDArray[Any]) -> Evidence:
-        """Return the evidence for some of the questions."""
+        """Return the evidence for some of the queries."""
         return Evidence(self.contexts[rows], self.item_support, self.leaves)
 
     def barred(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return question and item of every cell that is no candidate."""
+        """Return query and item of every cell that is no candidate."""
         rows, places = np.nonzero(self.contexts >= 0)
         return rows, self.contexts[rows, places]
 
@@ -62,7 +62,7 @@ class Evidence:
 
 
 class _Gates:
-    """The gates of some questions, each computed once and only if asked for; all in [0, 1]."""
+    """The gates of some queries, each computed once and only if asked for; all in [0, 1]."""
 
     def __init__(self, evidence: Evidence) -> None:
         self._evidence = evidence
@@ -102,8 +102,8 @@ def _margin(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(gap / (1 + gap), np.float32)
 
 
-def _silent(heard: NDArray[np.bool_], evidence: Evidence) -> NDArray[np.bool_]:
+def _find_missing(has_score: NDArray[np.bool_], evidence: Evidence) -> NDArray[np.bool_]:
     """Tell where a scorer that has something to say says nothing; context items aside."""
-    silent = ~heard & heard.any(axis=1, keepdims=True)
+    silent = ~has_score & has_score.any(axis=1, keepdims=True)
     silent[evidence.barred()] = False
     return silent

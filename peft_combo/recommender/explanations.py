@@ -72,7 +72,7 @@ def describe_bundle(
 def _describe_evidence(catalog: Catalog, item: ItemEvidence, matches: Sequence[QueryMatch]) -> dict[str, Any]:
     entry: dict[str, Any] = {"item": catalog.item_ids[item.row], "slot": item.slot}
     if answered := [one for one in matches if item.row in one.rows]:
-        entry["answers"] = [{"wish": one.wish.name, "type": one.wish.type, "named": one.named} for one in answered]
+        entry["answers"] = [{"wish": one.item.name, "type": one.item.type, "named": one.named} for one in answered]
     if item.partner is not None and item.partner_count:
         entry["together"] = {"with": catalog.item_ids[item.partner], "bundles": item.partner_count}
     if item.shared:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from peft_combo.data.model import Catalog, Dataset, Interactions
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
 from peft_combo.encoder.heads.completion import CompletionHead
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.encoder.vectors import VectorCache
-from peft_combo.recommender.category_calibration import Areas
+from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.evidence import Evidence
 from peft_combo.scoring.text import tfidf_vectors
 
@@ -51,7 +51,7 @@ class Known:
     text: str
     frozen: NDArray[np.float32] | None
     tuned: Tuned = field(default_factory=dict)
-    areas: Areas | None = None
+    coverage: CategoryCoverage | None = None
     rated: Rated = field(default_factory=dict)
     interactions: Interactions | None = None
 
@@ -64,7 +64,7 @@ class Known:
         text: str,
         frozen: NDArray[np.float32] | None,
         tuned: Tuned,
-        areas: Areas | None = None,
+        coverage: CategoryCoverage | None = None,
         rated: Rated | None = None,
     ) -> Known:
         """Gather what some rows say.
@@ -88,7 +88,7 @@ class Known:
         return cls(
             history, users, past, user_rows,
             np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
-            catalog.leaf_numbers, catalog, text, frozen, tuned, areas, rated or {}, seen,
+            catalog.leaf_numbers, catalog, text, frozen, tuned, coverage, rated or {}, seen,
         )  # fmt: skip
 
     @cached_property
@@ -109,12 +109,12 @@ class Known:
     @property
     def general(self) -> Tuned:
         """The adapters of bundles that speak of all items."""
-        bound = () if self.areas is None else self.areas.members
+        bound = () if self.coverage is None else self.coverage.members
         return {name: one for name, one in self.tuned.items() if name not in bound}
 
-    def evidence(self, questions: Questions) -> Evidence:
-        """Return what fusion gates read of some questions."""
-        return Evidence(questions.contexts, self.support, self.leaves)
+    def evidence(self, queries: Queries) -> Evidence:
+        """Return what fusion gates read of some queries."""
+        return Evidence(queries.contexts, self.support, self.leaves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ class TextSide:
     frozen: NDArray[np.float32]
     tuned: dict[str, tuple[NDArray[np.float32], CompletionHead]]
     rated: dict[str, tuple[NDArray[np.float32], RatingHead]]
-    areas: Areas | None
+    coverage: CategoryCoverage | None
 
 
 def text_knowledge(
@@ -149,7 +149,7 @@ def text_knowledge(
     # Any other head is refused before anything is encoded.
     raters = {one.reference: one.task_head for one in live if isinstance(one.task_head, RatingHead)}
     heads = {one.reference: one.head_as(CompletionHead) for one in live if one.reference not in raters}
-    areas = Areas.of(
+    coverage = CategoryCoverage.of(
         dataset.catalog, {one.reference: one.record.manifest.recipe for one in live if one.reference in heads}
     )
 
@@ -160,4 +160,4 @@ def text_knowledge(
 
     frozen = encoded(None)
     rated = {name: (encoded(name), head) for name, head in raters.items()}
-    return TextSide(live, frozen, {name: (encoded(name), head) for name, head in heads.items()}, rated, areas)
+    return TextSide(live, frozen, {name: (encoded(name), head) for name, head in heads.items()}, rated, coverage)

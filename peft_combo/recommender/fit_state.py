@@ -20,13 +20,13 @@ from peft_combo.recommender.composing.fit_weights import fit_weights
 from peft_combo.recommender.composing.options import Weights
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.fit_data import Known, TextSide, text_knowledge
-from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast, fused, past_of
+from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast, build_past, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
-from peft_combo.recommender.model_selection import asked, best_text, families, picked_all
+from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
 from peft_combo.recommender.scorer_id import RANDOM, ScorerId
 
-# Validation questions that settings and weights are chosen on.
-_QUESTIONS = 2_000
+# Validation queries that settings and weights are chosen on.
+_QUERIES = 2_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class FitState:
         adapters: those that make item vectors, as they were when it was fitted; none for the frozen encoder.
         known: what the serving scorers were fitted on.
         fusion: how scorers are weighed, with the validation table behind the choice.
-        settings: of each scorer the fusion needs, and of the text side, the setting that validation picked.
+        settings: of each scorer the fusion needs, and of the text side, the setting that validation selected.
         serving: the scorers the fusion needs, fitted on all bundles.
         text_scorer: which scorer the text side is; None for the frozen encoder.
         text_side: judges how well an item goes with a set by its text alone.
@@ -87,32 +87,32 @@ def fit_scorers(
 
     # Every scorer in every setting, fitted on training bundles; the best setting on validation stays.
     known = Known.of(
-        dataset, parts.train, parts.train_interactions, text, side.frozen, side.tuned, side.areas, side.rated
+        dataset, parts.train, parts.train_interactions, text, side.frozen, side.tuned, side.coverage, side.rated
     )
-    valid = asked(dataset, parts.valid, _QUESTIONS, seed, "valid", notes)
+    valid = make_queries(dataset, parts.valid, _QUERIES, seed, "valid", notes)
     users = {dataset.bundles.groups[row] for row in parts.valid}
-    choices = {scorer: settings for scorer, settings in families(known, users, seed).items() if scorer != RANDOM}
-    picked = picked_all(choices, valid, known, seed, done or (lambda name: None), notes)
+    choices = {scorer: settings for scorer, settings in list_scorers(known, users, seed).items() if scorer != RANDOM}
+    selected = select_settings(choices, valid, known, seed, done or (lambda name: None), notes)
 
     # Weights of the fusion and of the composer's objective, while the scorers know training bundles only.
-    scores = {scorer: one.scores for scorer, one in picked.items()}
-    fusion = Fusion.fit(scores, valid.targets, known.evidence(valid), valid.clusters, seed=seed)
+    scores = {scorer: one.scores for scorer, one in selected.items()}
+    fusion = Fusion.fit(scores, valid.targets, known.evidence(valid), valid.groups, seed=seed)
     scores.clear()
-    text_scorer = best_text(picked)
-    text_side = picked[text_scorer].fitted if text_scorer else FittedHead.untuned(side.frozen)
+    text_scorer = select_text_scorer(selected)
+    text_side = selected[text_scorer].fitted if text_scorer else FittedHead.untuned(side.frozen)
     templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
-    relevance = fused(fusion, {scorer: one.fitted for scorer, one in picked.items()}, known)
+    relevance = fuse_scorers(fusion, {scorer: one.fitted for scorer, one in selected.items()}, known)
     weights = fit_weights(Composer(dataset.catalog, templates), valid, relevance, text_side, seed=seed)
 
     # For serving, once more on every bundle there is.
-    everything = Known.of(dataset, None, None, text, side.frozen, side.tuned, side.areas, side.rated)
-    settings = {scorer: picked[scorer].setting for scorer in fusion.needs}
-    serving = _refit(everything, settings, seed, {scorer: picked[scorer].fitted for scorer in settings})
+    everything = Known.of(dataset, None, None, text, side.frozen, side.tuned, side.coverage, side.rated)
+    settings = {scorer: selected[scorer].setting for scorer in fusion.needs}
+    serving = _refit(everything, settings, seed, {scorer: selected[scorer].fitted for scorer in settings})
     if text_scorer:
-        settings[text_scorer] = picked[text_scorer].setting
+        settings[text_scorer] = selected[text_scorer].setting
     # What was not weighed, because no validation user was met before, still speaks for a user who is known.
     weighed = not known.user_rows.keys().isdisjoint(users)
-    neighbours = None if weighed or not everything.user_rows else past_of(everything, neighbours=True)
+    neighbours = None if weighed or not everything.user_rows else build_past(everything, neighbours=True)
     return FitState(
         side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights, parts.digest,
         tuple(notes),
@@ -124,7 +124,9 @@ def _leakage_notes(side: TextSide, dataset: Dataset, parts: Split) -> list[str]:
     notes = [
         f"{one.reference} was tuned on another split, so it may have seen the validation bundles and weigh too much"
         for one in side.live
-        if one.reference in side.tuned and one.record.manifest.data.split_digest != parts.digest and side.areas is None
+        if one.reference in side.tuned
+        and one.record.manifest.data.split_digest != parts.digest
+        and side.coverage is None
     ]
     manifests = (one.record.manifest for one in side.live if one.reference in side.rated)
     return notes + [problem for manifest in manifests if (problem := rating_problem(manifest, dataset, parts))]
@@ -133,8 +135,8 @@ def _leakage_notes(side: TextSide, dataset: Dataset, parts: Split) -> list[str]:
 def _refit(
     known: Known, settings: Mapping[ScorerId, str], seed: int, as_before: Mapping[ScorerId, Fitted]
 ) -> dict[ScorerId, Fitted]:
-    """Fit each scorer in the setting that was picked for it; what does not learn from bundles stays as it was."""
-    choices = families(known, set(known.user_rows), seed)
+    """Fit each scorer in the setting that was selected for it; what does not learn from bundles stays as it was."""
+    choices = list_scorers(known, set(known.user_rows), seed)
     return {
         scorer: as_before[scorer]
         if scorer.reads_bundle_adapters

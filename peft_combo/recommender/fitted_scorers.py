@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from peft_combo.data.queries import Questions, padded
+from peft_combo.data.queries import Queries, padded
 from peft_combo.encoder.heads.completion import (
     BundleHead,
     CompletionHead,
@@ -20,7 +20,7 @@ from peft_combo.encoder.heads.completion import (
     target_vectors,
 )
 from peft_combo.recipe.task import BundleTask
-from peft_combo.recommender.category_calibration import Areas, Calibration
+from peft_combo.recommender.category_calibration import Calibration, CategoryCoverage
 from peft_combo.recommender.fit_data import Known
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.rating import FittedRating, Rater
@@ -36,9 +36,9 @@ ItemVectors: TypeAlias = "NDArray[np.float32] | sparse.csr_array[Any, tuple[int,
 
 
 class Fitted(Protocol):
-    """A scorer that has learned what it may: called with (Q) questions, it gives (Q, N) scores, NaN for silence."""
+    """A scorer that has learned what it may: called with (Q) queries, it gives (Q, N) scores, NaN for silence."""
 
-    def __call__(self, questions: Questions) -> NDArray[np.float32]: ...
+    def __call__(self, queries: Queries) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +47,8 @@ class FittedScorer:
 
     scorer: Scorer
 
-    def __call__(self, questions: Questions) -> NDArray[np.float32]:
-        return self.scorer.score_baskets(questions.to_csr(len(self.scorer.support)))
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
+        return self.scorer.score_baskets(queries.to_csr(len(self.scorer.support)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,22 +68,22 @@ class FittedHead:
         """Return what the frozen encoder says, the cosine with the mean: (N, D) its vectors."""
         return cls.of(vectors, BundleHead(vectors.shape[1], BundleTask()).eval())
 
-    def __call__(self, questions: Questions) -> NDArray[np.float32]:
-        return completion_scores(self.head, self.vectors, self.targets, questions.contexts)
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
+        return completion_scores(self.head, self.vectors, self.targets, queries.contexts)
 
-    def among(self, questions: Questions, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def among(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Score some items only: (C,) rows -> (Q, C). Few are gathered first, of many all are scored as they lie."""
         if 4 * len(rows) >= len(self.targets):
-            return self(questions)[:, rows]
-        return completion_scores(self.head, self.vectors, self.targets[rows], questions.contexts)
+            return self(queries)[:, rows]
+        return completion_scores(self.head, self.vectors, self.targets[rows], queries.contexts)
 
 
 @dataclass(frozen=True, eq=False)
 class FittedEnsemble:
-    """Several adapters of all items as one voice: the mean of their scores, or the score of their mean vectors.
+    """Several adapters of all items as one scorer: the mean of their scores, or the score of their mean vectors.
 
     The mean vectors of k adapters over one encoder also compare the query of each with the targets of the others:
-    their score is the mean of all k * k cosines. Either way the catalogue is encoded, and kept, k times, and a question
+    their score is the mean of all k * k cosines. Either way the catalogue is encoded, and kept, k times, and a query
     is pooled k times; it then costs k products with a matrix of the catalogue where scores are averaged, one where
     vectors are.
 
@@ -99,20 +99,20 @@ class FittedEnsemble:
         """Join adapters; `vectors` averages these and not the scores."""
         return cls(tuple(heads), _mean([one.targets for one in heads]) if vectors else None)
 
-    def __call__(self, questions: Questions) -> NDArray[np.float32]:
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
         if self.targets is None:
-            return _mean([one(questions) for one in self.heads])
-        return self._queries(questions) @ self.targets.T  # (Q, D) @ (D, N) -> (Q, N)
+            return _mean([one(queries) for one in self.heads])
+        return self._queries(queries) @ self.targets.T  # (Q, D) @ (D, N) -> (Q, N)
 
-    def among(self, questions: Questions, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def among(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Score some items only: (C,) rows -> (Q, C)."""
         if self.targets is None:
-            return _mean([one.among(questions, rows) for one in self.heads])
-        return self._queries(questions) @ self.targets[rows].T
+            return _mean([one.among(queries, rows) for one in self.heads])
+        return self._queries(queries) @ self.targets[rows].T
 
-    def _queries(self, questions: Questions) -> NDArray[np.float32]:
+    def _queries(self, queries: Queries) -> NDArray[np.float32]:
         with torch.inference_mode():
-            every = [context_queries(one.head, one.vectors, questions.contexts) for one in self.heads]
+            every = [context_queries(one.head, one.vectors, queries.contexts) for one in self.heads]
             return _mean([one.float().cpu().numpy() for one in every])
 
 
@@ -125,24 +125,24 @@ class FittedCategories:
     """Several adapters, each speaking of the items it is at home with, on one scale."""
 
     heads: Mapping[str, FittedHead]
-    areas: Areas
+    coverage: CategoryCoverage
     calibration: Calibration
 
-    def __call__(self, questions: Questions) -> NDArray[np.float32]:
-        return self.calibration.combine({name: head(questions) for name, head in self.heads.items()}, self.areas)
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
+        return self.calibration.combine({name: head(queries) for name, head in self.heads.items()}, self.coverage)
 
 
 @dataclass(frozen=True, eq=False)
 class FittedPast:
-    """What the owner of a question took before, or what users like them took; silent about owners it never met."""
+    """What the user of a query took before, or what users like them took; silent about users it never met."""
 
     past: sparse.csr_matrix[Any]
     user_rows: Mapping[str, int]
     alike: UserKNN | None
 
-    def __call__(self, questions: Questions) -> NDArray[np.float32]:
-        scores = np.full((len(questions), self.past.shape[1]), np.nan, np.float32)
-        rows = np.array([self.user_rows.get(str(group), -1) for group in questions.clusters], np.int64)
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
+        scores = np.full((len(queries), self.past.shape[1]), np.nan, np.float32)
+        rows = np.array([self.user_rows.get(str(group), -1) for group in queries.groups], np.int64)
         met = np.flatnonzero(rows >= 0)
         if self.alike is not None:
             scores[met] = self.alike.score_users(rows[met])
@@ -151,7 +151,7 @@ class FittedPast:
         return scores
 
 
-def rating_of(known: Known, name: str, setting: str) -> FittedRating:
+def build_rating(known: Known, name: str, setting: str) -> FittedRating:
     """Return a rating adapter over what is known, as it was or will be set.
 
     Raises:
@@ -160,32 +160,32 @@ def rating_of(known: Known, name: str, setting: str) -> FittedRating:
     return FittedRating(Rater.of(*known.rated[name], known.interactions), beside=setting == _BESIDE)
 
 
-def ensemble_of(known: Known, setting: str) -> FittedEnsemble:
-    """Return the adapters of all items as one voice."""
+def build_ensemble(known: Known, setting: str) -> FittedEnsemble:
+    """Return the adapters of all items as one scorer."""
     heads = [FittedHead.of(vectors, head) for vectors, head in known.general.values()]
     return FittedEnsemble.of(heads, vectors=setting == _VECTORS)
 
 
-def past_of(known: Known, *, neighbours: bool) -> FittedPast:
-    """Return what reads the past of the owner of a question, or with `neighbours` that of users alike."""
+def build_past(known: Known, *, neighbours: bool) -> FittedPast:
+    """Return what reads the past of the user of a query, or with `neighbours` that of users alike."""
     past = known.past
     taken = sparse.csr_array((np.ones_like(past.data), past.indices, past.indptr), past.shape)
     return FittedPast(past, known.user_rows, UserKNN().fit(taken) if neighbours else None)
 
 
-def fused(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], known: Known) -> Fitted:
+def fuse_scorers(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], known: Known) -> Fitted:
     """Return what a fusion makes of the scorers it needs, by name in `asks`."""
 
-    def ask(questions: Questions) -> NDArray[np.float32]:
-        return fusion.combine({name: asks[name](questions) for name in fusion.needs}, known.evidence(questions))
+    def ask(queries: Queries) -> NDArray[np.float32]:
+        return fusion.combine({name: asks[name](queries) for name in fusion.needs}, known.evidence(queries))
 
     return ask
 
 
 def beside(fitted: Fitted, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Score rows beside sets of items of no owner: S sets of rows, (C,) rows -> (S, C); a `composing.Compatibility`."""
+    """Score rows beside sets of items of no user: S sets of rows, (C,) rows -> (S, C); a `composing.Compatibility`."""
     none = np.zeros(len(sets), np.int64)
-    questions = Questions(padded(sets), none, np.full(len(sets), ""), none)
+    queries = Queries(padded(sets), none, np.full(len(sets), ""), none)
     if isinstance(fitted, FittedHead | FittedEnsemble):
-        return fitted.among(questions, rows)
-    return fitted(questions)[:, rows]
+        return fitted.among(queries, rows)
+    return fitted(queries)[:, rows]

@@ -17,15 +17,15 @@ from scipy import sparse, special
 
 from peft_combo import metrics
 from peft_combo.machine import row_blocks
-from peft_combo.recommender.conditional_logit import Key, SampledCells, Scores, conditional_logit, sampled_cells
-from peft_combo.recommender.evidence import GATES, Evidence, Gate, _Gates, _silent
+from peft_combo.recommender.conditional_logit import Key, SampledCells, Scores, fit_conditional_logit, sample_cells
+from peft_combo.recommender.evidence import GATES, Evidence, Gate, _find_missing, _Gates
 
 Form = Literal["damped", "z", "normal"]
 
-# The line of the table that says what picking one scorer is worth.
+# The line of the table that says what selecting one scorer is worth.
 BEST_SINGLE = "best single scorer, picked on other questions"
 # Prior spread of the one weight of the best single scorer, which the prior of all weights stands on, and of how far
-# they may go from there; see `_Fit`. Small on purpose: few questions cannot tell scorers that are alike apart.
+# they may go from there; see `_Fit`. Small on purpose: few queries cannot tell scorers that are alike apart.
 # Cross-validated NDCG@10 on validation bundles: around the best single scorer 0.300 on BundleRec clothing and 0.090 on
 # electronics, around nothing and with the spread of 0.3 on all weights 0.295 and 0.077.
 _WEIGHT_SPREAD, _AWAY_SPREAD = 0.3, 0.1
@@ -39,9 +39,9 @@ class Tried:
 
     Attributes:
         name: the label of the scorer, or how scorers were combined.
-        ndcg: NDCG@10 on questions the weights were not fitted on.
+        ndcg: NDCG@10 on queries the weights were not fitted on.
         recall: R@10 of the same.
-        gain: ndcg minus that of the best single scorer. error: its standard error, by cluster.
+        gain: ndcg minus that of the best single scorer. error: its standard error, by group.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Tried:
 class Fusion(Generic[Key]):
     """A weighted sum of comparable scores, ``sum over scorers s, gates k of weight[s, k] gate_k(q, i) score_s(q, i)``.
 
-    A scorer that is silent about an item, but not about the whole question, adds its `silence` instead of a score: 0
+    A scorer that is silent about an item, but not about the whole query, adds its `silence` instead of a score: 0
     puts the item level with the scorer's average one, less than 0 below it; fitted like the rest.
 
     Attributes:
-        form: how scores are made comparable within a question, context items left out: ``z`` is (x - mean) / deviation,
+        form: how scores are made comparable within a query, context items left out: ``z`` is (x - mean) / deviation,
             ``damped`` sign(z) ln(1 + |z|), which keeps long-tailed scores from outvoting all others, ``normal`` the
             normal quantile of the mid-rank.
         weights: per scorer and gate, >= 0; scorers and gates without weight are left out.
@@ -80,33 +80,33 @@ class Fusion(Generic[Key]):
         scores: Scores[Key],
         targets: ArrayLike,
         evidence: Evidence,
-        clusters: ArrayLike,
+        groups: ArrayLike,
         *,
         folds: int = 5,
-        max_questions: int = 2000,
+        max_queries: int = 2000,
         seed: int = 0,
     ) -> Self:
-        """Fit weights on validation questions and choose the simplest fusion that is worth it.
+        """Fit weights on validation queries and choose the simplest fusion that is worth it.
 
         Weights minimise the softmax cross-entropy of the answers, each of which may with a small probability have come
         from anywhere; they are non-negative and have a normal prior around the best single scorer alone, so few
-        questions leave a fusion near it. Every way is judged on questions of clusters it was
+        queries leave a fusion near it. Every way is judged on queries of groups it was
         not fitted on. Other forms and gates are taken only where they are above plain weights on damped scores by more
         than a standard error of NDCG@10. The best single scorer is taken instead where it is better than the fusion by
-        more than a standard error, or where picking it on one part of the clusters and judging it on the rest, as the
-        fusion is judged, comes out better: the best of many, judged by the questions it is picked by, is flattered.
+        more than a standard error, or where selecting it on one part of the groups and judging it on the rest, as the
+        fusion is judged, comes out better: the best of many, judged by the queries it is selected by, is flattered.
 
         Args:
-            scores: per scorer (Q, N), higher is better, NaN where it cannot say; fitted without these questions.
+            scores: per scorer (Q, N), higher is better, NaN where it cannot say; fitted without these queries.
             targets: (Q,) the answers.
-            clusters: (Q,) the user or bundle of each question: never on both sides of a fold.
-            max_questions: more than so many are sampled, whole clusters at a time.
+            groups: (Q,) the user or bundle of each query: never on both sides of a fold.
+            max_questions: more than so many are sampled, whole groups at a time.
         Raises:
-            ValueError: shapes differ, or there is no scorer or no question.
+            ValueError: shapes differ, or there is no scorer or no query.
         Source: McFadden 1974 (conditional logit); Copas 1988 (contaminated likelihood); Breiman et al. 1984, 3.4.3 (one
             standard error).
         """
-        answers, labels = np.asarray(targets, np.int64), np.unique(np.asarray(clusters), return_inverse=True)[1]
+        answers, labels = np.asarray(targets, np.int64), np.unique(np.asarray(groups), return_inverse=True)[1]
         _check(scores, evidence)
         if not len(answers) or len(answers) != len(labels) or len(answers) != len(evidence.contexts):
             raise ValueError(
@@ -114,7 +114,7 @@ class Fusion(Generic[Key]):
                 f"{len(evidence.contexts)} contexts, {len(answers)} targets and {len(labels)} clusters."
             )
         rng = np.random.default_rng(seed)
-        rows = _sampled(labels, max_questions, rng)
+        rows = _sample_groups(labels, max_queries, rng)
         scores = {name: np.ascontiguousarray(part[rows]) for name, part in scores.items()}
         answers, labels, evidence = answers[rows], np.unique(labels[rows], return_inverse=True)[1], evidence.take(rows)
         fold_of = (rng.permutation(labels.max() + 1) % folds)[labels]
@@ -124,16 +124,16 @@ class Fusion(Generic[Key]):
         best = max(alone, key=lambda name: float(_ndcg(alone[name]).mean()))
         ranks = {str(name): own for name, own in alone.items()}
         if len(scores) == 1 or labels.max() + 1 < 2 * folds:
-            return cls._told(singles[best], str(best), ranks, alone[best], labels)
-        picked = _picked(alone, fold_of)
+            return cls._with_table(singles[best], str(best), ranks, alone[best], labels)
+        selected = _rank_selected(alone, fold_of)
 
-        sampled = sampled_cells(scores.values(), answers, evidence, rng)
+        sampled = sample_cells(scores.values(), answers, evidence, rng)
         ndcg_alone = {name: _ndcg(own) for name, own in alone.items()}
         found: dict[str, Self] = {}
 
         def attempt(name: str, form: Form, terms: Sequence[tuple[Key, Gate]]) -> str:
             fit = _Fit(form, terms, scores, evidence, sampled, ndcg_alone)
-            found[name], ranks[name] = cls._crossed(name, fit, scores, answers, evidence, fold_of)
+            found[name], ranks[name] = cls._cross_validate(name, fit, scores, answers, evidence, fold_of)
             return name
 
         chosen = attempt("weights on damped scores", "damped", [(name, "always") for name in scores])
@@ -145,11 +145,13 @@ class Fusion(Generic[Key]):
             gates = [gate for gate in GATES if gate != "same leaf" or evidence.leaves is not None]
             gated = attempt(f"gated weights on {form} scores", form, [(name, gate) for name in used for gate in gates])
             chosen = gated if _beyond_noise(ranks[gated], ranks[chosen], labels) else chosen
-        worse = _beyond_noise(alone[best], ranks[chosen], labels) or _ndcg(ranks[chosen]).mean() < _ndcg(picked).mean()
-        ranks[BEST_SINGLE] = picked
+        worse = (
+            _beyond_noise(alone[best], ranks[chosen], labels) or _ndcg(ranks[chosen]).mean() < _ndcg(selected).mean()
+        )
+        ranks[BEST_SINGLE] = selected
         if worse:
-            return cls._told(singles[best], str(best), ranks, alone[best], labels)
-        return cls._told(found[chosen], chosen, ranks, alone[best], labels)
+            return cls._with_table(singles[best], str(best), ranks, alone[best], labels)
+        return cls._with_table(found[chosen], chosen, ranks, alone[best], labels)
 
     @property
     def needs(self) -> tuple[Key, ...]:
@@ -162,7 +164,7 @@ class Fusion(Generic[Key]):
         Args:
             scores: (Q, N) of at least the scorers in `needs`; NaN where one cannot say.
         Returns:
-            (Q, N), comparable within a question; NaN for context items and where every scorer was silent.
+            (Q, N), comparable within a query; NaN for context items and where every scorer was silent.
         Raises:
             ValueError: a scorer is missing or a shape differs.
         """
@@ -172,10 +174,10 @@ class Fusion(Generic[Key]):
             fused[block] = _total(fused[block].shape, self._parts(scores, evidence, block))
         return fused
 
-    def explained(
+    def explain(
         self, scores: Scores[Key], evidence: Evidence
     ) -> tuple[NDArray[np.float32], dict[Key, NDArray[np.float32]]]:
-        """Fuse scores and tell what each scorer adds, in one pass; it all stays in memory, so for few questions.
+        """Fuse scores and tell what each scorer adds, in one pass; it all stays in memory, so for few queries.
 
         Returns:
             What `combine` gives, and per scorer of `needs` its (Q, N) share; the shares add up to the fused score, up
@@ -228,21 +230,21 @@ class Fusion(Generic[Key]):
         here = evidence.take(block)
         gates = _Gates(here)
         for name in self.needs:
-            values, heard = comparable(scores[name][block], here, self.form)
+            values, has_score = make_comparable(scores[name][block], here, self.form)
             weight: NDArray[np.float32] = np.zeros((1, 1), np.float32)
             for gate, factor in self.weights.get(name, {}).items():
                 weight = weight + np.float32(factor) * gates.of(gate, values)
             values *= weight
             if silence := self.silence.get(name):
-                np.copyto(values, silence, where=_silent(heard, here))
-            yield values, heard
+                np.copyto(values, silence, where=_find_missing(has_score, here))
+            yield values, has_score
 
     @classmethod
-    def _crossed(
+    def _cross_validate(
         cls, name: str, fit: _Fit[Key], scores: Scores[Key], answers: NDArray[np.int64], evidence: Evidence,
         fold_of: NDArray[np.int64],
     ) -> tuple[Self, NDArray[np.float64]]:  # fmt: skip
-        """Fit on all questions; return that fusion, and the ranks by fusions fitted without the question's fold."""
+        """Fit on all queries; return that fusion, and the ranks by fusions fitted without the query's fold."""
         ranks = np.empty(len(answers))
         for fold in np.unique(fold_of):
             held = np.flatnonzero(fold_of == fold)
@@ -252,7 +254,7 @@ class Fusion(Generic[Key]):
         return cls(fit.form, *fit.solve(np.ones(len(answers), bool)), name), ranks
 
     @classmethod
-    def _told(
+    def _with_table(
         cls, chosen: Self, name: str, ranks: Mapping[str, NDArray[np.float64]], best: NDArray[np.float64],
         labels: NDArray[np.int64],
     ) -> Self:  # fmt: skip
@@ -265,46 +267,46 @@ class Fusion(Generic[Key]):
         return cls(chosen.form, chosen.weights, chosen.silence, name, tuple(lines))
 
 
-def comparable(
+def make_comparable(
     scores: NDArray[np.float32], evidence: Evidence, form: Form
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Bring the scores of each question to one scale; see `Fusion.form`.
+    """Bring the scores of each query to one scale; see `Fusion.form`.
 
     Args:
         scores: (q, N); NaN where the scorer cannot say.
     Returns:
         (q, N) float32, 0 where nothing was said, and (q, N) bool, where something was. Context items count as nothing
-        said. A question whose known scores are all alike says nothing about any order: 0 throughout.
+        said. A query whose known scores are all alike says nothing about any order: 0 throughout.
     """
     values = np.array(scores, np.float32)
     values[evidence.barred()] = np.nan
-    heard = np.isfinite(values)
+    has_score = np.isfinite(values)
     if form == "normal":
-        return _quantiles_of_ranks(values, heard), heard
-    np.copyto(values, 0, where=~heard)
-    count = np.maximum(heard.sum(axis=1, keepdims=True), 1)
+        return _rank_quantiles(values, has_score), has_score
+    np.copyto(values, 0, where=~has_score)
+    count = np.maximum(has_score.sum(axis=1, keepdims=True), 1)
     mean = values.sum(axis=1, keepdims=True, dtype=np.float64) / count
     values -= mean.astype(np.float32)
-    values *= heard
+    values *= has_score
     spread = np.sqrt(np.square(values, dtype=np.float64).sum(axis=1, keepdims=True) / count)
     # Scores that are equal on paper differ in their last bits; that is no opinion.
     alike = spread <= 1e-6 * np.abs(mean) + 1e-30
     values *= np.where(alike, 0, 1 / np.where(alike, 1, spread)).astype(np.float32)
     match form:
         case "z":
-            return values, heard
+            return values, has_score
         case "damped":
             size = np.abs(values)
-            return np.copysign(np.log1p(size, out=size), values, out=values), heard
+            return np.copysign(np.log1p(size, out=size), values, out=values), has_score
         case _:
             assert_never(form)
 
 
-def _quantiles_of_ranks(values: NDArray[np.float32], heard: NDArray[np.bool_]) -> NDArray[np.float32]:
+def _rank_quantiles(values: NDArray[np.float32], has_score: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Return the normal quantile of each mid-rank among what was heard, (q, N); 0 elsewhere."""
     quantiles = np.zeros_like(values)
-    np.copyto(values, np.inf, where=~heard)  # behind all that was said; NaN would do, at ten times the time to sort
-    for own, known, found in zip(values, heard, quantiles, strict=True):
+    np.copyto(values, np.inf, where=~has_score)  # behind all that was said; NaN would do, at ten times the time to sort
+    for own, known, found in zip(values, has_score, quantiles, strict=True):
         count = int(np.count_nonzero(known))
         order = np.argsort(own)[:count]
         ordered = own[order]
@@ -328,9 +330,9 @@ def _total(
 ) -> NDArray[np.float32]:
     """Add up what scorers say; NaN where none was heard."""
     total, known = np.zeros(shape, np.float32), np.zeros(shape, bool)
-    for part, heard in parts:
+    for part, has_score in parts:
         total += part
-        known |= heard
+        known |= has_score
     np.copyto(total, np.nan, where=~known)
     return total
 
@@ -339,7 +341,7 @@ class _Fit(Generic[Key]):
     """The conditional logit over sampled candidates: one number per cell and term, and the solver.
 
     Maximises the mean of ln(share of the answer + doubt) under a normal prior of fixed spread around the best single
-    scorer, which matters for few questions and fades with many.
+    scorer, which matters for few queries and fades with many.
 
     Args:
         singles: per scorer (Q,) NDCG@10 by itself.
@@ -352,7 +354,7 @@ class _Fit(Generic[Key]):
         self.form = form
         self._singles = singles
         self._terms = terms
-        self._sampled = sampled
+        self._sample_groups = sampled
         names = tuple(dict.fromkeys(name for name, _ in terms))
         columns = np.empty((len(terms), len(sampled.rows)), np.float32)
         silence = np.zeros((len(names), len(sampled.rows)), np.float32)
@@ -362,35 +364,35 @@ class _Fit(Generic[Key]):
             rows, items = sampled.rows[cells] - block.start, sampled.columns[cells]
             gates = _Gates(here)
             for place, name in enumerate(names):
-                values, heard = comparable(scores[name][block], here, form)
-                silence[place, cells] = _silent(heard, here)[rows, items]
+                values, has_score = make_comparable(scores[name][block], here, form)
+                silence[place, cells] = _find_missing(has_score, here)[rows, items]
                 for term, (scorer, gate) in enumerate(terms):
                     if scorer == name:
                         factor = np.broadcast_to(gates.of(gate, values), values.shape)
                         columns[term, cells] = factor[rows, items] * values[rows, items]
-        # A scorer that is never silent has no silence to weigh.
-        self._silent = [name for place, name in enumerate(names) if silence[place].any()]
+        # A scorer that is never without a score has no silence to weigh.
+        self._find_missing = [name for place, name in enumerate(names) if silence[place].any()]
         self._cells = np.concatenate([columns, silence[silence.any(axis=1)]])  # (P, M)
         self._precision = np.full(len(self._cells), _AWAY_SPREAD**-2.0)
-        self._bounds = [(0.0, None)] * len(terms) + [(None, 0.0)] * len(self._silent)
+        self._bounds = [(0.0, None)] * len(terms) + [(None, 0.0)] * len(self._find_missing)
 
     def solve(self, chosen: NDArray[np.bool_]) -> tuple[dict[Key, dict[Gate, float]], dict[Key, float]]:
-        """Return weights and silence fitted on the chosen questions: (Q,) bool."""
+        """Return weights and silence fitted on the chosen queries: (Q,) bool."""
         best = max(
             (place for place, (_, gate) in enumerate(self._terms) if gate == "always"),
             key=lambda place: float(self._singles[self._terms[place][0]][chosen].mean()),
         )
         centre = np.zeros(len(self._cells))
         alone = np.array([_WEIGHT_SPREAD**-2.0])
-        (centre[best],) = conditional_logit(
-            self._cells[[best]], self._sampled, chosen, alone, [(0.0, None)], np.zeros(1)
+        (centre[best],) = fit_conditional_logit(
+            self._cells[[best]], self._sample_groups, chosen, alone, [(0.0, None)], np.zeros(1)
         )
-        theta = conditional_logit(self._cells, self._sampled, chosen, self._precision, self._bounds, centre)
+        theta = fit_conditional_logit(self._cells, self._sample_groups, chosen, self._precision, self._bounds, centre)
         weights: dict[Key, dict[Gate, float]] = {}
         for (name, gate), value in zip(self._terms, theta, strict=False):
             if value > _NEGLIGIBLE:
                 weights.setdefault(name, {})[gate] = float(value)
-        silence = dict(zip(self._silent, map(float, theta[len(self._terms) :]), strict=True))
+        silence = dict(zip(self._find_missing, map(float, theta[len(self._terms) :]), strict=True))
         # A scorer without any weight is not asked at all, so neither is its silence.
         return weights, {name: value for name, value in silence.items() if name in weights}
 
@@ -400,7 +402,7 @@ def _ranks(scores: NDArray[np.float32], answers: NDArray[np.int64], evidence: Ev
     return metrics.midranks(scores, answers, barred)
 
 
-def _picked(ranks: Mapping[Key, NDArray[np.float64]], fold_of: NDArray[np.int64]) -> NDArray[np.float64]:
+def _rank_selected(ranks: Mapping[Key, NDArray[np.float64]], fold_of: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the ranks by the scorer that is best on the other folds."""
     found = np.empty(len(fold_of))
     for fold in np.unique(fold_of):
@@ -420,7 +422,7 @@ def _beyond_noise(ranks: NDArray[np.float64], than: NDArray[np.float64], labels:
 
 
 def _difference(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the mean of a - b and its standard error, clusters being what is independent (ratio estimator)."""
+    """Return the mean of a - b and its standard error, groups being what is independent (ratio estimator)."""
     gain = float((a - b).mean())
     sums, sizes = np.bincount(labels, weights=a - b), np.bincount(labels)
     count = len(sums)
@@ -430,8 +432,8 @@ def _difference(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[
     return gain, float(error)
 
 
-def _sampled(labels: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return rows of whole clusters, ascending, at most `limit` of them (or one cluster)."""
+def _sample_groups(labels: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return rows of whole groups, ascending, at most `limit` of them (or one group)."""
     if len(labels) <= limit:
         return np.arange(len(labels))
     order = rng.permutation(labels.max() + 1)

@@ -18,7 +18,7 @@ from scipy import sparse
 
 from peft_combo import metrics
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.completion import CompletionHead, target_vectors
 from peft_combo.errors import PeftComboError
 from peft_combo.recommender.category_calibration import Calibration
@@ -33,9 +33,9 @@ from peft_combo.recommender.fitted_scorers import (
     FittedHead,
     FittedScorer,
     ItemVectors,
-    ensemble_of,
-    past_of,
-    rating_of,
+    build_ensemble,
+    build_past,
+    build_rating,
 )
 from peft_combo.recommender.scorer_id import (
     ALIKE,
@@ -105,7 +105,7 @@ class _Past:
     setting: str = ""
 
     def fit(self) -> Fitted:
-        return past_of(self.known, neighbours=self.neighbours)
+        return build_past(self.known, neighbours=self.neighbours)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ class _Rating:
     setting: str
 
     def fit(self) -> Fitted:
-        return rating_of(self.known, self.name, self.setting)
+        return build_rating(self.known, self.name, self.setting)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +124,14 @@ class _Ensemble:
     setting: str
 
     def fit(self) -> Fitted:
-        return ensemble_of(self.known, self.setting)
+        return build_ensemble(self.known, self.setting)
 
 
-def families(known: Known, owners: set[str], seed: int) -> dict[ScorerId, list[Setting]]:
+def list_scorers(known: Known, owners: set[str], seed: int) -> dict[ScorerId, list[Setting]]:
     """Name the scorers, and for each the settings that validation chooses from; nothing is fitted yet.
 
     Args:
-        owners: groups of the questions that will be asked; what reads a user's past is named only where it knows one.
+        users: groups of the queries that will be asked; what reads a user's past is named only where it knows one.
     """
 
     def counting(scorer: Scorer, setting: str = "") -> list[Setting]:
@@ -199,11 +199,11 @@ def families(known: Known, owners: set[str], seed: int) -> dict[ScorerId, list[S
 
 
 @dataclass(frozen=True, eq=False)
-class Picked:
+class SelectedScorer:
     """A scorer in the setting that is best on validation.
 
     Attributes:
-        scores: (Q, N) of the validation questions. ndcg: NDCG@10 of them.
+        scores: (Q, N) of the validation queries. ndcg: NDCG@10 of them.
     """
 
     setting: str
@@ -212,36 +212,36 @@ class Picked:
     ndcg: float
 
 
-def pick(choices: Sequence[Setting], valid: Questions) -> Picked:
+def select_setting(choices: Sequence[Setting], valid: Queries) -> SelectedScorer:
     """Return the setting with the best NDCG@10 on validation, the first of equals."""
-    best: Picked | None = None
+    best: SelectedScorer | None = None
     for choice in choices:
         fitted = choice.fit()
-        scores = np.concatenate([fitted(part) for part in blocks(valid)])
+        scores = np.concatenate([fitted(part) for part in split_blocks(valid)])
         value = _ndcg(scores, valid)
         if best is None or value > best.ndcg:
-            best = Picked(choice.setting, fitted, scores, value)
+            best = SelectedScorer(choice.setting, fitted, scores, value)
     assert best is not None
     return best
 
 
-def picked_all(
+def select_settings(
     found: Mapping[ScorerId, Sequence[Setting]],
-    valid: Questions,
+    valid: Queries,
     known: Known,
     seed: int,
     done: Callable[[str], None],
     notes: list[str],
-) -> dict[ScorerId, Picked]:
+) -> dict[ScorerId, SelectedScorer]:
     """Pick a setting for each scorer; one that cannot be fitted is left out with a note.
 
     Where adapters are bound to categories, what they say together is calibrated here: its validation scores come from
-    calibrations that were fitted without the question's group, so the fusion judges it like any other.
+    calibrations that were fitted without the query's group, so the fusion judges it like any other.
     """
-    chosen: dict[ScorerId, Picked] = {}
+    chosen: dict[ScorerId, SelectedScorer] = {}
     for name, choices in found.items():
         try:
-            chosen[name] = pick(choices, valid)
+            chosen[name] = select_setting(choices, valid)
         except PeftComboError as error:
             notes.append(f"{name}: left out. {error}")
         done(str(name))
@@ -251,42 +251,44 @@ def picked_all(
             f"{ENSEMBLE}: encodes the catalogue {k} times; a question costs {k} products with it ({_SCORES}) or one "
             f"({_VECTORS})"
         )
-    if known.areas is not None:
+    if known.coverage is not None:
         heads = {name: chosen[ScorerId("tuned BERT", name)] for name in known.tuned}
         scores = {name: one.scores for name, one in heads.items()}
         calibration, crossed = Calibration.fit(
-            scores, known.areas, valid.targets, valid.contexts, valid.clusters, seed=seed
+            scores, known.coverage, valid.targets, valid.contexts, valid.groups, seed=seed
         )
         fitted_heads = {name: one.fitted for name, one in heads.items() if isinstance(one.fitted, FittedHead)}
-        fitted = FittedCategories(fitted_heads, known.areas, calibration)
-        chosen[BY_CATEGORY] = Picked("calibrated", fitted, crossed, _ndcg(crossed, valid))
+        fitted = FittedCategories(fitted_heads, known.coverage, calibration)
+        chosen[BY_CATEGORY] = SelectedScorer("calibrated", fitted, crossed, _ndcg(crossed, valid))
         done(str(BY_CATEGORY))
     return chosen
 
 
-def best_text(picked: Mapping[ScorerId, Picked]) -> ScorerId | None:
+def select_text_scorer(selected: Mapping[ScorerId, SelectedScorer]) -> ScorerId | None:
     """Return the scorer of adapters tuned on bundles that is best on validation; None where there is none."""
-    tuned = [scorer for scorer in picked if scorer.reads_bundle_adapters]
-    return max(tuned, key=lambda scorer: picked[scorer].ndcg, default=None)
+    tuned = [scorer for scorer in selected if scorer.reads_bundle_adapters]
+    return max(tuned, key=lambda scorer: selected[scorer].ndcg, default=None)
 
 
-def asked(dataset: Dataset, rows: NDArray[np.int32], limit: int, seed: int, name: str, notes: list[str]) -> Questions:
-    """Make the questions of some bundles, at most about `limit` of them."""
+def make_queries(
+    dataset: Dataset, rows: NDArray[np.int32], limit: int, seed: int, name: str, notes: list[str]
+) -> Queries:
+    """Make the queries of some bundles, at most about `limit` of them."""
     sizes = dataset.bundles.sizes[rows]
     if sizes.sum() > limit:
         order = np.random.default_rng(seed).permutation(len(rows))
         kept = max(1, int(np.searchsorted(np.cumsum(sizes[order]), limit, side="right")))
         notes.append(f"{name}: {kept:,} of {len(rows):,} bundles were sampled, {limit:,} questions at most")
         rows = rows[np.sort(order[:kept])]
-    return Questions.of(dataset.bundles, rows)
+    return Queries.of(dataset.bundles, rows)
 
 
-def blocks(questions: Questions) -> Iterator[Questions]:
-    """Cut questions into parts whose scores fit memory with ease."""
-    for start in range(0, len(questions), _QUERY_BLOCK):
-        yield questions.take(slice(start, start + _QUERY_BLOCK))
+def split_blocks(queries: Queries) -> Iterator[Queries]:
+    """Cut queries into parts whose scores fit memory with ease."""
+    for start in range(0, len(queries), _QUERY_BLOCK):
+        yield queries.take(slice(start, start + _QUERY_BLOCK))
 
 
-def _ndcg(scores: NDArray[np.float32], valid: Questions) -> float:
+def _ndcg(scores: NDArray[np.float32], valid: Queries) -> float:
     ranks = metrics.midranks(scores, valid.targets, valid.excluded())
     return float(metrics.per_query(ranks, "ndcg@10").mean())

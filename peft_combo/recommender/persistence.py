@@ -39,9 +39,9 @@ from peft_combo.recommender.fitted_scorers import (
     FittedCategories,
     FittedHead,
     FittedScorer,
-    ensemble_of,
-    past_of,
-    rating_of,
+    build_ensemble,
+    build_past,
+    build_rating,
 )
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.recommender import BundleRecommender
@@ -236,7 +236,7 @@ def _rebuild(
     progress: Callable[[int], None] | None,
 ) -> FitState:  # fmt: skip
     side = text_knowledge(dataset, bank, tuple(manifest.adapters), manifest.text, cache, progress)
-    known = Known.of(dataset, None, None, manifest.text, side.frozen, side.tuned, side.areas, side.rated)
+    known = Known.of(dataset, None, None, manifest.text, side.frozen, side.tuned, side.coverage, side.rated)
     heads = {name: FittedHead.of(vectors, head) for name, (vectors, head) in side.tuned.items()}
     settings = {_parse_label(label): setting for label, setting in manifest.settings.items()}
     files = {_parse_label(label): file for label, file in manifest.scorers.items()}
@@ -246,15 +246,15 @@ def _rebuild(
             case ScorerId("tuned BERT", str(adapter)):
                 return heads[adapter]
             case ScorerId("tuned by category"):
-                if side.areas is None or manifest.calibration is None:
+                if side.coverage is None or manifest.calibration is None:
                     raise ValueError(f"{scorer} needs adapters of categories and their calibration")
-                return FittedCategories(heads, side.areas, Calibration.from_state(manifest.calibration))
+                return FittedCategories(heads, side.coverage, Calibration.from_state(manifest.calibration))
             case ScorerId("ensemble"):
-                return ensemble_of(known, settings[scorer])
+                return build_ensemble(known, settings[scorer])
             case ScorerId("rated", str(adapter)):
-                return rating_of(known, adapter, settings[scorer])
+                return build_rating(known, adapter, settings[scorer])
             case ScorerId("bought before" | "users alike"):
-                return past_of(known, neighbours=scorer.kind == "users alike")
+                return build_past(known, neighbours=scorer.kind == "users alike")
             case _:
                 return FittedScorer(_scorer(folder, files[scorer], len(dataset.catalog)))
 
@@ -264,7 +264,7 @@ def _rebuild(
     text_side: Fitted = FittedHead.untuned(side.frozen)
     if text_scorer is not None:
         text_side = serving[text_scorer] if text_scorer in serving else rebuild_scorer(text_scorer)
-    neighbours = None if manifest.weighed_past or not known.user_rows else past_of(known, neighbours=True)
+    neighbours = None if manifest.weighed_past or not known.user_rows else build_past(known, neighbours=True)
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours, Weights(**manifest.weights),
         manifest.split, manifest.notes,

@@ -27,7 +27,7 @@ _BUDGET = re.compile(
 
 
 @dataclass(frozen=True)
-class Wish:
+class QueryItem:
     """One thing a query asks for.
 
     Attributes:
@@ -42,26 +42,26 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Understood:
+class ParsedQuery:
     """A query taken apart.
 
     Attributes:
         text: the query without the words on money.
-        wishes: what it names, in order; each name once.
+        query items: what it names, in order; each name once.
         budget: what all of it may cost; None where nothing is said.
     """
 
     text: str
-    wishes: tuple[Wish, ...]
+    items: tuple[QueryItem, ...]
     budget: float | None
 
     def __str__(self) -> str:
-        told = [f"{wish.name} ({wish.type})" for wish in self.wishes]
+        told = [f"{item.name} ({item.type})" for item in self.items]
         told += [] if self.budget is None else [f"budget {self.budget:g}"]
         return ", ".join(told) or "no thing that a tag names"
 
 
-def understand(query: str, tagger: Tagger) -> Understood:
+def parse_query(query: str, tagger: Tagger) -> ParsedQuery:
     """Take a query apart: what it names, which words belong to which, and a budget ("under 200") where it says one.
 
     The words before a thing are its own; those between two things are parted at "with", "and" or a comma, and belong to
@@ -72,14 +72,14 @@ def understand(query: str, tagger: Tagger) -> Understood:
     text = query if amount is None else f"{query[: amount.start()]} {query[amount.end() :]}"
     text = " ".join(text.split())
     found = [one for one in tagger([text])[0] if one.text.strip()]
-    wishes: dict[str, Wish] = {}
+    items: dict[str, QueryItem] = {}
     for one, (start, end) in zip(found, _clauses(text, found), strict=True):
         name = one.text.casefold()
-        wishes.setdefault(name, Wish(name, one.type, text[start:end].strip(" ,;.")))
-    return Understood(text, tuple(wishes.values()), budget)
+        items.setdefault(name, QueryItem(name, one.type, text[start:end].strip(" ,;.")))
+    return ParsedQuery(text, tuple(items.values()), budget)
 
 
-def same_thing(name: str, other: str) -> bool:
+def is_same_noun(name: str, other: str) -> bool:
     """Say whether two names end in the same noun, in singular or plural: "ankle boots" and "a boot"."""
     one, two = (words.casefold().split()[-1:] for words in (name, other))
     return bool(one and two) and (one == two or plural(one[0]) == two[0] or plural(two[0]) == one[0])

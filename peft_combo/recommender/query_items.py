@@ -13,57 +13,57 @@ from numpy.typing import NDArray
 
 from peft_combo.data.labels.tags import Tagger, head_entity
 from peft_combo.encoder.bank import AdapterBank
-from peft_combo.recommender.query import Wish, same_thing
+from peft_combo.recommender.query import QueryItem, is_same_noun
 
-# Items whose titles are read for a wish: so many most like its words, and so many most like its name alone.
+# Items whose titles are read for a query item: so many most like its words, and so many most like its name alone.
 _READ = 128
 
 
 @dataclass(frozen=True, eq=False)
 class QueryMatch:
-    """The items that answer a wish, the likest first, and the cosine of every item with its words (N,).
+    """The items that answer a query item, the likest first, and the cosine of every item with its words (N,).
 
     Attributes:
-        named: whether the items are called as the wish is; where none is, those of its type answer.
+        named: whether the items are called as the query item is; where none is, those of its type answer.
     """
 
-    wish: Wish
+    item: QueryItem
     named: bool
     rows: NDArray[np.int64]
     likeness: NDArray[np.float32]
 
 
 def match_items(
-    wishes: Sequence[Wish], tagger: Tagger, bank: AdapterBank, titles: Sequence[str], vectors: NDArray[np.float32]
+    items: Sequence[QueryItem], tagger: Tagger, bank: AdapterBank, titles: Sequence[str], vectors: NDArray[np.float32]
 ) -> list[QueryMatch]:
-    """Find the items that answer each wish by what their titles name; a wish that none answers is left out.
+    """Find the items that answer each query item by what their titles name; a query item that none answers is left out.
 
     Args:
         titles: of N items. vectors: (N, D) of the frozen encoder.
     """
-    if not wishes:
+    if not items:
         return []
-    asked = bank.encode([text for wish in wishes for text in (wish.text, wish.name)], None)
+    asked = bank.encode([text for item in items for text in (item.text, item.name)], None)
     alike = vectors @ asked.T  # (N, D) @ (D, 2 W) -> (N, 2 W)
     matches = []
-    for place, wish in enumerate(wishes):
+    for place, item in enumerate(items):
         likeness, by_name = alike[:, 2 * place], alike[:, 2 * place + 1]
         read = np.array(
             list(dict.fromkeys([*select_largest(likeness, _READ), *select_largest(by_name, _READ)])), np.int64
         )
         texts = [titles[row] for row in read]
         heads = [head_entity(title, own) for title, own in zip(texts, tagger(texts), strict=True)]
-        typed = np.array([head is not None and head.type == wish.type for head in heads])
-        named = typed & [head is not None and same_thing(head.text, wish.name) for head in heads]
+        typed = np.array([head is not None and head.type == item.type for head in heads])
+        named = typed & [head is not None and is_same_noun(head.text, item.name) for head in heads]
         rows = read[named if named.any() else typed]
         if len(rows):
             order = np.argsort(-likeness[rows], kind="stable")
-            matches.append(QueryMatch(wish, bool(named.any()), rows[order], likeness))
+            matches.append(QueryMatch(item, bool(named.any()), rows[order], likeness))
     return matches
 
 
 def apply_matches(likeness: NDArray[np.float32], matches: Sequence[QueryMatch]) -> NDArray[np.float32]:
-    """Put the likeness to the words of a wish in place of that to the whole query, for items that answer one: (N,)."""
+    """Put the likeness to a query item in place of that to the whole query, for items that answer one: (N,)."""
     own = np.full_like(likeness, -np.inf)
     for one in matches:
         own[one.rows] = np.maximum(own[one.rows], one.likeness[one.rows])

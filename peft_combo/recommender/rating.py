@@ -1,6 +1,6 @@
 """A rating adapter at work: how likely owners are to take each item, from what they took and what lies beside it.
 
-Owns how a head is put over a catalogue and the interactions that may be seen there, and how it answers the questions
+Owns how a head is put over a catalogue and the interactions that may be seen there, and how it answers the queries
 that completions are measured by. Knows nothing of tuning, fusion or stores.
 """
 
@@ -15,7 +15,7 @@ from scipy.special import expit
 
 from peft_combo.data.events import Events
 from peft_combo.data.model import Dataset, Interactions
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.completion import target_vectors
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import DataError, did_you_mean
@@ -75,16 +75,16 @@ class FittedRating:
     """A rating adapter as a scorer of completions; silent where there is nothing to tell from.
 
     Attributes:
-        beside: whether the items of the question count as taken last, before the owner's past; else the past alone
+        beside: whether the items of the query count as taken last, before the owner's past; else the past alone
             speaks.
     """
 
     rater: Rater
     beside: bool
 
-    def __call__(self, questions: Questions) -> NDArray[np.float32]:
-        pasts = self.rater.pasts(questions.clusters)
-        return self.rater(after(questions.contexts, pasts, self.rater.head.config.history) if self.beside else pasts)
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
+        pasts = self.rater.pasts(queries.groups)
+        return self.rater(after(queries.contexts, pasts, self.rater.head.config.history) if self.beside else pasts)
 
 
 def after(latest: NDArray[np.int64], pasts: NDArray[np.int64], longest: int) -> NDArray[np.int64]:

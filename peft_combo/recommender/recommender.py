@@ -16,7 +16,7 @@ from scipy import sparse
 
 from peft_combo.data.labels.tags import Tagger
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
@@ -24,13 +24,13 @@ from peft_combo.errors import DataError, did_you_mean
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, co_counts
-from peft_combo.recommender.composing.options import Options, Wished
+from peft_combo.recommender.composing.options import OneOf, Options
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_item
 from peft_combo.recommender.fit_state import FitState, fit_scorers
 from peft_combo.recommender.fitted_scorers import beside
-from peft_combo.recommender.fusion import comparable
-from peft_combo.recommender.query import understand
+from peft_combo.recommender.fusion import make_comparable
+from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import QueryMatch, apply_matches, match_items, select_largest
 from peft_combo.recommender.results import Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import ScorerId
@@ -151,7 +151,7 @@ class BundleRecommender:
         Args:
             items: outside ids every bundle keeps.
             query: what is looked for, in words.
-            tagger: takes the query apart (`query.understand`): every bundle then holds one item for each thing it
+            tagger: takes the query apart (`query.parse_query`): every bundle then holds one item for each thing it
                 names and the catalogue has, found by the words on that thing, and a budget it states counts where the
                 constraints have none. None compares items with the query as a whole; so do substitutes.
             required, forbidden: names of slots.
@@ -167,18 +167,18 @@ class BundleRecommender:
         matches: list[QueryMatch] = []
         if query is not None:
             if tagger is not None:
-                understood = understand(query, tagger)
-                constraints, query = _add_budget(constraints or Constraints(), understood.budget), understood.text
+                parsed = parse_query(query, tagger)
+                constraints, query = _add_budget(constraints or Constraints(), parsed.budget), parsed.text
                 if options is None or options.mode == "complement":
                     titles = self.dataset.catalog.titles
-                    matches = match_items(understood.wishes, tagger, self.bank, titles, self._frozen)
+                    matches = match_items(parsed.items, tagger, self.bank, titles, self._frozen)
             relevance.append(apply_matches(self._compare_text(query), matches))
         composer = self._composer
         if required is not None or forbidden is not None:
             edited = self.templates.with_rules(required=required, forbidden=forbidden)
             composer = composer.with_templates(edited)
         composed = composer.compose(
-            context, wished=[Wished(one.wish.name, one.rows) for one in matches], relevance=_sum_standard(relevance),
+            context, one_of=[OneOf(one.item.name, one.rows) for one in matches], relevance=_sum_standard(relevance),
             compatibility=self._score_beside, constraints=constraints, options=options,
         )  # fmt: skip
         return self._describe(composed, fused, explain, matches)
@@ -257,21 +257,21 @@ class BundleRecommender:
         if user is not None:
             self._find_user(user)
         query = _make_queries(context[None], user)
-        fused, parts = self.state.fusion.explained(self._score_parts(query), self.state.known.evidence(query))
+        fused, parts = self.state.fusion.explain(self._score_parts(query), self.state.known.evidence(query))
         scores: NDArray[np.float32] = self._add_neighbours(fused, query)[0]
         return FusedScores(scores, {scorer: part[0] for scorer, part in parts.items()})
 
-    def _score_parts(self, queries: Questions) -> dict[ScorerId, NDArray[np.float32]]:
+    def _score_parts(self, queries: Queries) -> dict[ScorerId, NDArray[np.float32]]:
         return {scorer: self.state.serving[scorer](queries) for scorer in self.state.fusion.needs}
 
-    def _add_neighbours(self, scores: NDArray[np.float32], queries: Questions) -> NDArray[np.float32]:
+    def _add_neighbours(self, scores: NDArray[np.float32], queries: Queries) -> NDArray[np.float32]:
         """Add what users alike took to fused scores (Q, N), where the fusion could not weigh that itself."""
-        if self.state.neighbours is None or not any(queries.clusters):
+        if self.state.neighbours is None or not any(queries.groups):
             return scores
         evidence = self.state.known.evidence(queries)
-        neighbours, heard = comparable(self.state.neighbours(queries), evidence, self.state.fusion.form)
+        neighbours, has_score = make_comparable(self.state.neighbours(queries), evidence, self.state.fusion.form)
         # Not a weight that was fitted: as much as any one scorer. What neighbours cannot say changes nothing.
-        return np.where(heard, scores + neighbours, scores).astype(np.float32)
+        return np.where(has_score, scores + neighbours, scores).astype(np.float32)
 
     def _score_beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return beside(self.state.text_side, sets, rows)
@@ -332,10 +332,10 @@ class BundleRecommender:
         ]
 
 
-def _make_queries(contexts: NDArray[np.int64], user: str | None) -> Questions:
+def _make_queries(contexts: NDArray[np.int64], user: str | None) -> Queries:
     """Return queries of one user, or of none: (Q, S) rows."""
     none = np.zeros(len(contexts), np.int64)
-    return Questions(contexts, none, np.array([user or ""] * len(contexts)), none)
+    return Queries(contexts, none, np.array([user or ""] * len(contexts)), none)
 
 
 def _add_budget(constraints: Constraints, budget: float | None) -> Constraints:

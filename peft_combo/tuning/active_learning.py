@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax, xlogy
 
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Questions, padded
+from peft_combo.data.queries import Queries, padded
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.heads.classification import ClassificationHead
@@ -141,7 +141,7 @@ def suggest_bundles(
     fresh = [rows for items, rows in candidates.items() if items not in known]
     if not fresh:
         return []
-    questions = Questions.leave_one_out(fresh, [""] * len(fresh))
+    questions = Queries.leave_one_out(fresh, [""] * len(fresh))
     asked = np.concatenate(
         [
             _compute_completion_entropies(head, vectors, targets, questions.take(slice(start, start + _ASKED_AT_ONCE)))
@@ -237,7 +237,7 @@ def _compose_pairs(
 
 
 def _compute_completion_entropies(
-    head: BundleHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], questions: Questions
+    head: BundleHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], questions: Queries
 ) -> NDArray[np.float64]:
     """Return how unsure the head is of what completes each context: (Q,)."""
     logits = completion_scores(head, vectors, targets, questions.contexts) * float(step_scale(head))

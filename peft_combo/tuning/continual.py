@@ -26,7 +26,7 @@ from peft_combo.callbacks import Watch
 from peft_combo.data.join import joined
 from peft_combo.data.leakage import split_problem
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.encoder.backbone import Backbone
@@ -362,13 +362,13 @@ def _promote(
 def _compare_versions(
     run: Continuation, pair: list[LiveAdapter], vectors: list[NDArray[np.float32]], name: str
 ) -> VersionComparison:
-    questions = Questions.of(run.dataset.bundles, run.exams[name])
+    questions = Queries.of(run.dataset.bundles, run.exams[name])
     ndcg, rows = [], []
     for live, encoded in zip(pair, vectors, strict=True):
         assert isinstance(live.head, BundleHead)  # `load_start` has refused any other
         ranks = completion_ranks(live.head, encoded, questions)
         ndcg.append(metrics.per_query(ranks, METRIC))
-        rows.append(completion_row(live.reference, ranks, questions.clusters))
+        rows.append(completion_row(live.reference, ranks, questions.groups))
     before, after = ndcg
-    gain = Gain.between(before, after, questions.clusters)
-    return VersionComparison(name, len(questions), len(set(questions.clusters.tolist())), rows[0], rows[1], gain)
+    gain = Gain.between(before, after, questions.groups)
+    return VersionComparison(name, len(questions), len(set(questions.groups.tolist())), rows[0], rows[1], gain)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from peft_combo import metrics
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.base import TaskHead, rebuilt
 from peft_combo.metrics.report import Row
 from peft_combo.recipe.task import BundleTask, CompletionTask
@@ -166,7 +166,7 @@ def context_queries(head: CompletionHead, vectors: NDArray[np.float32], contexts
     return head.query(items, sets)
 
 
-def completion_ranks(head: CompletionHead, vectors: NDArray[np.float32], questions: Questions) -> NDArray[np.float64]:
+def completion_ranks(head: CompletionHead, vectors: NDArray[np.float32], questions: Queries) -> NDArray[np.float64]:
     """Rank each answer among the whole catalogue without its context; ties at mid-rank.
 
     Args:

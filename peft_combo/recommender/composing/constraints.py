@@ -64,7 +64,7 @@ class Constraints:
             raise DataError(f"size must be (fewest, most) with 1 <= fewest <= most, found {self.size}.")
 
 
-class Shelf:
+class CatalogIndex:
     """The catalogue as constraints read it: prices in whole cents, columns of text as numbers."""
 
     def __init__(self, catalog: Catalog) -> None:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.data.model import Catalog
+from peft_combo.recommender.composing.objective import ScoredBundle
 from peft_combo.recommender.composing.options import Rows
+from peft_combo.recommender.composing.search_space import SlottedCatalog
 from peft_combo.recommender.composing.slots import SlotRule
 from peft_combo.scoring.base import SparseRows
 
@@ -65,6 +69,62 @@ class Composition:
     evidence: tuple[ItemEvidence, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class EvidenceSource:
+    """What the evidence of a bundle is taken from.
+
+    Attributes:
+        vectors: (N, D) for likeness between items; None knows none.
+        history: (B, N) training bundles in columns; None counts none.
+    """
+
+    slotted: SlottedCatalog
+    vectors: NDArray[np.float32] | None
+    history: Any
+
+    def describe(self, context: tuple[int, ...], scored: ScoredBundle) -> Composition:
+        """Return a scored bundle with the evidence of each added item."""
+        slotted = self.slotted
+        items = sorted((*context, *scored.added), key=lambda row: (slotted.slot_places[slotted.slot_of[row]], row))
+        cents = slotted.index.cents[items]
+        shares = {row: (scored.relevance[i], scored.compatibility[i]) for i, row in enumerate(scored.added)}
+        added = tuple(row for row in items if row in shares)
+        return Composition(
+            items=tuple(items),
+            added=added,
+            score=scored.score,
+            parts=scored.parts,
+            slots=tuple(slotted.name_slot(row) for row in items),
+            price=float("nan") if (cents < 0).any() else int(cents.sum()) / 100,
+            evidence=tuple(self._find_evidence(row, context, items, *shares[row]) for row in added),
+        )
+
+    def _find_evidence(
+        self, row: int, context: tuple[int, ...], items: list[int], relevance: float, compatibility: float
+    ) -> ItemEvidence:
+        slotted = self.slotted
+        others = np.array([other for other in (context or items) if other != row], np.int64)
+        slot = int(slotted.slot_of[row])
+        counts = np.zeros(len(others), np.int64) if self.history is None else co_counts(self.history, row, others)
+        cosines = None if self.vectors is None else self.vectors[others] @ self.vectors[row]
+        best = max(range(len(others)), key=lambda i: (counts[i], 0 if cosines is None else cosines[i]), default=None)
+        if best is not None and counts[best] == 0 and (cosines is None or cosines[best] <= 0):
+            best = None
+        given = {int(slotted.slot_of[other]) for other in items if other != row} - {slot}
+        rules = [rule for other in sorted(given) if (rule := slotted.templates.rule(other, slot)) is not None]
+        return ItemEvidence(
+            row=row,
+            slot=slotted.templates.names[slot],
+            relevance=relevance,
+            compatibility=compatibility,
+            partner=None if best is None else int(others[best]),
+            partner_count=0 if best is None else int(counts[best]),
+            partner_similarity=None if best is None or cosines is None else float(cosines[best]),
+            shared=_find_shared(slotted.index.catalog, row, others),
+            rule=max(rules, key=lambda rule: (rule.confidence, rule.support), default=None),
+        )
+
+
 def co_counts(history: SparseRows, item: int, context: Sequence[int] | Rows) -> Rows:
     """Count the rows of the history that hold both an item and each item of the context.
 
@@ -82,3 +142,12 @@ def co_counts(history: SparseRows, item: int, context: Sequence[int] | Rows) -> 
         for other in np.asarray(context, np.int64).tolist()
     ]
     return np.array(counts, np.int64)
+
+
+def _find_shared(catalog: Catalog, row: int, others: Rows) -> tuple[tuple[str, str], ...]:
+    agreed = []
+    for name, values in catalog.attributes.items():
+        value = values[row]
+        if name != "stock" and value is not None and any(values[other] == value for other in others.tolist()):
+            agreed.append((name, value))
+    return tuple(agreed)

@@ -11,19 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo import metrics
-from peft_combo.data.queries import Questions
+from peft_combo.data.queries import Queries
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.options import Weights
 from peft_combo.recommender.fitted_scorers import Fitted
-from peft_combo.recommender.model_selection import blocks
+from peft_combo.recommender.model_selection import split_blocks
 
 SLOTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 COMPATIBILITY = (0.0, 0.5, 1.0)
-_QUESTIONS = 500
+_QUERIES = 500
 
 
 def fit_weights(
-    composer: Composer, valid: Questions, relevance: Fitted, compatibility: Fitted | None, *, seed: int = 0
+    composer: Composer, valid: Queries, relevance: Fitted, compatibility: Fitted | None, *, seed: int = 0
 ) -> Weights:
     """Choose how much slots and compatibility count beside relevance, which counts 1.
 
@@ -32,14 +32,14 @@ def fit_weights(
 
     Args:
         composer: with templates of training bundles; its own weights do not matter.
-        valid: validation questions; of more than 500 a seeded sample is asked.
+        valid: validation queries; of more than 500 a seeded sample is asked.
         relevance, compatibility: what the composer will be given, fitted on training bundles.
     """
-    questions = valid.sample(_QUESTIONS, seed)
+    queries = valid.sample(_QUERIES, seed)
     grid = list(itertools.product(SLOTS, COMPATIBILITY if compatibility is not None else COMPATIBILITY[-1:]))
     found: list[list[NDArray[np.float64]]] = [[] for _ in grid]
-    for part in blocks(questions):
-        own = composer.completions(
+    for part in split_blocks(queries):
+        own = composer.score_completions(
             [row[row >= 0] for row in part.contexts], relevance(part),
             None if compatibility is None else compatibility(part),
         )  # fmt: skip

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.recommender.composing.options import Compatibility, Options, Rows, Weights, _among, _scores
-from peft_combo.recommender.composing.slots import SlotTemplates
+from peft_combo.recommender.composing.search_space import SlottedCatalog
 
 _SETS = 256  # sets the scorer is asked about at once
 
 
-class _Scale:
+class ScoreScale:
     """What makes scores comparable between scorers, taken from a sample of them, (S, N); see the module for how."""
 
     def __init__(self, sample: NDArray[np.floating[Any]]) -> None:
@@ -50,7 +50,7 @@ def _order(n: int, seed: int) -> Rows:
 
 
 @dataclass(frozen=True)
-class _Judged:
+class ScoredBundle:
     """Added rows with their share of the parts, aligned."""
 
     added: tuple[int, ...]
@@ -63,7 +63,7 @@ class _Judged:
         return math.fsum(self.parts.values())
 
 
-class _Scene:
+class Objective:
     """The objective for one request: what is relevant, what goes with what."""
 
     def __init__(
@@ -73,21 +73,19 @@ class _Scene:
         compatibility: Compatibility | None,
         options: Options,
         weights: Weights,
-        templates: SlotTemplates,
-        slot_of: NDArray[np.int32],
+        slotted: SlottedCatalog,
         vectors: NDArray[np.float32] | None,
-        titles: NDArray[np.int64],
         sample: Rows,
     ) -> None:
         self.options = options
         self.weights = weights
-        self.slot_of = slot_of
-        self.order = _order(len(slot_of), options.seed)
+        self.slot_of = slotted.slot_of
+        self.order = _order(len(slotted.slot_of), options.seed)
         self._relevance = relevance
         self._compatibility = compatibility
-        self._templates = templates
+        self._templates = slotted.templates
         self._vectors = vectors
-        self._titles = titles
+        self._titles = slotted.index.titles
         self._sample = sample
 
     def relevance_of(self, rows: Rows) -> NDArray[np.float64]:
@@ -102,9 +100,9 @@ class _Scene:
         return weight * self.relevance_of(rows) if weight else np.zeros(len(rows))
 
     @cached_property
-    def _relevance_scale(self) -> _Scale:
+    def _relevance_scale(self) -> ScoreScale:
         assert self._relevance is not None
-        return _Scale(self._relevance[None])
+        return ScoreScale(self._relevance[None])
 
     def beside(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
         """Ask the scorer for items beside sets, (S, C); 0 where there is no scorer or a set is empty.
@@ -119,14 +117,14 @@ class _Scene:
         for start in range(0, len(asked), _SETS):
             places, some = zip(*asked[start : start + _SETS], strict=True)
             scores = _scores(self._compatibility(some, both), (len(some), len(both)), "compatibility")
-            found[list(places)] = _Scale(scores[:, len(rows) :]).of(scores[:, : len(rows)])
+            found[list(places)] = ScoreScale(scores[:, len(rows) :]).of(scores[:, : len(rows)])
         return found
 
     def tells(self, sets: Sequence[Iterable[int]]) -> bool:
         """Whether anything is known of what to put beside these sets."""
         return self._relevance is not None or (self._compatibility is not None and all(sets))
 
-    def judge(self, context: tuple[int, ...], bundles: Sequence[tuple[int, ...]]) -> list[_Judged]:
+    def judge(self, context: tuple[int, ...], bundles: Sequence[tuple[int, ...]]) -> list[ScoredBundle]:
         """Compute the objective of bundles given by their added rows; each set is asked for once."""
         bundles = [tuple(sorted(added)) for added in bundles]  # one order, so that equal sets get equal sums
         asked: dict[tuple[int, ...], list[int]] = {}
@@ -145,13 +143,13 @@ class _Scene:
 
     def _judge(
         self, context: tuple[int, ...], added: tuple[int, ...], known: dict[tuple[tuple[int, ...], int], float]
-    ) -> _Judged:
+    ) -> ScoredBundle:
         weights, n = self.weights, len(added)
         whole = sorted((*context, *added))
         relevance = self.weighted_relevance(np.array(added, np.int64), n)
         beside = [known[tuple(other for other in whole if other != row), row] for row in added]
         compatibility = weights.compatibility / n * np.array(beside)
-        return _Judged(
+        return ScoredBundle(
             added=added,
             parts={
                 "relevance": math.fsum(relevance),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -83,7 +81,7 @@ class Options:
 
 
 @dataclass(frozen=True, eq=False)
-class Wished:
+class OneOf:
     """A part every bundle must have: one of some items.
 
     Attributes:
@@ -93,71 +91,6 @@ class Wished:
 
     name: str
     rows: Rows
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is asked, in masks and numbers.
-
-    Attributes:
-        allowed: (N,) True where an item may be added as far as it alone is concerned.
-        held: (S,) items of the context per slot.
-        shelves: per slot the rows that may be added, cheapest first.
-        room: (S,) most items of a slot, context included; never more than there are.
-        required: slots that must still be added.
-        low, high: fewest and most items to add.
-        left: cents that may be spent on them; None without a budget.
-    """
-
-    context: tuple[int, ...]
-    allowed: NDArray[np.bool_]
-    held: NDArray[np.int64]
-    shelves: list[Rows]
-    room: NDArray[np.int64]
-    required: frozenset[int]
-    low: int
-    high: int
-    left: int | None
-    cents: NDArray[np.int64]
-
-    @cached_property
-    def free(self) -> Counter[int]:
-        """Per slot how many items may be added."""
-        return Counter({slot: int(n) for slot, n in enumerate(self.room - self.held) if n > 0})
-
-    @property
-    def fillable(self) -> bool:
-        """Whether there are items enough of the slots asked for, whatever they cost."""
-        slots = all(self.free[slot] for slot in self.required) and len(self.required) <= self.high
-        return slots and sum(self.free.values()) >= max(1, self.low)
-
-    @cached_property
-    def cheapest(self) -> list[int] | None:
-        """The cheapest rows that fill the fewest places with all required slots; None if there are not enough.
-
-        Exact: with a most and a least number per slot, taking the cheapest that still may be taken is optimal.
-        """
-        if not self.fillable:
-            return None
-        rows = [int(self.shelves[slot][0]) for slot in sorted(self.required)]
-        rest = [self.shelves[slot][slot in self.required : count] for slot, count in self.free.items()]
-        pool = np.concatenate([np.empty(0, np.int64), *rest])
-        missing = max(0, max(1, self.low) - len(rows))
-        rows += [int(row) for row in pool[np.argsort(self.cents[pool], kind="stable")[:missing]]]
-        return rows
-
-    @property
-    def feasible(self) -> bool:
-        """Whether a bundle exists; that no two items be alike is not looked at."""
-        if self.cheapest is None:
-            return False
-        return self.left is None or int(self.cents[self.cheapest].sum()) <= self.left
-
-    @cached_property
-    def combinations(self) -> int:
-        """How many sets of allowed items there are of the sizes asked for, whatever their slots."""
-        n = sum(len(self.shelves[slot]) for slot in self.free)
-        return sum(math.comb(n, size) for size in range(max(1, self.low), min(self.high, n) + 1))
 
 
 def _scores(values: ArrayLike, shape: tuple[int, ...], name: str) -> NDArray[np.floating[Any]]:

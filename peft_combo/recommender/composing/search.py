@@ -11,9 +11,32 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo.recommender.composing.objective import _Judged, _Scene
-from peft_combo.recommender.composing.options import Options, Rows, Weights, _among, _Request
+from peft_combo.recommender.composing.objective import Objective, ScoredBundle
+from peft_combo.recommender.composing.options import Options, Rows, Weights, _among
+from peft_combo.recommender.composing.plans import plan_promising, plan_slots
+from peft_combo.recommender.composing.search_space import SearchSpace, SlottedCatalog
 from peft_combo.recommender.composing.slots import Template
+
+_PLAUSIBLE = 6.0  # templates e^6 times less probable than the best are filled only where the others yield nothing
+_TRIES = 50_000  # steps of the last, exhaustive look for a bundle before we say there is none
+_SPARE = 64  # bundles that look collects at most
+
+
+def search_bundles(slotted: SlottedCatalog, space: SearchSpace, objective: Objective) -> list[tuple[int, ...]]:
+    """Return added rows of bundles that keep every constraint; all of them where they are few."""
+    if space.combinations <= objective.options.exact_limit:
+        return list(_every(space, objective))
+    plans = plan_slots(slotted, space, objective.options)
+    likely = [plan for plan in plans if plan[1] >= plans[0][1] - _PLAUSIBLE]
+    first = None
+    if objective.options.mode == "complement" and objective.tells([space.context]):
+        first = _gains(space, objective, [space.context], sorted(space.free))
+        space, first = _shortlisted(space, objective, first)
+        likely = list(dict([*likely, *plan_promising(slotted, space, objective, first)]).items())
+    found = _beam(space, objective, likely, first)
+    if not found and len(plans) > len(likely):
+        found = _beam(space, objective, plans, first)
+    return found or list(itertools.islice(_every(space, objective, _TRIES), _SPARE))
 
 
 @dataclass(eq=False)
@@ -48,7 +71,7 @@ class _Partial:
 
 
 def _beam(
-    request: _Request, scene: _Scene, plans: Sequence[tuple[Template, float]],
+    space: SearchSpace, objective: Objective, plans: Sequence[tuple[Template, float]],
     first: dict[int, NDArray[np.float64]] | None,
 ) -> list[tuple[int, ...]]:  # fmt: skip
     """Fill templates item by item, asking the scorer anew for every partial bundle that is kept.
@@ -57,73 +80,73 @@ def _beam(
     the objective, which scores every item beside all others.
 
     Args:
-        first: what each item of the shelves, which are shortlists then, adds beside the context, as of `_gains`.
+        first: what each item of the candidates, which are shortlists then, adds beside the context, as of `_gains`.
     """
-    how = scene.options
-    states = [_Partial((), _tree(request, plans), 0, 0.0, 0.0)]
+    options = objective.options
+    states = [_Partial((), _tree(space, plans), 0, 0.0, 0.0)]
     finished: list[tuple[float, _Partial]] = []
     # Slots whose every item is still looked at.
     wide = set().union(*(slots for slots, _ in plans)) if first is None else set()
     while states:
-        sets = [(*request.context, *state.added) for state in states]
+        sets = [(*space.context, *state.added) for state in states]
         slots = wide | set().union(*(state.node.children for state in states))
-        gains = _gains(request, scene, sets, sorted(slots)) if first is None else first
+        gains = _gains(space, objective, sets, sorted(slots)) if first is None else first
         first = None
-        if wide and scene.tells(sets):
-            request, gains = _shortlisted(request, scene, gains)
+        if wide and objective.tells(sets):
+            space, gains = _shortlisted(space, objective, gains)
             wide = set()
         grown: list[_Partial] = []
         for place, (state, held) in enumerate(zip(states, sets, strict=True)):
             own = {slot: gains[slot][place] for slot in state.node.children}
-            grown += _extensions(request, scene, state, held, own)
+            grown += _extensions(space, objective, state, held, own)
         ends = [(state, state.node.log_probability) for state in grown]
-        finished += [(state.estimate(log, scene.weights), state) for state, log in ends if log is not None]
-        states = _kept([state for state in grown if state.node.children], scene)
-    finished.sort(key=lambda one: (-one[0], scene.tie_break(one[1].added)))
-    return [state.added for _, state in _varied(finished, max(how.beam, 3 * how.k), how)]
+        finished += [(state.estimate(log, objective.weights), state) for state, log in ends if log is not None]
+        states = _kept([state for state in grown if state.node.children], objective)
+    finished.sort(key=lambda one: (-one[0], objective.tie_break(one[1].added)))
+    return [state.added for _, state in _varied(finished, max(options.beam, 3 * options.k), options)]
 
 
 def _gains(
-    request: _Request, scene: _Scene, sets: Sequence[tuple[int, ...]], slots: Sequence[int]
+    space: SearchSpace, objective: Objective, sets: Sequence[tuple[int, ...]], slots: Sequence[int]
 ) -> dict[int, NDArray[np.float64]]:
     """Per slot what each item of its shelf would add beside each set: (S, items of the shelf)."""
-    weights, shelves = scene.weights, [request.shelves[slot] for slot in slots]
-    rows = np.concatenate([np.empty(0, np.int64), *shelves])
-    gains = scene.weighted_relevance(rows) + weights.compatibility * scene.beside(sets, rows)
-    ends = np.cumsum([len(shelf) for shelf in shelves])[:-1]
+    weights, candidates = objective.weights, [space.candidates[slot] for slot in slots]
+    rows = np.concatenate([np.empty(0, np.int64), *candidates])
+    gains = objective.weighted_relevance(rows) + weights.compatibility * objective.beside(sets, rows)
+    ends = np.cumsum([len(shelf) for shelf in candidates])[:-1]
     return dict(zip(slots, np.split(gains, ends, axis=1), strict=True))
 
 
 def _shortlisted(
-    request: _Request, scene: _Scene, gains: dict[int, NDArray[np.float64]]
-) -> tuple[_Request, dict[int, NDArray[np.float64]]]:
+    space: SearchSpace, objective: Objective, gains: dict[int, NDArray[np.float64]]
+) -> tuple[SearchSpace, dict[int, NDArray[np.float64]]]:
     """Keep of each shelf the items that add most beside any of the sets, and what they add."""
-    shelves, limit = list(request.shelves), scene.options.shortlist
+    candidates, limit = list(space.candidates), objective.options.shortlist
     for slot, values in gains.items():
-        rows = request.shelves[slot]
+        rows = space.candidates[slot]
         if len(rows) <= limit:
             continue
         best, kept = values.max(axis=0), np.zeros(len(rows), bool)
-        kept[scene.best(rows, best, limit)] = True
+        kept[objective.best(rows, best, limit)] = True
         # What a bundle can spend on the slot is not known yet, so the best of the cheaper half, quarter ... come too;
         # of the last part all.
-        stop = len(rows) // 2 if request.left is not None else 0
+        stop = len(rows) // 2 if space.left is not None else 0
         while stop:
             share = max(limit // 8, 1)
-            kept[scene.best(rows[:stop], best[:stop], share)] = True
+            kept[objective.best(rows[:stop], best[:stop], share)] = True
             stop = 0 if stop <= share else stop // 2
-        shelves[slot] = rows[kept]
+        candidates[slot] = rows[kept]
         gains[slot] = values[:, kept]
-    return replace(request, shelves=shelves), gains
+    return replace(space, candidates=candidates), gains
 
 
-def _tree(request: _Request, plans: Sequence[tuple[Template, float]]) -> _Node:
+def _tree(space: SearchSpace, plans: Sequence[tuple[Template, float]]) -> _Node:
     """Share the beginnings of plans: the slots of most plans come first, equal ones next to each other."""
     common = Counter(slot for slots, _ in plans for slot in set(slots))
     root = _Node()
     for slots, log in plans:
         path = sorted(slots, key=lambda slot: (-common[slot], slot))
-        prices = _lowest_prices(request, path)
+        prices = _lowest_prices(space, path)
         node = root
         for depth in range(len(path) + 1):
             node.best = max(node.best, log)
@@ -134,20 +157,24 @@ def _tree(request: _Request, plans: Sequence[tuple[Template, float]]) -> _Node:
     return root
 
 
-def _lowest_prices(request: _Request, path: list[int]) -> list[int]:
+def _lowest_prices(space: SearchSpace, path: list[int]) -> list[int]:
     """For each slot of the path its cheapest item, dearer from the second of one slot on (counted from the end)."""
-    if request.left is None:
+    if space.left is None:
         return [0] * len(path)
     met: Counter[int] = Counter()
     prices = []
     for slot in reversed(path):
-        prices.append(int(request.cents[request.shelves[slot][met[slot]]]))
+        prices.append(int(space.cents[space.candidates[slot][met[slot]]]))
         met[slot] += 1
     return prices[::-1]
 
 
 def _extensions(
-    request: _Request, scene: _Scene, state: _Partial, held: tuple[int, ...], gains: dict[int, NDArray[np.float64]]
+    space: SearchSpace,
+    objective: Objective,
+    state: _Partial,
+    held: tuple[int, ...],
+    gains: dict[int, NDArray[np.float64]],
 ) -> Iterator[_Partial]:
     """The partial bundle with one item more, for the best items of every slot that may follow.
 
@@ -156,50 +183,52 @@ def _extensions(
         gains: per such slot what each item of the shelf adds beside them.
     """
     for slot, node in state.node.children.items():
-        rows, own = request.shelves[slot], gains[slot]
-        if request.left is not None:
-            affordable = request.left - state.cents - int(node.rest)
-            rows = rows[: np.searchsorted(request.cents[rows], affordable, side="right")]
+        rows, own = space.candidates[slot], gains[slot]
+        if space.left is not None:
+            affordable = space.left - state.cents - int(node.rest)
+            rows = rows[: np.searchsorted(space.cents[rows], affordable, side="right")]
         if not len(rows):
             continue
-        places = _distinct_best(scene, rows, own[: len(rows)], held)
-        likeness = scene.likeness(rows[places], held)
+        places = _distinct_best(objective, rows, own[: len(rows)], held)
+        likeness = objective.likeness(rows[places], held)
         for place, like in zip(places.tolist(), likeness.tolist(), strict=True):
             row = int(rows[place])
-            cents = state.cents + (int(request.cents[row]) if request.left is not None else 0)
+            cents = state.cents + (int(space.cents[row]) if space.left is not None else 0)
             yield _Partial((*state.added, row), node, cents, state.gain + float(own[place]), state.likeness + like)
 
 
-def _distinct_best(scene: _Scene, rows: Rows, gains: NDArray[np.float64], held: tuple[int, ...]) -> NDArray[np.intp]:
+def _distinct_best(
+    objective: Objective, rows: Rows, gains: NDArray[np.float64], held: tuple[int, ...]
+) -> NDArray[np.intp]:
     """Places of the best items that are not, or nearly, among those held; more are looked at only as needed."""
-    wanted = scene.options.per_slot
+    wanted = objective.options.per_slot
     looked_at = 2 * wanted
     while True:
-        places = scene.best(rows, gains, looked_at)
-        taken = _among(rows[places], np.array(held, np.int64)) | scene.duplicates(rows[places], held)
+        places = objective.best(rows, gains, looked_at)
+        taken = _among(rows[places], np.array(held, np.int64)) | objective.duplicates(rows[places], held)
         if len(places) == len(rows) or np.count_nonzero(~taken) >= wanted:
             return places[~taken][:wanted]
         looked_at *= 4
 
 
-def _kept(states: list[_Partial], scene: _Scene) -> list[_Partial]:
+def _kept(states: list[_Partial], objective: Objective) -> list[_Partial]:
     """The beam: the best partial bundles, each set once, no template and no first item taking more than its share."""
-    how = scene.options
+    options = objective.options
     ranked = [
-        (state.estimate(state.node.best, scene.weights), state)
+        (state.estimate(state.node.best, objective.weights), state)
         for state in {(frozenset(state.added), id(state.node)): state for state in states}.values()
     ]
-    ranked.sort(key=lambda one: (-one[0], scene.tie_break(one[1].added)))
-    return [state for _, state in _varied(ranked, how.beam, how)]
+    ranked.sort(key=lambda one: (-one[0], objective.tie_break(one[1].added)))
+    return [state for _, state in _varied(ranked, options.beam, options)]
 
 
-def _varied(ranked: list[tuple[float, _Partial]], count: int, how: Options) -> list[tuple[float, _Partial]]:
+def _varied(ranked: list[tuple[float, _Partial]], count: int, options: Options) -> list[tuple[float, _Partial]]:
     """The first `count`, but no more than half of one template and, for a list, a quarter that begin with one item.
 
     What is left over fills up. Without this the beam holds one bundle in sixteen variants.
     """
     per_node = max(1, count // 2)
-    per_first = count if how.k == 1 else max(1, count // 4)
+    per_first = count if options.k == 1 else max(1, count // 4)
     nodes: Counter[int] = Counter()
     firsts: Counter[int] = Counter()
     seen: set[frozenset[int]] = set()
@@ -223,7 +252,7 @@ def _varied(ranked: list[tuple[float, _Partial]], count: int, how: Options) -> l
     return sorted(chosen, key=lambda one: -one[0])
 
 
-def _each_in_half(ranked: Sequence[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+def limit_repeats(ranked: Sequence[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
     """Return the first `count` sets, but no item in more than half of them while there are others."""
     most = max(1, count // 2)
     met: Counter[int] = Counter()
@@ -240,51 +269,51 @@ def _each_in_half(ranked: Sequence[tuple[int, ...]], count: int) -> list[tuple[i
     return [*chosen, *spare[: count - len(chosen)]]
 
 
-def _every(request: _Request, scene: _Scene, tries: int | None = None) -> Iterator[tuple[int, ...]]:
+def _every(space: SearchSpace, objective: Objective, tries: int | None = None) -> Iterator[tuple[int, ...]]:
     """Every set of rows that keeps all constraints, cheapest items first; gives up after so many tries."""
-    pool = np.concatenate([np.empty(0, np.int64), *(request.shelves[slot] for slot in request.free)])
-    pool = pool[np.lexsort((scene.order[pool], request.cents[pool]))]
-    prices = request.cents[pool] if request.left is not None else np.zeros(len(pool), np.int64)
-    budget = math.inf if request.left is None else request.left
-    slots = scene.slot_of[pool].tolist()
+    pool = np.concatenate([np.empty(0, np.int64), *(space.candidates[slot] for slot in space.free)])
+    pool = pool[np.lexsort((objective.order[pool], space.cents[pool]))]
+    prices = space.cents[pool] if space.left is not None else np.zeros(len(pool), np.int64)
+    budget = math.inf if space.left is None else space.left
+    slots = objective.slot_of[pool].tolist()
     steps = itertools.count()
 
     def deeper(start: int, added: tuple[int, ...], used: Counter[int], spent: int) -> Iterator[tuple[int, ...]]:
-        missing = len(request.required - set(used))
-        if len(added) >= max(1, request.low) and not missing:
+        missing = len(space.required - set(used))
+        if len(added) >= max(1, space.low) and not missing:
             yield added
-        if len(added) == request.high:
+        if len(added) == space.high:
             return
-        to_come = max(1, request.low - len(added), missing)
+        to_come = max(1, space.low - len(added), missing)
         for place in range(start, len(pool)):
             if tries is not None and next(steps) >= tries:
                 return
             if spent + to_come * int(prices[place]) > budget:
                 return
             slot, row = slots[place], int(pool[place])
-            needed = slot in request.required and slot not in used
-            if used[slot] >= request.free[slot] or (missing - needed > request.high - len(added) - 1):
+            needed = slot in space.required and slot not in used
+            if used[slot] >= space.free[slot] or (missing - needed > space.high - len(added) - 1):
                 continue
-            if scene.duplicates(pool[place : place + 1], (*request.context, *added))[0]:
+            if objective.duplicates(pool[place : place + 1], (*space.context, *added))[0]:
                 continue
             yield from deeper(place + 1, (*added, row), used + Counter([slot]), spent + int(prices[place]))
 
     return deeper(0, (), Counter(), 0)
 
 
-def _spread(ranked: list[_Judged], how: Options, scene: _Scene) -> list[_Judged]:
+def diversify(ranked: list[ScoredBundle], options: Options, objective: Objective) -> list[ScoredBundle]:
     """Choose k of the ranked bundles by maximal marginal relevance."""
-    if how.diversity == 0 or not ranked:
-        return ranked[: how.k]
+    if options.diversity == 0 or not ranked:
+        return ranked[: options.k]
     scores = np.array([one.score for one in ranked])
     width = scores[0] - scores.min()
     scaled = (scores - scores.min()) / width if width > 0 else np.ones(len(scores))
     chosen = [0]
     likeness = np.zeros(len(ranked))
-    while len(chosen) < min(how.k, len(ranked)):
+    while len(chosen) < min(options.k, len(ranked)):
         last = ranked[chosen[-1]].added
-        likeness = np.maximum(likeness, [scene.alike(one.added, last) for one in ranked])
-        worth = (1 - how.diversity) * scaled - how.diversity * likeness
+        likeness = np.maximum(likeness, [objective.alike(one.added, last) for one in ranked])
+        worth = (1 - options.diversity) * scaled - options.diversity * likeness
         worth[chosen] = -np.inf
         chosen.append(int(np.argmax(worth)))
     return [ranked[place] for place in chosen]

@@ -21,7 +21,7 @@ from peft_combo import metrics
 from peft_combo.data.augmentation.variants import brands_of
 from peft_combo.data.model import Dataset
 from peft_combo.data.pseudo_bundles import Mined, mine
-from peft_combo.data.queries import Questions, padded
+from peft_combo.data.queries import Queries, padded
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.encoder.backbone import Backbone
@@ -39,7 +39,7 @@ from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
 # Logits of pairs that are no candidates: far below every real one, yet finite in float16.
 _NEVER = -1e4
 _SCORE_BLOCK = 256
-# Questions asked while training; the table at the end asks all. At 2,000 the error of NDCG@10 is near 0.01.
+# Queries asked while training; the table at the end asks all. At 2,000 the error of NDCG@10 is near 0.01.
 _ASKED_WHILE_TRAINING = 2000
 
 
@@ -331,7 +331,7 @@ class Completion(Generic[CompletionHeadT]):
         leaf_names = [dataset.catalog.leaf(row) or "" for row in range(len(self.texts))]
         _, self._leaves = np.unique(np.array(leaf_names), return_inverse=True)
         self._bundles = [dataset.bundles.items[row] for row in parts.train]
-        self._queries = Questions.of(dataset.bundles, parts.valid)
+        self._queries = Queries.of(dataset.bundles, parts.valid)
         self._sampled_queries = self._queries.sample(_ASKED_WHILE_TRAINING, recipe.seed)
 
     def start(self, head: CompletionHeadT, frozen: Encode) -> None:
@@ -353,7 +353,7 @@ class Completion(Generic[CompletionHeadT]):
         return completion_ranks(head, encode(None), self._queries)
 
     def table(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Table:
-        questions, clusters = self._queries, self._queries.clusters
+        questions, clusters = self._queries, self._queries.groups
         history = self._dataset.bundles.to_csr(len(self.texts), self._parts.train)
         ranks = {
             "popularity": self._scorer_ranks(Popularity().fit(history)),
