@@ -34,7 +34,6 @@ Run: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.flo
 Graph: TypeAlias = Any  # onnx.ModelProto; onnx is an extra, and its types are generated while it is imported
 
 _PROTOBUF_LIMIT = 2**31  # bytes of a file that protobuf can read
-_BLOCKS_DOMAIN = "com.microsoft"  # ONNX Runtime's own operators; ONNX itself has no product with block scales
 # Tables of fewer rows (token types) are not worth three more operators.
 _TABLE_ROWS = 100
 
@@ -159,50 +158,50 @@ def in_blocks(graph: Graph, scheme: Scheme) -> Graph:
 
     The graph asks for ONNX Runtime: ``MatMulNBits`` is its operator.
     """
+    small = _copied(graph)
+    with _root_logger_handled():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(
+            small, bits=8, block_size=scheme.block, is_symmetric=True, accuracy_level=4 if scheme.whole else 1
+        )
+        quantizer.process()
+    small = quantizer.model.model
+    _round_tables(small)
+    return small
+
+
+def _round_tables(graph: Graph) -> None:
+    """Round the embedding tables of a graph to 8 bits, row by row; ONNX Runtime's quantizer does so in 4 bits only."""
     from onnx import TensorProto, helper, numpy_helper
 
-    small = type(graph)()
-    small.CopyFrom(graph)
     matrices = {
         tensor.name: tensor
-        for tensor in small.graph.initializer
+        for tensor in graph.graph.initializer
         if len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
     }
-    made: dict[str, Any] = {}  # tensors by name; layers that share a weight (ALBERT) share what becomes of it
+    made: dict[str, Any] = {}  # tensors by name; lookups that share a table share what becomes of it
     nodes = []
-    for node in small.graph.node:
-        if node.op_type == "MatMul" and (name := node.input[1]) in matrices:
-            weight = numpy_helper.to_array(matrices[name])  # (K, N)
-            packed, scales = _blocks(weight.T, scheme.block)
-            made |= {f"{name}.q": packed, f"{name}.scale": scales}
-            nodes.append(
-                helper.make_node(
-                    "MatMulNBits", [node.input[0], f"{name}.q", f"{name}.scale"], list(node.output), node.name,
-                    domain=_BLOCKS_DOMAIN, K=weight.shape[0], N=weight.shape[1], bits=8, block_size=scheme.block,
-                    accuracy_level=4 if scheme.whole else 1,
-                )
-            )  # fmt: skip
-        elif node.op_type == "Gather" and (name := node.input[0]) in matrices and _is_lookup(node, matrices[name]):
-            rows, out = node.input[1], node.output[0]
-            table, scales = _rows(numpy_helper.to_array(matrices[name]))
-            made |= {f"{name}.q": table, f"{name}.scale": scales}
-            nodes += [
-                helper.make_node("Gather", [f"{name}.q", rows], [f"{out}.q"], f"{node.name}.q"),
-                helper.make_node("Cast", [f"{out}.q"], [f"{out}.whole"], f"{node.name}.whole", to=TensorProto.FLOAT),
-                helper.make_node("Gather", [f"{name}.scale", rows], [f"{out}.scale"], f"{node.name}.scale"),
-                helper.make_node("Mul", [f"{out}.whole", f"{out}.scale"], [out], f"{node.name}.float"),
-            ]
-        else:
+    for node in graph.graph.node:
+        if node.op_type != "Gather" or (name := node.input[0]) not in matrices or not _is_lookup(node, matrices[name]):
             nodes.append(node)
+            continue
+        rows, out = node.input[1], node.output[0]
+        table, scales = _rows(numpy_helper.to_array(matrices[name]))
+        made |= {f"{name}.q": table, f"{name}.scale": scales}
+        nodes += [
+            helper.make_node("Gather", [f"{name}.q", rows], [f"{out}.q"], f"{node.name}.q"),
+            helper.make_node("Cast", [f"{out}.q"], [f"{out}.whole"], f"{node.name}.whole", to=TensorProto.FLOAT),
+            helper.make_node("Gather", [f"{name}.scale", rows], [f"{out}.scale"], f"{node.name}.scale"),
+            helper.make_node("Mul", [f"{out}.whole", f"{out}.scale"], [out], f"{node.name}.float"),
+        ]
     used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in small.graph.initializer if tensor.name in used]
+    kept = [tensor for tensor in graph.graph.initializer if tensor.name in used]
     added = [numpy_helper.from_array(array, name) for name, array in made.items()]
-    for field, values in ((small.graph.node, nodes), (small.graph.initializer, kept + added)):
+    for field, values in ((graph.graph.node, nodes), (graph.graph.initializer, kept + added)):
         copies = [_copied(value) for value in values]
         del field[:]
         field.extend(copies)
-    small.opset_import.append(helper.make_opsetid(_BLOCKS_DOMAIN, 1))
-    return small
 
 
 def _is_lookup(gather: Any, table: Any) -> bool:
@@ -214,17 +213,6 @@ def _copied(message: Any) -> Any:
     twin = type(message)()
     twin.CopyFrom(message)
     return twin
-
-
-def _blocks(weight: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Round (N, K) weights to (N, K / block, block) uint8 around 128, and (N, K / block) scales."""
-    outputs, inputs = weight.shape
-    count = -(-inputs // block)
-    padded = np.zeros((outputs, count * block), np.float32)
-    padded[:, :inputs] = weight
-    whole, scales = _rows(padded.reshape(-1, block))
-    packed = (whole.astype(np.int16) + 128).astype(np.uint8)
-    return packed.reshape(outputs, count, block), scales.reshape(outputs, count)
 
 
 def _rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
