@@ -52,11 +52,11 @@ def available_memory() -> float | None:
         machine = float(psutil.virtual_memory().available) / 2**20
     except (OSError, RuntimeError, NotImplementedError):
         return None
-    group = control_group_memory()
+    group = read_control_group_memory()
     return machine if group is None else min(machine, group)
 
 
-def control_group_memory(membership: Path = Path("/proc/self/cgroup"), root: Path = _CGROUPS) -> float | None:
+def read_control_group_memory(membership: Path = Path("/proc/self/cgroup"), root: Path = _CGROUPS) -> float | None:
     """Return the MiB that the control groups of this process (a container, a batch job) leave it; None without a limit.
 
     Page cache that the system would give up counts as left, as it does in ``MemAvailable``.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_combo import machine
-from peft_combo.machine import available_memory, control_group_memory
+from peft_combo.machine import available_memory, read_control_group_memory
 
 MIB = 2**20
 
@@ -24,28 +24,28 @@ def group(folder: Path, version: int, limit: str, used: int, cache: int) -> None
 def test_the_tightest_group_counts_and_its_cache_is_no_use(tmp_path: Path) -> None:
     (tmp_path / "own").write_text("0::/batch/job\n")
     group(tmp_path / "cgroup" / "batch" / "job", 2, "max", 700, 0)
-    assert control_group_memory(tmp_path / "own", tmp_path / "cgroup") is None
+    assert read_control_group_memory(tmp_path / "own", tmp_path / "cgroup") is None
     group(tmp_path / "cgroup" / "batch", 2, str(1000 * MIB), 700, 50)
-    assert control_group_memory(tmp_path / "own", tmp_path / "cgroup") == 350
+    assert read_control_group_memory(tmp_path / "own", tmp_path / "cgroup") == 350
     group(tmp_path / "cgroup" / "batch" / "job", 2, str(800 * MIB), 700, 0)
-    assert control_group_memory(tmp_path / "own", tmp_path / "cgroup") == 100
+    assert read_control_group_memory(tmp_path / "own", tmp_path / "cgroup") == 100
     group(tmp_path / "cgroup" / "batch" / "job", 2, str(600 * MIB), 700, 0)
-    assert control_group_memory(tmp_path / "own", tmp_path / "cgroup") == 0
+    assert read_control_group_memory(tmp_path / "own", tmp_path / "cgroup") == 0
 
 
 def test_groups_of_version_1_and_the_root_of_a_container_are_read(tmp_path: Path) -> None:
     (tmp_path / "own").write_text("5:cpu:/docker/abc\n4:memory:/docker/abc\n0::/\n")
     # As seen within a container: the path is the host's, the mount shows the container's own group at its root.
     group(tmp_path / "cgroup" / "memory", 1, "9223372036854771712", 300, 100)
-    assert control_group_memory(tmp_path / "own", tmp_path / "cgroup") is None
+    assert read_control_group_memory(tmp_path / "own", tmp_path / "cgroup") is None
     group(tmp_path / "cgroup" / "memory", 1, str(500 * MIB), 300, 100)
-    assert control_group_memory(tmp_path / "own", tmp_path / "cgroup") == 300
+    assert read_control_group_memory(tmp_path / "own", tmp_path / "cgroup") == 300
 
 
 def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
-    assert control_group_memory(tmp_path / "none", tmp_path) is None
+    assert read_control_group_memory(tmp_path / "none", tmp_path) is None
     (tmp_path / "own").write_text("not a line of groups\n0::/\n")
-    assert control_group_memory(tmp_path / "own", tmp_path) is None
+    assert read_control_group_memory(tmp_path / "own", tmp_path) is None
 
 
 def test_available_memory_is_the_less_of_machine_and_group(monkeypatch: pytest.MonkeyPatch) -> None:

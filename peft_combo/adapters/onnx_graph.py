@@ -1,4 +1,4 @@
-"""ONNX graphs: an encoder written as one, its weights made smaller, and a graph run.
+"""ONNX export of an encoder, 8-bit quantization of its graph, and ONNX Runtime sessions.
 
 Owns the way from token ids to unit vectors as a graph, the 8-bit schemes, and sessions. Knows nothing of adapters,
 texts, folders, or of how good a graph has to be.
@@ -92,7 +92,7 @@ class _Vectors(nn.Module):
 
 
 @torch.no_grad()
-def graph_of(encoder: nn.Module, pool: Pool, ids: Tensor, mask: Tensor) -> Graph:
+def build_graph(encoder: nn.Module, pool: Pool, ids: Tensor, mask: Tensor) -> Graph:
     """Write an encoder with its pooling as one graph, batch and length left open.
 
     Args:
@@ -111,7 +111,7 @@ def graph_of(encoder: nn.Module, pool: Pool, ids: Tensor, mask: Tensor) -> Graph
             "merged has no such limit."
         )
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
-    with _exporting_quietly():
+    with _silence_exporter():
         try:
             # The exporter that follows TorchDynamo: where a shape or a value would be baked in it refuses, the older
             # one (dynamo=False) bakes in what the example happened to hold.
@@ -132,7 +132,7 @@ def graph_of(encoder: nn.Module, pool: Pool, ids: Tensor, mask: Tensor) -> Graph
 
 
 @contextmanager
-def _exporting_quietly() -> Iterator[None]:
+def _silence_exporter() -> Iterator[None]:
     """Silence the exporter's notes on operators we do not use and on names of axes it merges."""
     registry = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registry.level
@@ -149,7 +149,7 @@ def _exporting_quietly() -> Iterator[None]:
 _QUIET = threading.Lock()
 
 
-def in_blocks(graph: Graph, scheme: Scheme) -> Graph:
+def quantize_blocks(graph: Graph, scheme: Scheme) -> Graph:
     """Return a copy with 8-bit weights: matrix products in blocks, embedding tables row by row.
 
     Every scale belongs to few weights and, in `Scheme.whole` products, to few activations of one token; so an outlier
@@ -158,8 +158,8 @@ def in_blocks(graph: Graph, scheme: Scheme) -> Graph:
 
     The graph asks for ONNX Runtime: ``MatMulNBits`` is its operator.
     """
-    small = _copied(graph)
-    with _root_logger_handled():
+    small = _copy(graph)
+    with _silence_root_logger():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
         quantizer = MatMulNBitsQuantizer(
@@ -187,7 +187,7 @@ def _round_tables(graph: Graph) -> None:
             nodes.append(node)
             continue
         rows, out = node.input[1], node.output[0]
-        table, scales = _rows(numpy_helper.to_array(matrices[name]))
+        table, scales = _round_rows(numpy_helper.to_array(matrices[name]))
         made |= {f"{name}.q": table, f"{name}.scale": scales}
         nodes += [
             helper.make_node("Gather", [f"{name}.q", rows], [f"{out}.q"], f"{node.name}.q"),
@@ -199,7 +199,7 @@ def _round_tables(graph: Graph) -> None:
     kept = [tensor for tensor in graph.graph.initializer if tensor.name in used]
     added = [numpy_helper.from_array(array, name) for name, array in made.items()]
     for field, values in ((graph.graph.node, nodes), (graph.graph.initializer, kept + added)):
-        copies = [_copied(value) for value in values]
+        copies = [_copy(value) for value in values]
         del field[:]
         field.extend(copies)
 
@@ -209,27 +209,27 @@ def _is_lookup(gather: Any, table: Any) -> bool:
     return table.dims[0] >= _TABLE_ROWS and all(a.i == 0 for a in gather.attribute if a.name == "axis")
 
 
-def _copied(message: Any) -> Any:
+def _copy(message: Any) -> Any:
     twin = type(message)()
     twin.CopyFrom(message)
     return twin
 
 
-def _rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def _round_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Round each row of (R, C) to int8, -127 to 127, with a scale of its own, (R, 1)."""
     scales = np.abs(table).max(1, keepdims=True) / 127
     scales[scales == 0] = 1.0
     return np.rint(table / scales).astype(np.int8), scales.astype(np.float32)
 
 
-def naive_int8(graph: Graph) -> Graph:
+def quantize_naively(graph: Graph) -> Graph:
     """Return what ``onnxruntime.quantization.quantize_dynamic`` makes of a graph by itself: the usual advice."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     # It takes and gives files, and logs on the root logger, which it would configure where nobody has yet.
-    with tempfile.TemporaryDirectory() as folder, _root_logger_handled():
+    with tempfile.TemporaryDirectory() as folder, _silence_root_logger():
         whole, prepared, small = (str(Path(folder) / name) for name in ("whole.onnx", "prepared.onnx", "small.onnx"))
         onnx.save(graph, whole)
         quant_pre_process(whole, prepared, skip_symbolic_shape=True)
@@ -238,7 +238,7 @@ def naive_int8(graph: Graph) -> Graph:
 
 
 @contextmanager
-def _root_logger_handled() -> Iterator[None]:
+def _silence_root_logger() -> Iterator[None]:
     root, handler = logging.getLogger(), logging.NullHandler()
     disabled = logging.root.manager.disable
     root.addHandler(handler)
@@ -250,7 +250,7 @@ def _root_logger_handled() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-def session(graph: Graph | Path, threads: int) -> Run:
+def open_session(graph: Graph | Path, threads: int) -> Run:
     """Open a graph (or its file) on the CPU.
 
     Args:
@@ -276,6 +276,6 @@ def session(graph: Graph | Path, threads: int) -> Run:
     return run
 
 
-def opsets(graph: Graph) -> dict[str, int]:
+def list_opsets(graph: Graph) -> dict[str, int]:
     """Return the operator sets a graph asks for; ``ai.onnx`` is ONNX's own."""
     return {entry.domain or "ai.onnx": entry.version for entry in graph.opset_import}

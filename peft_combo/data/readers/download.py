@@ -1,4 +1,4 @@
-"""Gets public datasets over the network into a cache folder, and checks what came.
+"""Download of public datasets into a cache folder, checked by sha256.
 
 Owns the addresses, the checksums and the lock file beside the data. Knows nothing of what is in the files. Where the
 sha256 of a file is known it is pinned here. Where it is not, the first download is trusted and its sha256 written to
@@ -40,7 +40,7 @@ class Remote:
     files: tuple[RemoteFile, ...]
 
 
-def _bundlerec(category: str, titles_sha256: str, categories_sha256: str) -> Remote:
+def _describe_bundlerec(category: str, titles_sha256: str, categories_sha256: str) -> Remote:
     """Return the files of one BundleRec category, each at a fixed commit."""
     root = "https://raw.githubusercontent.com/BundleRec/bundle_recommendation"
     behaviour = "0964176882723725781c56012ba3c028ccf2796d"
@@ -69,12 +69,12 @@ def _bundlerec(category: str, titles_sha256: str, categories_sha256: str) -> Rem
 
 
 REMOTE = (
-    _bundlerec(
+    _describe_bundlerec(
         "clothing",
         "4719a0d21d7a9072c726299781f4d9ee6504f00932f7b748141a8c3c44388a07",
         "1a62964575d3d0a87ef2e4b8a0de1c6ce45b649ee27d139512b3de5ffedc24a3",
     ),
-    _bundlerec(
+    _describe_bundlerec(
         "electronic",
         "8d77a35db7527bd87f0a8fb4630e5412446d15140ad4210b5a28a738dc274ae1",
         "04a0cdb5b5567b0c0c18e22a29a38f77718ff9770281c3f0672a3c57ddcc4d25",
@@ -116,7 +116,7 @@ def fetch(remote: Remote, cache_dir: str | Path, timeout: float = 30.0) -> Path:
         target = folder / file.name
         expected = file.sha256 or locked.get(file.name)
         if target.is_file():
-            found = _sha256(target)
+            found = _hash_file(target)
             if expected is not None and found != expected:
                 raise DataError(
                     f"{target} is not the file it was: expected sha256 {expected}, found {found}. "
@@ -146,7 +146,7 @@ def _download(remote: Remote, file: RemoteFile, target: Path, expected: str | No
                 raise DataError(f"{target} cannot be written: {error.strerror or error}.") from error
             if error.response is not None:
                 error.response.close()  # it holds the connection
-            raise DataError(_out_of_reach(remote, file, target.parent, error)) from error
+            raise DataError(_explain_out_of_reach(remote, file, target.parent, error)) from error
         digest = hashed.sha256.hexdigest()
         if expected is not None and digest != expected:
             raise DataError(
@@ -173,7 +173,7 @@ class _Hashed:
         self._file.flush()
 
 
-def _out_of_reach(remote: Remote, file: RemoteFile, folder: Path, error: Exception) -> str:
+def _explain_out_of_reach(remote: Remote, file: RemoteFile, folder: Path, error: Exception) -> str:
     host = urllib.parse.urlsplit(file.url).netloc
     cause: BaseException = error
     while inner := cause.__cause__ or cause.__context__:  # urllib3 and requests each wrap what the system said
@@ -187,7 +187,7 @@ def _out_of_reach(remote: Remote, file: RemoteFile, folder: Path, error: Excepti
     )
 
 
-def _sha256(file: Path) -> str:
+def _hash_file(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
