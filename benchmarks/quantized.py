@@ -83,7 +83,7 @@ def compare(
     from safetensors.torch import load_file
 
     from peft_combo import metrics
-    from peft_combo.adapters.validation import Exam
+    from peft_combo.adapters.validation import ValidationQueries
     from peft_combo.encoder.heads.base import HEAD_FILE
     from peft_combo.encoder.heads.completion import BundleHead
     from peft_combo.recipe.adapter import LoraAdapter
@@ -95,9 +95,9 @@ def compare(
         recipe = load_recipe("lora-fashion", (*size, f"store={folder}/adapters"), data)
         recipe = recipe.model_copy(update={"adapter": LoraAdapter()})  # in all layers, where rounding can be answered
         record = tune(recipe, run_folder=Path(folder) / "run").record
-        exam = Exam.of(recipe)
-        row_of = {text: row for row, text in enumerate(dict.fromkeys(exam.texts))}
-        rows = [row_of[text] for text in exam.texts]
+        validation = ValidationQueries.of(recipe)
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(validation.texts))}
+        rows = [row_of[text] for text in validation.texts]
         raw = json.dumps(recipe.model_dump(mode="json"))
         for adapter in sides:
             found: dict[str, list[dict[str, Any]]] = {form: [] for form in forms}
@@ -111,11 +111,11 @@ def compare(
             header = f"{'texts/s':>9}{'weights':>11}{'peak':>11}{'drift':>10}{'cosine':>9}{'NDCG@10':>9}  change"
             print(f"\n{adapter:10}{header}")
             exact = np.load(f"{folder}/float32.npy")
-            before = exam.ranks(head, exact[rows])
+            before = validation.ranks(head, exact[rows])
             for form in forms:
                 vectors = np.load(f"{folder}/{form}.npy")
-                ranks = exam.ranks(head, vectors[rows])
-                gain = exam.gain(before, ranks)
+                ranks = validation.ranks(head, vectors[rows])
+                gain = validation.gain(before, ranks)
                 drift, cosine = float(np.abs(vectors - exact).max()), float((vectors * exact).sum(1).min())
                 rate = statistics.median(one["rate"] for one in found[form])
                 ndcg = metrics.ranking_metrics(ranks)["ndcg@10"]

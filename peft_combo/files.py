@@ -28,7 +28,7 @@ _ATTEMPTS = 5  # another writer may take a name between two of our steps; so oft
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def entries(folder: Path) -> tuple[str, ...]:
+def list_names(folder: Path) -> tuple[str, ...]:
     """Names in a folder, sorted; none where it does not exist."""
     try:
         return tuple(sorted(os.listdir(folder)))
@@ -53,7 +53,7 @@ def open_regular(path: Path) -> io.BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def size_of(path: Path) -> int:
+def measure_size(path: Path) -> int:
     """Bytes of the files in a folder and below, links not followed; of a file its own; 0 of what went meanwhile."""
     if not path.is_dir() or path.is_symlink():
         try:
@@ -90,7 +90,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-    sync(path.parent)
+    sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -139,7 +139,7 @@ def staged_folder(path: Path, *, replace: bool | Callable[[], bool] = False) -> 
     finally:
         shutil.rmtree(staged.path, ignore_errors=True)
     with suppress(OSError):  # whole and visible; only its survival of a power cut is at stake
-        sync(path.parent)
+        sync_folder(path.parent)
 
 
 def seal_folder(folder: Path, manifest: tuple[str, bytes] | None = None) -> None:
@@ -155,8 +155,8 @@ def seal_folder(folder: Path, manifest: tuple[str, bytes] | None = None) -> None
             with path.open("r+b") as file:
                 os.fsync(file.fileno())
         if manifest is not None and Path(place) == folder:
-            write(folder / manifest[0], manifest[1])
-        sync(Path(place))
+            write_through(folder / manifest[0], manifest[1])
+        sync_folder(Path(place))
 
 
 def _put_in_place(draft: Path, path: Path, replace: bool | Callable[[], bool]) -> None:
@@ -207,7 +207,7 @@ def _name_draft(path: Path) -> Path:
     return path.with_name(f"{DRAFT}{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
 
 
-def write(path: Path, content: bytes) -> None:
+def write_through(path: Path, content: bytes) -> None:
     """Write a file nobody sees yet and bring it to the disk."""
     with path.open("wb") as file:
         file.write(content)
@@ -215,7 +215,7 @@ def write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk."""
     if os.name == "nt":  # folders cannot be opened there
         return

@@ -7,6 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+_CGROUPS = Path("/sys/fs/cgroup")
+# Limit, use, and the part of it that is cache nobody has touched lately.
+_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+_NO_LIMIT = 2**60  # version 1 writes the largest page-aligned number instead of none
 
 
 @dataclass
@@ -35,10 +44,48 @@ def row_blocks(n_rows: int, width: int) -> Iterator[slice]:
 
 
 def available_memory() -> float | None:
-    """Return the MiB of memory a process could still take; None where the system does not say."""
+    """Return the MiB of memory a process could still take: the machine's, or less where a control group allows less.
+
+    None where the system does not say.
+    """
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) / 1024
-    except (OSError, KeyError, ValueError, IndexError):
+        machine = float(psutil.virtual_memory().available) / 2**20
+    except (OSError, RuntimeError, NotImplementedError):
+        return None
+    group = read_control_group_memory()
+    return machine if group is None else min(machine, group)
+
+
+def read_control_group_memory(membership: Path = Path("/proc/self/cgroup"), root: Path = _CGROUPS) -> float | None:
+    """Return the MiB that the control groups of this process (a container, a batch job) leave it; None without a limit.
+
+    Page cache that the system would give up counts as left, as it does in ``MemAvailable``.
+
+    Args:
+        membership: the groups of a process, as Linux lists them: version 2 and version 1.
+        root: where control groups are mounted.
+    """
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return None
+    left = []
+    for _, controllers, place in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = root / "memory" if controllers else root
+        names = _CGROUP_V1 if controllers else _CGROUP_V2
+        # Within a container the path may be the host's, and its mount shows the container's own group at the root.
+        own = mount / place.strip("/")
+        left += [_left_in(group, *names) for group in (own, *own.parents) if group.is_relative_to(mount)]
+    return min((room for room in left if room is not None), default=None)
+
+
+def _left_in(group: Path, limit: str, used: str, cache: str) -> float | None:
+    try:
+        most = int((group / limit).read_text())  # "max" where there is no limit
+        taken = int((group / used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, most - taken + int(stat.get(cache, 0))) / 2**20 if most < _NO_LIMIT else None
+    except (OSError, ValueError):
         return None

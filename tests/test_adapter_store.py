@@ -18,7 +18,7 @@ from safetensors.numpy import load, save_file
 from peft_combo.errors import StoreError
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.manifest import BackboneStamp
-from peft_combo.store.model_card import model_card
+from peft_combo.store.model_card import render_model_card
 from peft_combo.store.references import parse_reference
 from peft_combo.store.versions import AdapterRecord
 
@@ -237,7 +237,7 @@ def test_the_card_of_a_library_is_replaced_by_ours(store: AdapterStore) -> None:
         (draft.path / "README.md").write_text("a template with [More Information Needed]")
         (draft.path / "head.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
         record = draft.commit(FIELDS)
-    assert record.read("README.md").decode() == model_card(record.manifest)
+    assert record.read("README.md").decode() == render_model_card(record.manifest)
 
 
 def test_the_card_tells_what_how_and_how_good(store: AdapterStore) -> None:

@@ -19,10 +19,10 @@ from test_adapter_store import hidden, write
 from test_adapter_store_faults import dead_pid
 
 from peft_combo.errors import StoreError
-from peft_combo.files import size_of
+from peft_combo.files import measure_size
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.aliases import Alias, Move, parse_alias
-from peft_combo.store.integrity import locked
+from peft_combo.store.integrity import hold_lock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -216,7 +216,7 @@ def test_aliases_are_not_followed_out_of_the_store(four: AdapterStore, tmp_path:
 
 def test_whoever_waits_too_long_for_the_lock_is_told(four: AdapterStore) -> None:
     four = AdapterStore(four.path, lock_wait=0.05)
-    with locked(four.path):
+    with hold_lock(four.path):
         for act in (lambda: four.alias("fashion", "prod"), lambda: four.remove("fashion@v1"), lambda: four.collect(1)):
             assert "Another process has been changing" in refusal(act)
         assert four.open("fashion").version == 4  # readers and writers of versions do not wait
@@ -409,5 +409,5 @@ def test_of_a_promotion_and_a_removal_one_is_refused(four: AdapterStore) -> None
 
 def test_what_went_while_it_was_looked_at_has_no_size(tmp_path: Path) -> None:
     (tmp_path / "left").write_bytes(b"12345")
-    assert size_of(tmp_path / "left") == 5
-    assert size_of(tmp_path / "gone") == 0
+    assert measure_size(tmp_path / "left") == 5
+    assert measure_size(tmp_path / "gone") == 0

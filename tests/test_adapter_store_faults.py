@@ -25,7 +25,7 @@ from test_adapter_store import FIELDS, hidden, write
 from peft_combo.errors import StoreError
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.manifest import FORMAT, Manifest, parse_manifest
-from peft_combo.store.model_card import model_card
+from peft_combo.store.model_card import render_model_card
 
 ROOT = Path(__file__).resolve().parent.parent
 TENSORS = (8).to_bytes(8, "little") + b"{}      "  # the smallest safetensors file there is
@@ -637,7 +637,7 @@ def test_a_manifest_with_anything_in_it_never_leads_out(pristine: Path, data: st
         store.verify()
         with suppress(StoreError):
             record = store.open("fashion@v1")
-            assert isinstance(model_card(record.manifest), str)
+            assert isinstance(render_model_card(record.manifest), str)
             assert all(record.file(name).parent == record.path for name in record.manifest.files)
             assert store.verify("fashion@v1") == [] or set(os.listdir(record.path)) - set(record.manifest.files)
         with suppress(StoreError):
@@ -728,7 +728,7 @@ def test_whatever_a_writer_says_is_stored_and_reads_back_or_is_refused(fields: d
             assert store.categories() == ()
         else:
             record = store.open("fashion")
-            assert record.read("README.md").decode() == model_card(record.manifest)
+            assert record.read("README.md").decode() == render_model_card(record.manifest)
             assert Manifest.model_validate_json((record.path / "manifest.json").read_bytes()) == record.manifest
         assert store.verify() == []
         assert hidden(store, ".draft-") == []

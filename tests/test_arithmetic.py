@@ -18,11 +18,11 @@ from test_bank import store_adapter
 from torch import Tensor
 
 from peft_combo.adapters.convert import ConvertError, convert
-from peft_combo.adapters.deltas import Spectrum, changes_of, combined
+from peft_combo.adapters.deltas import Spectrum, combine_changes, read_changes
 from peft_combo.adapters.diff import diff
 from peft_combo.adapters.merge import MergeError, merge
-from peft_combo.adapters.transfer import alignment, transfer
-from peft_combo.adapters.validation import Exam
+from peft_combo.adapters.transfer import measure_alignment, transfer
+from peft_combo.adapters.validation import ValidationQueries
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
@@ -87,7 +87,7 @@ def row(*values: float) -> dict[str, Tensor]:
 
 
 def test_an_average_is_weighted_and_takes_what_one_lacks_as_zero() -> None:
-    mean = combined([row(1, -2), row(5, 6) | {"n": torch.tensor([[4.0]])}], [0.75, 0.25], "average", 1, 0)
+    mean = combine_changes([row(1, -2), row(5, 6) | {"n": torch.tensor([[4.0]])}], [0.75, 0.25], "average", 1, 0)
     assert mean["m"].tolist() == [[2, 0]]
     assert mean["n"].tolist() == [[1]]
 
@@ -96,26 +96,26 @@ def test_ties_trims_elects_a_sign_and_averages_who_agrees() -> None:
     # Half of six values stay: of the first 3, -2, 1.5; of the second -4, -2, 5.
     first, second = row(1.5, -2, 0.5, 3, 0.1, 0.2), row(-4, -2, 0.1, 1, 0.2, 5)
     # Sums of what stays: -2.5, -4, 0, 3, 0, 5. Alone at the first place the second has that sign.
-    assert combined([first, second], [0.5, 0.5], "ties", 0.5, 0)["m"].tolist() == [[-4, -2, 0, 3, 0, 5]]
+    assert combine_changes([first, second], [0.5, 0.5], "ties", 0.5, 0)["m"].tolist() == [[-4, -2, 0, 3, 0, 5]]
     # With three quarters of the weight the first one's 1.5 against -4 is 1.125 to -1, so its sign wins.
-    assert combined([first, second], [0.75, 0.25], "ties", 0.5, 0)["m"].tolist() == [[1.5, -2, 0, 3, 0, 5]]
+    assert combine_changes([first, second], [0.75, 0.25], "ties", 0.5, 0)["m"].tolist() == [[1.5, -2, 0, 3, 0, 5]]
     # The trim is over a whole adapter: a module of small values alone vanishes.
     whole = [{"m": torch.tensor([[9.0, 8.0]]), "n": torch.tensor([[1.0, 2.0]])}]
-    assert combined(whole, [1.0], "ties", 0.5, 0)["n"].tolist() == [[0, 0]]
+    assert combine_changes(whole, [1.0], "ties", 0.5, 0)["n"].tolist() == [[0, 0]]
     # Equal and opposite: no sign wins.
-    assert combined([row(1), row(-1)], [0.5, 0.5], "ties", 1, 0)["m"].tolist() == [[0]]
+    assert combine_changes([row(1), row(-1)], [0.5, 0.5], "ties", 1, 0)["m"].tolist() == [[0]]
 
 
 def test_dare_drops_by_chance_and_makes_up_for_it_by_scale() -> None:
     ones = {"m": torch.ones(100, 100)}
-    kept = combined([ones], [1.0], "dare", 0.25, 7)["m"]
+    kept = combine_changes([ones], [1.0], "dare", 0.25, 7)["m"]
     assert set(kept.unique().tolist()) == {0.0, 4.0}
     assert kept.mean().item() == pytest.approx(1, abs=4 * math.sqrt(3) / 100)  # four deviations of the mean
-    assert torch.equal(kept, combined([ones], [1.0], "dare", 0.25, 7)["m"])
-    assert not torch.equal(kept, combined([ones], [1.0], "dare", 0.25, 8)["m"])
-    two = combined([ones, ones], [0.5, 0.5], "dare", 0.25, 7)["m"]
+    assert torch.equal(kept, combine_changes([ones], [1.0], "dare", 0.25, 7)["m"])
+    assert not torch.equal(kept, combine_changes([ones], [1.0], "dare", 0.25, 8)["m"])
+    two = combine_changes([ones, ones], [0.5, 0.5], "dare", 0.25, 7)["m"]
     assert set(two.unique().tolist()) == {0.0, 2.0, 4.0}  # each adapter has chances of its own
-    assert combined([row(1, 2), row(3, 4)], [0.5, 0.5], "dare", 1, 0)["m"].tolist() == [[2, 3]]
+    assert combine_changes([row(1, 2), row(3, 4)], [0.5, 0.5], "dare", 1, 0)["m"].tolist() == [[2, 3]]
 
 
 def test_a_spectrum_tells_the_rank_an_error_needs() -> None:
@@ -162,8 +162,8 @@ def test_a_merge_is_the_mean_of_the_changes_and_says_what_it_is_of(shelf: Shelf)
         {"adapter": "inside@v1", "digest": inside.digest, "weight": 0.25},
         {"adapter": "beside@v1", "digest": beside.digest, "weight": 0.75},
     ]
-    parents = [changes_of(one.attached).linear for one in (inside, beside)]
-    merged = changes_of(shelf.bank.get("both").attached).linear
+    parents = [read_changes(one.attached).linear for one in (inside, beside)]
+    merged = read_changes(shelf.bank.get("both").attached).linear
     assert set(merged) == set(parents[0]) | set(parents[1])
     for name, change in merged.items():
         wanted = sum(
@@ -184,7 +184,7 @@ def test_svd_holds_the_rank_and_measures_what_it_leaves_out(shelf: Shelf) -> Non
     parents = shelf.put("one", LORA, 1), shelf.put("two", LORA, 2)
     done = shelf.merge(*parents, method="svd", rank=3)
     assert set(done.ranks.values()) == {3}
-    changes = [changes_of(one.attached).linear for one in parents]
+    changes = [read_changes(one.attached).linear for one in parents]
     values = [torch.linalg.svdvals((changes[0][name] + changes[1][name]).double() / 2) for name in changes[0]]
     lost, whole = (sum(float(v.square().sum()) for v in part) for part in ([v[3:] for v in values], values))
     assert done.truncation == pytest.approx(math.sqrt(lost / whole), rel=1e-4)
@@ -256,7 +256,7 @@ def test_norms_cosines_and_subspaces_are_those_of_the_changes(shelf: Shelf) -> N
     found = diff(one, double, shelf.backbone)
     name = "encoder.layer.1.attention.self.value"
     change = next(change for change in found.modules if change.name == name)
-    delta = changes_of(one.attached).linear[name]
+    delta = read_changes(one.attached).linear[name]
     assert change.a == pytest.approx(
         float(delta.norm() / shelf.backbone.model.get_submodule(name).weight.norm()), rel=1e-5  # type: ignore[operator]
     )  # fmt: skip
@@ -372,30 +372,32 @@ def test_what_no_lora_can_do_is_refused_with_the_reason(shelf: Shelf) -> None:
 def test_alignment_is_linear_cka_with_the_membership_of_bundles() -> None:
     members = sparse.csr_matrix(np.array([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0]], np.float32))
     together = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [9, 9]], np.float32)  # the fifth item is in no bundle
-    assert alignment(together, members) == pytest.approx(1)
-    assert alignment(np.array([[1, 0], [0, 1], [1, 0], [0, 1], [0, 0]], np.float32), members) == pytest.approx(0)
+    assert measure_alignment(together, members) == pytest.approx(1)
+    assert measure_alignment(np.array([[1, 0], [0, 1], [1, 0], [0, 1], [0, 0]], np.float32), members) == pytest.approx(
+        0
+    )
     rng = np.random.default_rng(0)
     random, drawn = rng.normal(size=(30, 6)).astype(np.float32), rng.random((12, 30)) < 0.2
     x, y = random[drawn.any(0)].astype(np.float64), drawn.T[drawn.any(0)].astype(np.float64)
     x, y = x - x.mean(0), y - y.mean(0)
     wanted = np.linalg.norm(y.T @ x) ** 2 / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
-    assert alignment(random, sparse.csr_matrix(drawn.astype(np.float32))) == pytest.approx(wanted)
+    assert measure_alignment(random, sparse.csr_matrix(drawn.astype(np.float32))) == pytest.approx(wanted)
 
 
 def test_candidates_are_compared_with_the_frozen_encoder_and_foreign_ones_left_out(
     tiny_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     recipe = tiny_recipe()
-    exam = Exam.of(recipe)
+    validation = ValidationQueries.of(recipe)
     shelf = Shelf(Path(recipe.store), Backbone.of(recipe.backbone))
     with pytest.raises(StoreError, match=r"No adapter in .* to start from"):
-        transfer(exam, shelf.backbone, shelf.store)
+        transfer(validation, shelf.backbone, shelf.store)
     shelf.put("old", LORA, 1)
     shelf.put("old", LORA, 2)
     shelf.put("heads", HeadOnly(), 3)
     foreign = Backbone.load(str(build_encoder(tmp_path / "foreign", seed=1)), max_length=16)
     store_adapter(shelf.store, foreign, "foreign")
-    found = transfer(exam, shelf.backbone, shelf.store)
+    found = transfer(validation, shelf.backbone, shelf.store)
     assert {(start.adapter, start.head) for start in found.starts} == {
         (name, head) for name in ("old@v2", "heads@v1") for head in ("own", "identity")
     }
@@ -409,21 +411,21 @@ def test_candidates_are_compared_with_the_frozen_encoder_and_foreign_ones_left_o
     assert found.advised is None  # random adapters are no start
     assert found.notes[0].startswith("foreign@v1 was left out: it was tuned on another encoder")
     with pytest.raises(StoreError, match="tuned on"):
-        transfer(exam, shelf.backbone, shelf.store, ["foreign"])
+        transfer(validation, shelf.backbone, shelf.store, ["foreign"])
 
 
 def test_a_caveat_says_what_flatters_an_adapter(tiny_recipe: Callable[..., Any]) -> None:
     recipe = tiny_recipe()
-    exam = Exam.of(recipe)
+    validation = ValidationQueries.of(recipe)
     shelf = Shelf(Path(recipe.store), Backbone.of(recipe.backbone))
     manifest = shelf.put("one", HeadOnly()).record.manifest
 
     def caveat(split_digest: str, **data: Any) -> str:
         stamp = manifest.data.model_copy(update={"split_digest": split_digest})
         tuned = {"data": {**recipe.model_dump(mode="json")["data"], **data}} if data else {}
-        return exam.caveat(manifest.model_copy(update={"data": stamp, "recipe": tuned}))
+        return validation.caveat(manifest.model_copy(update={"data": stamp, "recipe": tuned}))
 
-    assert caveat(exam.parts.digest) == "these questions were its own for validation"
+    assert caveat(validation.parts.digest) == "these questions were its own for validation"
     assert caveat("other") == "what it learned from is not known here"
     assert caveat("other", path="another/shop") == ""
     assert caveat("other", split_seed=9) == "it may have learned from these bundles"

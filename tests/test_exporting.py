@@ -209,11 +209,11 @@ def run(graph: Any, x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def test_a_weight_is_rounded_by_the_largest_of_its_own_block(onnx: Any) -> None:
     weight = np.zeros((64, 1), np.float32)
-    weight[:4, 0] = (127.0, 63.4, 63.6, -127.0)  # scale 1: to 127, 63, 64, -127
-    weight[32:35, 0] = (1.27, 0.634, 0.01)  # scale 0.01: to 127, 63, 1
-    kept = run(onnx_graphs.in_blocks(product(onnx, weight), Scheme(32, False)), np.eye(64, dtype=np.float32))
-    np.testing.assert_allclose(kept[:5, 0], (127, 63, 64, -127, 0), rtol=1e-5)
-    np.testing.assert_allclose(kept[32:36, 0], (1.27, 0.63, 0.01, 0), rtol=1e-5)
+    weight[:4, 0] = (-128.0, 63.4, 63.6, 127.0)  # scale 1: to -128, 63, 64, 127
+    weight[32:35, 0] = (-1.28, 0.634, 0.01)  # scale 0.01: to -128, 63, 1
+    kept = run(onnx_graphs.quantize_blocks(product(onnx, weight), Scheme(32, False)), np.eye(64, dtype=np.float32))
+    np.testing.assert_allclose(kept[:5, 0], (-128, 63, 64, 127, 0), rtol=1e-5)
+    np.testing.assert_allclose(kept[32:36, 0], (-1.28, 0.63, 0.01, 0), rtol=1e-5)
 
 
 def test_an_outlier_beside_a_text_changes_nothing_in_blocks_and_much_in_the_usual_int8(onnx: Any) -> None:
@@ -221,7 +221,10 @@ def test_an_outlier_beside_a_text_changes_nothing_in_blocks_and_much_in_the_usua
     graph = product(onnx, rng.normal(size=(64, 8)).astype(np.float32))
     x = rng.normal(size=(2, 64)).astype(np.float32)
     x[1] *= 1000
-    for small, bound in ((onnx_graphs.in_blocks(graph, Scheme(32, True)), 1e-6), (onnx_graphs.naive_int8(graph), None)):
+    for small, bound in (
+        (onnx_graphs.quantize_blocks(graph, Scheme(32, True)), 1e-6),
+        (onnx_graphs.quantize_naively(graph), None),
+    ):
         difference = float(np.abs(run(small, x)[:1] - run(small, x[:1])).max())
         assert difference > 0.5 if bound is None else difference < bound
 

@@ -30,7 +30,7 @@ from test_importing import foreign
 from peft_combo.adapters.import_peft import import_adapter
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.errors import PeftComboError, StoreError
-from peft_combo.recipe.files import load_recipe, recipe_text
+from peft_combo.recipe.files import load_recipe, read_recipe_text
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.aliases import parse_alias
 from peft_combo.store.manifest import parse_manifest
@@ -151,7 +151,7 @@ def fresh(tmp_path: Path) -> Path:
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
-_LINES = recipe_text("lora-fashion").splitlines()
+_LINES = read_recipe_text("lora-fashion").splitlines()
 with suppress(PeftComboError):  # what pydantic imports at its first refusal is imported by now
     load_recipe("lora-fashion", ["adapter.rank=no"])
 

@@ -19,9 +19,17 @@ from pydantic import ValidationError
 
 from peft_combo.errors import Fault, RecipeError
 from peft_combo.recipe.adapter import AdaloraAdapter, AdapterConfig, LoraAdapter, PrefixAdapter, TokensAdapter
-from peft_combo.recipe.files import check, copy_recipe, list_recipes, load_recipe, recipe_text, recipes_folder, schema
+from peft_combo.recipe.files import (
+    build_file_schema,
+    check,
+    copy_recipe,
+    list_recipes,
+    load_recipe,
+    read_recipe_text,
+    recipes_folder,
+)
 from peft_combo.recipe.model import Recipe
-from peft_combo.recipe.parse import key_paths, parse_recipe, recipe_schema
+from peft_combo.recipe.parse import list_key_paths, parse_recipe, recipe_schema
 
 SHIPPED = sorted(file.stem for file in recipes_folder().glob("*.yaml"))
 SMALLEST: dict[str, Any] = {
@@ -70,7 +78,7 @@ def test_a_shipped_recipe_loads_under_its_own_name_and_survives_json(name: str) 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_opens_with_what_it_does_and_the_command_that_runs_it(name: str) -> None:
-    lines = recipe_text(name).splitlines()
+    lines = read_recipe_text(name).splitlines()
     assert re.fullmatch(r"# [A-Z].{20,110}\.", lines[0])
     assert any(re.fullmatch(rf"# Run: +peft-combo tune --recipe {name}( --data PATH)?", line) for line in lines)
     assert any(line.startswith("# Data: ") for line in lines)
@@ -626,7 +634,7 @@ def test_a_copy_replaces_nothing_unless_told_to(tmp_path: Path) -> None:
         copy_recipe("lora-fashion", file)
     assert file.read_text() == "mine\n"
     copy_recipe("lora-fashion", file, force=True)
-    assert file.read_text() == recipe_text("lora-fashion")
+    assert file.read_text() == read_recipe_text("lora-fashion")
     assert os.listdir(tmp_path) == ["mine.yaml"]
     with pytest.raises(RecipeError, match=r"ends in \.yaml, found .*Try .*other\.yaml"):
         copy_recipe("lora-fashion", tmp_path / "other.txt")
@@ -646,7 +654,7 @@ def test_every_field_is_described_and_every_number_bounded() -> None:
 
 
 def test_the_schema_covers_every_key_of_every_shipped_recipe() -> None:
-    published = schema()
+    published = build_file_schema()
     assert json.loads(json.dumps(published)) == published
     assert '"required"' not in json.dumps(published)
     assert {"extends", "category", "adapter"} <= set(published["properties"])
@@ -660,8 +668,8 @@ def test_the_schema_covers_every_key_of_every_shipped_recipe() -> None:
 
     free = ("data.columns.", "task.types.")  # what stands below is the user's own
     for name in SHIPPED:
-        written = paths(yaml.safe_load(recipe_text(name))) - {"extends"}
-        assert {path for path in written if not path.startswith(free)} <= set(key_paths())
+        written = paths(yaml.safe_load(read_recipe_text(name))) - {"extends"}
+        assert {path for path in written if not path.startswith(free)} <= set(list_key_paths())
 
 
 def test_reading_a_recipe_imports_nothing_heavy() -> None:
@@ -693,7 +701,7 @@ SCALARS = st.one_of(
     st.sampled_from(["lora", "prefix", "demo", "folder", "bundle", "no", "{title}", "\0", "\ud800"]),
     st.binary(max_size=4),
 )
-KEYS = st.one_of(st.sampled_from([key.rpartition(".")[2] for key in key_paths()]), st.text(max_size=8))
+KEYS = st.one_of(st.sampled_from([key.rpartition(".")[2] for key in list_key_paths()]), st.text(max_size=8))
 TREES = st.recursive(
     SCALARS,
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=5)),
@@ -716,7 +724,7 @@ def legible(error: RecipeError) -> None:
 
 
 @FUZZ
-@given(path=st.sampled_from(key_paths()), value=TREES)
+@given(path=st.sampled_from(list_key_paths()), value=TREES)
 def test_any_value_anywhere_gives_a_recipe_or_a_legible_error(path: str, value: object) -> None:
     raw: dict[str, Any] = json.loads(json.dumps({**SMALLEST, "training": {}, "backbone": {}, "task": {}}))
     *sections, key = path.split(".")
@@ -766,7 +774,7 @@ def test_any_bytes_give_a_recipe_or_a_legible_error(tmp_path: Path, content: byt
 def test_a_shipped_recipe_with_a_slip_gives_a_recipe_or_a_legible_error(
     tmp_path: Path, cut: int, inserted: str, name: str
 ) -> None:
-    text = recipe_text(name)
+    text = read_recipe_text(name)
     at = cut % len(text)
     file = tmp_path / "fuzz.yaml"
     file.write_bytes((text[:at] + inserted + text[at:]).encode("utf-8", "surrogatepass"))
@@ -777,7 +785,7 @@ def test_a_shipped_recipe_with_a_slip_gives_a_recipe_or_a_legible_error(
 
 
 @FUZZ
-@given(path=st.one_of(st.sampled_from(key_paths()), st.text(max_size=12)), value=st.text(max_size=30))
+@given(path=st.one_of(st.sampled_from(list_key_paths()), st.text(max_size=12)), value=st.text(max_size=30))
 def test_any_override_gives_a_recipe_or_a_legible_error(path: str, value: str) -> None:
     try:
         sound(load_recipe("lora-fashion", [f"{path}={value}"]))

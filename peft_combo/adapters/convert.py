@@ -1,4 +1,4 @@
-"""Adapters of other methods served as LoRA: the same vectors from files that any LoRA runtime takes."""
+"""Conversion to LoRA of adapters of other methods: the same vectors from files that any LoRA runtime takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_combo.adapters.deltas import Spectrum, changes_of, relative
+from peft_combo.adapters.deltas import Spectrum, read_changes, relative
 from peft_combo.adapters.lora_files import write_lora
 from peft_combo.callbacks import Watch
 from peft_combo.encoder.backbone import Backbone
@@ -103,7 +103,7 @@ def convert(
         raise ConvertError(f"max_error: expected a share above 0 and below 1, found {max_error:g}.")
     if is_plain_lora(live.record):
         raise ConvertError(f"{live.reference} is plain LoRA already: nothing to convert.")
-    factors, error = _factored(live, backbone, rank, max_error, watch)
+    factors, error = _factor(live, backbone, rank, max_error, watch)
 
     manifest = live.record.manifest
     with store.writing(manifest.category) as draft:
@@ -143,12 +143,12 @@ def convert(
     return Conversion(record, live.reference, ranks, error, difference, len(distinct), sizes[0], sizes[1], merged)
 
 
-def _factored(
+def _factor(
     live: LiveAdapter, backbone: Backbone, rank: int | None, max_error: float, watch: Watch
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """Return the factors of each update, and the largest share of a norm they leave out."""
     try:
-        changes = changes_of(live.attached)
+        changes = read_changes(live.attached)
     except BackboneError as error:
         raise BackboneError(f"{live.reference} cannot be served as LoRA. {error}") from error
     if changes.other:

@@ -1,4 +1,4 @@
-"""What a stored adapter changes in the encoder's weights, and such a change as the two factors of a plain LoRA.
+"""Weight deltas: what an adapter changes in the encoder, and such a change factored as a plain LoRA by SVD.
 
 Owns how changes are read, combined and factored. Knows tensors only: nothing of stores, heads' meaning or texts.
 """
@@ -35,7 +35,7 @@ class Changes:
 
 
 @torch.no_grad()
-def changes_of(attached: AttachedAdapter) -> Changes:
+def read_changes(attached: AttachedAdapter) -> Changes:
     """Return what an adapter changes, on the CPU; nothing for a head alone.
 
     A change is the merged weight less the frozen one, so it is known up to the rounding of a float32 weight.
@@ -57,7 +57,7 @@ def changes_of(attached: AttachedAdapter) -> Changes:
     return changes
 
 
-def combined(
+def combine_changes(
     changes: Sequence[Mapping[str, Tensor]], shares: Sequence[float], method: MergeMethod, density: float, seed: int
 ) -> dict[str, Tensor]:
     """Make one change of several; a name that one of them lacks is a change of zero there.
@@ -78,10 +78,10 @@ def combined(
         case "average" | "svd":
             kept = [dict(change) for change in changes]
         case "ties":
-            kept = [_largest(change, density) for change in changes]
+            kept = [_keep_largest(change, density) for change in changes]
         case "dare":
             generator = torch.Generator().manual_seed(seed)
-            kept = [_by_chance(change, density, generator) for change in changes]
+            kept = [_keep_by_chance(change, density, generator) for change in changes]
         case _:
             assert_never(method)
     result = {}
@@ -99,7 +99,7 @@ def combined(
     return result
 
 
-def _largest(change: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+def _keep_largest(change: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
     """Set all but the largest values to zero, over the whole change as the paper does, not module by module."""
     if not change or density == 1:
         return dict(change)
@@ -108,7 +108,7 @@ def _largest(change: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
     return {name: torch.where(delta.abs() >= bound, delta, 0.0) for name, delta in change.items()}
 
 
-def _by_chance(change: Mapping[str, Tensor], density: float, generator: torch.Generator) -> dict[str, Tensor]:
+def _keep_by_chance(change: Mapping[str, Tensor], density: float, generator: torch.Generator) -> dict[str, Tensor]:
     # Sorted, so that the draw does not hang on the order in which modules were read.
     return {
         name: change[name] * (torch.rand(change[name].shape, generator=generator) < density) / density

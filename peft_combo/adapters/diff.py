@@ -1,4 +1,4 @@
-"""Two adapters side by side: what each changes, and how often that shows in an answer."""
+"""Adapter diff: what each of two adapters changes in the weights, and how often that shows in an answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_combo import metrics
-from peft_combo.adapters.deltas import Changes, Spectrum, changes_of, relative
+from peft_combo.adapters.deltas import Changes, Spectrum, read_changes, relative
 from peft_combo.callbacks import Watch
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.architectures import architecture_of
@@ -122,13 +122,13 @@ def diff(
     layers: tuple[Change, ...] = ()
     modules: tuple[Change, ...] = ()
     try:
-        changes = changes_of(a.attached), changes_of(b.attached)
+        changes = read_changes(a.attached), read_changes(b.attached)
     except BackboneError as error:
         notes.append(f"Weights were not compared. {error}")
     else:
-        layers, modules = _weights(*changes, backbone.model, watch)
-    head, said = _heads(a.head, b.head)
-    predictions = None if texts is None else _predictions(a, b, backbone, texts, questions, watch)
+        layers, modules = _read_weights(*changes, backbone.model, watch)
+    head, said = _compare_heads(a.head, b.head)
+    predictions = None if texts is None else _compare_predictions(a, b, backbone, texts, questions, watch)
     scales = (math.exp(float(a.head.log_scale)), math.exp(float(b.head.log_scale)))
     return Difference(a.reference, b.reference, layers, modules, head, scales, predictions, (*notes, *said))
 
@@ -162,20 +162,24 @@ class _Sums:
         )  # fmt: skip
 
 
-def _weights(a: Changes, b: Changes, model: nn.Module, watch: Watch) -> tuple[tuple[Change, ...], tuple[Change, ...]]:
+def _read_weights(
+    a: Changes, b: Changes, model: nn.Module, watch: Watch
+) -> tuple[tuple[Change, ...], tuple[Change, ...]]:
     parameters = dict(model.named_parameters())
     place = f"{architecture_of(model).layers}."
     layers: dict[str, _Sums] = {}
     modules = []
     total = _Sums()
-    touched = [name for name in parameters if _touched(name, a) or _touched(name, b)]  # in the encoder's own order
+    touched = [
+        name for name in parameters if _list_touched(name, a) or _list_touched(name, b)
+    ]  # in the encoder's own order
     watch.stage("Comparing weights", len(touched))
     for name in touched:
         module, parameter = name.removesuffix(".weight"), parameters[name].detach().cpu().float()
         linear = module in a.linear or module in b.linear
-        one, two = (_change(name, changes, parameter) for changes in (a, b))
+        one, two = (_compare_change(name, changes, parameter) for changes in (a, b))
         sums = _Sums.of(one, two, float(torch.linalg.norm(parameter)))
-        overlap, directions = _overlap(one, two, parameter) if linear else (None, None)
+        overlap, directions = _measure_overlap(one, two, parameter) if linear else (None, None)
         modules.append(sums.change(module if linear else name, overlap, directions))
         inside = name.startswith(place)
         layer = f"layer {name.removeprefix(place).split('.')[0]}" if inside else "outside the layers"
@@ -188,16 +192,16 @@ def _weights(a: Changes, b: Changes, model: nn.Module, watch: Watch) -> tuple[tu
     return tuple(summed), tuple(modules)
 
 
-def _touched(parameter: str, changes: Changes) -> bool:
+def _list_touched(parameter: str, changes: Changes) -> bool:
     return parameter in changes.other or parameter.removesuffix(".weight") in changes.linear
 
 
-def _change(parameter: str, changes: Changes, like: Tensor) -> Tensor:
+def _compare_change(parameter: str, changes: Changes, like: Tensor) -> Tensor:
     change = changes.linear.get(parameter.removesuffix(".weight"), changes.other.get(parameter))
     return torch.zeros_like(like) if change is None else change
 
 
-def _overlap(a: Tensor, b: Tensor, weight: Tensor) -> tuple[float | None, int | None]:
+def _measure_overlap(a: Tensor, b: Tensor, weight: Tensor) -> tuple[float | None, int | None]:
     one, two = Spectrum.of(a, weight), Spectrum.of(b, weight)
     directions = min(one.rank(), two.rank(), SUBSPACE)
     if not directions:
@@ -206,7 +210,7 @@ def _overlap(a: Tensor, b: Tensor, weight: Tensor) -> tuple[float | None, int | 
     return min(float(shared.square().sum()) / directions, 1.0), directions
 
 
-def _heads(a: BundleHead, b: BundleHead) -> tuple[tuple[Change, ...], list[str]]:
+def _compare_heads(a: BundleHead, b: BundleHead) -> tuple[tuple[Change, ...], list[str]]:
     notes = [
         f"The heads differ in {name}: {getattr(a.config, name)} and {getattr(b.config, name)}."
         for name in ("projection", "pooling")
@@ -226,7 +230,7 @@ def _heads(a: BundleHead, b: BundleHead) -> tuple[tuple[Change, ...], list[str]]
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def _predictions(
+def _compare_predictions(
     a: LiveAdapter, b: LiveAdapter, backbone: Backbone, texts: Sequence[str], questions: Queries | None, watch: Watch
 ) -> Predictions:
     first: dict[str, int] = {}
@@ -239,34 +243,35 @@ def _predictions(
     rows = np.fromiter(first.values(), np.int64)
     one, two = mine[rows], theirs[rows]
     asked = np.sort(np.random.default_rng(0).choice(len(rows), min(len(rows), _MOST_QUERIES), replace=False))
-    near = [_neighbours(vectors, asked) for vectors in (one, two)]
+    near = [_find_neighbours(vectors, asked) for vectors in (one, two)]
     found = Predictions(
-        len(rows), float((one * two).sum(1, dtype=np.float64).mean()), float(_shared(*near).mean()), len(asked)
+        len(rows), float((one * two).sum(1, dtype=np.float64).mean()), float(_share_neighbours(*near).mean()),
+        len(asked),
     )  # fmt: skip
     if questions is None or not len(questions):
         return found
-    (lists, ranks), (other_lists, other_ranks) = _answers(a, mine, questions), _answers(b, theirs, questions)
+    (lists, ranks), (other_lists, other_ranks) = _answer(a, mine, questions), _answer(b, theirs, questions)
     return Predictions(
         found.texts, found.cosine, found.neighbours, found.queries, len(questions),
         float((lists[:, 0] != other_lists[:, 0]).mean()),
-        float((_shared(lists, other_lists) < 1).mean()),
-        (_ndcg(ranks), _ndcg(other_ranks)),
+        float((_share_neighbours(lists, other_lists) < 1).mean()),
+        (_measure_ndcg(ranks), _measure_ndcg(other_ranks)),
     )  # fmt: skip
 
 
-def _neighbours(vectors: NDArray[np.float32], asked: NDArray[np.int64]) -> NDArray[np.int64]:
+def _find_neighbours(vectors: NDArray[np.float32], asked: NDArray[np.int64]) -> NDArray[np.int64]:
     depth = min(NEIGHBOURS, len(vectors) - 1)
     found, _ = ExactIndex(vectors).search(vectors[asked], depth, list(asked[:, None]))
     return found
 
 
-def _shared(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
+def _share_neighbours(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return for each row the share of one list that is in the other: (Q, K), (Q, K) -> (Q,)."""
     share: NDArray[np.float64] = (a[:, :, None] == b[:, None, :]).any(2).mean(1)
     return share
 
 
-def _answers(
+def _answer(
     live: LiveAdapter, vectors: NDArray[np.float32], questions: Queries
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the first ten of each list (Q, 10), of equal scores the lower row first, and the answers' ranks (Q,)."""
@@ -282,5 +287,5 @@ def _answers(
     return np.concatenate(lists), np.concatenate(ranks)
 
 
-def _ndcg(ranks: NDArray[np.float64]) -> float:
+def _measure_ndcg(ranks: NDArray[np.float64]) -> float:
     return float(metrics.per_query(ranks, "ndcg@10").mean())

@@ -26,7 +26,7 @@ from peft_combo.adapters import onnx_graph as onnx_graphs
 from peft_combo.adapters.export_folder import (
     Export,
     Format,
-    manifest_of,
+    build_manifest,
     read_back,
     write_head,
     write_report,
@@ -88,11 +88,11 @@ def export(
             "Load it with quantization none."
         )
     folder = Path(folder).expanduser().resolve()
-    with _staged_export(folder) as staged:
+    with _stage_export(folder) as staged:
         if format != "merged":
             onnx_graphs.require_onnx()
         draft = staged.path
-        encoder = _encoder(live, format)
+        encoder = _choose_encoder(live, format)
         write_tokenizer(draft, live, backbone, graph=format != "merged")
         write_head(draft, live)
         parity = ParityCheck(live, backbone, read_back(draft, live, backbone), texts, questions, watch)
@@ -111,7 +111,7 @@ def export(
             None if parity.questions is None else len(parity.questions), parity.threads, tuple(parity.notes),
         )  # fmt: skip
         write_report(draft, done, live, backbone)
-        staged.manifest = manifest_of(draft, done, live, graph)
+        staged.manifest = build_manifest(draft, done, live, graph)
     return done
 
 
@@ -131,17 +131,17 @@ def _write_model(
             parity.measure("torch, merged", run_torch(loaded, loaded.model), bytes_of(loaded.model))
             return None, None
         case "onnx":
-            graph = _written(_graph(encoder, live, backbone), draft)
-            parity.measure("onnx", onnx_graphs.session(draft / "model.onnx", parity.threads), graph.ByteSize())
+            graph = _write_graph(_build_graph(encoder, live, backbone), draft)
+            parity.measure("onnx", onnx_graphs.open_session(draft / "model.onnx", parity.threads), graph.ByteSize())
             return None, graph
         case "onnx-int8":
-            scheme, graph = choose_scheme(_graph(encoder, live, backbone), parity, wanted)
-            return scheme, _written(graph, draft)
+            scheme, graph = choose_scheme(_build_graph(encoder, live, backbone), parity, wanted)
+            return scheme, _write_graph(graph, draft)
         case _:
             assert_never(format)
 
 
-def _encoder(live: LiveAdapter, format: Format) -> nn.Module:
+def _choose_encoder(live: LiveAdapter, format: Format) -> nn.Module:
     """Return the encoder to write: with the adapter in its weights where that can be, as it is in a graph otherwise."""
     try:
         return merged(live.attached)
@@ -164,44 +164,46 @@ def run_torch(backbone: Backbone, encoder: nn.Module) -> Run:
     return run
 
 
-def _graph(encoder: nn.Module, live: LiveAdapter, backbone: Backbone) -> Graph:
+def _build_graph(encoder: nn.Module, live: LiveAdapter, backbone: Backbone) -> Graph:
     tokens = backbone.tokenize(["an example", "one"], live.attached.max_length)
     ids, mask = (part.to(backbone.device) for part in tokens.padded(np.arange(2), backbone.pad_id))
-    return onnx_graphs.graph_of(encoder, backbone.pool, ids, mask)
+    return onnx_graphs.build_graph(encoder, backbone.pool, ids, mask)
 
 
 def choose_scheme(graph: Graph, parity: ParityCheck, wanted: float) -> tuple[str, Graph]:
     """Return the first 8-bit scheme that agrees enough, or the last that was tried; measures all on the way."""
-    parity.measure("onnx", onnx_graphs.session(graph, parity.threads), graph.ByteSize())
-    naive = onnx_graphs.naive_int8(graph)
-    parity.measure("onnx int8, naive dynamic", onnx_graphs.session(naive, parity.threads), naive.ByteSize())
+    parity.measure("onnx", onnx_graphs.open_session(graph, parity.threads), graph.ByteSize())
+    naive = onnx_graphs.quantize_naively(graph)
+    parity.measure("onnx int8, naive dynamic", onnx_graphs.open_session(naive, parity.threads), naive.ByteSize())
     for scheme in SCHEMES:
-        small = onnx_graphs.in_blocks(graph, scheme)
-        row = parity.measure(f"onnx int8, {scheme.name}", onnx_graphs.session(small, parity.threads), small.ByteSize())
+        small = onnx_graphs.quantize_blocks(graph, scheme)
+        row = parity.measure(
+            f"onnx int8, {scheme.name}", onnx_graphs.open_session(small, parity.threads), small.ByteSize()
+        )
         if row.agreement >= wanted:
             break
     return scheme.name, small
 
 
-def _written(graph: Graph, draft: Path) -> Graph:
+def _write_graph(graph: Graph, draft: Path) -> Graph:
     (draft / "model.onnx").write_bytes(graph.SerializeToString())
     return graph
 
 
 @contextmanager
-def _staged_export(folder: Path) -> Iterator[StagedFolder]:
+def _stage_export(folder: Path) -> Iterator[StagedFolder]:
     """Give a temporary folder beside `folder` that takes its name at the end, or goes; say what the disk refuses."""
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise _taken(folder)
+            raise _refuse_taken(folder)
         with staged_folder(folder) as staged:
             yield staged
     except FileExistsError as error:
-        raise _taken(folder) from error
+        raise _refuse_taken(folder) from error
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ExportError(f"The export cannot be written to {folder}: {reason}. Nothing was left there.") from error
 
 
-def _taken(folder: Path) -> ExportError:
+def _refuse_taken(folder: Path) -> ExportError:
     return ExportError(f"{folder} is there already. Name another folder with --to, or remove it first.")

@@ -82,7 +82,7 @@ def write_head(folder: Path, live: LiveAdapter) -> None:
 def write_report(folder: Path, done: Export, live: LiveAdapter, backbone: Backbone) -> None:
     """Write the figures, and a card that says what the folder is and how to use it."""
     _write_json(folder / REPORT, done.to_json())
-    (folder / "README.md").write_text(_card(done, live, backbone), encoding="utf-8")
+    (folder / "README.md").write_text(_render_card(done, live, backbone), encoding="utf-8")
 
 
 def write_tokenizer(folder: Path, live: LiveAdapter, backbone: Backbone, *, graph: bool) -> None:
@@ -128,7 +128,7 @@ def write_sentence_transformers(folder: Path, live: LiveAdapter, backbone: Backb
     _write_json(folder / "sentence_bert_config.json", limits)
 
 
-def manifest_of(folder: Path, done: Export, live: LiveAdapter, graph: Graph | None) -> tuple[str, bytes]:
+def build_manifest(folder: Path, done: Export, live: LiveAdapter, graph: Graph | None) -> tuple[str, bytes]:
     """Return the manifest's name and content: sha256 of every file, versions, and what was exported."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -148,7 +148,7 @@ def manifest_of(folder: Path, done: Export, live: LiveAdapter, graph: Graph | No
         "max_length": live.attached.max_length,
         "graph": None
         if graph is None
-        else {"inputs": onnx_graphs.INPUTS, "output": onnx_graphs.OUTPUT, "opsets": onnx_graphs.opsets(graph)},
+        else {"inputs": onnx_graphs.INPUTS, "output": onnx_graphs.OUTPUT, "opsets": onnx_graphs.list_opsets(graph)},
         "created": datetime.now(UTC).replace(microsecond=0).isoformat(),
         "versions": versions,
         "files": files,
@@ -186,7 +186,7 @@ inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
 """
 
 
-def _card(done: Export, live: LiveAdapter, backbone: Backbone) -> str:
+def _render_card(done: Export, live: LiveAdapter, backbone: Backbone) -> str:
     """Say what the folder is, how to use it and how near it is."""
     program = _GRAPH_PROGRAM
     if done.format == "merged":

@@ -1,4 +1,4 @@
-"""PEFT adapters from elsewhere: checked, tried on the encoder, and stored like one that was tuned here.
+"""Import of PEFT adapters from elsewhere: checked, tried on the encoder, and stored like one that was tuned here.
 
 Owns what of a foreign adapter is believed. Its tensors are read for their names and shapes before they are read, and
 its configuration is written anew from what is known here: a configuration may name modules to import, repositories to
@@ -28,12 +28,12 @@ from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.methods.attached import CONFIG_FILE, WEIGHTS_FILE
 from peft_combo.errors import BackboneError, Fault, StoreError, did_you_mean, make_printable, shorten
-from peft_combo.files import entries, open_regular
+from peft_combo.files import list_names, open_regular
 from peft_combo.recipe.adapter import LoraAdapter, PrefixAdapter
 from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.task import BundleTask
 from peft_combo.store.adapter_store import AdapterStore
-from peft_combo.store.manifest import UNKNOWN_DATA, ImportStamp, installed_versions, json_object
+from peft_combo.store.manifest import UNKNOWN_DATA, ImportStamp, installed_versions, parse_json_object
 from peft_combo.store.versions import AdapterRecord
 
 _CONFIG_LIMIT = 2**20  # bytes; a real one has some kB
@@ -85,16 +85,16 @@ def import_adapter(folder: str | Path, category: str, backbone: Backbone, store:
     match config.get("peft_type"):
         case "LORA":
             method, stored_as = "dora" if config.get("use_dora") is True else "lora", "lora"
-            known = _known_lora(config, shapes, backbone, faults)
+            known = _check_lora(config, shapes, backbone, faults)
         case "PREFIX_TUNING":
             method, stored_as = "prefix", "prefix_tuning"
-            known = _known_prefix(config, shapes, backbone, faults)
+            known = _check_prefix(config, shapes, backbone, faults)
         case other:
             found = "nothing" if other is None else format_value(other)
             hint = did_you_mean(other, ("LORA", "PREFIX_TUNING")) if isinstance(other, str) else ""
             faults.append(Fault("peft_type", f"expected LORA or PREFIX_TUNING, found {found}.", hint))
     if faults:
-        raise _refused(folder, faults)
+        raise _refuse(folder, faults)
     tensors, sha256 = _read_tensors(folder)
 
     with store.writing(category) as draft:
@@ -109,7 +109,7 @@ def import_adapter(folder: str | Path, category: str, backbone: Backbone, store:
             raise StoreError(str(error).replace(str(draft.path), make_printable(str(folder)))) from error
         vectors = backbone.encode(_PROBES, attached)
         if not np.isfinite(vectors).all():
-            raise _refused(folder, [Fault(WEIGHTS_FILE, "gives vectors that are not finite on this encoder.")])
+            raise _refuse(folder, [Fault(WEIGHTS_FILE, "gives vectors that are not finite on this encoder.")])
         return draft.commit(
             {
                 "method": method,
@@ -123,8 +123,8 @@ def import_adapter(folder: str | Path, category: str, backbone: Backbone, store:
                 "imported": ImportStamp(
                     folder=shorten(folder.resolve().name) or "/",
                     sha256=sha256,
-                    base_model=_text(config.get("base_model_name_or_path")),
-                    peft_version=_text(config.get("peft_version")),
+                    base_model=_check_text(config.get("base_model_name_or_path")),
+                    peft_version=_check_text(config.get("peft_version")),
                 ),
             }
         )
@@ -138,10 +138,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         with open_regular(folder / CONFIG_FILE) as file:
             content = file.read(_CONFIG_LIMIT + 1)
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        raise _refused(folder, [_unreadable(folder, CONFIG_FILE, error)]) from error
-    config, faults = json_object(content, CONFIG_FILE, _CONFIG_LIMIT, "Save the adapter again with PEFT.")
+        raise _refuse(folder, [_explain_unreadable(folder, CONFIG_FILE, error)]) from error
+    config, faults = parse_json_object(content, CONFIG_FILE, _CONFIG_LIMIT, "Save the adapter again with PEFT.")
     if config is None:
-        raise _refused(folder, faults)
+        raise _refuse(folder, faults)
     return config
 
 
@@ -154,11 +154,11 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             odd = {name: s.get_dtype() for name, s in slices.items() if s.get_dtype() not in _DTYPES}
             shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise _refused(folder, [_unreadable(folder, WEIGHTS_FILE, error)]) from error
+        raise _refuse(folder, [_explain_unreadable(folder, WEIGHTS_FILE, error)]) from error
     if odd:
         name, dtype = next(iter(odd.items()))
         expected = f"expected tensors of {', '.join(sorted(_DTYPES))}, found {shorten(name)} of {dtype}."
-        raise _refused(folder, [Fault(WEIGHTS_FILE, expected)])
+        raise _refuse(folder, [Fault(WEIGHTS_FILE, expected)])
     return shapes
 
 
@@ -170,16 +170,16 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
         with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise _refused(folder, [_unreadable(folder, WEIGHTS_FILE, error)]) from error
+        raise _refuse(folder, [_explain_unreadable(folder, WEIGHTS_FILE, error)]) from error
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise _refused(folder, [Fault(WEIGHTS_FILE, f"holds values that are not finite, as in {broken[0]}.")])
+        raise _refuse(folder, [Fault(WEIGHTS_FILE, f"holds values that are not finite, as in {broken[0]}.")])
     return tensors, sha256
 
 
-def _unreadable(folder: Path, name: str, error: Exception) -> Fault:
+def _explain_unreadable(folder: Path, name: str, error: Exception) -> Fault:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         pickled = name.replace(".safetensors", ".bin")
-        if pickled != name and folder.is_dir() and pickled in entries(folder):
+        if pickled != name and folder.is_dir() and pickled in list_names(folder):
             problem = f"is missing, and {pickled} is not read: it is a pickle, which runs code when it is read."
             remedy = "Where you trust it, load it with PEFT and save it with save_pretrained(), as safetensors."
             return Fault(name, problem, remedy)
@@ -193,14 +193,14 @@ def _unreadable(folder: Path, name: str, error: Exception) -> Fault:
 # --- what is believed -------------------------------------------------------------------------------------------------
 
 
-def _known_lora(
+def _check_lora(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, faults: list[Fault]
 ) -> dict[str, Any]:
     """Return the configuration of a LoRA adapter in our words; where it sits and its ranks come from its tensors."""
     _refuse_unknown(config, _NO_MATTER_LORA | _READ_LORA, faults)
-    rank = _number(config, "r", LoraAdapter, "rank", faults)
-    alpha = _number(config, "lora_alpha", LoraAdapter, "alpha", faults)
-    ranks, alphas = _pattern(config, "rank_pattern", faults), _pattern(config, "alpha_pattern", faults)
+    rank = _check_number(config, "r", LoraAdapter, "rank", faults)
+    alpha = _check_number(config, "lora_alpha", LoraAdapter, "alpha", faults)
+    ranks, alphas = _check_pattern(config, "rank_pattern", faults), _check_pattern(config, "alpha_pattern", faults)
     faults += [
         Fault(name, f"expected true or false, found {format_value(config[name])}.")
         for name in ("use_rslora", "use_dora")
@@ -220,12 +220,12 @@ def _known_lora(
             faults.append(Fault(shorten(name), "is not a tensor of LoRA on a linear layer."))
             continue
         module, part = match[1], match[2]
-        width = _linear(backbone, module)
+        width = _find_linear(backbone, module)
         if width is None:
             faults.append(Fault(shorten(name), f"{backbone.name} has no linear layer {shorten(module)}."))
             continue
         inputs, outputs = width
-        wanted = _at(ranks, module, rank)
+        wanted = _find_module(ranks, module, rank)
         expected = {"lora_A": (wanted, inputs), "lora_B": (outputs, wanted), "lora_magnitude_vector": (outputs,)}[part]
         if shape != expected:
             faults.append(Fault(shorten(name), f"expected the shape {expected}, found {shape}."))
@@ -235,17 +235,17 @@ def _known_lora(
     return {
         "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "bias": "none", "r": rank, "lora_alpha": alpha,
         "target_modules": sorted(modules), "rank_pattern": modules,
-        "alpha_pattern": {module: _at(alphas, module, alpha) for module in modules},
+        "alpha_pattern": {module: _find_module(alphas, module, alpha) for module in modules},
         "use_rslora": config.get("use_rslora") is True, "use_dora": config.get("use_dora") is True,
     }  # fmt: skip
 
 
-def _known_prefix(
+def _check_prefix(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, faults: list[Fault]
 ) -> dict[str, Any]:
     """Return the configuration of a prefix in our words; its shape is the encoder's."""
     _refuse_unknown(config, _NO_MATTER_PREFIX | {"num_virtual_tokens"}, faults)
-    length = _number(config, "num_virtual_tokens", PrefixAdapter, "length", faults)
+    length = _check_number(config, "num_virtual_tokens", PrefixAdapter, "length", faults)
     if not architecture_of(backbone.model).prefix:
         raise BackboneError(f"A prefix does not work on {backbone.model_type}: its attention takes no outside keys.")
     sizes: Any = backbone.model.config
@@ -268,7 +268,7 @@ def _refuse_unknown(config: Mapping[str, Any], known: set[str], faults: list[Fau
             faults.append(Fault(shorten(name), f"is not known here, and says {format_value(value)}."))
 
 
-def _number(config: Mapping[str, Any], name: str, section: Any, field: str, faults: list[Fault]) -> int | float:
+def _check_number(config: Mapping[str, Any], name: str, section: Any, field: str, faults: list[Fault]) -> int | float:
     """Return a number that a recipe could have asked for as well."""
     value = config.get(name)
     try:
@@ -282,7 +282,7 @@ def _number(config: Mapping[str, Any], name: str, section: Any, field: str, faul
         return 1
 
 
-def _pattern(config: Mapping[str, Any], name: str, faults: list[Fault]) -> dict[str, int | float]:
+def _check_pattern(config: Mapping[str, Any], name: str, faults: list[Fault]) -> dict[str, int | float]:
     """Return the numbers of single modules, by the end of their names; PEFT would take these for expressions."""
     values = config.get(name) or {}
     if not isinstance(values, dict):
@@ -295,15 +295,15 @@ def _pattern(config: Mapping[str, Any], name: str, faults: list[Fault]) -> dict[
             faults.append(Fault(where, "expected the name of a module; expressions are not run."))
             continue
         field = "rank" if name == "rank_pattern" else "alpha"
-        found[key] = _number({where: value}, where, LoraAdapter, field, faults)
+        found[key] = _check_number({where: value}, where, LoraAdapter, field, faults)
     return found
 
 
-def _at(values: Mapping[str, int | float], module: str, default: int | float) -> int | float:
+def _find_module(values: Mapping[str, int | float], module: str, default: int | float) -> int | float:
     return next((value for key, value in values.items() if f".{module}".endswith(f".{key}")), default)
 
 
-def _linear(backbone: Backbone, module: str) -> tuple[int, int] | None:
+def _find_linear(backbone: Backbone, module: str) -> tuple[int, int] | None:
     """Return inputs and outputs of a linear layer of the encoder, None where there is none of that name."""
     try:
         found = backbone.model.get_submodule(module)
@@ -313,9 +313,9 @@ def _linear(backbone: Backbone, module: str) -> tuple[int, int] | None:
     return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
 
 
-def _text(value: object) -> str | None:
+def _check_text(value: object) -> str | None:
     return shorten(value, 200) if isinstance(value, str) and value else None
 
 
-def _refused(folder: Path, faults: list[Fault]) -> StoreError:
+def _refuse(folder: Path, faults: list[Fault]) -> StoreError:
     return StoreError.from_faults(f"The adapter in {make_printable(str(folder))} cannot be imported:", faults)

@@ -46,7 +46,7 @@ def write_lora(
     return methods.load(backbone.model, folder, "lora" if factors else "head", max_length)
 
 
-def unlike_backbones(manifests: Sequence[Manifest]) -> list[str]:
+def explain_unlike_backbones(manifests: Sequence[Manifest]) -> list[str]:
     """Say in what the encoders of some adapters differ: fingerprint, pooling or max_length; empty where in nothing."""
     first, *others = manifests
     found = []

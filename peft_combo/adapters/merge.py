@@ -1,4 +1,4 @@
-"""Several adapters made one: their changes combined, refactored as plain LoRA, and measured beside their parents."""
+"""Adapter merging (average, SVD, TIES, DARE): deltas combined, refactored as plain LoRA, measured beside parents."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_combo.adapters.deltas import MergeMethod, Spectrum, changes_of, combined, relative
-from peft_combo.adapters.lora_files import unlike_backbones, write_lora
-from peft_combo.adapters.validation import Exam, figures
+from peft_combo.adapters.deltas import MergeMethod, Spectrum, combine_changes, read_changes, relative
+from peft_combo.adapters.lora_files import explain_unlike_backbones, write_lora
+from peft_combo.adapters.validation import ValidationQueries, format_figures
 from peft_combo.callbacks import Watch
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
@@ -86,14 +86,14 @@ def merge(
     density: float | None = None,
     rank: int | None = None,
     seed: int = 0,
-    exam: Exam | None = None,
+    validation: ValidationQueries | None = None,
     watch: Watch | None = None,
 ) -> Merge:
     """Store one adapter made of several, as the next version of the category `into`.
 
-    Weights of the encoder are combined as `combined` says and refactored: by ``average`` at whatever rank holds the
-    mean exactly, otherwise at no more than `rank`. The heads' maps, which are added to the identity, are combined the
-    same way and kept whole; what the heads multiply cosines by is averaged on a log scale.
+    Weights of the encoder are combined as `combine_changes` says and refactored: by ``average`` at whatever rank holds
+    the mean exactly, otherwise at no more than `rank`. The heads' maps, which are added to the identity, are combined
+    the same way and kept whole; what the heads multiply cosines by is averaged on a log scale.
 
     Args:
         weights: one a parent, above 0; only their ratios count. None weighs all alike.
@@ -101,15 +101,15 @@ def merge(
         rank: most that an update may have; None takes, module by module, that of the widest parent. Not for
             ``average``.
         seed: for ``dare``.
-        exam: measure frozen encoder, parents and result on these questions; None stores it as not measured.
+        validation: measure frozen encoder, parents and result on these questions; None stores it as not measured.
     Raises:
         MergeError: the parents do not go together, an option does not fit the method, or nothing is left to store.
         BackboneError: a parent is no change of weights.
         StoreError: the store cannot be written.
     """
     watch = watch or Watch()
-    shares = _shares(weights, len(parents))
-    density = _density(method, density)
+    shares = _check_shares(weights, len(parents))
+    density = _check_density(method, density)
     if rank is not None and method == "average":
         raise MergeError("rank: average keeps the mean whole, at the rank it takes. Use the method svd to limit it.")
     if rank is not None and rank < 1:
@@ -117,13 +117,15 @@ def merge(
     _refuse_unlike(parents)
 
     with store.writing(into) as draft:
-        factors, truncation = _factored(parents, shares, method, density or 1.0, rank, seed, backbone, watch)
-        head = _head([one.head for one in parents], shares, method, density or 1.0, seed)
+        factors, truncation = _factor(parents, shares, method, density or 1.0, rank, seed, backbone, watch)
+        head = _merge_head([one.head for one in parents], shares, method, density or 1.0, seed)
         manifests = [one.record.manifest for one in parents]
         attached = write_lora(draft.path, backbone, factors, head, manifests[0].backbone.max_length)
         ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
-        rows, gain = ((), None) if exam is None else _measured(parents, attached, head, backbone, exam, watch)
-        notes = () if exam is None else tuple(_caveats(parents, exam))
+        rows, gain = (
+            ((), None) if validation is None else _measure(parents, attached, head, backbone, validation, watch)
+        )
+        notes = () if validation is None else tuple(_list_caveats(parents, validation))
         named = tuple((one.reference, share) for one, share in zip(parents, shares, strict=True))
         data = [m.data for m in manifests]
         record = draft.commit(
@@ -147,7 +149,7 @@ def merge(
                         ],
                     },
                 },
-                "metrics": {} if exam is None or gain is None else _metrics(rows, gain, exam, notes),
+                "metrics": {} if validation is None or gain is None else _build_metrics(rows, gain, validation, notes),
                 "versions": installed_versions(),
             }
         )  # fmt: skip
@@ -157,7 +159,7 @@ def merge(
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+def _check_shares(weights: Sequence[float] | None, count: int) -> list[float]:
     if count < 2:
         raise MergeError(f"Expected at least 2 adapters to merge, found {count}.")
     if weights is None:
@@ -168,7 +170,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def _density(method: MergeMethod, density: float | None) -> float | None:
+def _check_density(method: MergeMethod, density: float | None) -> float | None:
     own = {"ties": TIES_DENSITY, "dare": DARE_DENSITY}.get(method)
     if density is None:
         return own
@@ -181,7 +183,7 @@ def _density(method: MergeMethod, density: float | None) -> float | None:
 
 def _refuse_unlike(parents: Sequence[LiveAdapter]) -> None:
     """Refuse, all reasons at once, what has no common scale to be combined on."""
-    unlike = unlike_backbones([one.record.manifest for one in parents])
+    unlike = explain_unlike_backbones([one.record.manifest for one in parents])
     faults = [Fault("backbone", f"{said}.", "Tune one of them again with the other's.") for said in unlike]
     first, *others = parents
     for other in others:
@@ -199,7 +201,7 @@ def _refuse_unlike(parents: Sequence[LiveAdapter]) -> None:
 # --- combining --------------------------------------------------------------------------------------------------------
 
 
-def _factored(
+def _factor(
     parents: Sequence[LiveAdapter], shares: Sequence[float], method: MergeMethod, density: float, rank: int | None,
     seed: int, backbone: Backbone, watch: Watch,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:  # fmt: skip
@@ -207,7 +209,7 @@ def _factored(
     deltas = []
     for one in parents:
         try:
-            changes = changes_of(one.attached)
+            changes = read_changes(one.attached)
         except BackboneError as error:
             raise BackboneError(f"{one.reference}: {error}") from error
         if changes.other:
@@ -219,7 +221,7 @@ def _factored(
         deltas.append(changes.linear)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     lost, whole = 0.0, 0.0
-    result = combined(deltas, shares, method, density, seed)
+    result = combine_changes(deltas, shares, method, density, seed)
     watch.stage("Factoring", len(result))
     for name, delta in result.items():
         weight = backbone.model.get_submodule(name).weight
@@ -237,12 +239,12 @@ def _factored(
     return factors, relative(math.sqrt(lost), math.sqrt(whole))
 
 
-def _head(
+def _merge_head(
     heads: Sequence[BundleHead], shares: Sequence[float], method: MergeMethod, density: float, seed: int
 ) -> BundleHead:
     states = [{name: tensor.cpu() for name, tensor in head.state_dict().items()} for head in heads]
     scales = [float(state.pop("log_scale")) for state in states]
-    state = combined(states, shares, method, density, seed)
+    state = combine_changes(states, shares, method, density, seed)
     state["log_scale"] = torch.tensor(sum(share * scale for share, scale in zip(shares, scales, strict=True)))
     # The first parent's other settings (temperature, negatives) were for training and say nothing of a merged head.
     first = heads[0].config
@@ -253,34 +255,36 @@ def _head(
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _measured(
-    parents: Sequence[LiveAdapter], attached: AttachedAdapter, head: BundleHead, backbone: Backbone, exam: Exam,
-    watch: Watch,
+def _measure(
+    parents: Sequence[LiveAdapter], attached: AttachedAdapter, head: BundleHead, backbone: Backbone,
+    validation: ValidationQueries, watch: Watch,
 ) -> tuple[tuple[Row, ...], Gain]:  # fmt: skip
-    watch.stage("Measuring", len(set(exam.texts)) * (2 + len(parents)))
-    answered = {"frozen backbone": exam.ranks(
-        BundleHead(backbone.dim, BundleTask()), backbone.encode(exam.texts, progress=watch.advance)
+    watch.stage("Measuring", len(set(validation.texts)) * (2 + len(parents)))
+    answered = {"frozen backbone": validation.ranks(
+        BundleHead(backbone.dim, BundleTask()), backbone.encode(validation.texts, progress=watch.advance)
     )}  # fmt: skip
     contenders: dict[str, tuple[AttachedAdapter, BundleHead]] = {
         **{one.reference: (one.attached, one.head) for one in parents}, "merged": (attached, head),
     }  # fmt: skip
     for name, (encoder, its_head) in contenders.items():
-        answered[name] = exam.ranks(its_head, backbone.encode(exam.texts, encoder, progress=watch.advance))
-    rows = tuple(exam.row(name, ranks) for name, ranks in answered.items())
-    return rows, exam.gain(answered["frozen backbone"], answered["merged"])
+        answered[name] = validation.ranks(its_head, backbone.encode(validation.texts, encoder, progress=watch.advance))
+    rows = tuple(validation.row(name, ranks) for name, ranks in answered.items())
+    return rows, validation.gain(answered["frozen backbone"], answered["merged"])
 
 
-def _caveats(parents: Sequence[LiveAdapter], exam: Exam) -> list[str]:
-    found = {one.reference: exam.caveat(one.record.manifest) for one in parents}
+def _list_caveats(parents: Sequence[LiveAdapter], validation: ValidationQueries) -> list[str]:
+    found = {one.reference: validation.caveat(one.record.manifest) for one in parents}
     return [f"{name}: {said}." for name, said in found.items() if said]
 
 
-def _metrics(rows: Sequence[Row], gain: Gain, exam: Exam, notes: Sequence[str]) -> Mapping[str, Any]:
+def _build_metrics(
+    rows: Sequence[Row], gain: Gain, validation: ValidationQueries, notes: Sequence[str]
+) -> Mapping[str, Any]:
     frozen, *parents, result = rows
     return {
-        "before": figures(frozen),
-        "after": figures(result),
-        "baselines": {row.name: figures(row) for row in parents},
+        "before": format_figures(frozen),
+        "after": format_figures(result),
+        "baselines": {row.name: format_figures(row) for row in parents},
         "gain": {"value": gain.value, "low": gain.interval[0], "high": gain.interval[1], "p": gain.p},
-        "protocol": " ".join((exam.protocol, *notes)),
+        "protocol": " ".join((validation.protocol, *notes)),
     }

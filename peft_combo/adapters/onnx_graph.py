@@ -1,4 +1,4 @@
-"""ONNX graphs: an encoder written as one, its weights made smaller, and a graph run.
+"""ONNX export of an encoder, 8-bit quantization of its graph, and ONNX Runtime sessions.
 
 Owns the way from token ids to unit vectors as a graph, the 8-bit schemes, and sessions. Knows nothing of adapters,
 texts, folders, or of how good a graph has to be.
@@ -34,7 +34,6 @@ Run: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.flo
 Graph: TypeAlias = Any  # onnx.ModelProto; onnx is an extra, and its types are generated while it is imported
 
 _PROTOBUF_LIMIT = 2**31  # bytes of a file that protobuf can read
-_BLOCKS_DOMAIN = "com.microsoft"  # ONNX Runtime's own operators; ONNX itself has no product with block scales
 # Tables of fewer rows (token types) are not worth three more operators.
 _TABLE_ROWS = 100
 
@@ -93,7 +92,7 @@ class _Vectors(nn.Module):
 
 
 @torch.no_grad()
-def graph_of(encoder: nn.Module, pool: Pool, ids: Tensor, mask: Tensor) -> Graph:
+def build_graph(encoder: nn.Module, pool: Pool, ids: Tensor, mask: Tensor) -> Graph:
     """Write an encoder with its pooling as one graph, batch and length left open.
 
     Args:
@@ -112,7 +111,7 @@ def graph_of(encoder: nn.Module, pool: Pool, ids: Tensor, mask: Tensor) -> Graph
             "merged has no such limit."
         )
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
-    with _exporting_quietly():
+    with _silence_exporter():
         try:
             # The exporter that follows TorchDynamo: where a shape or a value would be baked in it refuses, the older
             # one (dynamo=False) bakes in what the example happened to hold.
@@ -133,7 +132,7 @@ def graph_of(encoder: nn.Module, pool: Pool, ids: Tensor, mask: Tensor) -> Graph
 
 
 @contextmanager
-def _exporting_quietly() -> Iterator[None]:
+def _silence_exporter() -> Iterator[None]:
     """Silence the exporter's notes on operators we do not use and on names of axes it merges."""
     registry = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registry.level
@@ -150,7 +149,7 @@ def _exporting_quietly() -> Iterator[None]:
 _QUIET = threading.Lock()
 
 
-def in_blocks(graph: Graph, scheme: Scheme) -> Graph:
+def quantize_blocks(graph: Graph, scheme: Scheme) -> Graph:
     """Return a copy with 8-bit weights: matrix products in blocks, embedding tables row by row.
 
     Every scale belongs to few weights and, in `Scheme.whole` products, to few activations of one token; so an outlier
@@ -159,50 +158,50 @@ def in_blocks(graph: Graph, scheme: Scheme) -> Graph:
 
     The graph asks for ONNX Runtime: ``MatMulNBits`` is its operator.
     """
+    small = _copy(graph)
+    with _silence_root_logger():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+        quantizer = MatMulNBitsQuantizer(
+            small, bits=8, block_size=scheme.block, is_symmetric=True, accuracy_level=4 if scheme.whole else 1
+        )
+        quantizer.process()
+    small = quantizer.model.model
+    _round_tables(small)
+    return small
+
+
+def _round_tables(graph: Graph) -> None:
+    """Round the embedding tables of a graph to 8 bits, row by row; ONNX Runtime's quantizer does so in 4 bits only."""
     from onnx import TensorProto, helper, numpy_helper
 
-    small = type(graph)()
-    small.CopyFrom(graph)
     matrices = {
         tensor.name: tensor
-        for tensor in small.graph.initializer
+        for tensor in graph.graph.initializer
         if len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
     }
-    made: dict[str, Any] = {}  # tensors by name; layers that share a weight (ALBERT) share what becomes of it
+    made: dict[str, Any] = {}  # tensors by name; lookups that share a table share what becomes of it
     nodes = []
-    for node in small.graph.node:
-        if node.op_type == "MatMul" and (name := node.input[1]) in matrices:
-            weight = numpy_helper.to_array(matrices[name])  # (K, N)
-            packed, scales = _blocks(weight.T, scheme.block)
-            made |= {f"{name}.q": packed, f"{name}.scale": scales}
-            nodes.append(
-                helper.make_node(
-                    "MatMulNBits", [node.input[0], f"{name}.q", f"{name}.scale"], list(node.output), node.name,
-                    domain=_BLOCKS_DOMAIN, K=weight.shape[0], N=weight.shape[1], bits=8, block_size=scheme.block,
-                    accuracy_level=4 if scheme.whole else 1,
-                )
-            )  # fmt: skip
-        elif node.op_type == "Gather" and (name := node.input[0]) in matrices and _is_lookup(node, matrices[name]):
-            rows, out = node.input[1], node.output[0]
-            table, scales = _rows(numpy_helper.to_array(matrices[name]))
-            made |= {f"{name}.q": table, f"{name}.scale": scales}
-            nodes += [
-                helper.make_node("Gather", [f"{name}.q", rows], [f"{out}.q"], f"{node.name}.q"),
-                helper.make_node("Cast", [f"{out}.q"], [f"{out}.whole"], f"{node.name}.whole", to=TensorProto.FLOAT),
-                helper.make_node("Gather", [f"{name}.scale", rows], [f"{out}.scale"], f"{node.name}.scale"),
-                helper.make_node("Mul", [f"{out}.whole", f"{out}.scale"], [out], f"{node.name}.float"),
-            ]
-        else:
+    for node in graph.graph.node:
+        if node.op_type != "Gather" or (name := node.input[0]) not in matrices or not _is_lookup(node, matrices[name]):
             nodes.append(node)
+            continue
+        rows, out = node.input[1], node.output[0]
+        table, scales = _round_rows(numpy_helper.to_array(matrices[name]))
+        made |= {f"{name}.q": table, f"{name}.scale": scales}
+        nodes += [
+            helper.make_node("Gather", [f"{name}.q", rows], [f"{out}.q"], f"{node.name}.q"),
+            helper.make_node("Cast", [f"{out}.q"], [f"{out}.whole"], f"{node.name}.whole", to=TensorProto.FLOAT),
+            helper.make_node("Gather", [f"{name}.scale", rows], [f"{out}.scale"], f"{node.name}.scale"),
+            helper.make_node("Mul", [f"{out}.whole", f"{out}.scale"], [out], f"{node.name}.float"),
+        ]
     used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in small.graph.initializer if tensor.name in used]
+    kept = [tensor for tensor in graph.graph.initializer if tensor.name in used]
     added = [numpy_helper.from_array(array, name) for name, array in made.items()]
-    for field, values in ((small.graph.node, nodes), (small.graph.initializer, kept + added)):
-        copies = [_copied(value) for value in values]
+    for field, values in ((graph.graph.node, nodes), (graph.graph.initializer, kept + added)):
+        copies = [_copy(value) for value in values]
         del field[:]
         field.extend(copies)
-    small.opset_import.append(helper.make_opsetid(_BLOCKS_DOMAIN, 1))
-    return small
 
 
 def _is_lookup(gather: Any, table: Any) -> bool:
@@ -210,38 +209,27 @@ def _is_lookup(gather: Any, table: Any) -> bool:
     return table.dims[0] >= _TABLE_ROWS and all(a.i == 0 for a in gather.attribute if a.name == "axis")
 
 
-def _copied(message: Any) -> Any:
+def _copy(message: Any) -> Any:
     twin = type(message)()
     twin.CopyFrom(message)
     return twin
 
 
-def _blocks(weight: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Round (N, K) weights to (N, K / block, block) uint8 around 128, and (N, K / block) scales."""
-    outputs, inputs = weight.shape
-    count = -(-inputs // block)
-    padded = np.zeros((outputs, count * block), np.float32)
-    padded[:, :inputs] = weight
-    whole, scales = _rows(padded.reshape(-1, block))
-    packed = (whole.astype(np.int16) + 128).astype(np.uint8)
-    return packed.reshape(outputs, count, block), scales.reshape(outputs, count)
-
-
-def _rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def _round_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Round each row of (R, C) to int8, -127 to 127, with a scale of its own, (R, 1)."""
     scales = np.abs(table).max(1, keepdims=True) / 127
     scales[scales == 0] = 1.0
     return np.rint(table / scales).astype(np.int8), scales.astype(np.float32)
 
 
-def naive_int8(graph: Graph) -> Graph:
+def quantize_naively(graph: Graph) -> Graph:
     """Return what ``onnxruntime.quantization.quantize_dynamic`` makes of a graph by itself: the usual advice."""
     import onnx
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     # It takes and gives files, and logs on the root logger, which it would configure where nobody has yet.
-    with tempfile.TemporaryDirectory() as folder, _root_logger_handled():
+    with tempfile.TemporaryDirectory() as folder, _silence_root_logger():
         whole, prepared, small = (str(Path(folder) / name) for name in ("whole.onnx", "prepared.onnx", "small.onnx"))
         onnx.save(graph, whole)
         quant_pre_process(whole, prepared, skip_symbolic_shape=True)
@@ -250,7 +238,7 @@ def naive_int8(graph: Graph) -> Graph:
 
 
 @contextmanager
-def _root_logger_handled() -> Iterator[None]:
+def _silence_root_logger() -> Iterator[None]:
     root, handler = logging.getLogger(), logging.NullHandler()
     disabled = logging.root.manager.disable
     root.addHandler(handler)
@@ -262,7 +250,7 @@ def _root_logger_handled() -> Iterator[None]:
         root.removeHandler(handler)
 
 
-def session(graph: Graph | Path, threads: int) -> Run:
+def open_session(graph: Graph | Path, threads: int) -> Run:
     """Open a graph (or its file) on the CPU.
 
     Args:
@@ -288,6 +276,6 @@ def session(graph: Graph | Path, threads: int) -> Run:
     return run
 
 
-def opsets(graph: Graph) -> dict[str, int]:
+def list_opsets(graph: Graph) -> dict[str, int]:
     """Return the operator sets a graph asks for; ``ai.onnx`` is ONNX's own."""
     return {entry.domain or "ai.onnx": entry.version for entry in graph.opset_import}

@@ -1,4 +1,4 @@
-"""Which stored adapter to start a new category from: all of them asked its validation questions, untrained."""
+"""Warm start of a new category: stored adapters compared on its validation queries, without training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from peft_combo.adapters.validation import LEARNED, METRIC, Exam
+from peft_combo.adapters.validation import LEARNED, METRIC, ValidationQueries
 from peft_combo.callbacks import Watch
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
@@ -31,7 +31,7 @@ class Start:
     Attributes:
         head: its own, or the untrained one, which is cosine.
         gain: over the frozen encoder, question by question.
-        alignment: see `alignment`; of the adapter's vectors, so the same for both heads.
+        alignment: see `measure_alignment`; of the adapter's vectors, so the same for both heads.
         caveat: what flatters it here; "" where nothing does.
     """
 
@@ -48,7 +48,7 @@ class Transfer:
     """What `transfer` found.
 
     Attributes:
-        frozen: the encoder without adapter, and its `alignment`.
+        frozen: the encoder without adapter, and its `measure_alignment`.
         starts: best first.
         advised: what to hand to `tune --from`; None where nothing is surely better than the frozen encoder.
         protocol: how the figures came about.
@@ -68,7 +68,7 @@ class Transfer:
 
 
 def transfer(
-    exam: Exam,
+    validation: ValidationQueries,
     backbone: Backbone,
     store: AdapterStore,
     references: Sequence[str] | None = None,
@@ -83,35 +83,35 @@ def transfer(
     """
     watch = watch or Watch()
     notes: list[str] = []
-    tried = _fitting(store, backbone, notes) if references is None else list(dict.fromkeys(references))
+    tried = _find_fitting(store, backbone, notes) if references is None else list(dict.fromkeys(references))
     if not tried:
         raise StoreError(" ".join((f"No adapter in {store.path}/ to start from.", *notes)))
     bank = AdapterBank(backbone, store)
     identity = BundleHead(backbone.dim, BundleTask()).eval()
-    watch.stage("Encoding the catalogue", len(set(exam.texts)) * (1 + len(tried)))
-    members = exam.dataset.bundles.to_csr(len(exam.texts), exam.parts.train)
+    watch.stage("Encoding the catalogue", len(set(validation.texts)) * (1 + len(tried)))
+    members = validation.dataset.bundles.to_csr(len(validation.texts), validation.parts.train)
 
-    vectors = backbone.encode(exam.texts, progress=watch.advance)
-    before = exam.ranks(identity, vectors)
-    frozen, frozen_alignment = exam.row("frozen backbone", before), alignment(vectors, members)
+    vectors = backbone.encode(validation.texts, progress=watch.advance)
+    before = validation.ranks(identity, vectors)
+    frozen, frozen_alignment = validation.row("frozen backbone", before), measure_alignment(vectors, members)
     starts = []
     for reference in tried:
         live = bank.get(reference)
-        vectors = backbone.encode(exam.texts, live.attached, progress=watch.advance)
-        aligned, caveat = alignment(vectors, members), exam.caveat(live.record.manifest)
+        vectors = backbone.encode(validation.texts, live.attached, progress=watch.advance)
+        aligned, caveat = measure_alignment(vectors, members), validation.caveat(live.record.manifest)
         heads: tuple[tuple[Literal["own", "identity"], BundleHead], ...] = (("own", live.head), ("identity", identity))
         for name, head in heads:
-            ranks = exam.ranks(head, vectors)
-            row = exam.row(live.reference, ranks)
-            starts.append(Start(live.reference, name, row, exam.gain(before, ranks), aligned, caveat))
+            ranks = validation.ranks(head, vectors)
+            row = validation.row(live.reference, ranks)
+            starts.append(Start(live.reference, name, row, validation.gain(before, ranks), aligned, caveat))
     starts.sort(key=lambda start: -start.row.values[METRIC])
     better = [s.adapter for s in starts if s.gain.value > 0 and s.gain.p * len(starts) < SURE and s.caveat != LEARNED]
     return Transfer(
-        frozen, frozen_alignment, tuple(starts), better[0] if better else None, exam.protocol, tuple(notes)
+        frozen, frozen_alignment, tuple(starts), better[0] if better else None, validation.protocol, tuple(notes)
     )  # fmt: skip
 
 
-def _fitting(store: AdapterStore, backbone: Backbone, notes: list[str]) -> list[str]:
+def _find_fitting(store: AdapterStore, backbone: Backbone, notes: list[str]) -> list[str]:
     """Return the newest version of each category that was tuned on this encoder, and note the others."""
     newest = {record.category: record for record in store.list()}  # of a category the oldest comes first
     found = []
@@ -126,7 +126,7 @@ def _fitting(store: AdapterStore, backbone: Backbone, notes: list[str]) -> list[
     return found
 
 
-def alignment(vectors: NDArray[np.float32], members: sparse.csr_matrix[Any]) -> float:
+def measure_alignment(vectors: NDArray[np.float32], members: sparse.csr_matrix[Any]) -> float:
     """Say how far items that share a bundle are alike as vectors: linear CKA with the membership of bundles.
 
     Only items of some bundle count. It needs no question and no head, and compares adapters on one catalogue alone.

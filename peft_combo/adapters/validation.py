@@ -1,6 +1,6 @@
-"""What arithmetic makes, written as plain LoRA, read back, and measured on the questions of a recipe.
+"""Validation queries of a recipe, to measure adapters that were computed and not tuned.
 
-Owns the files of a LoRA that was computed and not tuned, and what is asked of it. PEFT opens the files like any other.
+Owns the queries, the figures, and the caveat where an adapter learned from what it is asked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEARNED = "it may have learned from these bundles"
 
 
 @dataclass(frozen=True, eq=False)
-class Exam:
+class ValidationQueries:
     """The validation questions of a recipe; its test bundles are not looked at.
 
     Attributes:
@@ -43,7 +43,7 @@ class Exam:
     questions: Queries
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Exam:
+    def of(cls, recipe: Recipe) -> ValidationQueries:
         """Read the data of a recipe.
 
         Raises:
@@ -98,6 +98,6 @@ class Exam:
         return "some of these questions were its own for validation"
 
 
-def figures(row: Row) -> dict[str, Any]:
+def format_figures(row: Row) -> dict[str, Any]:
     """Return a row as a manifest holds it."""
     return {**row.values, METRIC: {"value": row.values[METRIC], "low": row.interval[0], "high": row.interval[1]}}

@@ -48,16 +48,16 @@ def adapters_diff(
     loaded = _named(recipe, overrides, data)
     with console_watch() as watch:
         from peft_combo.adapters.diff import diff
-        from peft_combo.adapters.validation import Exam
+        from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.encoder.bank import AdapterBank
 
-        exam = None if loaded is None or texts is not None else Exam.of(loaded)
-        compared = exam.texts if exam is not None else None if texts is None else lines_of(texts)
+        validation = None if loaded is None or texts is not None else ValidationQueries.of(loaded)
+        compared = validation.texts if validation is not None else None if texts is None else lines_of(texts)
         backbone = _backbone([record.manifest for record in records], loaded)
         bank = AdapterBank(backbone, opened)
         found = diff(
             bank.get(records[0].reference), bank.get(records[1].reference), backbone,
-            texts=compared, questions=None if exam is None else exam.questions, watch=watch,
+            texts=compared, questions=None if validation is None else validation.questions, watch=watch,
         )  # fmt: skip
     if as_json:
         print_json(found.to_json())
@@ -98,15 +98,15 @@ def adapters_merge(
     loaded = _named(recipe, overrides, data)
     with console_watch() as watch:
         from peft_combo.adapters.merge import merge
-        from peft_combo.adapters.validation import Exam
+        from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.encoder.bank import AdapterBank
 
-        exam = None if loaded is None else Exam.of(loaded)
+        validation = None if loaded is None else ValidationQueries.of(loaded)
         backbone = _backbone([record.manifest for record in records], loaded)
         bank = AdapterBank(backbone, opened)
         done = merge(
             [bank.get(record.reference) for record in records], backbone, opened, into,
-            method=method, weights=shares, density=density, rank=rank, seed=seed, exam=exam, watch=watch,
+            method=method, weights=shares, density=density, rank=rank, seed=seed, validation=validation, watch=watch,
         )  # fmt: skip
     if as_json:
         print_json(done.to_json())
@@ -173,11 +173,13 @@ def adapters_transfer(
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     with console_watch() as watch:
         from peft_combo.adapters.transfer import transfer
-        from peft_combo.adapters.validation import Exam
+        from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.encoder.backbone import Backbone
         from peft_combo.store.adapter_store import AdapterStore
 
-        found = transfer(Exam.of(loaded), Backbone.of(loaded.backbone), AdapterStore(store), adapters or None, watch)
+        found = transfer(
+            ValidationQueries.of(loaded), Backbone.of(loaded.backbone), AdapterStore(store), adapters or None, watch
+        )
     if as_json:
         print_json(found.to_json())
     else:

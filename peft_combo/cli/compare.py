@@ -44,13 +44,13 @@ def compare(
 ) -> None:
     """Tune methods, values or recipes on the same data and budget, and say which differences are more than luck."""
     from peft_combo.metrics.charts import check_ending, draw
-    from peft_combo.recipe.files import free_destination, write_recipe
+    from peft_combo.recipe.files import check_destination, write_recipe
 
     numbers = _seeds(seeds)
     if plot is not None:
         check_ending(plot)
     if to is not None:
-        free_destination(to)
+        check_destination(to)
     with console_watch() as watch:
         from peft_combo.evaluation.comparison.runs import Stopped
         from peft_combo.evaluation.comparison.runs import compare as run
@@ -101,10 +101,10 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Search for the best values of some keys with Optuna, cutting off trials that fall behind."""
-    from peft_combo.recipe.files import free_destination, write_recipe
+    from peft_combo.recipe.files import check_destination, write_recipe
 
     if to is not None:
-        free_destination(to)
+        check_destination(to)
     with console_watch() as watch:
         from peft_combo.evaluation.search import axis_of
         from peft_combo.evaluation.search import search as run

@@ -32,12 +32,12 @@ def recipes_show(
     overrides: SetOption = None,
 ) -> None:
     """Print a recipe as it is written, or complete."""
-    from peft_combo.recipe.files import load_recipe, recipe_text
+    from peft_combo.recipe.files import load_recipe, read_recipe_text
 
     if resolved or overrides:
         print_json(load_recipe(name, tuple(overrides or ())).model_dump(mode="json"))
     else:
-        print(recipe_text(name), end="")
+        print(read_recipe_text(name), end="")
 
 
 @recipes_app.command("copy")
@@ -66,6 +66,6 @@ def recipes_check(
 @recipes_app.command("schema")
 def recipes_schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from peft_combo.recipe.files import schema
+    from peft_combo.recipe.files import build_file_schema
 
-    print_json(schema())
+    print_json(build_file_schema())

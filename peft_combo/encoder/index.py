@@ -63,7 +63,7 @@ class ExactIndex:
     """
 
     def __init__(self, vectors: NDArray[np.float32], block: tuple[int, int] = BLOCK) -> None:
-        self.vectors = _checked_vectors(vectors)
+        self.vectors = _check_vectors(vectors)
         self._n_queries, self._n_rows = block
 
     def __len__(self) -> int:
@@ -73,12 +73,14 @@ class ExactIndex:
         self, queries: NDArray[np.float32], k: int, excluded: Excluded | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """See `Index.search`."""
-        queries, pairs = _checked_queries(self.vectors, queries, k, excluded)
+        queries, pairs = _check_queries(self.vectors, queries, k, excluded)
         k = min(k, len(self))
         if not len(queries) or not len(self):
             return np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         blocks = [
-            self._best(queries[start : start + self._n_queries], k, _of_queries(pairs, start, start + self._n_queries))
+            self._best(
+                queries[start : start + self._n_queries], k, _take_queries(pairs, start, start + self._n_queries)
+            )
             for start in range(0, len(queries), self._n_queries)
         ]
         return np.concatenate([rows for rows, _ in blocks]), np.concatenate([scores for _, scores in blocks])
@@ -101,7 +103,7 @@ class ExactIndex:
             found.append((query, row + start, scores[query, row]))
         query, row, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
         good = score >= floor[query]
-        return _ranked(query[good], row[good], score[good], len(queries), k)
+        return _rank(query[good], row[good], score[good], len(queries), k)
 
 
 class FaissIndex:
@@ -123,8 +125,8 @@ class FaissIndex:
     def __init__(
         self, vectors: NDArray[np.float32], kind: Literal["hnsw", "ivfpq"] = "hnsw", effort: int | None = None
     ) -> None:
-        self._faiss = _faiss()
-        self.vectors = _checked_vectors(vectors)
+        self._faiss = _import_faiss()
+        self.vectors = _check_vectors(vectors)
         self.kind: Literal["hnsw", "ivfpq"] = kind
         n_rows, dim = self.vectors.shape
         match kind:
@@ -156,7 +158,7 @@ class FaissIndex:
         self, queries: NDArray[np.float32], k: int, excluded: Excluded | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """See `Index.search`."""
-        queries, pairs = _checked_queries(self.vectors, queries, k, excluded)
+        queries, pairs = _check_queries(self.vectors, queries, k, excluded)
         k = min(k, len(self))
         if not len(queries) or not len(self):
             return np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
@@ -174,7 +176,7 @@ class FaissIndex:
         results = []
         for start in range(0, len(queries), BLOCK[0]):
             block = slice(start, start + BLOCK[0])
-            barred = _of_queries(pairs, start, start + BLOCK[0])
+            barred = _take_queries(pairs, start, start + BLOCK[0])
             results.append(self._true_best(queries[block], proposed[block], k, barred))
         return np.concatenate([rows for rows, _ in results]), np.concatenate([scores for _, scores in results])
 
@@ -189,7 +191,7 @@ class FaissIndex:
         for start in range(0, len(row), BLOCK[1]):
             block = slice(start, start + BLOCK[1])
             score[block] = np.einsum("cd,cd->c", queries[query[block]], self.vectors[row[block]])
-        return _ranked(query, row, score, len(queries), k)
+        return _rank(query, row, score, len(queries), k)
 
 
 def open_index(
@@ -228,7 +230,7 @@ class _FaissMissing(PeftComboError):
     pass
 
 
-def _faiss() -> Any:
+def _import_faiss() -> Any:
     try:
         import faiss
     except ImportError as cause:
@@ -239,13 +241,13 @@ def _faiss() -> Any:
     return faiss
 
 
-def _checked_vectors(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def _check_vectors(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     if vectors.ndim != 2 or vectors.dtype != np.float32:
         raise ValueError(f"vectors: expected (N, D) float32, found {vectors.shape} {vectors.dtype}.")
     return vectors.view(np.ndarray)  # slices of a memmap are memmaps, and each of them costs microseconds
 
 
-def _checked_queries(
+def _check_queries(
     vectors: NDArray[np.float32], queries: NDArray[np.float32], k: int, excluded: Excluded | None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the queries, and the excluded rows as (E, 2) distinct pairs of query and row, by query."""
@@ -270,14 +272,14 @@ def _checked_queries(
     return queries, np.column_stack((joined // n_rows, joined % n_rows)).astype(np.int64)
 
 
-def _of_queries(pairs: NDArray[np.int64], first: int, last: int) -> NDArray[np.int64]:
+def _take_queries(pairs: NDArray[np.int64], first: int, last: int) -> NDArray[np.int64]:
     """Return the pairs of queries from `first` to before `last`, counted from `first`."""
     start, stop = np.searchsorted(pairs[:, 0], (first, last))
     counted: NDArray[np.int64] = pairs[start:stop] - np.array([first, 0])
     return counted
 
 
-def _ranked(
+def _rank(
     query: NDArray[np.int64], row: NDArray[np.int64], score: NDArray[np.float32], n_queries: int, k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Lay candidates, given as three (C,) arrays, out as rows and scores (Q, k), best first, lower row first."""

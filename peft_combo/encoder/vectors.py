@@ -1,7 +1,7 @@
-"""Item vectors: encoded once, kept on disk, and searched.
+"""Vector cache: item vectors encoded once per adapter and kept on disk.
 
-Owns the cache (which texts are known under which adapter, and whether its files are still what was written), the
-division of a catalogue over processes, and the search for the best rows. Sees texts, vectors and row numbers; knows
+Owns the cache (which texts are known under which adapter, and whether its files are still what was written) and
+the division of a catalogue over processes. Sees texts, vectors and row numbers; knows
 nothing of catalogues, heads or scores.
 
     cache/
@@ -34,7 +34,7 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import StoreError
-from peft_combo.files import DRAFT, TRASH, discard, move_aside, size_of, staged_folder
+from peft_combo.files import DRAFT, TRASH, discard, measure_size, move_aside, staged_folder
 
 _VECTORS, _TEXTS, _MANIFEST = "vectors.f32", "texts.sha256", "manifest.json"
 _MANIFEST_LIMIT = 2**16  # bytes; a real one has some 500
@@ -76,7 +76,7 @@ class VectorCache:
         Raises:
             StoreError: the adapter cannot be had.
         """
-        return _encoder(bank, reference).key
+        return _find_encoder(bank, reference).key
 
     def missing(self, bank: AdapterBank, texts: Sequence[str], reference: str | None) -> int:
         """Return how many distinct texts `vectors` would have to encode.
@@ -84,9 +84,9 @@ class VectorCache:
         Raises:
             StoreError: the adapter cannot be had, or the folder not be read.
         """
-        encoder = _encoder(bank, reference)
-        with _disk_explained(self.folder):
-            return len(_unknown(_digests(texts), self._shelves(encoder)))
+        encoder = _find_encoder(bank, reference)
+        with _explain_disk_errors(self.folder):
+            return len(_find_unknown(_digest_texts(texts), self._shelves(encoder)))
 
     def vectors(
         self, bank: AdapterBank, texts: Sequence[str], reference: str | None, progress: Progress | None = None
@@ -103,18 +103,20 @@ class VectorCache:
         Raises:
             StoreError: the adapter cannot be had, or the folder not be read or written.
         """
-        encoder = _encoder(bank, reference)
-        digests = _digests(texts)
+        encoder = _find_encoder(bank, reference)
+        digests = _digest_texts(texts)
         if not digests:
-            return _read_only(np.empty((0, encoder.dim), np.float32))
-        with _disk_explained(self.folder):
+            return _make_read_only(np.empty((0, encoder.dim), np.float32))
+        with _explain_disk_errors(self.folder):
             for _ in range(_ATTEMPTS):
-                same = self._open(encoder, _shelf_name(digests))
+                same = self._open(encoder, _name_shelf(digests))
                 if same is not None:
                     return same.vectors
                 shelves = self._shelves(encoder)
-                if not _unknown(digests, shelves):
-                    return _read_only(_gather(*_places(digests, shelves), [shelf.vectors for shelf in shelves]))
+                if not _find_unknown(digests, shelves):
+                    return _make_read_only(
+                        _gather(*_find_places(digests, shelves), [shelf.vectors for shelf in shelves])
+                    )
                 self._write(encoder, texts, digests, shelves, progress)
         raise StoreError(f"The vectors in {self.folder}/ are replaced faster than they can be read. Try again.")
 
@@ -130,14 +132,14 @@ class VectorCache:
         """
         kept = set(keep)
         freed = 0
-        with _disk_explained(self.folder):
-            for home in _children(self.folder):
+        with _explain_disk_errors(self.folder):
+            for home in _list_children(self.folder):
                 if not _NAME.fullmatch(home.name):  # not ours to delete
                     continue
                 if home.name not in kept:
                     freed += _discard(home)
                     continue
-                for path in _children(home):
+                for path in _list_children(home):
                     with suppress(FileNotFoundError):
                         old = time.time() - path.stat().st_mtime > _ABANDONED
                         freed += _discard(path) if path.name.startswith((DRAFT, TRASH)) and old else 0
@@ -148,7 +150,7 @@ class VectorCache:
         path = self.folder / encoder.key / name
         try:
             with (path / _MANIFEST).open("rb") as file:
-                manifest = _Manifest.model_validate_json(file.read(_MANIFEST_LIMIT))
+                manifest = _CacheManifest.model_validate_json(file.read(_MANIFEST_LIMIT))
             index = (path / _TEXTS).read_bytes()
             stat = (path / _VECTORS).stat()
             fits = (
@@ -160,18 +162,18 @@ class VectorCache:
             )
             if not fits:
                 return None
-            if _stamp(stat) not in self._verified:
+            if _read_stamp(stat) not in self._verified:
                 with (path / _VECTORS).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != manifest.vectors_sha256:
                         return None
-                self._verified.add(_stamp(stat))
+                self._verified.add(_read_stamp(stat))
             vectors = np.memmap(path / _VECTORS, "<f4", "r", shape=(manifest.rows, manifest.dim))
         except (OSError, ValueError):  # missing, no such manifest, or cut short between two of these lines
             return None
         return _Shelf(path, index, vectors)
 
     def _shelves(self, encoder: _Encoder) -> list[_Shelf]:
-        names = [path.name for path in _children(self.folder / encoder.key) if _NAME.fullmatch(path.name)]
+        names = [path.name for path in _list_children(self.folder / encoder.key) if _NAME.fullmatch(path.name)]
         return [shelf for name in names if (shelf := self._open(encoder, name)) is not None]
 
     def _write(
@@ -187,9 +189,9 @@ class VectorCache:
         An older state of the same catalogue goes: a shelf at least half of whose texts are in the new one. Others
         stay, they are other catalogues under the same adapter.
         """
-        name = _shelf_name(digests)
+        name = _name_shelf(digests)
         target = self.folder / encoder.key / name
-        unknown = _unknown(digests, shelves)
+        unknown = _find_unknown(digests, shelves)
         fresh = [texts[row] for row in unknown.values()]
         try:
             # First of all the folder: where we may not write, nothing is encoded in vain. What is there under this name
@@ -198,15 +200,15 @@ class VectorCache:
                 sources = [shelf.vectors for shelf in shelves]
                 if fresh:
                     sources.append(self._encode(encoder, fresh, staged.path / "encoded.f32", progress))
-                checksum = self._copy(*_places(digests, shelves, unknown), sources, staged.path / _VECTORS)
+                checksum = self._copy(*_find_places(digests, shelves, unknown), sources, staged.path / _VECTORS)
                 sources.clear()
                 (staged.path / "encoded.f32").unlink(missing_ok=True)
                 (staged.path / _TEXTS).write_bytes(b"".join(digests))
-                manifest = _Manifest(
+                manifest = _CacheManifest(
                     encoder=encoder.fields, rows=len(digests), dim=encoder.dim, vectors_sha256=checksum
                 )
                 staged.manifest = (_MANIFEST, json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
-                self._verified.add(_stamp((staged.path / _VECTORS).stat()))
+                self._verified.add(_read_stamp((staged.path / _VECTORS).stat()))
         except FileExistsError:
             if self._open(encoder, name) is None:
                 raise StoreError(f"The damaged vectors in {target}/ cannot be replaced. Delete that folder.") from None
@@ -223,7 +225,7 @@ class VectorCache:
         # Written rather than mapped: on a full disk a write fails, a page of a mapped file ends the process.
         with path.open("wb") as file:
             for start in range(0, len(texts), self._block_rows):
-                file.write(_bytes(encoder.encode(texts[start : start + self._block_rows], progress)))
+                file.write(_view_bytes(encoder.encode(texts[start : start + self._block_rows], progress)))
         return np.memmap(path, "<f4", "r", shape=(len(texts), encoder.dim))
 
     def _copy(
@@ -234,7 +236,7 @@ class VectorCache:
         with path.open("wb") as file:
             for start in range(0, len(rows), self._block_rows):
                 block = slice(start, start + self._block_rows)
-                content = _bytes(_gather(which[block], rows[block], sources))
+                content = _view_bytes(_gather(which[block], rows[block], sources))
                 checksum.update(content)
                 file.write(content)
         return checksum.hexdigest()
@@ -268,17 +270,17 @@ def embed(
     """
     if not 0 <= process < processes:
         raise ValueError(f"process: expected 0 to {processes - 1}, found {process}.")
-    cache, encoder = VectorCache(folder), _encoder(bank, reference)
-    digests = _digests(texts)
+    cache, encoder = VectorCache(folder), _find_encoder(bank, reference)
+    digests = _digest_texts(texts)
     if not digests:
         return 0
     encoded = 0
-    with _disk_explained(cache.folder):
-        if processes > 1 and cache._open(encoder, _shelf_name(digests)) is None:
+    with _explain_disk_errors(cache.folder):
+        if processes > 1 and cache._open(encoder, _name_shelf(digests)) is None:
             # Shares are of all texts, not of the unknown ones: by now another process may have made its own known.
             share = list(dict.fromkeys(digests))[process::processes]
             shelves = cache._shelves(encoder)
-            unknown = _unknown(share, shelves)
+            unknown = _find_unknown(share, shelves)
             if unknown:
                 text_of = dict(zip(digests, texts, strict=True))
                 own = [text_of[digest] for digest in unknown]
@@ -287,7 +289,7 @@ def embed(
             return encoded
         if processes > 1:
             _wait_for_others(cache, encoder, digests, time.monotonic() + patience)
-        if cache._open(encoder, _shelf_name(digests)) is None:
+        if cache._open(encoder, _name_shelf(digests)) is None:
             encoded += cache._write(encoder, texts, digests, cache._shelves(encoder), progress)
     return encoded
 
@@ -296,8 +298,8 @@ def _wait_for_others(cache: VectorCache, encoder: _Encoder, digests: Sequence[by
     """Return when every text is known, or time is up."""
     seen: set[str] = set()
     while time.monotonic() < deadline:
-        names = {path.name for path in _children(cache.folder / encoder.key) if _NAME.fullmatch(path.name)}
-        if names != seen and not _unknown(digests, cache._shelves(encoder)):
+        names = {path.name for path in _list_children(cache.folder / encoder.key) if _NAME.fullmatch(path.name)}
+        if names != seen and not _find_unknown(digests, cache._shelves(encoder)):
             return
         seen = names
         time.sleep(_POLL_SECONDS)
@@ -323,7 +325,7 @@ class _Encoder:
         return self.backbone.encode(texts, self.attached, progress=progress)
 
 
-def _encoder(bank: AdapterBank, reference: str | None) -> _Encoder:
+def _find_encoder(bank: AdapterBank, reference: str | None) -> _Encoder:
     live = None if reference is None else bank.get(reference)
     backbone = bank.backbone
     fields: dict[str, str | int | None] = {
@@ -337,7 +339,7 @@ def _encoder(bank: AdapterBank, reference: str | None) -> _Encoder:
     return _Encoder(backbone, None if live is None else live.attached, fields)
 
 
-class _Manifest(BaseModel):
+class _CacheManifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
@@ -360,15 +362,15 @@ class _Shelf:
         return {self.index[start : start + _DIGEST]: start // _DIGEST for start in range(0, len(self.index), _DIGEST)}
 
 
-def _digests(texts: Sequence[str]) -> list[bytes]:
+def _digest_texts(texts: Sequence[str]) -> list[bytes]:
     return [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
 
 
-def _shelf_name(digests: Sequence[bytes]) -> str:
+def _name_shelf(digests: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _unknown(digests: Sequence[bytes], shelves: Sequence[_Shelf]) -> dict[bytes, int]:
+def _find_unknown(digests: Sequence[bytes], shelves: Sequence[_Shelf]) -> dict[bytes, int]:
     """Return each digest that no shelf has, with the first row it stands in."""
     unknown: dict[bytes, int] = {}
     for row, digest in enumerate(digests):
@@ -377,7 +379,7 @@ def _unknown(digests: Sequence[bytes], shelves: Sequence[_Shelf]) -> dict[bytes,
     return unknown
 
 
-def _places(
+def _find_places(
     digests: Sequence[bytes], shelves: Sequence[_Shelf], unknown: Iterable[bytes] = ()
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return for each digest the shelf and the row that have it, both (N,); `unknown` counts as one shelf more."""
@@ -399,20 +401,20 @@ def _gather(
     return gathered
 
 
-def _bytes(vectors: NDArray[np.float32]) -> memoryview:
+def _view_bytes(vectors: NDArray[np.float32]) -> memoryview:
     return np.ascontiguousarray(vectors, "<f4").data
 
 
-def _read_only(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def _make_read_only(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     vectors.flags.writeable = False
     return vectors
 
 
-def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+def _read_stamp(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _children(folder: Path) -> list[Path]:
+def _list_children(folder: Path) -> list[Path]:
     """What lies in a folder, sorted; nothing where there is none."""
     try:
         return sorted(folder.iterdir())
@@ -426,13 +428,13 @@ def _discard(path: Path) -> int:
         trash = move_aside(path)
     except OSError:
         return 0
-    freed = size_of(trash)
+    freed = measure_size(trash)
     discard(trash)
     return freed
 
 
 @contextmanager
-def _disk_explained(folder: Path) -> Iterator[None]:
+def _explain_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

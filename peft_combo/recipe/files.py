@@ -1,4 +1,4 @@
-"""Recipes as files: found by name or path, read as YAML, completed by what they extend, listed and copied.
+"""Recipe files: found by name or path, read as YAML, completed by what they extend, listed and copied.
 
 Knows where recipes lie, how their YAML is read and how one builds on another. What a recipe may hold is `recipe`'s.
 """
@@ -18,7 +18,7 @@ from peft_combo.files import atomic_file, write_text
 from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.parse import parse_recipe, recipe_schema
-from peft_combo.recipe.yaml import _MAX_DEPTH, _read_yaml, _scalar, _YamlFault
+from peft_combo.recipe.yaml import MAX_DEPTH, YamlFault, read_scalar, read_yaml
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # A recipe is a page of text. The limits keep a wrong or hostile file from costing more than its error message.
@@ -49,16 +49,16 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), data: s
     """
     file = _find(name_or_path)
     raw = _read_with_parents(file)
-    chosen = _override_tree(overrides)
-    told = _merged(raw, chosen).get("data")
+    chosen = _read_overrides(overrides)
+    told = _merge(raw, chosen).get("data")
     if data is not None and isinstance(told, dict):
         # Laid below the overrides, so that what belongs to another source goes, and what was set for this one stays.
         place = {"source": "bundlerec" if told.get("source") == "bundlerec" else "folder", "path": str(data)}
-        raw = _merged(_merged(raw, {"data": place}), chosen)
+        raw = _merge(_merge(raw, {"data": place}), chosen)
         raw["data"] = {**raw["data"], **place}
     else:
-        raw = _merged(raw, chosen)
-    return parse_recipe(raw, title=f"Recipe {_named(file)} does not hold together:")
+        raw = _merge(raw, chosen)
+    return parse_recipe(raw, title=f"Recipe {_format_path(file)} does not hold together:")
 
 
 def check(name_or_path: str | Path, overrides: Iterable[str] = (), data: str | Path | None = None) -> list[Fault]:
@@ -73,14 +73,14 @@ def check(name_or_path: str | Path, overrides: Iterable[str] = (), data: str | P
 def list_recipes() -> list[RecipeSummary]:
     """Return the shipped recipes in order of their names."""
     summaries = []
-    for name in _shipped_names():
+    for name in _list_shipped():
         recipe = load_recipe(name)
-        first_line = recipe_text(name).partition("\n")[0]
+        first_line = read_recipe_text(name).partition("\n")[0]
         summaries.append(RecipeSummary(name, recipe.category, recipe.adapter.method, first_line.lstrip("# ").strip()))
     return summaries
 
 
-def recipe_text(name_or_path: str | Path) -> str:
+def read_recipe_text(name_or_path: str | Path) -> str:
     """Return a recipe as it is written, comments and all."""
     return _read_text(_find(name_or_path))
 
@@ -114,13 +114,13 @@ def copy_recipe(name: str | Path, destination: str | Path, *, force: bool = Fals
     return target
 
 
-def schema() -> dict[str, Any]:
+def build_file_schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe file, for editors.
 
     A file may leave to its parent whatever it does not change, so no key is required here; whether a recipe is
     complete shows when it is checked.
     """
-    file_schema = _without_required(copy.deepcopy(recipe_schema()))
+    file_schema = _drop_required(copy.deepcopy(recipe_schema()))
     assert isinstance(file_schema, dict)
     file_schema["properties"] = {
         "extends": {
@@ -141,7 +141,7 @@ def recipes_folder() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
 
 
-def _shipped_names() -> list[str]:
+def _list_shipped() -> list[str]:
     return sorted(file.stem for file in recipes_folder().glob("*.yaml"))
 
 
@@ -155,7 +155,7 @@ def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if _is_file(path):
         return path
-    remedy = f" Did you mean the shipped recipe: {path.stem}?" if path.stem in _shipped_names() else ""
+    remedy = f" Did you mean the shipped recipe: {path.stem}?" if path.stem in _list_shipped() else ""
     raise RecipeError(f'No recipe file "{make_printable(str(path))}".{remedy}')
 
 
@@ -167,7 +167,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _find_shipped(name: str) -> Path:
-    names = _shipped_names()
+    names = _list_shipped()
     if name in names:
         return recipes_folder() / f"{name}.yaml"
     message = f"No recipe {format_value(name)}. Shipped: {', '.join(names)}. {did_you_mean(name, names)}".strip()
@@ -184,32 +184,32 @@ def _read_with_parents(file: Path) -> dict[str, Any]:
     chain = [file]
     layers = [_read_mapping(file)]
     while "extends" in layers[-1]:
-        parent = _parent_of(chain[-1], layers[-1].pop("extends"))
+        parent = _find_parent(chain[-1], layers[-1].pop("extends"))
         if any(parent.samefile(earlier) for earlier in chain):
             names = " -> ".join(one.name for one in [*chain, parent])
-            raise _faulty(chain[-1], "extends", f"expected a recipe that does not lead back here, found {names}.")
+            raise _build_error(chain[-1], "extends", f"expected a recipe that does not lead back here, found {names}.")
         if len(chain) > _MAX_PARENTS:
-            raise _faulty(chain[-1], "extends", f"expected at most {_MAX_PARENTS} recipes in a row.")
+            raise _build_error(chain[-1], "extends", f"expected at most {_MAX_PARENTS} recipes in a row.")
         chain.append(parent)
         layers.append(_read_mapping(parent))
     raw: dict[str, Any] = {}
     for layer in reversed(layers):
         raw.pop("name", None)  # a parent's name is not its child's
-        raw = _merged(raw, layer)
+        raw = _merge(raw, layer)
     return {"name": file.stem, **raw}
 
 
-def _parent_of(file: Path, extends: object) -> Path:
+def _find_parent(file: Path, extends: object) -> Path:
     if not isinstance(extends, str) or not extends or not extends.isprintable() or len(extends) > 255:
         expected = "expected the name of a shipped recipe, or a file beside this one"
-        raise _faulty(file, "extends", f"{expected}; found {format_value(extends)}.")
+        raise _build_error(file, "extends", f"{expected}; found {format_value(extends)}.")
     if not _is_path(extends):
-        names = _shipped_names()
+        names = _list_shipped()
         if extends in names:
             return recipes_folder() / f"{extends}.yaml"
         remedy = did_you_mean(extends, names) or f"A file is written with its ending: {extends}.yaml"
         problem = f"expected one of {', '.join(names)}, or a file beside this one; found {format_value(extends)}."
-        raise _faulty(file, "extends", problem, remedy)
+        raise _build_error(file, "extends", problem, remedy)
     home = file.resolve().parent
     parent = home / extends
     try:
@@ -218,11 +218,15 @@ def _parent_of(file: Path, extends: object) -> Path:
     except (OSError, RuntimeError):  # links that lead to each other
         inside = False
     if not inside:
-        raise _faulty(file, "extends", f"expected a file beside or below this recipe, found {format_value(extends)}.")
+        raise _build_error(
+            file, "extends", f"expected a file beside or below this recipe, found {format_value(extends)}."
+        )
     if not parent.is_file():
         beside = [str(one.relative_to(home)) for one in home.glob("*.yaml") if one != file.resolve()]
         remedy = did_you_mean(extends, beside)
-        raise _faulty(file, "extends", f"expected a file beside this recipe, found no {format_value(extends)}.", remedy)
+        raise _build_error(
+            file, "extends", f"expected a file beside this recipe, found no {format_value(extends)}.", remedy
+        )
     return parent
 
 
@@ -234,7 +238,7 @@ _BELONGS_TO = {
 }
 
 
-def _merged(parent: Mapping[str, Any], child: Mapping[str, Any], at: tuple[str, ...] = ()) -> dict[str, Any]:
+def _merge(parent: Mapping[str, Any], child: Mapping[str, Any], at: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return `parent` with the keys of `child` laid over it, mapping by mapping; lists are replaced."""
     kept = dict(parent)
     for (section, key), dependent in _BELONGS_TO.items():
@@ -244,28 +248,28 @@ def _merged(parent: Mapping[str, Any], child: Mapping[str, Any], at: tuple[str, 
     for key, value in child.items():
         below = kept.get(key)
         if isinstance(value, dict):
-            kept[key] = _merged(below if isinstance(below, dict) else {}, value, (*at, key))
+            kept[key] = _merge(below if isinstance(below, dict) else {}, value, (*at, key))
         else:
             kept[key] = value
     return kept
 
 
-def _override_tree(overrides: Iterable[str]) -> dict[str, Any]:
+def _read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """Return the overrides as one nested mapping, to be merged as a child recipe would be."""
     tree: dict[str, Any] = {}
     faults = []
     for override in overrides:
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(re.fullmatch(r"[\w@+-]+", key) for key in keys) or len(keys) > _MAX_DEPTH:
+        if not equals or not all(re.fullmatch(r"[\w@+-]+", key) for key in keys) or len(keys) > MAX_DEPTH:
             faults.append(Fault(f"--set {format_value(override)}", "expected KEY=VALUE.", "As in training.epochs=2."))
             continue
         if keys == ["extends"]:
             faults.append(Fault("extends", "expected a key of the recipe.", "What it extends is set in the file."))
             continue
         try:
-            value = _override_value(text.strip())
-        except _YamlFault as fault:
+            value = _read_override(text.strip())
+        except YamlFault as fault:
             faults.append(Fault(".".join(keys), f"cannot read {format_value(text)}: {fault}."))
             continue
         node = tree
@@ -279,20 +283,24 @@ def _override_tree(overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def _override_value(text: str) -> Any:
+def _read_override(text: str) -> Any:
     # "{title} {category}" is a template, not a mapping: of YAML's structures, only lists and quotes are read here.
-    return _read_yaml(text) if text.startswith(("[", '"', "'")) else _scalar(text)
+    return read_yaml(text) if text.startswith(("[", '"', "'")) else read_scalar(text)
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
     try:
-        raw = _read_yaml(_read_text(file))
-    except _YamlFault as fault:
-        where = f"{_named(file)}:{fault.line}" if fault.line else _named(file)
-        raise RecipeError.from_faults(f"Recipe {_named(file)} cannot be read:", [Fault(where, f"{fault}.")]) from None
+        raw = read_yaml(_read_text(file))
+    except YamlFault as fault:
+        where = f"{_format_path(file)}:{fault.line}" if fault.line else _format_path(file)
+        raise RecipeError.from_faults(
+            f"Recipe {_format_path(file)} cannot be read:", [Fault(where, f"{fault}.")]
+        ) from None
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else format_value(raw)
-        raise _faulty(file, _named(file), f"expected keys such as category, data and adapter; found {found}.")
+        raise _build_error(
+            file, _format_path(file), f"expected keys such as category, data and adapter; found {found}."
+        )
     return raw
 
 
@@ -301,40 +309,40 @@ def _read_text(file: Path) -> str:
         with file.open("rb") as stream:
             content = stream.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise RecipeError(f"Cannot read {_named(file)}: {error.strerror}.") from error
+        raise RecipeError(f"Cannot read {_format_path(file)}: {error.strerror}.") from error
     if len(content) > _MAX_BYTES:
         size = f"expected at most {_MAX_BYTES // 1024} KiB, found more."
-        raise _faulty(file, _named(file), size, "Is this a recipe?")
+        raise _build_error(file, _format_path(file), size, "Is this a recipe?")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         problem = f"expected UTF-8 text, found the byte 0x{content[error.start]:02x}."
-        raise _faulty(file, f"{_named(file)}:{line}", problem, "Save the file as UTF-8.") from None
+        raise _build_error(file, f"{_format_path(file)}:{line}", problem, "Save the file as UTF-8.") from None
 
 
-def _named(file: Path) -> str:
+def _format_path(file: Path) -> str:
     return make_printable(str(file))
 
 
-def _faulty(file: Path, where: str, problem: str, remedy: str = "") -> RecipeError:
-    return RecipeError.from_faults(f"Recipe {_named(file)} cannot be read:", [Fault(where, problem, remedy)])
+def _build_error(file: Path, where: str, problem: str, remedy: str = "") -> RecipeError:
+    return RecipeError.from_faults(f"Recipe {_format_path(file)} cannot be read:", [Fault(where, problem, remedy)])
 
 
 # Writing and describing.
 
 
-def _without_required(node: Any) -> Any:
+def _drop_required(node: Any) -> Any:
     # oneOf becomes anyOf: without a required `method`, a child's `adapter: {rank: 4}` matches more than one member.
     if isinstance(node, dict):
-        renamed = {"anyOf" if key == "oneOf" else key: _without_required(value) for key, value in node.items()}
+        renamed = {"anyOf" if key == "oneOf" else key: _drop_required(value) for key, value in node.items()}
         if isinstance(renamed.get("required"), list):
             del renamed["required"]
         return renamed
-    return [_without_required(entry) for entry in node] if isinstance(node, list) else node
+    return [_drop_required(entry) for entry in node] if isinstance(node, list) else node
 
 
-def free_destination(path: Path) -> Path:
+def check_destination(path: Path) -> Path:
     """Return a path that `write_recipe` may write to; ask before a long job, not after it.
 
     Raises:
@@ -355,23 +363,23 @@ def write_recipe(recipe: Recipe, path: Path, header: Sequence[str] = ()) -> Reci
     Returns:
         the recipe as `load_recipe` reads it from there: equal but for the name.
     Raises:
-        RecipeError: see `free_destination`. PeftComboError: it cannot be written.
+        RecipeError: see `check_destination`. PeftComboError: it cannot be written.
     """
-    free_destination(path)
+    check_destination(path)
     name = re.sub(r"[^a-z0-9_-]+", "-", path.stem.lower()).strip("-_")[:64] or recipe.name
     named = recipe.model_copy(update={"name": name})
-    lines = [f"# {line}".rstrip() for line in header] + _lines(named.model_dump(mode="json"))
+    lines = [f"# {line}".rstrip() for line in header] + _format_lines(named.model_dump(mode="json"))
     write_text(path, "\n".join(lines) + "\n")
     return load_recipe(path)
 
 
-def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
+def _format_lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
     lines = []
     for key, value in values.items():
         # Column names are a user's own and may hold anything; every JSON text is a quoted YAML one.
         written = key if re.fullmatch(r"[A-Za-z_][\w-]*", key) else json.dumps(key, ensure_ascii=False)
         if isinstance(value, Mapping) and value:
-            lines += [f"{indent}{written}:", *_lines(value, f"{indent}  ")]
+            lines += [f"{indent}{written}:", *_format_lines(value, f"{indent}  ")]
         else:
             lines.append(f"{indent}{written}: {json.dumps(value, ensure_ascii=False)}")
     return lines

@@ -27,7 +27,7 @@ def parse_recipe(raw: Mapping[str, object], title: str = "The recipe does not ho
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        faults = [_told(details) for details in error.errors(include_url=False)]
+        faults = [_explain_error(details) for details in error.errors(include_url=False)]
     raise RecipeError.from_faults(title, dict.fromkeys(faults))
 
 
@@ -35,40 +35,40 @@ def parse_recipe(raw: Mapping[str, object], title: str = "The recipe does not ho
 # range is stated once, in the field, and a wrong type and a wrong range get the same full sentence.
 
 
-def _told(details: ErrorDetails) -> Fault:
+def _explain_error(details: ErrorDetails) -> Fault:
     loc, found, context = details["loc"], details["input"], details.get("ctx", {})
     # pydantic's mark of a key it refuses, unless it is itself a user's key: then what was found is the value there.
     key_refused = details["type"] != "extra_forbidden" and loc[-2:] == (found, "[key]")
-    path, node = _place(loc[:-1] if key_refused else loc, key=key_refused)
+    path, node = _locate(loc[:-1] if key_refused else loc, key=key_refused)
     where = ".".join(path)
     match details["type"]:
         case "fault":
             return Fault(context["where"] or where, context["problem"], context["remedy"])
         case "extra_forbidden":
-            return _unknown_key(where, path[-1], _place(details["loc"][:-1])[1])
+            return _explain_unknown_key(where, path[-1], _locate(details["loc"][:-1])[1])
         case "union_tag_invalid" | "union_tag_not_found":
-            tags = _tags(node)
+            tags = _list_tags(node)
             where = f"{where}.{context['discriminator'].strip(chr(39))}"
             found = found.get(where.rpartition(".")[2]) if isinstance(found, Mapping) else found
             if details["type"] == "union_tag_not_found":
                 return Fault(where, f"expected one of {', '.join(tags)}; found nothing.")
-            return _mismatch(where, {"enum": list(tags)}, found)
+            return _explain_mismatch(where, {"enum": list(tags)}, found)
         case "missing":
-            return Fault(where, f"expected {_expected(node)}, found nothing.", "Every recipe needs it.")
+            return Fault(where, f"expected {_describe_expected(node)}, found nothing.", "Every recipe needs it.")
         case _:
-            return _mismatch(where, node, found)
+            return _explain_mismatch(where, node, found)
 
 
-def _mismatch(where: str, node: Mapping[str, Any], found: object) -> Fault:
-    expected = _expected(node)
-    choices = _choices(node)
+def _explain_mismatch(where: str, node: Mapping[str, Any], found: object) -> Fault:
+    expected = _describe_expected(node)
+    choices = _list_choices(node)
     problem = f"expected {expected}{';' if ',' in expected else ','} found {format_value(found)}."
     return Fault(where, problem, did_you_mean(found, choices) if isinstance(found, str) else "")
 
 
-def _unknown_key(where: str, key: str, node: Mapping[str, Any]) -> Fault:
+def _explain_unknown_key(where: str, key: str, node: Mapping[str, Any]) -> Fault:
     known = list(node.get("properties", ()))
-    homes = [path for path in key_paths() if path.rpartition(".")[2] == key]
+    homes = [path for path in list_key_paths() if path.rpartition(".")[2] == key]
     if where in homes:  # a key of another member of the union
         tags = (node.get("properties", {}).get(tag, {}).get("const") for tag in ("method", "kind"))
         member = next((tag for tag in tags if tag), "this")
@@ -78,7 +78,7 @@ def _unknown_key(where: str, key: str, node: Mapping[str, Any]) -> Fault:
     return Fault(where, "unknown key.", did_you_mean(key, known) or f"Known here: {', '.join(known)}.")
 
 
-def _place(loc: Sequence[int | str], key: bool = False) -> tuple[list[str], Mapping[str, Any]]:
+def _locate(loc: Sequence[int | str], key: bool = False) -> tuple[list[str], Mapping[str, Any]]:
     """Follow pydantic's location; return the path a reader sees, and the schema there ({} where there is none).
 
     Args:
@@ -86,22 +86,22 @@ def _place(loc: Sequence[int | str], key: bool = False) -> tuple[list[str], Mapp
     """
     path: list[str] = []
     parent: Mapping[str, Any] = {}
-    node = _resolved(recipe_schema())
+    node = _resolve(recipe_schema())
     for step in loc:
-        if step in _tags(node):  # the member of a union: pydantic names it, the recipe's path does not
-            node = _resolved({"$ref": _tags(node)[str(step)]})
+        if step in _list_tags(node):  # the member of a union: pydantic names it, the recipe's path does not
+            node = _resolve({"$ref": _list_tags(node)[str(step)]})
         else:
-            path.append(dotted(step))
-            parent, node = node, _child(node, step)
+            path.append(format_step(step))
+            parent, node = node, _find_child(node, step)
     return path, parent.get("propertyNames", {}) if key else node
 
 
-def _child(node: Mapping[str, Any], step: int | str) -> Mapping[str, Any]:
+def _find_child(node: Mapping[str, Any], step: int | str) -> Mapping[str, Any]:
     if isinstance(step, int):
-        return _resolved(node.get("items", {}))
+        return _resolve(node.get("items", {}))
     free = [node.get("additionalProperties"), *node.get("patternProperties", {}).values()]
     options = [node.get("properties", {}).get(step), *free]
-    return _resolved(next((option for option in options if isinstance(option, Mapping)), {}))
+    return _resolve(next((option for option in options if isinstance(option, Mapping)), {}))
 
 
 @lru_cache(maxsize=1)
@@ -111,11 +111,11 @@ def recipe_schema() -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def key_paths() -> tuple[str, ...]:
+def list_key_paths() -> tuple[str, ...]:
     """Return every dotted path a recipe may hold, in order of the fields."""
 
     def below(node: Mapping[str, Any], path: str) -> list[str]:
-        members = [_resolved({"$ref": ref}) for ref in _tags(node).values()] or [_resolved(node)]
+        members = [_resolve({"$ref": ref}) for ref in _list_tags(node).values()] or [_resolve(node)]
         paths = [path] if path else []
         for member in members:
             for key, child in member.get("properties", {}).items():
@@ -125,34 +125,34 @@ def key_paths() -> tuple[str, ...]:
     return tuple(dict.fromkeys(below(recipe_schema(), "")))
 
 
-def _resolved(node: Mapping[str, Any]) -> Mapping[str, Any]:
+def _resolve(node: Mapping[str, Any]) -> Mapping[str, Any]:
     """Look through a reference and through "or null"; keep whether null is allowed."""
     if "$ref" in node:
-        return _resolved(recipe_schema()["$defs"][node["$ref"].rpartition("/")[2]])
+        return _resolve(recipe_schema()["$defs"][node["$ref"].rpartition("/")[2]])
     options = [option for option in node.get("anyOf", ()) if option.get("type") != "null"]
     if len(options) == 1:
-        return {**_resolved(options[0]), "nullable": True}
+        return {**_resolve(options[0]), "nullable": True}
     return node
 
 
-def _tags(node: Mapping[str, Any]) -> Mapping[str, str]:
+def _list_tags(node: Mapping[str, Any]) -> Mapping[str, str]:
     """Return the members of a discriminated union, tag to reference, in the order they were declared."""
     tags: Mapping[str, str] = node.get("discriminator", {}).get("mapping", {})
     declared = [option["$ref"] for option in node.get("oneOf", ())]
     return dict(sorted(tags.items(), key=lambda item: declared.index(item[1])))
 
 
-def _choices(node: Mapping[str, Any]) -> list[str]:
+def _list_choices(node: Mapping[str, Any]) -> list[str]:
     return [str(choice) for choice in node.get("enum", [node["const"]] if "const" in node else [])]
 
 
-def _expected(node: Mapping[str, Any]) -> str:
-    text = _expected_value(_resolved(node))
-    return f"{text}, or null" if _resolved(node).get("nullable") else text
+def _describe_expected(node: Mapping[str, Any]) -> str:
+    text = _describe_value(_resolve(node))
+    return f"{text}, or null" if _resolve(node).get("nullable") else text
 
 
-def _expected_value(node: Mapping[str, Any]) -> str:
-    if choices := _choices(node):
+def _describe_value(node: Mapping[str, Any]) -> str:
+    if choices := _list_choices(node):
         return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
     if "patternErrorMessage" in node:
         return str(node["patternErrorMessage"])
@@ -160,16 +160,16 @@ def _expected_value(node: Mapping[str, Any]) -> str:
         case "boolean":
             return "true or false"
         case "integer":
-            return f"an integer {_range(node)}"
+            return f"an integer {_describe_range(node)}"
         case "number":
-            return f"a number {_range(node)}"
+            return f"a number {_describe_range(node)}"
         case "array":
-            return f"a list, each entry {_expected(node['items'])}"
+            return f"a list, each entry {_describe_expected(node['items'])}"
         case _:
             return "a mapping of keys to values"
 
 
-def _range(node: Mapping[str, Any]) -> str:
+def _describe_range(node: Mapping[str, Any]) -> str:
     if "exclusiveMinimum" in node:
         low = f"above {node['exclusiveMinimum']:g}"
     else:
@@ -179,6 +179,6 @@ def _range(node: Mapping[str, Any]) -> str:
     return f"{low} to {node['maximum']}" if low.startswith("from") else f"{low} and at most {node['maximum']}"
 
 
-def dotted(step: int | str) -> str:
+def format_step(step: int | str) -> str:
     """Return one step of a dotted path; a key that would blur the path is quoted and cut."""
     return str(step) if isinstance(step, int) or re.fullmatch(r"[\w-]{1,64}", step) else format_value(step)

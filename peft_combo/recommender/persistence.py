@@ -1,4 +1,4 @@
-"""A fitted recommender on disk: what validation chose, what the scorers learned, and what it was fitted on.
+"""Saving and loading of a fitted recommender: settings, what scorers learned, and digests of what it was fitted on.
 
 Owns the folder and the checks that it is read for the data and adapters it was made of. Item vectors stay in the vector
 cache, adapters in their store, items and bundles in the data; a folder names all of them by digest.
@@ -72,7 +72,7 @@ class _ScorerFile(_Stored):
     parameters: dict[str, JsonValue]
 
 
-class _Manifest(_Stored):
+class _RecommenderManifest(_Stored):
     format: int
     data: str
     split: str
@@ -107,20 +107,20 @@ def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None
                     path = staged.path / f"scorer-{len(files)}.safetensors"
                     save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
                     files[str(scorer)] = _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
-            content = _manifest(recommender, files).model_dump(mode="json")
+            content = _build_manifest(recommender, files).model_dump(mode="json")
             staged.manifest = (_MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
     except OSError as error:
         raise DataError(f"The recommender cannot be written to {folder}: {error.strerror or error}.") from error
 
 
-def _manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile]) -> _Manifest:
+def _build_manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile]) -> _RecommenderManifest:
     state = recommender.state
     calibrations = [
         one.calibration.state()
         for one in (*state.serving.values(), state.text_side)
         if isinstance(one, FittedCategories)
     ]
-    return _Manifest(
+    return _RecommenderManifest(
         format=FORMAT, data=recommender.dataset.digest, split=state.split_digest,
         backbone=recommender.bank.backbone.fingerprint, text=state.known.text,
         adapters={one.reference: one.digest for one in state.adapters},
@@ -194,7 +194,7 @@ def fitted_recommender(
     return made
 
 
-def _read(folder: Path) -> _Manifest:
+def _read(folder: Path) -> _RecommenderManifest:
     path = folder / _MANIFEST
     try:
         with path.open("rb") as file:
@@ -208,7 +208,7 @@ def _read(folder: Path) -> _Manifest:
         found = values.get("format") if isinstance(values, dict) else None
         if found != FORMAT:
             raise DataError(f"The recommender in {folder} has format {found}, expected {FORMAT}. Fit it anew.")
-        return _Manifest.model_validate(values)
+        return _RecommenderManifest.model_validate(values)
     except (ValueError, ValidationError, RecursionError) as error:
         raise _damaged(folder, str(error).splitlines()[0]) from error
 
@@ -232,7 +232,7 @@ def _parse_label(label: str) -> ScorerId:
 
 
 def _rebuild(
-    folder: Path, manifest: _Manifest, dataset: Dataset, bank: AdapterBank, cache: VectorCache | None,
+    folder: Path, manifest: _RecommenderManifest, dataset: Dataset, bank: AdapterBank, cache: VectorCache | None,
     progress: Callable[[int], None] | None,
 ) -> FitState:  # fmt: skip
     side = text_knowledge(dataset, bank, tuple(manifest.adapters), manifest.text, cache, progress)

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from peft_combo.errors import Fault, StoreError
-from peft_combo.files import discard, size_of
-from peft_combo.store.aliases import Alias, AliasFolder, new_alias
-from peft_combo.store.drafts import Draft, clear_leftovers, drafting, leftovers
-from peft_combo.store.integrity import LOCK_WAIT, explained, locked, outside
+from peft_combo.files import discard, measure_size
+from peft_combo.store.aliases import Alias, AliasFolder, make_alias
+from peft_combo.store.drafts import Draft, clear_leftovers, find_leftovers, open_draft
+from peft_combo.store.integrity import LOCK_WAIT, explain_os_errors, find_folder_problem, hold_lock
 from peft_combo.store.lookup import Lookup
 from peft_combo.store.manifest import MANIFEST
 from peft_combo.store.references import (
@@ -102,7 +102,7 @@ class AdapterStore:
         """
         found = self.resolve(reference)
         while True:
-            with explained(f"read {found}", self.path):
+            with explain_os_errors(f"read {found}", self.path):
                 manifest, faults = self._versions.inspect(*found)
             if manifest is not None and not faults:
                 return AdapterRecord(*found, self._versions.folder(*found), manifest)
@@ -117,18 +117,18 @@ class AdapterStore:
         Raises:
             StoreError: no such category, version or alias, or the alias points to what is gone.
         """
-        with explained(f"read {reference}", self.path):
+        with explain_os_errors(f"read {reference}", self.path):
             return self._lookup.resolve(parse_reference(reference))
 
     def categories(self) -> tuple[str, ...]:
         """Return the categories that have at least one complete version, sorted."""
-        with explained("read", self.path):
+        with explain_os_errors("read", self.path):
             return self._versions.categories()
 
     def versions(self, category: str) -> tuple[int, ...]:
         """Return the complete versions of a category, oldest first; none for a category that is not stored."""
         check_category(category)
-        with explained("read", self.path):
+        with explain_os_errors("read", self.path):
             return self._versions.complete(category)
 
     def latest(self, category: str) -> int:
@@ -151,7 +151,7 @@ class AdapterStore:
         Raises:
             StoreError: the name is not one, or the disk refuses.
         """
-        with drafting(self._versions, check_category(category)) as draft:
+        with open_draft(self._versions, check_category(category)) as draft:
             yield draft
 
     def remove(self, reference: str, *, all: bool = False) -> tuple[str, ...]:
@@ -178,7 +178,7 @@ class AdapterStore:
             )
         if version is not None and all:
             raise StoreError(f'"{reference}" names one version, so it cannot go with --all; name the category alone.')
-        with explained(f"remove {reference}", self.path):
+        with explain_os_errors(f"remove {reference}", self.path):
             self._lookup.list_present(category)  # what is not there is refused before anything is written
             with self._changing():
                 present = self._lookup.list_present(category)
@@ -187,7 +187,7 @@ class AdapterStore:
                 elif version not in present:
                     raise self._lookup.explain_unknown_version(wanted, present)
                 else:
-                    if problem := outside(self.path, category):
+                    if problem := find_folder_problem(self.path, category):
                         raise StoreError(f"Cannot remove {reference}: {self.path / category} {problem}")
                     gone, target = (version,), self._versions.folder(category, version)
                 self._refuse_if_pointed_to(reference, category, gone)
@@ -200,7 +200,7 @@ class AdapterStore:
 
     def clean(self) -> int:
         """Remove what dead writers and interrupted removals left behind; return how many folders went."""
-        with explained("clean", self.path):
+        with explain_os_errors("clean", self.path):
             return clear_leftovers(self.path)
 
     def collect(
@@ -222,8 +222,8 @@ class AdapterStore:
         """
         if keep < 1:
             raise StoreError(f"gc: expected to keep at least 1 version of each category, found {keep}.")
-        with explained("collect garbage", self.path):
-            left = [(path, Garbage(path.name, size_of(path))) for path in leftovers(self.path)]
+        with explain_os_errors("collect garbage", self.path):
+            left = [(path, Garbage(path.name, measure_size(path))) for path in find_leftovers(self.path)]
             if dry_run:
                 return (*(garbage for _, _, garbage in self._garbage(keep, older_than)), *(g for _, g in left))
             old, trash = [], []
@@ -240,7 +240,7 @@ class AdapterStore:
         for alias in self.aliases():
             needed |= {(alias.category, alias.version), (alias.category, alias.before)}
         for category in self.categories():
-            if outside(self.path, category):
+            if find_folder_problem(self.path, category):
                 continue
             sound = 0
             for version in reversed(self._versions.complete(category)):
@@ -250,7 +250,7 @@ class AdapterStore:
                 sound += 1
                 young = older_than is not None and datetime.now(UTC) - manifest.created < older_than
                 if sound > keep and not young and (category, version) not in needed:
-                    size = size_of(self._versions.folder(category, version))
+                    size = measure_size(self._versions.folder(category, version))
                     yield category, version, Garbage(f"{category}@v{version}", size)
 
     @contextmanager
@@ -259,7 +259,7 @@ class AdapterStore:
         if not self.path.is_dir():
             yield
             return
-        with locked(self.path, self._lock_wait):
+        with hold_lock(self.path, self._lock_wait):
             yield
 
     # aliases
@@ -274,12 +274,12 @@ class AdapterStore:
         """
         category = parse_reference(reference).category
         check_alias(name)
-        with explained(f"set {category}@{name}", self.path), self._changing():
+        with explain_os_errors(f"set {category}@{name}", self.path), self._changing():
             version = self.open(reference).version
             alias = self._lookup.read_alias(category, name)
             if alias is not None and alias.version == version:
                 return alias
-            alias = new_alias(category, name, version) if alias is None else alias.moved(version)
+            alias = make_alias(category, name, version) if alias is None else alias.moved(version)
             self._aliases.write(alias)
         return alias
 
@@ -289,7 +289,7 @@ class AdapterStore:
         Raises:
             StoreError: there is no such alias, nothing before, or the version before is gone or damaged.
         """
-        with explained(f"roll {reference} back", self.path), self._changing():
+        with explain_os_errors(f"roll {reference} back", self.path), self._changing():
             alias = self.alias_at(reference)
             before = alias.before
             set_it = f"Set it with: peft-combo adapters alias {alias.category}@vN {alias.name}"
@@ -313,7 +313,7 @@ class AdapterStore:
         Raises:
             StoreError: there is no such alias.
         """
-        with explained(f"remove {reference}", self.path), self._changing():
+        with explain_os_errors(f"remove {reference}", self.path), self._changing():
             alias = self.alias_at(reference)
             self._aliases.drop(alias)
         return alias
@@ -326,7 +326,7 @@ class AdapterStore:
         """
         if category is not None:
             check_category(category)
-        with explained("read", self.path):
+        with explain_os_errors("read", self.path):
             found = []
             for name in self._aliases.names(category):
                 alias = self._lookup.read_alias(name.category, name.alias or "")
@@ -343,7 +343,7 @@ class AdapterStore:
         wanted = parse_reference(reference)
         if wanted.alias is None:
             raise StoreError(f'"{reference}" is not an alias. Name one, as in {wanted.category}@prod.')
-        with explained(f"read {reference}", self.path):
+        with explain_os_errors(f"read {reference}", self.path):
             return self._lookup.find_alias(wanted.category, wanted.alias)
 
     def _refuse_if_pointed_to(self, reference: str, category: str, gone: tuple[int, ...]) -> None:
@@ -368,7 +368,7 @@ class AdapterStore:
         Raises:
             StoreError: the reference names nothing that is stored.
         """
-        with explained("verify", self.path):
+        with explain_os_errors("verify", self.path):
             if reference is None:
                 return self._verification.check_store()
             wanted = parse_reference(reference)
@@ -390,11 +390,11 @@ class AdapterStore:
         A version with a broken manifest is left out; `verify` tells what is wrong with it.
         """
         records = []
-        with explained("read", self.path):
+        with explain_os_errors("read", self.path):
             for category in self.categories():
                 for version in self._versions.complete(category):
                     folder = self._versions.folder(category, version)
-                    if outside(self.path, f"{category}/v{version}"):
+                    if find_folder_problem(self.path, f"{category}/v{version}"):
                         continue
                     manifest, _ = read_manifest(folder / MANIFEST)
                     if manifest is not None and (manifest.category, manifest.version) == (category, version):

@@ -14,9 +14,9 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from peft_combo.errors import Fault, StoreError, shorten
-from peft_combo.files import atomic_file, discard, entries, open_regular, sync
-from peft_combo.store.integrity import outside
-from peft_combo.store.manifest import faults_of, json_object
+from peft_combo.files import atomic_file, discard, list_names, open_regular, sync_folder
+from peft_combo.store.integrity import find_folder_problem
+from peft_combo.store.manifest import list_faults, parse_json_object
 from peft_combo.store.references import ALIAS, CATEGORY, Reference
 
 FORMAT = 1
@@ -27,11 +27,11 @@ _LIMIT = 2**20  # bytes of an alias file; with its history at its longest it has
 _MOVES = 1000  # what the history keeps
 
 
-class _Frozen(BaseModel):
+class _AliasModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Move(_Frozen):
+class Move(_AliasModel):
     """One change of an alias: where to, when (UTC), and whether it took an earlier one back."""
 
     version: Annotated[int, Field(strict=True, ge=1, lt=10**9)]
@@ -39,7 +39,7 @@ class Move(_Frozen):
     rollback: bool = False
 
 
-class Alias(_Frozen):
+class Alias(_AliasModel):
     """A name for a version. `AdapterStore.alias` and `rollback` return where it has moved to.
 
     Attributes:
@@ -80,15 +80,15 @@ class Alias(_Frozen):
 
     def moved(self, version: int, rollback: bool = False) -> Alias:
         """Return the alias after one more move, now."""
-        return self.model_copy(update={"moves": (*self.moves, _move(version, rollback))[-_MOVES:]})
+        return self.model_copy(update={"moves": (*self.moves, _make_move(version, rollback))[-_MOVES:]})
 
 
-def new_alias(category: str, name: str, version: int) -> Alias:
+def make_alias(category: str, name: str, version: int) -> Alias:
     """Return an alias that points to its first version, now."""
-    return Alias(category=category, name=name, moves=(_move(version, False),))
+    return Alias(category=category, name=name, moves=(_make_move(version, False),))
 
 
-def _move(version: int, rollback: bool) -> Move:
+def _make_move(version: int, rollback: bool) -> Move:
     return Move(version=version, at=datetime.now(UTC).replace(microsecond=0), rollback=rollback)
 
 
@@ -96,7 +96,7 @@ def parse_alias(content: bytes, category: str, name: str) -> tuple[Alias | None,
     """Read the bytes of an alias file: the alias, or everything that is wrong with it."""
     where = f"{category}@{name}"
     remedy = f"Delete {FOLDER}/{where}.json and set the alias again."
-    raw, faults = json_object(content, where, _LIMIT, remedy)
+    raw, faults = parse_json_object(content, where, _LIMIT, remedy)
     if raw is None:
         return None, faults
     written = raw.get("format")
@@ -106,7 +106,7 @@ def parse_alias(content: bytes, category: str, name: str) -> tuple[Alias | None,
     try:
         alias = Alias.model_validate(raw)
     except ValidationError as error:
-        return None, [Fault(f"{where}: {f.where}", f.problem, remedy) for f in faults_of(error)]
+        return None, [Fault(f"{where}: {f.where}", f.problem, remedy) for f in list_faults(error)]
     if (alias.category, alias.name) != (category, name):
         return None, [Fault(where, f"was written as {shorten(alias.reference)}.", remedy)]
     return alias, []
@@ -129,18 +129,20 @@ class AliasFolder:
         except OSError as error:
             problem = f"cannot be read ({error.strerror or error})."
             return None, [Fault(f"{category}@{name}", problem, f"Look after {FOLDER} in the store.")]
-        if problem := outside(self._store, FOLDER):
+        if problem := find_folder_problem(self._store, FOLDER):
             return None, [Fault(f"{category}@{name}", f"cannot be read: {FOLDER} {problem}", "Move it away.")]
         return parse_alias(content, category, name)
 
     def names(self, category: str | None = None) -> tuple[Reference, ...]:
         """Return the aliases that have a file, of one category or of all."""
-        found = (_alias_in(file) for file in entries(self._path))
+        found = (_parse_file_name(file) for file in list_names(self._path))
         return tuple(alias for alias in found if alias is not None and category in (None, alias.category))
 
     def strays(self) -> tuple[str, ...]:
         """Return what lies among the alias files and is none."""
-        return tuple(name for name in entries(self._path) if not name.startswith(".") and _alias_in(name) is None)
+        return tuple(
+            name for name in list_names(self._path) if not name.startswith(".") and _parse_file_name(name) is None
+        )
 
     def write(self, alias: Alias) -> None:
         """Put an alias in place of what it was; what a writer that died left of its own attempt is cleared first.
@@ -150,15 +152,15 @@ class AliasFolder:
             OSError: the disk refuses; the alias is as it was.
         """
         self._path.mkdir(exist_ok=True)
-        if problem := outside(self._store, FOLDER):
+        if problem := find_folder_problem(self._store, FOLDER):
             raise StoreError(f"Cannot set {alias.reference}: {self._path} {problem}")
         content = json.dumps(alias.model_dump(mode="json"), indent=1).encode() + b"\n"
-        for name in entries(self._path):
+        for name in list_names(self._path):
             if name.startswith("."):
                 discard(self._path / name)
         with atomic_file(self._file(alias.category, alias.name)) as file:
             file.write(content)
-        sync(self._store)
+        sync_folder(self._store)
 
     def drop(self, alias: Alias) -> None:
         """Delete an alias.
@@ -167,13 +169,13 @@ class AliasFolder:
             OSError: the disk refuses.
         """
         self._file(alias.category, alias.name).unlink()
-        sync(self._path)
+        sync_folder(self._path)
 
     def _file(self, category: str, name: str) -> Path:
         return self._path / f"{category}@{name}.json"
 
 
-def _alias_in(file: str) -> Reference | None:
+def _parse_file_name(file: str) -> Reference | None:
     category, _, name = file.removesuffix(".json").partition("@")
     named = file.endswith(".json") and CATEGORY.fullmatch(category) and ALIAS.fullmatch(name)
     return Reference(category, alias=name) if named else None

@@ -1,4 +1,4 @@
-"""Drafts: versions being written, which nobody sees until they are complete.
+"""Draft versions: written in a temporary folder and published by one atomic rename.
 
 Owns the temporary folder, what may be in it, how it becomes the next version by one rename, and what a writer that died
 left behind.
@@ -22,8 +22,24 @@ from pathlib import Path
 from typing import Any
 
 from peft_combo.errors import Fault, StoreError, shorten
-from peft_combo.files import DRAFT, TRASH, discard, entries, open_regular, rename_folder, seal_folder, sync, write
-from peft_combo.store.integrity import DISK_ERRORS, content_problem, explained, outside, refusal
+from peft_combo.files import (
+    DRAFT,
+    TRASH,
+    discard,
+    list_names,
+    open_regular,
+    rename_folder,
+    seal_folder,
+    sync_folder,
+    write_through,
+)
+from peft_combo.store.integrity import (
+    DISK_ERRORS,
+    describe_os_error,
+    explain_os_errors,
+    find_content_problem,
+    find_folder_problem,
+)
 from peft_combo.store.manifest import (
     CARD,
     FORMAT,
@@ -32,12 +48,12 @@ from peft_combo.store.manifest import (
     FileEntry,
     JsonObject,
     Manifest,
-    name_problem,
+    check_fields,
+    find_name_problem,
     parse_manifest,
-    said_by_writer,
-    validated_manifest,
+    validate_manifest,
 )
-from peft_combo.store.model_card import model_card
+from peft_combo.store.model_card import render_model_card
 from peft_combo.store.versions import AdapterRecord, VersionFolders
 
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
@@ -47,7 +63,7 @@ _live_drafts: set[str] = set()  # of this process: a draft with our pid that is 
 
 
 @contextmanager
-def drafting(folders: VersionFolders, category: str) -> Iterator[Draft]:
+def open_draft(folders: VersionFolders, category: str) -> Iterator[Draft]:
     """Give a temporary folder inside the store; `draft.commit(fields)` makes it the next version.
 
     Leaving the block without a commit, or by an exception, removes the folder. Entering and leaving at once is
@@ -57,7 +73,7 @@ def drafting(folders: VersionFolders, category: str) -> Iterator[Draft]:
         StoreError: the name is not one, or the disk refuses.
     """
     doing = f"write an adapter for {category}"
-    with explained(doing, folders.path):
+    with explain_os_errors(doing, folders.path):
         folders.path.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # someone else's leftovers must not stop this writer
             clear_leftovers(folders.path)
@@ -74,9 +90,9 @@ def drafting(folders: VersionFolders, category: str) -> Iterator[Draft]:
     except Exception as error:
         # safetensors wraps the system's error in a type of its own, so its text has to be asked too.
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise refusal(doing, folders.path, error) from error
+            raise describe_os_error(doing, folders.path, error) from error
         if "No space left on device" in str(error) and not isinstance(error, StoreError):
-            raise refusal(doing, folders.path, OSError(errno.ENOSPC, "No space left on device")) from error
+            raise describe_os_error(doing, folders.path, OSError(errno.ENOSPC, "No space left on device")) from error
         raise
     finally:
         draft.closed = True
@@ -114,10 +130,10 @@ class Draft:
         if self.closed:
             raise StoreError("This draft is closed: commit inside the `with store.writing(...)` block.")
         folders, category = self._folders, self.category
-        with explained(f"write an adapter for {category}", folders.path):
+        with explain_os_errors(f"write an adapter for {category}", folders.path):
             faults: list[Fault] = []
             listed = _list_draft(self.path, faults)
-            said = said_by_writer(fields, category, faults)
+            said = check_fields(fields, category, faults)
             if faults:
                 raise StoreError.from_faults(f"The adapter for {category} cannot be stored:", faults)
             for attempt in range(1000):
@@ -125,7 +141,7 @@ class Draft:
                 manifest = self._seal(said, version, listed)
                 folder = folders.folder(category, version)
                 folder.parent.mkdir(exist_ok=True)
-                if attempt == 0 and (problem := outside(folders.path, category)):
+                if attempt == 0 and (problem := find_folder_problem(folders.path, category)):
                     raise StoreError(f"Cannot write {folder.parent}/: it {problem}")
                 try:
                     placed = rename_folder(self.path, folder)  # False: someone put a folder under our number
@@ -139,7 +155,7 @@ class Draft:
                 raise StoreError(f"Cannot write an adapter for {category} in {folders.path}/: no free version number.")
         for parent in (folder.parent, folders.path):
             with suppress(OSError):  # the version is complete and visible; only its survival of a power cut is at stake
-                sync(parent)
+                sync_folder(parent)
         self.record = AdapterRecord(category, version, folder, manifest)
         return self.record
 
@@ -152,9 +168,9 @@ class Draft:
             "version": version,
             "created": datetime.now(UTC).replace(microsecond=0),
         }
-        without_card = validated_manifest({**values, "files": dict(written)}, self.category)
-        card = model_card(without_card).encode()
-        write(self.path / CARD, card)
+        without_card = validate_manifest({**values, "files": dict(written)}, self.category)
+        card = render_model_card(without_card).encode()
+        write_through(self.path / CARD, card)
         listed = {**written, CARD: FileEntry(sha256=hashlib.sha256(card).hexdigest(), bytes=len(card))}
         manifest = without_card.model_copy(update={"files": dict(sorted(listed.items()))})
         content = json.dumps(manifest.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n"
@@ -172,15 +188,15 @@ class Draft:
 def _list_draft(folder: Path, faults: list[Fault]) -> dict[str, FileEntry]:
     """Size and digest of every file a writer put into its draft, the store's own two left out."""
     listed = {}
-    for name in entries(folder):
+    for name in list_names(folder):
         path = folder / name
         if name in (CARD, MANIFEST) and path.is_file() and not path.is_symlink():
             path.unlink()
             continue
-        problem = name_problem(name)
+        problem = find_name_problem(name)
         if not problem and not stat.S_ISREG(path.lstat().st_mode):
             problem = "is not a plain file; an adapter is a flat folder of files."
-        problem = problem or content_problem(path)
+        problem = problem or find_content_problem(path)
         if problem:
             faults.append(Fault(shorten(name), problem))
             continue
@@ -192,16 +208,16 @@ def _list_draft(folder: Path, faults: list[Fault]) -> dict[str, FileEntry]:
     return listed
 
 
-def leftovers(store: Path) -> list[Path]:
+def find_leftovers(store: Path) -> list[Path]:
     """Return what dead writers and interrupted removals left in a store."""
-    found = (store / name for name in entries(store))
+    found = (store / name for name in list_names(store))
     return [p for p in found if p.name.startswith(TRASH) or (p.name.startswith(DRAFT) and _is_stale(p))]
 
 
 def clear_leftovers(store: Path) -> int:
     """Delete them; return how many went."""
     cleared = 0
-    for leftover in leftovers(store):
+    for leftover in find_leftovers(store):
         discard(leftover)
         cleared += not os.path.lexists(leftover)
     return cleared

@@ -1,7 +1,7 @@
-"""The store's way with files: checked names, plain files only, written through to the disk, one writer at a time.
+"""Integrity checks of stored files: sha256, readable headers, no links out of the store; and the store's lock.
 
-Owns how bytes reach and leave the disk, what is refused there, the lock, and how the system's refusals read. Knows
-nothing of categories, versions or manifests' meaning.
+Owns what is refused on the disk, the lock, and how the system's refusals read. Knows nothing of categories, versions or
+manifests' meaning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOCK_WAIT = 30.0
 """Seconds; what is done under the lock takes milliseconds, so whoever holds it longer is stuck."""
 
 
-def outside(root: Path, relative: str) -> str:
+def find_folder_problem(root: Path, relative: str) -> str:
     """Say what is wrong with a folder that is no folder, or that a link takes out of `root`; empty where it is fine."""
     folder = root / relative
     try:
@@ -38,7 +38,7 @@ def outside(root: Path, relative: str) -> str:
     return "" if folder.is_dir() else "is a file, expected a folder."
 
 
-def file_problem(path: Path, entry: FileEntry) -> str:
+def find_file_problem(path: Path, entry: FileEntry) -> str:
     """Say how a file differs from what the manifest says of it; empty where it does not."""
     try:
         with open_regular(path) as file:
@@ -54,7 +54,7 @@ def file_problem(path: Path, entry: FileEntry) -> str:
     return ""
 
 
-def content_problem(path: Path) -> str:
+def find_content_problem(path: Path) -> str:
     """Say why a tensors or JSON file does not read; empty where it does. Only headers of tensors are looked at."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
@@ -73,7 +73,7 @@ def content_problem(path: Path) -> str:
 
 
 @contextmanager
-def locked(store: Path, wait: float = LOCK_WAIT) -> Iterator[None]:
+def hold_lock(store: Path, wait: float = LOCK_WAIT) -> Iterator[None]:
     """Hold the store's lock: one thread of one process at a time. The system takes it from a process that dies.
 
     Raises:
@@ -97,7 +97,7 @@ def locked(store: Path, wait: float = LOCK_WAIT) -> Iterator[None]:
 
 
 @contextmanager
-def explained(doing: str, store: Path) -> Iterator[None]:
+def explain_os_errors(doing: str, store: Path) -> Iterator[None]:
     """Turn what the system says about the store's files into one readable line.
 
     Raises:
@@ -106,10 +106,10 @@ def explained(doing: str, store: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise refusal(doing, store, error) from error
+        raise describe_os_error(doing, store, error) from error
 
 
-def refusal(doing: str, store: Path, error: OSError) -> StoreError:
+def describe_os_error(doing: str, store: Path, error: OSError) -> StoreError:
     """Return the readable form of the system's refusal."""
     elsewhere = "or name another store with --set store=FOLDER."
     match error.errno:

@@ -11,7 +11,7 @@ from pathlib import Path
 from peft_combo.errors import Fault, StoreError, did_you_mean, nearest
 from peft_combo.store.aliases import Alias, AliasFolder
 from peft_combo.store.references import Reference, Version
-from peft_combo.store.versions import VersionFolders, spaced, unusable
+from peft_combo.store.versions import VersionFolders, describe_unusable, prepend_space
 
 
 class Lookup:
@@ -80,7 +80,7 @@ class Lookup:
         listed = ", ".join(stored) if stored else "nothing yet"
         return StoreError(
             f'No adapter for category "{category}" in {self._path}/. '
-            f"Stored: {listed}.{spaced(did_you_mean(category, stored))}\n"
+            f"Stored: {listed}.{prepend_space(did_you_mean(category, stored))}\n"
             f"Train one with: peft-combo tune --recipe lora-{nearest(category, stored) or category}"
         )
 
@@ -95,7 +95,7 @@ class Lookup:
         names = [one.alias or "" for one in self._aliases.names(category)]
         return StoreError(
             f'No alias "{name}" of {category} in {self._path}/. Aliases: {", ".join(names) or "none"}.'
-            f"{spaced(did_you_mean(name, names))} Set it with: peft-combo adapters alias {category} {name}"
+            f"{prepend_space(did_you_mean(name, names))} Set it with: peft-combo adapters alias {category} {name}"
         )
 
     def _explain_dangling(self, alias: Alias) -> StoreError:
@@ -105,7 +105,7 @@ class Lookup:
 
     def explain_unusable(self, reference: str, faults: list[Fault]) -> StoreError:
         if len(faults) == 1:
-            return StoreError(unusable(reference, self._path, faults[0]), faults)
+            return StoreError(describe_unusable(reference, self._path, faults[0]), faults)
         return StoreError.from_faults(f"Adapter {reference} in {self._path}/ cannot be used:", faults)
 
 

@@ -1,7 +1,7 @@
-"""What an adapter says about itself: its manifest, for programs, and its model card, for people.
+"""Manifest of a stored adapter: its schema, and its validation for writers and readers.
 
-Owns the fields of a manifest, which of them a writer has to give, how its bytes are read without trusting them, and the
-card that is derived from it. Knows nothing of folders: where a manifest lies is for the store to know.
+Owns the fields of a manifest, which of them a writer has to give, and how its bytes are read without trusting them.
+Knows nothing of folders: where a manifest lies is for the store to know.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ class Manifest(_Frozen):
 
     @field_validator("files")
     @classmethod
-    def _names_are_safe(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+    def _check_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
-            if problem := name_problem(name):
+            if problem := find_name_problem(name):
                 raise ValueError(f'"{shorten(name)}" {problem}')
         return files
 
@@ -132,7 +132,7 @@ class Manifest(_Frozen):
         return f"{self.category}@v{self.version}"
 
 
-def name_problem(name: str) -> str:
+def find_name_problem(name: str) -> str:
     """Say why a name cannot be a file of an adapter; empty where it can."""
     if not _FILE.fullmatch(name):
         return "is not a file name here: letters, digits, . _ - only, not hidden, no folders."
@@ -146,7 +146,7 @@ def name_problem(name: str) -> str:
 def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Fault]]:
     """Read the bytes of a manifest: the manifest, or everything that is wrong with it."""
     remedy = "Restore it from a copy, or remove this version."
-    raw, faults = json_object(content, MANIFEST, MANIFEST_LIMIT, remedy)
+    raw, faults = parse_json_object(content, MANIFEST, MANIFEST_LIMIT, remedy)
     if raw is None:
         return None, faults
     written = raw.get("format")
@@ -156,10 +156,10 @@ def parse_manifest(content: bytes) -> tuple[Manifest | None, list[Fault]]:
     try:
         return Manifest.model_validate(raw), []
     except ValidationError as error:
-        return None, [Fault(f"{MANIFEST}: {f.where}", f.problem, remedy) for f in faults_of(error)]
+        return None, [Fault(f"{MANIFEST}: {f.where}", f.problem, remedy) for f in list_faults(error)]
 
 
-def json_object(content: bytes, where: str, limit: int, remedy: str) -> tuple[dict[str, Any] | None, list[Fault]]:
+def parse_json_object(content: bytes, where: str, limit: int, remedy: str) -> tuple[dict[str, Any] | None, list[Fault]]:
     """Read bytes from elsewhere as one JSON object of at most `limit` bytes: the object, or what is wrong with it."""
     if len(content) > limit:
         return None, [Fault(where, f"is larger than {limit} bytes.", remedy)]
@@ -177,15 +177,15 @@ def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def validated_manifest(values: Mapping[str, Any], category: str) -> Manifest:
+def validate_manifest(values: Mapping[str, Any], category: str) -> Manifest:
     """Make the manifest a writer asked for, or say everything that is wrong with it."""
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
-        raise StoreError.from_faults(f"The adapter for {category} cannot be stored:", faults_of(error)) from error
+        raise StoreError.from_faults(f"The adapter for {category} cannot be stored:", list_faults(error)) from error
 
 
-def faults_of(error: ValidationError) -> list[Fault]:
+def list_faults(error: ValidationError) -> list[Fault]:
     """Return what pydantic refused, in our form."""
     faults = []
     for detail in error.errors(include_url=False, include_context=False):
@@ -195,7 +195,7 @@ def faults_of(error: ValidationError) -> list[Fault]:
     return faults
 
 
-def said_by_writer(fields: Mapping[str, Any], category: str, faults: list[Fault]) -> JsonObject:
+def check_fields(fields: Mapping[str, Any], category: str, faults: list[Fault]) -> JsonObject:
     """Turn the writer's fields into plain JSON values, and collect what is missing, unknown or not plain."""
     own = {"format", "version", "created", "files"}
     wanted = [name for name in Manifest.model_fields if name not in own and name != "category"]
@@ -209,7 +209,7 @@ def said_by_writer(fields: Mapping[str, Any], category: str, faults: list[Fault]
         elif name not in wanted:
             faults.append(Fault(shorten(name), "is not a field of the manifest.", did_you_mean(name, wanted)))
         else:
-            said[name] = _plain(value, name, faults)
+            said[name] = _make_plain(value, name, faults)
     required = (name for name in wanted if Manifest.model_fields[name].is_required())
     faults.extend(Fault(name, "is missing.") for name in required if name not in fields)
     return said
@@ -226,7 +226,7 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _plain(value: Any, where: str, faults: list[Fault], depth: int = 0) -> JsonValue:
+def _make_plain(value: Any, where: str, faults: list[Fault], depth: int = 0) -> JsonValue:
     if depth > 50:
         faults.append(Fault(where[:80], "is nested more than 50 deep."))
         return None
@@ -235,21 +235,24 @@ def _plain(value: Any, where: str, faults: list[Fault], depth: int = 0) -> JsonV
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return _unicode(value)
+        return _make_unicode(value)
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {_unicode(str(key)): _plain(inner, f"{where}.{key}", faults, depth + 1) for key, inner in value.items()}
+        return {
+            _make_unicode(str(key)): _make_plain(inner, f"{where}.{key}", faults, depth + 1)
+            for key, inner in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_plain(inner, f"{where}.{i}", faults, depth + 1) for i, inner in enumerate(value)]
+        return [_make_plain(inner, f"{where}.{i}", faults, depth + 1) for i, inner in enumerate(value)]
     if hasattr(value, "item"):  # scalars of numpy and torch
         with suppress(ValueError, RuntimeError, TypeError):
-            return _plain(value.item(), where, faults, depth + 1)
+            return _make_plain(value.item(), where, faults, depth + 1)
     faults.append(Fault(shorten(where), f"expected a value JSON can hold, found {type(value).__name__}."))
     return None
 
 
-def _unicode(text: str) -> str:
+def _make_unicode(text: str) -> str:
     return text.encode("utf-8", "replace").decode()  # a lone surrogate has no place in JSON

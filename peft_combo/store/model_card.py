@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
 # --- the model card ---------------------------------------------------------------------------------------------------
 
 
-def model_card(manifest: Manifest) -> str:
+def render_model_card(manifest: Manifest) -> str:
     """Write the `README.md` of a version from its manifest alone: what it is, how good, how to load it.
 
     It opens with the front matter model hubs read. The recipe is left to the manifest, since it may hold local paths.
@@ -47,21 +47,21 @@ def model_card(manifest: Manifest) -> str:
         "Data": data.name,
         "Data digest": data.digest,
         "Split digest": data.split_digest,
-        **({} if imported is None else _origin(imported)),
+        **({} if imported is None else _describe_origin(imported)),
         "Created": manifest.created.isoformat(),
         "Versions": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())) or "not said",
     }
     body = [
         f"# {manifest.reference}",
         "",
-        f"A {_cell(manifest.method)} adapter for the category `{manifest.category}`, "
+        f"A {_escape_cell(manifest.method)} adapter for the category `{manifest.category}`, "
         f"{'tuned with' if imported is None else 'imported into'} peft-combo for {_PURPOSES.get(str(kind), 'a task')}.",
         "",
         "## How it was made",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
+        *(f"| {name} | {_escape_cell(value)} |" for name, value in facts.items()),
         "",
         "The whole recipe is in `manifest.json`."
         if imported is None
@@ -69,11 +69,11 @@ def model_card(manifest: Manifest) -> str:
         "",
         "## How good it is",
         "",
-        *(_metrics_table(manifest.metrics) if manifest.metrics or imported is None else ["Not measured."]),
+        *(_render_metrics(manifest.metrics) if manifest.metrics or imported is None else ["Not measured."]),
         "",
         "## How to load it",
         "",
-        *_loading(manifest, with_peft),
+        *_explain_loading(manifest, with_peft),
     ]
     return "\n".join((*front, "", *body)) + "\n"
 
@@ -88,7 +88,7 @@ _PURPOSES = {
 }
 
 
-def _origin(imported: ImportStamp) -> dict[str, str]:
+def _describe_origin(imported: ImportStamp) -> dict[str, str]:
     return {
         "Imported from": f"{imported.folder} (sha256 of its weights {imported.sha256})",
         "Base model, by its own account": imported.base_model or "not said",
@@ -96,35 +96,35 @@ def _origin(imported: ImportStamp) -> dict[str, str]:
     }
 
 
-def _metrics_table(metrics: JsonObject) -> list[str]:
+def _render_metrics(metrics: JsonObject) -> list[str]:
     """Baselines, the encoder before, the adapter after: one row each, one column per metric."""
     baselines = metrics.get("baselines")
     rows: dict[str, dict[str, str]] = {}
     for name, figures in baselines.items() if isinstance(baselines, dict) else ():
-        rows[f"{_cell(name)} (baseline)"] = _figures(figures)
-    rows["backbone before tuning"] = _figures(metrics.get("before"))
-    rows["**this adapter**"] = _figures(metrics.get("after"))
+        rows[f"{_escape_cell(name)} (baseline)"] = _format_figures(figures)
+    rows["backbone before tuning"] = _format_figures(metrics.get("before"))
+    rows["**this adapter**"] = _format_figures(metrics.get("after"))
     rows = {name: figures for name, figures in rows.items() if figures}
     columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
     if not columns:
         return ["No figures were recorded."]
     table = [
-        "| | " + " | ".join(_cell(column) for column in columns) + " |",
+        "| | " + " | ".join(_escape_cell(column) for column in columns) + " |",
         "|---|" + "---:|" * len(columns),
         *(f"| {name} | " + " | ".join(row.get(c, "") for c in columns) + " |" for name, row in rows.items()),
     ]
     match metrics.get("protocol"):
         case str(text):
-            table += ["", f"Protocol: {_cell(text, 1000)}"]
+            table += ["", f"Protocol: {_escape_cell(text, 1000)}"]
         case dict(parts):
             said = "; ".join(f"{name}: {value}" for name, value in parts.items())
-            table += ["", f"Protocol: {_cell(said, 1000)}"]
+            table += ["", f"Protocol: {_escape_cell(said, 1000)}"]
         case _:
             table += ["", "Protocol: not recorded."]
     return table
 
 
-def _figures(values: JsonValue) -> dict[str, str]:
+def _format_figures(values: JsonValue) -> dict[str, str]:
     figures = {}
     for name, value in values.items() if isinstance(values, dict) else ():
         interval = ""
@@ -143,13 +143,13 @@ def _is_number(value: JsonValue) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
-def _loading(manifest: Manifest, with_peft: bool) -> list[str]:
+def _explain_loading(manifest: Manifest, with_peft: bool) -> list[str]:
     backbone = manifest.backbone
     ours = [
         "```python",
         "from peft_combo import AdapterStore, Backbone",
         "",
-        f"backbone = Backbone.load({_load_arguments(backbone)})",
+        f"backbone = Backbone.load({_format_load_arguments(backbone)})",
         f'adapter = backbone.attach(AdapterStore("adapters").open("{manifest.reference}"))',
         'vectors = backbone.encode(["a product title"], adapter)',
         "```",
@@ -168,7 +168,7 @@ def _loading(manifest: Manifest, with_peft: bool) -> list[str]:
         'encoder = PeftModel.from_pretrained(encoder, ".")  # this folder',
         "```",
         "",
-        f"Pool its last hidden state by {_cell(backbone.pooling)} over at most {backbone.max_length} tokens"
+        f"Pool its last hidden state by {_escape_cell(backbone.pooling)} over at most {backbone.max_length} tokens"
         + (", the virtual ones in front left out. " if manifest.stored_as in ("prompt_tuning", "p_tuning") else ". ")
         + f"The encoder has to be the one named above{where}: PEFT does not notice another of the same shape.",
         "",
@@ -176,7 +176,7 @@ def _loading(manifest: Manifest, with_peft: bool) -> list[str]:
     return [*plain, "With peft-combo, which checks files and encoder:", "", *ours]
 
 
-def _load_arguments(backbone: BackboneStamp) -> str:
+def _format_load_arguments(backbone: BackboneStamp) -> str:
     """Return what `Backbone.load` needs to make the encoder named here; its own default needs nothing."""
     default = backbone.model == "sentence-transformers/all-MiniLM-L6-v2"
     model = "" if default else json.dumps(backbone.model)
@@ -188,6 +188,6 @@ def _is_hub_id(model: str) -> bool:
     return model != "embedded" and _HUB_ID.fullmatch(model) is not None
 
 
-def _cell(text: str, limit: int = 300) -> str:
+def _escape_cell(text: str, limit: int = 300) -> str:
     """Text from outside, made fit for a cell of a Markdown table."""
     return re.sub(r"([|\\`*<>\[\]])", r"\\\1", shorten(text, limit))

@@ -1,4 +1,4 @@
-"""How stored adapters are called: `fashion`, `fashion@v2`, `fashion@prod`.
+"""Adapter references, the names of what is stored: `fashion`, `fashion@v2`, `fashion@prod`.
 
 Owns the grammar of categories, versions and aliases. Knows nothing of what is stored.
 """

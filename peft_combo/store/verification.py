@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft_combo.errors import Fault, shorten
-from peft_combo.files import entries
+from peft_combo.files import list_names
 from peft_combo.store.aliases import FOLDER as ALIASES
 from peft_combo.store.aliases import AliasFolder
-from peft_combo.store.integrity import content_problem, outside
+from peft_combo.store.integrity import find_content_problem, find_folder_problem
 from peft_combo.store.lookup import tell_move
 from peft_combo.store.manifest import CARD, MANIFEST
 from peft_combo.store.references import CATEGORY, VERSION
@@ -29,7 +29,7 @@ class Verification:
 
     def check_store(self) -> list[Fault]:
         faults: list[Fault] = []
-        for name in entries(self._path):
+        for name in list_names(self._path):
             if name.startswith(".") or name == CARD:
                 continue
             if not CATEGORY.fullmatch(name) or not (self._path / name).is_dir():
@@ -41,10 +41,10 @@ class Verification:
         return faults + self.check_aliases(None)
 
     def check_category(self, category: str) -> list[Fault]:
-        if problem := outside(self._path, category):
+        if problem := find_folder_problem(self._path, category):
             return [Fault(category, problem)]
         faults: list[Fault] = []
-        for name in entries(self._path / category):
+        for name in list_names(self._path / category):
             if name.startswith("."):
                 continue
             if match := VERSION.fullmatch(name):
@@ -71,9 +71,9 @@ class Verification:
         if manifest is not None:
             bad = {fault.where for fault in faults}
             for name in manifest.files:
-                if name not in bad and (problem := content_problem(folder / name)):
+                if name not in bad and (problem := find_content_problem(folder / name)):
                     faults.append(Fault(name, problem, "It was stored like this; tune again."))
-            for name in entries(folder):
+            for name in list_names(folder):
                 if name != MANIFEST and name not in manifest.files:
                     faults.append(Fault(shorten(name), "is not listed in the manifest.", "Nobody reads it; delete it."))
         return [Fault(f"{reference}: {fault.where}", fault.problem, fault.remedy) for fault in faults]

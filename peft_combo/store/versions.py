@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_combo.errors import Fault, StoreError, did_you_mean, shorten
-from peft_combo.files import entries, move_aside, open_regular, sync
-from peft_combo.store.integrity import explained, file_problem, outside
+from peft_combo.files import list_names, move_aside, open_regular, sync_folder
+from peft_combo.store.integrity import explain_os_errors, find_file_problem, find_folder_problem
 from peft_combo.store.manifest import MANIFEST, MANIFEST_LIMIT, Manifest, parse_manifest
 from peft_combo.store.references import CATEGORY, VERSION
 
@@ -55,7 +55,9 @@ class AdapterRecord:
         if name not in self.manifest.files:
             hint = did_you_mean(name, self.manifest.files)
             stored = ", ".join(sorted(self.manifest.files))
-            raise StoreError(f'Adapter {self.reference} has no file "{shorten(name)}". Stored: {stored}.{spaced(hint)}')
+            raise StoreError(
+                f'Adapter {self.reference} has no file "{shorten(name)}". Stored: {stored}.{prepend_space(hint)}'
+            )
         return self.path / name
 
     def read(self, name: str) -> bytes:
@@ -65,10 +67,12 @@ class AdapterRecord:
             StoreError: the manifest does not list the file, or it has changed since.
         """
         path, entry = self.file(name), self.manifest.files[name]
-        with explained(f"read {name} of {self.reference}", self.path), open_regular(path) as file:
+        with explain_os_errors(f"read {name} of {self.reference}", self.path), open_regular(path) as file:
             content = file.read(entry.bytes + 1)
         if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise StoreError(unusable(self.reference, self.path, Fault(name, "was altered since it was stored.")))
+            raise StoreError(
+                describe_unusable(self.reference, self.path, Fault(name, "was altered since it was stored."))
+            )
         return content
 
     def check_backbone(self, fingerprint: str, model: str) -> None:
@@ -82,10 +86,11 @@ class AdapterRecord:
         stamp = self.manifest.backbone
         if fingerprint == stamp.fingerprint:
             return
+        tuned, loaded = shorten(stamp.model), shorten(model)
         raise StoreError(
-            f"Adapter {self.reference} was tuned on {shorten(stamp.model)} (fingerprint {_short(stamp.fingerprint)}), "
-            f"the loaded backbone is {shorten(model)} (fingerprint {_short(fingerprint)}). Load "
-            f"{shorten(stamp.model)}, or tune {self.category} again on {shorten(model)}."
+            f"Adapter {self.reference} was tuned on {tuned} (fingerprint {_shorten_fingerprint(stamp.fingerprint)}), "
+            f"the loaded backbone is {loaded} (fingerprint {_shorten_fingerprint(fingerprint)}). Load {tuned}, "
+            f"or tune {self.category} again on {loaded}."
         )
 
 
@@ -102,7 +107,7 @@ class VersionFolders:
     def present(self, category: str) -> tuple[int, ...]:
         """Every number in use by a folder entry, complete or not, ascending."""
         try:
-            names = entries(self.path / category)
+            names = list_names(self.path / category)
         except NotADirectoryError:  # a stray file under the name of a category
             return ()
         return tuple(sorted(int(match[1]) for name in names if (match := VERSION.fullmatch(name))))
@@ -120,7 +125,7 @@ class VersionFolders:
         interleave. Where the claims are lost, the numbers of what exists still count.
         """
         claims = self._claims()
-        taken = [int(match[1]) for name in entries(claims) if (match := _claim(category).fullmatch(name))]
+        taken = [int(match[1]) for name in list_names(claims) if (match := _match_claim(category).fullmatch(name))]
         number = 1 + max((*taken, *self.present(category)), default=0)
         while not self.take(category, number):
             number += 1
@@ -128,7 +133,7 @@ class VersionFolders:
 
     def categories(self) -> tuple[str, ...]:
         """The categories that have a complete version, sorted."""
-        return tuple(name for name in entries(self.path) if CATEGORY.fullmatch(name) and self.complete(name))
+        return tuple(name for name in list_names(self.path) if CATEGORY.fullmatch(name) and self.complete(name))
 
     def take(self, category: str, number: int) -> bool:
         """Claim a number; False where somebody had it already."""
@@ -142,7 +147,7 @@ class VersionFolders:
     def _claims(self) -> Path:
         claims = self.path / _TAKEN
         claims.mkdir(exist_ok=True)
-        if problem := outside(self.path, _TAKEN):
+        if problem := find_folder_problem(self.path, _TAKEN):
             raise StoreError(f"Cannot hand out a version number in {self.path}/: {claims} {problem}")
         return claims
 
@@ -152,13 +157,13 @@ class VersionFolders:
         trash = move_aside(folder, self.path)
         for parent in (folder.parent, self.path):
             with suppress(OSError):  # after a power cut it may be back, whole, unless its files went first
-                sync(parent)
+                sync_folder(parent)
         return trash
 
     def inspect(self, category: str, version: int) -> tuple[Manifest | None, list[Fault]]:
         """Read a manifest and compare its files with the disk: what `open` refuses and `verify` reports."""
         folder = self.folder(category, version)
-        if problem := outside(self.path, f"{category}/v{version}"):
+        if problem := find_folder_problem(self.path, f"{category}/v{version}"):
             return None, [Fault(folder.name, problem)]
         manifest, faults = read_manifest(folder / MANIFEST)
         if manifest is None:
@@ -167,7 +172,7 @@ class VersionFolders:
             problem = f"was written as {manifest.reference}."
             faults.append(Fault(MANIFEST, problem, "Give the folder its old name back, or tune again."))
         for name, entry in manifest.files.items():
-            if problem := file_problem(folder / name, entry):
+            if problem := find_file_problem(folder / name, entry):
                 faults.append(Fault(name, problem, "Restore it from a copy, or tune again."))
         return manifest, faults
 
@@ -184,19 +189,19 @@ def read_manifest(path: Path) -> tuple[Manifest | None, list[Fault]]:
         return None, [Fault(MANIFEST, f"cannot be read ({error.strerror or error}).", remedy)]
 
 
-def _claim(category: str) -> re.Pattern[str]:
+def _match_claim(category: str) -> re.Pattern[str]:
     return re.compile(f"{category}@{VERSION.pattern}")
 
 
-def unusable(reference: str, store: Path, fault: Fault) -> str:
+def describe_unusable(reference: str, store: Path, fault: Fault) -> str:
     """Say that a version cannot be used, and why."""
     return f"Adapter {reference} in {store}/ cannot be used: {fault}"
 
 
-def _short(fingerprint: str) -> str:
+def _shorten_fingerprint(fingerprint: str) -> str:
     return shorten(fingerprint if len(fingerprint) <= 12 else fingerprint[:12] + "…")
 
 
-def spaced(text: str) -> str:
+def prepend_space(text: str) -> str:
     """Return a sentence with a space before it, or nothing where there is none."""
     return f" {text}" if text else ""

@@ -1,4 +1,4 @@
-"""The state of a run in the middle: written so that a kill at any moment leaves a whole one, read back exactly.
+"""Checkpoints: the state of a run, written so that a kill at any moment leaves a whole one, read back exactly.
 
 Owns the files of a checkpoint. Knows nothing of what the tensors mean. A checkpoint holds what learns and what the
 optimizer remembers, never the frozen encoder: some hundred kB, not hundreds of MB.
@@ -52,7 +52,7 @@ class Checkpoint:
                 staged.manifest = (_STATE, json.dumps(state).encode())
         except (OSError, SafetensorError) as error:
             raise TuningError(
-                f"The checkpoint of step {self.step} cannot be written to {folder}: {_reason(error)}. "
+                f"The checkpoint of step {self.step} cannot be written to {folder}: {_explain_reason(error)}. "
                 "Free some space or make the folder writable, then go on with --resume from the last one."
             ) from error
         for path in folder.iterdir():
@@ -76,7 +76,8 @@ class Checkpoint:
             return cls(int(state["step"]), tensors, state["values"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise TuningError(
-                f"The checkpoint {found[-1].parent} cannot be read ({_reason(error)}). Remove it and start anew."
+                f"The checkpoint {found[-1].parent} cannot be read ({_explain_reason(error)}). Remove it and start "
+                "anew."
             ) from error
 
 
@@ -99,5 +100,5 @@ def optimizer_state(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor
     return state
 
 
-def _reason(error: Exception) -> str:
+def _explain_reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).splitlines()[0]

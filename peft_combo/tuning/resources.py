@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 
@@ -44,12 +44,8 @@ def give_back() -> None:
 
 
 def resident_mib() -> float:
-    """Return the MiB of memory this process has now; where the system does not say, the most it had."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except (OSError, ValueError, IndexError):
-        return _peak_of_process()
+    """Return the MiB of memory this process has now."""
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 def peak_mib() -> float:
@@ -59,10 +55,11 @@ def peak_mib() -> float:
 
 def _peak_of_process() -> float:
     with suppress(OSError, ValueError, StopIteration), open("/proc/self/status", encoding="ascii") as file:
-        # Not ru_maxrss where it can be had: that counts what the parent had when it started this process.
+        # Not ru_maxrss where it can be had: that counts what the parent had when it started this process. psutil has
+        # the peak on Windows alone.
         return int(next(line for line in file if line.startswith("VmHWM:")).split()[1]) / 2**10
     if sys.platform == "win32":
-        return 0.0
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
     import resource  # absent on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -19,7 +19,7 @@ import yaml
 from peft_combo.data.augmentation.fashion_nouns import plural
 from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
 from peft_combo.recipe.fields import format_value
-from peft_combo.recipe.parse import dotted
+from peft_combo.recipe.parse import format_step
 
 SHIPPED = Path(__file__).with_name("lexicon.yaml")
 _MAX_BYTES = 4 * 2**20
@@ -133,7 +133,7 @@ def _shipped() -> Lexicon:
 def _parsed(file: Path) -> Lexicon:
     raw = _read(file)
     faults = [
-        Fault(dotted(key), "unknown key.", did_you_mean(key, _SECTIONS) or f"Known are {', '.join(_SECTIONS)}.")
+        Fault(format_step(key), "unknown key.", did_you_mean(key, _SECTIONS) or f"Known are {', '.join(_SECTIONS)}.")
         for key in raw
         if key not in _SECTIONS
     ]
@@ -217,7 +217,7 @@ def _attributes(raw: Mapping[str, Any], faults: list[Fault]) -> Iterator[tuple[s
         faults.append(Fault("attributes", f"expected kinds with their values, found {format_value(kinds)}.", remedy))
         return
     for kind, values in kinds.items():
-        yield from _group(f"attributes.{dotted(kind)}", values, faults)
+        yield from _group(f"attributes.{format_step(kind)}", values, faults)
 
 
 def _group(where: str, group: Any, faults: list[Fault]) -> Iterator[tuple[str, list[str]]]:

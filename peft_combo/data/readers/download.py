@@ -1,4 +1,4 @@
-"""Gets public datasets over the network into a cache folder, and checks what came.
+"""Download of public datasets into a cache folder, checked by sha256.
 
 Owns the addresses, the checksums and the lock file beside the data. Knows nothing of what is in the files. Where the
 sha256 of a file is known it is pinned here. Where it is not, the first download is trusted and its sha256 written to
@@ -8,18 +8,14 @@ the lock; from then on the file must match it.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import os
-import tempfile
-import urllib.error
 import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from peft_combo.errors import DataError, did_you_mean
+from peft_combo.files import atomic_file, write_text
 
 LOCK = "peft-combo.lock.json"
 _CHUNK = 1 << 16
@@ -44,7 +40,7 @@ class Remote:
     files: tuple[RemoteFile, ...]
 
 
-def _bundlerec(category: str, titles_sha256: str, categories_sha256: str) -> Remote:
+def _describe_bundlerec(category: str, titles_sha256: str, categories_sha256: str) -> Remote:
     """Return the files of one BundleRec category, each at a fixed commit."""
     root = "https://raw.githubusercontent.com/BundleRec/bundle_recommendation"
     behaviour = "0964176882723725781c56012ba3c028ccf2796d"
@@ -73,12 +69,12 @@ def _bundlerec(category: str, titles_sha256: str, categories_sha256: str) -> Rem
 
 
 REMOTE = (
-    _bundlerec(
+    _describe_bundlerec(
         "clothing",
         "4719a0d21d7a9072c726299781f4d9ee6504f00932f7b748141a8c3c44388a07",
         "1a62964575d3d0a87ef2e4b8a0de1c6ce45b649ee27d139512b3de5ffedc24a3",
     ),
-    _bundlerec(
+    _describe_bundlerec(
         "electronic",
         "8d77a35db7527bd87f0a8fb4630e5412446d15140ad4210b5a28a738dc274ae1",
         "04a0cdb5b5567b0c0c18e22a29a38f77718ff9770281c3f0672a3c57ddcc4d25",
@@ -120,7 +116,7 @@ def fetch(remote: Remote, cache_dir: str | Path, timeout: float = 30.0) -> Path:
         target = folder / file.name
         expected = file.sha256 or locked.get(file.name)
         if target.is_file():
-            found = _sha256(target)
+            found = _hash_file(target)
             if expected is not None and found != expected:
                 raise DataError(
                     f"{target} is not the file it was: expected sha256 {expected}, found {found}. "
@@ -135,18 +131,23 @@ def fetch(remote: Remote, cache_dir: str | Path, timeout: float = 30.0) -> Path:
 
 
 def _download(remote: Remote, file: RemoteFile, target: Path, expected: str | None, timeout: float) -> str:
-    """Download one file to a temporary name, check it, move it into place; return its sha256."""
-    handle, part = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            try:
-                digest = _copy(file.url, out, timeout)
-            except (http.client.HTTPException, OSError) as error:  # URLError is an OSError
-                if isinstance(error, urllib.error.HTTPError):
-                    error.close()  # it holds the connection
-                raise DataError(_out_of_reach(remote, file, target.parent, error)) from error
-            out.flush()
-            os.fsync(out.fileno())
+    """Download one file, check it, and give it its name; return its sha256."""
+    # Here, and not above: it brings requests, which takes a tenth of a second to import.
+    from pooch import HTTPDownloader  # type: ignore[import-untyped]
+    from requests import RequestException
+
+    get_file = HTTPDownloader(chunk_size=_CHUNK, timeout=timeout, headers={"User-Agent": "peft-combo"})
+    with atomic_file(target) as part:
+        hashed = _Hashed(part)
+        try:
+            get_file(file.url, hashed, None)
+        except OSError as error:
+            if not isinstance(error, RequestException):
+                raise DataError(f"{target} cannot be written: {error.strerror or error}.") from error
+            if error.response is not None:
+                error.response.close()  # it holds the connection
+            raise DataError(_explain_out_of_reach(remote, file, target.parent, error)) from error
+        digest = hashed.sha256.hexdigest()
         if expected is not None and digest != expected:
             raise DataError(
                 f"{file.url} did not give the expected file: expected sha256 {expected}, found {digest}. Nothing was "
@@ -154,31 +155,30 @@ def _download(remote: Remote, file: RemoteFile, target: Path, expected: str | No
                 f"another copy, place it as {target}"
                 + (f", and remove {target.parent / LOCK}." if file.sha256 is None else ".")
             )
-        os.replace(part, target)
-    finally:
-        Path(part).unlink(missing_ok=True)
     return digest
 
 
-def _copy(url: str, out: BinaryIO, timeout: float) -> str:
-    """Copy what `url` gives to `out` and return its sha256; a body shorter than announced is an OSError."""
-    digest = hashlib.sha256()
-    length = 0
-    request = urllib.request.Request(url, headers={"User-Agent": "peft-combo"})
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        while chunk := response.read(_CHUNK):
-            digest.update(chunk)
-            length += len(chunk)
-            out.write(chunk)
-        announced = response.headers.get("Content-Length")
-    if announced is not None and length != int(announced):
-        raise OSError(f"the connection ended after {length:,} of {int(announced):,} bytes")
-    return digest.hexdigest()
+class _Hashed:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
-def _out_of_reach(remote: Remote, file: RemoteFile, folder: Path, error: Exception) -> str:
+def _explain_out_of_reach(remote: Remote, file: RemoteFile, folder: Path, error: Exception) -> str:
     host = urllib.parse.urlsplit(file.url).netloc
-    reason = getattr(error, "reason", None) or error
+    cause: BaseException = error
+    while inner := cause.__cause__ or cause.__context__:  # urllib3 and requests each wrap what the system said
+        cause = inner
+    reason = getattr(cause, "strerror", None) or cause
     missing = [one for one in remote.files if not (folder / one.name).is_file()]
     listed = "\n".join(f"  {one.url}" for one in missing)
     return (
@@ -187,7 +187,7 @@ def _out_of_reach(remote: Remote, file: RemoteFile, folder: Path, error: Excepti
     )
 
 
-def _sha256(file: Path) -> str:
+def _hash_file(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -205,6 +205,4 @@ def _read_lock(lock: Path) -> dict[str, str]:
 
 
 def _write_lock(lock: Path, digests: dict[str, str]) -> None:
-    part = lock.with_suffix(".part")
-    part.write_text(json.dumps({"sha256": dict(sorted(digests.items()))}, indent=2) + "\n", "utf-8")
-    os.replace(part, lock)
+    write_text(lock, json.dumps({"sha256": dict(sorted(digests.items()))}, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""Masked language modelling task: which words were taken out of a text. It needs no label: so an encoder may meet a catalogue first.
+"""Masked language modelling task: which words were taken out of a text. An encoder meets a catalogue without labels.
 
 Owns the head, which words are asked for and what is shown in their place, the measures and the baselines. What such an
-adapter is good for afterwards is for `continuing` to know.
+adapter is good for afterwards is for `tuning.continual` to know.
 
 Source: Devlin et al. 2019, "BERT", section 3.1 and appendix A.1, for the task, the head and what is shown.
 """
