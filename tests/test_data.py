@@ -305,5 +305,5 @@ def test_a_bundle_names_the_basket_it_was_bought_as(tmp_path: Path) -> None:
 
 def test_a_basket_that_nobody_bought_is_a_fault(tmp_path: Path) -> None:
     meta = [{**META[0], "basket_id": "7"}, META[1] | {"basket_id": ""}]
-    with pytest.raises(DataError, match="bundle_meta.csv:2: basket_id '7' is not in interactions"):
+    with pytest.raises(DataError, match=r"bundle_meta\.csv:2: basket_id '7' is not in interactions"):
         open_dataset(write_folder(tmp_path, bundle_meta=meta))
