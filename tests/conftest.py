@@ -14,8 +14,18 @@ from peft_combo.callbacks import Watch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Two threads fight over two cores with whatever else runs; one thread gives the same sums in the same order.
+# Workers of pytest-xdist share the cores between them, and so do the processes that tests start: one thread each. One
+# thread also gives the same sums in the same order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Files whose tests take minutes or many seconds each: with several workers the suite ends when the last of them does,
+# so they have to start first.
+LONGEST = ("test_readme.py", "test_benchmarks.py", "test_comparing.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the order within and after them stays."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def shared_data(name: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_folders import BUNDLES, INTERACTIONS, ITEMS, WRITERS, write_folder, write_text
+from data_folders import BUNDLES, INTERACTIONS, ITEMS, META, WRITERS, write_folder, write_text
 
 from peft_combo.data.model import Catalog, Interactions
 from peft_combo.data.readers.demo import demo_dataset
@@ -293,3 +293,17 @@ def test_variants_of_equal_text_are_taken_for_one(tmp_path: Path) -> None:
     assert dataset.interactions is not None
     assert dataset.interactions.items.tolist() == [0, 0]
     assert any("4 items merged into 3" in note for note in dataset.notes)
+
+
+def test_a_bundle_names_the_basket_it_was_bought_as(tmp_path: Path) -> None:
+    meta = [{**META[0], "basket_id": "9"}, {**META[1], "basket_id": ""}]
+    dataset = open_dataset(write_folder(tmp_path, bundle_meta=meta))
+    assert dataset.interactions is not None
+    basket = dataset.interactions.baskets[0]
+    assert dict(zip(dataset.bundles.bundle_ids, dataset.bundles.baskets, strict=True)) == {"b1": -1, "b2": basket}
+
+
+def test_a_basket_that_nobody_bought_is_a_fault(tmp_path: Path) -> None:
+    meta = [{**META[0], "basket_id": "7"}, META[1] | {"basket_id": ""}]
+    with pytest.raises(DataError, match=r"bundle_meta\.csv:2: basket_id '7' is not in interactions"):
+        open_dataset(write_folder(tmp_path, bundle_meta=meta))

@@ -1,4 +1,8 @@
-"""The README is true: every command in it runs, in the order a newcomer would type them."""
+"""The README is true: every command in it runs, in the order a newcomer would type them.
+
+They run as written, in a process each, on the recipe's own data and passes; the one thing that is not the reader's is
+the number of threads (see conftest).
+"""
 
 from __future__ import annotations
 

@@ -70,6 +70,21 @@ def _asked(recipe: str | None, data: Path | None, overrides: list[str] | None) -
     return loaded.data, None if recipe is None else loaded.task
 
 
+@data_app.command("copy")
+def data_copy(
+    name: Annotated[str, typer.Argument(help="demo, the source that comes with the package")],
+    folder: Annotated[Path, typer.Argument(help="An empty or new folder, for its CSV files.")],
+) -> None:
+    """Write the demo out as CSV files: an example of the folder format to look at, change and tune on."""
+    from peft_combo.data.readers.demo import copy_demo
+    from peft_combo.errors import DataError
+
+    if name != "demo":
+        raise DataError(f'Expected demo, found "{name}". Other sources are downloaded: peft-combo data get {name}')
+    copy_demo(folder)
+    print(folder)
+
+
 @data_app.command("get")
 def data_get(
     name: Annotated[str, typer.Argument(help="A downloadable source; see: peft-combo data list")],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, assert_never
 from peft_combo.data.assemble import Found, Needs, assemble
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers import bundlerec, completejourney
-from peft_combo.data.readers.demo import demo_dataset
+from peft_combo.data.readers.demo import read_demo
 from peft_combo.data.readers.download import REMOTE
 from peft_combo.data.readers.folder import TABLES, read_folder
 from peft_combo.data.readers.tables import SUFFIXES
@@ -114,8 +114,7 @@ def available() -> Sequence[Source]:
 def _read(config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
     match config.source:
         case "demo":
-            demo = demo_dataset()
-            return Found(demo.name, demo.catalog, demo.interactions, _demo_baskets(demo), demo.bundles, demo.notes), []
+            return read_demo(), []
         case "completejourney":
             return completejourney.read_completejourney(config.departments)
         case "folder" | "bundlerec":
@@ -142,9 +141,3 @@ def _layout_of(folder: Path) -> Layout | None:
         return "folder"
     # One missing file is a fault the reader names; the layout is recognised without it.
     return "bundlerec" if len(present & set(bundlerec.FILES)) >= 2 else None
-
-
-def _demo_baskets(demo: Dataset) -> list[str]:
-    interactions = demo.interactions
-    assert interactions is not None  # the demo always has them
-    return [f"B{basket:05d}" for basket in range(int(interactions.baskets.max()) + 1)]

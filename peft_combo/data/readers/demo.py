@@ -1,322 +1,77 @@
-"""A synthetic fashion shop: the dataset that needs no download.
+"""The demo: a synthetic fashion shop that comes with the package as a data folder, so a first run needs no download.
 
-Owns the rules by which its items, users, outfits and purchases are drawn. Knows nothing of files. The words lie in
-`demo_words`. Everything here is invented: brands, items, people's tastes. It is made to be learnable: outfits follow a
-hidden style that titles show only in part (a brand leans to a style, and nothing but the outfits says which), besides
-season, palette, price tier and slots. So text similarity alone finds little, and tuning on bundles can find more.
-Figures measured on it say that the machinery works, never that a method is good on real data.
+Owns where it lies and its numbering. Everything in it is invented by `tools/make_demo.py` of the repository: figures
+measured on it say that the machinery works, never that a method is good on real data.
 """
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+from dataclasses import replace
 from functools import lru_cache
-from typing import TypeVar
+from pathlib import Path
 
-from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
-from peft_combo.data.readers.demo_words import (
-    BRANDS,
-    CARE,
-    COLOURS,
-    CUTS,
-    DEPARTMENTS,
-    FABRICS,
-    KINDS,
-    LINES,
-    OCCASIONS,
-    PALETTES,
-    SLOT_PRICES,
-    STYLES,
-    Brand,
-    Kind,
-)
+import numpy as np
 
-_T = TypeVar("_T")
+from peft_combo.data.assemble import Found, assemble
+from peft_combo.data.model import Dataset
+from peft_combo.data.readers.folder import read_folder
+from peft_combo.errors import DataError
+from peft_combo.files import write_text
+from peft_combo.recipe.model import DataConfig
 
-_ITEMS_PER_SLOT = {
-    "Women": {"top": 135, "bottom": 100, "dress": 85, "outerwear": 65, "shoes": 105, "bag": 70, "accessory": 70},
-    "Men": {"top": 105, "bottom": 80, "outerwear": 55, "shoes": 75, "bag": 25, "accessory": 30},
-}
-_USERS = 400
-_OUTFITS = 600
-_PURCHASES = 9_600  # rows besides the bought outfits
-_START = 1_640_995_200  # 2022-01-01 UTC
-_DAYS = 730
+_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 
 
-@dataclass(frozen=True)
-class _Item:
-    """What the shop knows of an item; style and tier are hidden from the dataset."""
+@lru_cache(maxsize=1)
+def read_demo() -> Found:
+    """Read the shop: 1,000 items, 400 users, 600 outfits and 12,000 purchases over two years.
 
-    title: str
-    category: tuple[str, ...]
-    slot: str
-    gender: str
-    style: str
-    tier: int
-    season: str
-    colour: str
-    palette: str
-    brand: str
-    fabric: str | None
-    cents: int
-    description: str
-    stock: int
-    appeal: float
-    arrival: bool  # not yet in any outfit
-
-
-@dataclass(frozen=True)
-class _User:
-    gender: str
-    styles: tuple[str, str]
-    tier: int
-
-
-class _Dice:
-    """Draws that are the same on every platform and Python: all of them go through `random.Random.random`."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed).random
-
-    def chance(self, probability: float) -> bool:
-        return self._random() < probability
-
-    def below(self, n: int) -> int:
-        return int(self._random() * n)
-
-    def pick(self, options: Sequence[_T]) -> _T:
-        return options[self.below(len(options))]
-
-    def weigh(self, options: Sequence[_T], weights: Sequence[float]) -> _T:
-        total = 0.0
-        sums = []
-        for weight in weights:
-            total += weight
-            sums.append(total)
-        mark = self._random() * total
-        for option, reached in zip(options, sums, strict=True):
-            if mark < reached:
-                return option
-        return options[-1]
-
-
-@lru_cache(maxsize=4)
-def demo_dataset(seed: int = 0) -> Dataset:
-    """Return the synthetic shop: about 1,000 items, 400 users, 600 outfits and 12,000 purchases over two years.
-
-    Args:
-        seed: the same seed gives the same dataset, digest included, on every platform.
+    Users and baskets are numbered by their ids, where a folder numbers them as they appear: the digest of the dataset,
+    which stored adapters name, depends on it.
     """
-    dice = _Dice(seed)
-    items = _stock_shelves(dice)
-    users = [_invent_user(dice) for _ in range(_USERS)]
-    shelves: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for row, item in enumerate(items):
-        shelves[item.gender, item.slot].append(row)
-
-    outfits: list[list[int]] = []
-    owners: list[int] = []
-    names: list[str] = []
-    days: list[int] = []
-    for _ in range(_OUTFITS):
-        owner = dice.below(_USERS)
-        day = dice.below(_DAYS)
-        members, name = _put_together(dice, users[owner], _season_of(day), items, shelves)
-        outfits.append(members)
-        owners.append(owner)
-        names.append(name)
-        days.append(day)
-
-    rows = _purchases(dice, items, users, outfits, owners, days)
-    item_ids = [f"F{row + 1:04d}" for row in range(len(items))]
-    user_ids = [f"U{row + 1:03d}" for row in range(_USERS)]
-    catalog = Catalog.build(
-        item_ids=item_ids,
-        titles=[item.title for item in items],
-        categories=[item.category for item in items],
-        slots=[item.slot for item in items],
-        prices=[item.cents / 100 for item in items],
-        descriptions=[item.description for item in items],
-        attributes={
-            "brand": [item.brand for item in items],
-            "colour": [item.colour for item in items],
-            "fabric": [item.fabric for item in items],
-            "season": [item.season for item in items],
-            "stock": [str(item.stock) for item in items],
-        },
-    )
-    bundles = Bundles.build(
-        bundle_ids=[f"O{row + 1:03d}" for row in range(_OUTFITS)],
-        items=outfits,
-        names=names,
-        owners=[user_ids[owner] for owner in owners],
-        times=[float(_START + day * 86_400 + 43_200) for day in days],
-        baskets=range(_OUTFITS),
-    )
-    interactions = Interactions.build(
-        user_ids=user_ids,
-        users=[row[0] for row in rows],
-        items=[row[1] for row in rows],
-        times=[row[2] for row in rows],
-        baskets=[row[3] for row in rows],
-    )
-    return Dataset.build("demo", catalog, interactions, bundles, notes=(f"synthetic shop, seed {seed}",))
-
-
-def _stock_shelves(dice: _Dice) -> list[_Item]:
-    items = [
-        _make_item(dice, gender, slot)
-        for gender, slots in _ITEMS_PER_SLOT.items()
-        for slot, count in slots.items()
-        for _ in range(count)
-    ]
-    # Mixed, so that a row number says nothing of what an item is.
-    order = sorted((dice.below(1 << 30), row) for row in range(len(items)))
-    return [items[row] for _, row in order]
-
-
-def _make_item(dice: _Dice, gender: str, slot: str) -> _Item:
-    department = DEPARTMENTS[slot]
-    brand = dice.pick(BRANDS[department])
-    style = brand.styles[0] if dice.chance(0.85) else brand.styles[1]
-    fitting = [kind for kind in KINDS[slot] if gender in kind.genders]
-    in_style = [kind for kind in fitting if style in kind.styles]
-    kind = dice.pick(in_style if in_style and dice.chance(0.8) else fitting)
-    season = kind.season if kind.season != "any" else dice.pick(("spring-summer", "autumn-winter", "all-year"))
-    palette = "neutral" if dice.chance(0.4) else dice.weigh(*PALETTES[style])
-    colour = dice.pick(COLOURS[palette])
-    summer = season == "spring-summer" or (season == "all-year" and dice.chance(0.5))
-    fabric = dice.pick(FABRICS[department][style][0 if summer else 1])
-    cents = _price(dice, slot, brand.tier)
-    title, shows_fabric = _title(dice, gender, style, brand, kind, colour, fabric)
-    return _Item(
-        title=title,
-        category=(department, gender, kind.group, kind.leaf),
-        slot=slot,
-        gender=gender,
-        style=style,
-        tier=brand.tier,
-        season=season,
-        colour=colour,
-        palette=palette,
-        brand=brand.name,
-        fabric=fabric if shows_fabric else None,
-        cents=cents,
-        description=f"{fabric}. {dice.pick(CARE)}" if dice.chance(0.5) else "",
-        stock=0 if dice.chance(0.04) else 3 + dice.below(80),
-        appeal=(0.7, 0.85, 1.0, 1.2, 1.4)[dice.below(5)],
-        arrival=dice.chance(0.12),
+    found, faults = read_folder(_FOLDER, DataConfig(source="demo"), "bundles")
+    if found is None:
+        raise DataError.from_faults("The demo of this installation is damaged; install the package again:", faults)
+    interactions, bundles = found.interactions, found.bundles
+    assert interactions is not None
+    assert bundles is not None
+    users, baskets = np.argsort(interactions.user_ids), np.argsort(found.basket_ids)
+    # The number of what had none stays -1: the last place answers for it.
+    user, basket = np.append(np.argsort(users), -1), np.append(np.argsort(baskets), -1)
+    return replace(
+        found,
+        interactions=replace(
+            interactions,
+            user_ids=tuple(interactions.user_ids[row] for row in users),
+            users=user[interactions.users].astype(np.int32),
+            baskets=basket[interactions.baskets],
+        ),
+        bundles=replace(bundles, baskets=basket[bundles.baskets]),
+        basket_ids=[found.basket_ids[row] for row in baskets],
+        notes=("synthetic shop, seed 0",),
+        origin="the data",
     )
 
 
-def _price(dice: _Dice, slot: str, tier: int) -> int:
-    """Return cents that end in 0 or 95, around the slot's price, doubled with each tier."""
-    whole = SLOT_PRICES[slot] * (5, 10, 20)[tier] * (80 + dice.below(60)) // 1000
-    return whole * 100 + (95 if dice.chance(0.6) else 0)
+def demo_dataset() -> Dataset:
+    """Return the shop as a dataset, nothing filtered."""
+    return assemble(read_demo(), DataConfig(source="demo"), "bundles")
 
 
-def _title(
-    dice: _Dice, gender: str, style: str, brand: Brand, kind: Kind, colour: str, fabric: str
-) -> tuple[str, bool]:
-    """Return a title as shops write them, and whether it tells the fabric."""
-    cut = f"{dice.pick(CUTS[DEPARTMENTS[kind.slot]][style])} " if dice.chance(0.45) else ""
-    shows_fabric = dice.chance(0.7)
-    cloth = f"{fabric} " if shows_fabric else ""
-    whose = f"{gender}'s " if dice.chance(0.75) else ""
-    line = f"{dice.pick(LINES[style])} " if dice.chance(0.45) else ""
-    size = f", Size {dice.pick(kind.sizes)}" if kind.sizes and dice.chance(0.3) else ""
-    match dice.below(4):
-        case 0:
-            title = f"{brand.name} {whose}{line}{cloth}{cut}{kind.noun}, {colour}{size}"
-        case 1:
-            title = f"{brand.name} {line}{cut}{kind.noun} in {colour} {cloth}"
-            title = title.rstrip() + (f" for {gender}" if whose else "") + size
-        case 2:
-            title = f"{whose}{cut}{cloth}{kind.noun} by {brand.name}{f' - {line}'.rstrip() if line else ''}, {colour}"
-        case _:
-            title = f"{brand.name} {line}{kind.noun} - {cloth}{cut}{whose}{colour}{size}"
-    return " ".join(title.split()), shows_fabric
+def copy_demo(folder: Path) -> None:
+    """Write the shop as CSV into an empty or new folder: an example of the format, which `--data` reads.
 
+    Raises:
+        DataError: something lies in the folder, or it is a file.
+    """
+    import pyarrow.csv
+    import pyarrow.parquet
 
-def _invent_user(dice: _Dice) -> _User:
-    gender = "Women" if dice.chance(0.64) else "Men"
-    first = dice.pick(STYLES)
-    return _User(gender, (first, dice.pick([style for style in STYLES if style != first])), dice.below(3))
-
-
-def _season_of(day: int) -> str:
-    return "spring-summer" if 75 <= day % 365 < 260 else "autumn-winter"
-
-
-def _put_together(
-    dice: _Dice, user: _User, season: str, items: list[_Item], shelves: dict[tuple[str, str], list[int]]
-) -> tuple[list[int], str]:
-    """Return the rows of one outfit and its name."""
-    style = user.styles[0] if dice.chance(0.75) else user.styles[1]
-    palette = dice.weigh(*PALETTES[style])
-    slots = ["dress", "shoes"] if user.gender == "Women" and dice.chance(0.35) else ["top", "bottom", "shoes"]
-    if dice.chance(0.55):
-        slots.append("bag")
-    if dice.chance(0.8 if season == "autumn-winter" else 0.2):
-        slots.append("outerwear")
-    if dice.chance(0.45) or len(slots) == 2:
-        slots.append("accessory")
-
-    members: list[int] = []
-    for slot in slots:
-        rows = [row for row in shelves[user.gender, slot] if not items[row].arrival]
-        used = {items[row].brand for row in members}
-        weights = [
-            items[row].appeal
-            * (1.0 if items[row].style == style else 0.004)
-            * (1.0 if items[row].season in (season, "all-year") else 0.01)
-            * (1.0 if items[row].palette == palette else 0.7 if items[row].palette == "neutral" else 0.1)
-            * (1.0, 0.6, 0.15)[abs(items[row].tier - user.tier)]
-            * (0.25 if items[row].brand in used else 1.0)
-            for row in rows
-        ]
-        members.append(dice.weigh(rows, weights))
-
-    lead = next((fabric for row in members if (fabric := items[row].fabric)), items[members[0]].colour)
-    occasion = dice.pick(OCCASIONS[style][0 if season == "spring-summer" else 1])
-    return members, f"{lead} {dice.pick(('look', 'outfit', 'set'))} for {occasion}"
-
-
-def _purchases(
-    dice: _Dice,
-    items: list[_Item],
-    users: list[_User],
-    outfits: list[list[int]],
-    owners: list[int],
-    days: list[int],
-) -> list[tuple[int, int, float, int]]:
-    """Return (user, item, time, basket) rows in time order: each outfit bought by its owner, and much besides."""
-    by_taste: dict[tuple[str, str], list[int]] = defaultdict(list)
-    by_gender: dict[str, list[int]] = defaultdict(list)
-    for row, item in enumerate(items):
-        by_taste[item.gender, item.style].append(row)
-        by_gender[item.gender].append(row)
-
-    rows: list[tuple[int, int, float, int]] = []
-    for basket, (members, owner, day) in enumerate(zip(outfits, owners, days, strict=True)):
-        moment = float(_START + day * 86_400 + 43_200)
-        rows.extend((owner, row, moment, basket) for row in members)
-    basket = len(outfits)
-    bought = 0
-    while bought < _PURCHASES:
-        person = dice.below(len(users))
-        user = users[person]
-        # One basket in fifty is a guest's: nobody knows whose.
-        shown = -1 if dice.chance(0.02) else person
-        moment = float(_START + dice.below(_DAYS) * 86_400 + 28_800 + dice.below(43_200))
-        for _ in range(1 + dice.below(4)):
-            taste = user.styles[0] if dice.chance(0.7) else user.styles[1]
-            row = dice.pick(by_taste[user.gender, taste] if dice.chance(0.75) else by_gender[user.gender])
-            rows.append((shown, row, moment, basket))
-            bought += 1
-        basket += 1
-    return sorted(rows, key=lambda one: (one[2], one[3], one[1]))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"Expected an empty or new folder, but {folder} exists and is not empty. Name another one.")
+    for file in sorted(_FOLDER.glob("*.parquet")):
+        text = io.BytesIO()
+        options = pyarrow.csv.WriteOptions(quoting_style="needed")
+        pyarrow.csv.write_csv(pyarrow.parquet.read_table(file), text, options)
+        write_text(folder / f"{file.stem}.csv", text.getvalue().decode("utf-8"))

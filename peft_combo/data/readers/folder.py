@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "items": (("item_id", "title"), None),
     "bundles": (("bundle_id", "item_id"), ("position",)),
-    "bundle_meta": (("bundle_id",), ("name", "intent", "user_id", "timestamp")),
+    "bundle_meta": (("bundle_id",), ("name", "intent", "user_id", "timestamp", "basket_id")),
     "interactions": (("item_id",), ("user_id", "basket_id", "rating", "quantity", "timestamp")),
 }
 _OWN_ITEM_COLUMNS = ("item_id", "title", "category", "slot", "price", "description")
@@ -77,6 +78,8 @@ def read_folder(folder: Path, config: DataConfig, needs: Needs) -> tuple[Found |
     basket_ids: list[str] = []
     if "interactions" in tables:
         interactions, basket_ids = _interactions(tables["interactions"], catalog, notes)
+    if bundles is not None and basket_ids and "basket_id" in tables.get("bundle_meta", ()):
+        bundles = replace(bundles, baskets=_baskets(tables["bundle_meta"], bundles, basket_ids))
     there = ", ".join(table.file.name for table in tables.values())
     if needs == "bundles" and bundles is None and not basket_ids and not broken and not faults:
         faults.append(
@@ -189,6 +192,19 @@ def _bundles(table: Table, meta: Table | None, catalog: Catalog, notes: list[str
         elif strangers:
             notes.append(f"{strangers:,} rows of {meta.file.name} name bundles without items and were left out")
     return Bundles.build(bundle_ids, members, names, owners, times)
+
+
+def _baskets(meta: Table, bundles: Bundles, basket_ids: Sequence[str]) -> NDArray[np.int64]:
+    """Return the basket each bundle was bought as, (B,) places in `basket_ids`; -1 for none.
+
+    So that a scorer that may not see a held-out bundle does not see its purchase either.
+    """
+    known = {basket_id: place for place, basket_id in enumerate(basket_ids)}
+    given = meta.strings("basket_id")
+    strangers = [row for row, basket_id in enumerate(given) if basket_id and basket_id not in known]
+    meta.blame(strangers, "basket_id {cell} is not in interactions.", cell="basket_id")
+    basket_of = {bundle_id: known.get(one, -1) for bundle_id, one in zip(meta.strings("bundle_id"), given, strict=True)}
+    return np.array([basket_of.get(bundle_id, -1) for bundle_id in bundles.bundle_ids], np.int64)
 
 
 def _interactions(table: Table, catalog: Catalog, notes: list[str]) -> tuple[Interactions, list[str]]:
