@@ -59,10 +59,10 @@ def evaluate(
         frozen: (N, D) vectors of the encoder without adapter; None leaves its rows out.
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
         rated: the same of rating adapters, which must not have seen the users of test bundles: `rating_problem`.
-        areas: which of them is for which items, see `CategoryCoverage.of`; adds the row of all of them together.
+        coverage: which of them is for which items, see `CategoryCoverage.of`; adds the row of all of them together.
         text: template of what the word-based rows read.
         seed: of sampling, bootstrap and permutations.
-        max_questions: more test queries than so many are sampled, whole bundles at a time.
+        max_queries: more test queries than so many are sampled, whole bundles at a time.
         compose: also compose whole bundles, see `composition`; takes as long again or longer.
         advance: told the name of each row that is done.
     Raises:

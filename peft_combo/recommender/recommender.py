@@ -154,7 +154,8 @@ class BundleRecommender:
             tagger: takes the query apart (`query.parse_query`): every bundle then holds one item for each thing it
                 names and the catalogue has, found by the words on that thing, and a budget it states counts where the
                 constraints have none. None compares items with the query as a whole; so do substitutes.
-            required, forbidden: names of slots.
+            required: slots that every bundle fills.
+            forbidden: slots that no bundle fills.
             explain: also tell what each item of a bundle adds to the others.
         Raises:
             DataError: an id or slot is not known, nothing is given to go by, or no bundle meets the constraints.

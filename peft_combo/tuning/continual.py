@@ -283,7 +283,9 @@ def continue_tuning(
     The new version is stored either way. The old test questions are asked once, at the end, for the report alone.
 
     Args:
-        reference, new_data, replay: see `continuation`.
+        reference: the adapter to go on from, see `continuation`.
+        new_data: a folder of new bundles.
+        replay: the share of old bundles that are shown again.
         promote: an alias of the recipe's category, such as `prod`. Where it exists it has to point to the version
             started from, since that is what the new one is compared with.
         gate: what it takes to move the alias.

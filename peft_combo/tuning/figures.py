@@ -132,7 +132,8 @@ class Plan:
         """Say what the run would not have enough of, each with a remedy; nothing where it fits.
 
         Args:
-            max_memory_gib, max_minutes: limits beside what the machine has.
+            max_memory_gib: a limit beside what the machine has.
+            max_minutes: the longest the run may take.
         """
         found = []
         needed, available = self.memory.host, available_memory()

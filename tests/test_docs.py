@@ -1,0 +1,42 @@
+"""The documentation: its pages build without a network, each room has one, the import order shown is the one held."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from test_structure import structure
+
+ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text()
+
+
+def test_the_import_order_on_the_page_is_the_one_held() -> None:
+    block = re.search(r"```text\n(.*?)```", ARCHITECTURE, re.DOTALL)
+    assert block is not None
+    shown = [re.sub(r"^\d+\s+", "", line).split(", ") for line in block[1].strip().splitlines()]
+    assert [sorted(line) for line in shown] == [sorted(line) for line in structure.ORDER]
+
+
+def test_every_room_is_on_the_page_and_has_a_reference_page() -> None:
+    for room in structure.FLOOR:
+        assert f"`{room}`" in ARCHITECTURE or room.startswith("__")
+    packages = {path.parent.name for path in structure.PACKAGE.glob("*/__init__.py")} - {"cli"}
+    pages = {path.stem for path in (REPOSITORY / "docs" / "reference").glob("*.md")}
+    assert pages == packages | {"peft_combo"}
+
+
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for page, name in (("recommender", "BundleRecommender"), ("store", "AdapterStore"), ("peft_combo", "load_recipe")):
+        html = (tmp_path / "site" / "reference" / page / "index.html").read_text()
+        assert f"peft_combo.{name}" in html or f".{name}" in html, f"{name} is not on the page of {page}"
+        assert "fonts.googleapis" not in html
