@@ -1,8 +1,8 @@
 """Vector cache: item vectors encoded once per adapter and kept on disk.
 
-Owns the cache (which texts are known under which adapter, and whether its files are still what was written) and
-the division of a catalogue over processes. Sees texts, vectors and row numbers; knows
-nothing of catalogues, heads or scores.
+Owns the cache (which texts are known under which adapter, and whether its files are still what was written) and the
+division of a catalogue over processes. Sees texts, vectors and row numbers; knows nothing of catalogues, heads or
+scores.
 
     cache/
       <who encodes>/<which texts>/vectors.f32  texts.sha256  manifest.json
