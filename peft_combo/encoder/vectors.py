@@ -196,7 +196,7 @@ class VectorCache:
         try:
             # First of all the folder: where we may not write, nothing is encoded in vain. What is there under this name
             # is damaged, or another writer was quicker with the same texts.
-            with staged_folder(target, replace=lambda: self._open(encoder, name) is None) as staged:
+            with staged_folder(target, replace=lambda: self._open(encoder, name) is None, missed=False) as staged:
                 sources = [shelf.vectors for shelf in shelves]
                 if fresh:
                     sources.append(self._encode(encoder, fresh, staged.path / "encoded.f32", progress))
