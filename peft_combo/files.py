@@ -120,12 +120,15 @@ class StagedFolder:
 
 
 @contextmanager
-def staged_folder(path: Path, *, replace: bool | Callable[[], bool] = False) -> Iterator[StagedFolder]:
+def staged_folder(
+    path: Path, *, replace: bool | Callable[[], bool] = False, missed: bool = True
+) -> Iterator[StagedFolder]:
     """Give a temporary folder beside `path` that takes its name when the block ends, or goes where the block raises.
 
     Args:
         path: the folder to be; its parents are made. An empty folder may be there.
         replace: whether a folder that is there then makes room as a whole; a function is asked at that moment.
+        missed: False for a cache: what is checked as it is read, and made again, need not survive a power cut.
     Raises:
         FileExistsError: something is there and stays.
         OSError: the disk refuses.
@@ -134,12 +137,16 @@ def staged_folder(path: Path, *, replace: bool | Callable[[], bool] = False) -> 
     staged.path.mkdir(parents=True)
     try:
         yield staged
-        seal_folder(staged.path, staged.manifest)
+        if missed:
+            seal_folder(staged.path, staged.manifest)
+        elif staged.manifest is not None:
+            (staged.path / staged.manifest[0]).write_bytes(staged.manifest[1])
         _put_in_place(staged.path, path, replace)
     finally:
         shutil.rmtree(staged.path, ignore_errors=True)
-    with suppress(OSError):  # whole and visible; only its survival of a power cut is at stake
-        sync_folder(path.parent)
+    if missed:
+        with suppress(OSError):  # whole and visible; only its survival of a power cut is at stake
+            sync_folder(path.parent)
 
 
 def seal_folder(folder: Path, manifest: tuple[str, bytes] | None = None) -> None:

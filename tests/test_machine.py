@@ -52,7 +52,7 @@ def test_available_memory_is_the_less_of_machine_and_group(monkeypatch: pytest.M
     free = available_memory()
     assert free is not None
     assert 10 < free < 2**30
-    monkeypatch.setattr(machine, "control_group_memory", lambda: 5.0)
+    monkeypatch.setattr(machine, "read_control_group_memory", lambda: 5.0)
     assert available_memory() == 5.0
-    monkeypatch.setattr(machine, "control_group_memory", lambda: 1e12)
+    monkeypatch.setattr(machine, "read_control_group_memory", lambda: 1e12)
     assert available_memory() == pytest.approx(free, rel=0.5)

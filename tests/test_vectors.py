@@ -286,7 +286,7 @@ def test_a_full_disk_is_told(bank: AdapterBank, cache: VectorCache, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StoreError, match=r"No space left on device\. Free some space"):
         cache.vectors(bank, TEXTS, "food")
     assert list(cache.folder.glob("*/*")) == []

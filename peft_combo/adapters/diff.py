@@ -126,7 +126,7 @@ def diff(
     except BackboneError as error:
         notes.append(f"Weights were not compared. {error}")
     else:
-        layers, modules = _read_weights(*changes, backbone.model, watch)
+        layers, modules = _compare_weights(*changes, backbone.model, watch)
     head, said = _compare_heads(a.head, b.head)
     predictions = None if texts is None else _compare_predictions(a, b, backbone, texts, questions, watch)
     scales = (math.exp(float(a.head.log_scale)), math.exp(float(b.head.log_scale)))
@@ -162,7 +162,7 @@ class _Sums:
         )  # fmt: skip
 
 
-def _read_weights(
+def _compare_weights(
     a: Changes, b: Changes, model: nn.Module, watch: Watch
 ) -> tuple[tuple[Change, ...], tuple[Change, ...]]:
     parameters = dict(model.named_parameters())
@@ -171,13 +171,13 @@ def _read_weights(
     modules = []
     total = _Sums()
     touched = [
-        name for name in parameters if _list_touched(name, a) or _list_touched(name, b)
+        name for name in parameters if _is_touched(name, a) or _is_touched(name, b)
     ]  # in the encoder's own order
     watch.stage("Comparing weights", len(touched))
     for name in touched:
         module, parameter = name.removesuffix(".weight"), parameters[name].detach().cpu().float()
         linear = module in a.linear or module in b.linear
-        one, two = (_compare_change(name, changes, parameter) for changes in (a, b))
+        one, two = (_get_change(name, changes, parameter) for changes in (a, b))
         sums = _Sums.of(one, two, float(torch.linalg.norm(parameter)))
         overlap, directions = _measure_overlap(one, two, parameter) if linear else (None, None)
         modules.append(sums.change(module if linear else name, overlap, directions))
@@ -192,11 +192,11 @@ def _read_weights(
     return tuple(summed), tuple(modules)
 
 
-def _list_touched(parameter: str, changes: Changes) -> bool:
+def _is_touched(parameter: str, changes: Changes) -> bool:
     return parameter in changes.other or parameter.removesuffix(".weight") in changes.linear
 
 
-def _compare_change(parameter: str, changes: Changes, like: Tensor) -> Tensor:
+def _get_change(parameter: str, changes: Changes, like: Tensor) -> Tensor:
     change = changes.linear.get(parameter.removesuffix(".weight"), changes.other.get(parameter))
     return torch.zeros_like(like) if change is None else change
 
@@ -245,7 +245,7 @@ def _compare_predictions(
     asked = np.sort(np.random.default_rng(0).choice(len(rows), min(len(rows), _MOST_QUERIES), replace=False))
     near = [_find_neighbours(vectors, asked) for vectors in (one, two)]
     found = Predictions(
-        len(rows), float((one * two).sum(1, dtype=np.float64).mean()), float(_share_neighbours(*near).mean()),
+        len(rows), float((one * two).sum(1, dtype=np.float64).mean()), float(_measure_shared(*near).mean()),
         len(asked),
     )  # fmt: skip
     if questions is None or not len(questions):
@@ -254,7 +254,7 @@ def _compare_predictions(
     return Predictions(
         found.texts, found.cosine, found.neighbours, found.queries, len(questions),
         float((lists[:, 0] != other_lists[:, 0]).mean()),
-        float((_share_neighbours(lists, other_lists) < 1).mean()),
+        float((_measure_shared(lists, other_lists) < 1).mean()),
         (_measure_ndcg(ranks), _measure_ndcg(other_ranks)),
     )  # fmt: skip
 
@@ -265,7 +265,7 @@ def _find_neighbours(vectors: NDArray[np.float32], asked: NDArray[np.int64]) -> 
     return found
 
 
-def _share_neighbours(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
+def _measure_shared(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return for each row the share of one list that is in the other: (Q, K), (Q, K) -> (Q,)."""
     share: NDArray[np.float64] = (a[:, :, None] == b[:, None, :]).any(2).mean(1)
     return share

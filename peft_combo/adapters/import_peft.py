@@ -85,10 +85,10 @@ def import_adapter(folder: str | Path, category: str, backbone: Backbone, store:
     match config.get("peft_type"):
         case "LORA":
             method, stored_as = "dora" if config.get("use_dora") is True else "lora", "lora"
-            known = _check_lora(config, shapes, backbone, faults)
+            known = _rewrite_lora(config, shapes, backbone, faults)
         case "PREFIX_TUNING":
             method, stored_as = "prefix", "prefix_tuning"
-            known = _check_prefix(config, shapes, backbone, faults)
+            known = _rewrite_prefix(config, shapes, backbone, faults)
         case other:
             found = "nothing" if other is None else format_value(other)
             hint = did_you_mean(other, ("LORA", "PREFIX_TUNING")) if isinstance(other, str) else ""
@@ -123,8 +123,8 @@ def import_adapter(folder: str | Path, category: str, backbone: Backbone, store:
                 "imported": ImportStamp(
                     folder=shorten(folder.resolve().name) or "/",
                     sha256=sha256,
-                    base_model=_check_text(config.get("base_model_name_or_path")),
-                    peft_version=_check_text(config.get("peft_version")),
+                    base_model=_read_text(config.get("base_model_name_or_path")),
+                    peft_version=_read_text(config.get("peft_version")),
                 ),
             }
         )
@@ -193,14 +193,14 @@ def _explain_unreadable(folder: Path, name: str, error: Exception) -> Fault:
 # --- what is believed -------------------------------------------------------------------------------------------------
 
 
-def _check_lora(
+def _rewrite_lora(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, faults: list[Fault]
 ) -> dict[str, Any]:
     """Return the configuration of a LoRA adapter in our words; where it sits and its ranks come from its tensors."""
     _refuse_unknown(config, _NO_MATTER_LORA | _READ_LORA, faults)
-    rank = _check_number(config, "r", LoraAdapter, "rank", faults)
-    alpha = _check_number(config, "lora_alpha", LoraAdapter, "alpha", faults)
-    ranks, alphas = _check_pattern(config, "rank_pattern", faults), _check_pattern(config, "alpha_pattern", faults)
+    rank = _read_number(config, "r", LoraAdapter, "rank", faults)
+    alpha = _read_number(config, "lora_alpha", LoraAdapter, "alpha", faults)
+    ranks, alphas = _read_pattern(config, "rank_pattern", faults), _read_pattern(config, "alpha_pattern", faults)
     faults += [
         Fault(name, f"expected true or false, found {format_value(config[name])}.")
         for name in ("use_rslora", "use_dora")
@@ -220,12 +220,12 @@ def _check_lora(
             faults.append(Fault(shorten(name), "is not a tensor of LoRA on a linear layer."))
             continue
         module, part = match[1], match[2]
-        width = _find_linear(backbone, module)
+        width = _read_linear_size(backbone, module)
         if width is None:
             faults.append(Fault(shorten(name), f"{backbone.name} has no linear layer {shorten(module)}."))
             continue
         inputs, outputs = width
-        wanted = _find_module(ranks, module, rank)
+        wanted = _look_up_value(ranks, module, rank)
         expected = {"lora_A": (wanted, inputs), "lora_B": (outputs, wanted), "lora_magnitude_vector": (outputs,)}[part]
         if shape != expected:
             faults.append(Fault(shorten(name), f"expected the shape {expected}, found {shape}."))
@@ -235,17 +235,17 @@ def _check_lora(
     return {
         "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "bias": "none", "r": rank, "lora_alpha": alpha,
         "target_modules": sorted(modules), "rank_pattern": modules,
-        "alpha_pattern": {module: _find_module(alphas, module, alpha) for module in modules},
+        "alpha_pattern": {module: _look_up_value(alphas, module, alpha) for module in modules},
         "use_rslora": config.get("use_rslora") is True, "use_dora": config.get("use_dora") is True,
     }  # fmt: skip
 
 
-def _check_prefix(
+def _rewrite_prefix(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], backbone: Backbone, faults: list[Fault]
 ) -> dict[str, Any]:
     """Return the configuration of a prefix in our words; its shape is the encoder's."""
     _refuse_unknown(config, _NO_MATTER_PREFIX | {"num_virtual_tokens"}, faults)
-    length = _check_number(config, "num_virtual_tokens", PrefixAdapter, "length", faults)
+    length = _read_number(config, "num_virtual_tokens", PrefixAdapter, "length", faults)
     if not architecture_of(backbone.model).prefix:
         raise BackboneError(f"A prefix does not work on {backbone.model_type}: its attention takes no outside keys.")
     sizes: Any = backbone.model.config
@@ -268,7 +268,7 @@ def _refuse_unknown(config: Mapping[str, Any], known: set[str], faults: list[Fau
             faults.append(Fault(shorten(name), f"is not known here, and says {format_value(value)}."))
 
 
-def _check_number(config: Mapping[str, Any], name: str, section: Any, field: str, faults: list[Fault]) -> int | float:
+def _read_number(config: Mapping[str, Any], name: str, section: Any, field: str, faults: list[Fault]) -> int | float:
     """Return a number that a recipe could have asked for as well."""
     value = config.get(name)
     try:
@@ -282,7 +282,7 @@ def _check_number(config: Mapping[str, Any], name: str, section: Any, field: str
         return 1
 
 
-def _check_pattern(config: Mapping[str, Any], name: str, faults: list[Fault]) -> dict[str, int | float]:
+def _read_pattern(config: Mapping[str, Any], name: str, faults: list[Fault]) -> dict[str, int | float]:
     """Return the numbers of single modules, by the end of their names; PEFT would take these for expressions."""
     values = config.get(name) or {}
     if not isinstance(values, dict):
@@ -295,15 +295,15 @@ def _check_pattern(config: Mapping[str, Any], name: str, faults: list[Fault]) ->
             faults.append(Fault(where, "expected the name of a module; expressions are not run."))
             continue
         field = "rank" if name == "rank_pattern" else "alpha"
-        found[key] = _check_number({where: value}, where, LoraAdapter, field, faults)
+        found[key] = _read_number({where: value}, where, LoraAdapter, field, faults)
     return found
 
 
-def _find_module(values: Mapping[str, int | float], module: str, default: int | float) -> int | float:
+def _look_up_value(values: Mapping[str, int | float], module: str, default: int | float) -> int | float:
     return next((value for key, value in values.items() if f".{module}".endswith(f".{key}")), default)
 
 
-def _find_linear(backbone: Backbone, module: str) -> tuple[int, int] | None:
+def _read_linear_size(backbone: Backbone, module: str) -> tuple[int, int] | None:
     """Return inputs and outputs of a linear layer of the encoder, None where there is none of that name."""
     try:
         found = backbone.model.get_submodule(module)
@@ -313,7 +313,7 @@ def _find_linear(backbone: Backbone, module: str) -> tuple[int, int] | None:
     return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
 
 
-def _check_text(value: object) -> str | None:
+def _read_text(value: object) -> str | None:
     return shorten(value, 200) if isinstance(value, str) and value else None
 
 

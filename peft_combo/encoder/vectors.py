@@ -1,8 +1,8 @@
 """Vector cache: item vectors encoded once per adapter and kept on disk.
 
-Owns the cache (which texts are known under which adapter, and whether its files are still what was written) and
-the division of a catalogue over processes. Sees texts, vectors and row numbers; knows
-nothing of catalogues, heads or scores.
+Owns the cache (which texts are known under which adapter, and whether its files are still what was written) and the
+division of a catalogue over processes. Sees texts, vectors and row numbers; knows nothing of catalogues, heads or
+scores.
 
     cache/
       <who encodes>/<which texts>/vectors.f32  texts.sha256  manifest.json
@@ -196,7 +196,7 @@ class VectorCache:
         try:
             # First of all the folder: where we may not write, nothing is encoded in vain. What is there under this name
             # is damaged, or another writer was quicker with the same texts.
-            with staged_folder(target, replace=lambda: self._open(encoder, name) is None) as staged:
+            with staged_folder(target, replace=lambda: self._open(encoder, name) is None, missed=False) as staged:
                 sources = [shelf.vectors for shelf in shelves]
                 if fresh:
                     sources.append(self._encode(encoder, fresh, staged.path / "encoded.f32", progress))

@@ -123,13 +123,13 @@ class AdapterStore:
     def categories(self) -> tuple[str, ...]:
         """Return the categories that have at least one complete version, sorted."""
         with explain_os_errors("read", self.path):
-            return self._versions.categories()
+            return self._versions.list_categories()
 
     def versions(self, category: str) -> tuple[int, ...]:
         """Return the complete versions of a category, oldest first; none for a category that is not stored."""
         check_category(category)
         with explain_os_errors("read", self.path):
-            return self._versions.complete(category)
+            return self._versions.list_complete(category)
 
     def latest(self, category: str) -> int:
         """Return the newest complete version of a category.
@@ -243,7 +243,7 @@ class AdapterStore:
             if find_folder_problem(self.path, category):
                 continue
             sound = 0
-            for version in reversed(self._versions.complete(category)):
+            for version in reversed(self._versions.list_complete(category)):
                 manifest, faults = self._versions.inspect(category, version)
                 if manifest is None or faults:
                     continue
@@ -295,7 +295,7 @@ class AdapterStore:
             set_it = f"Set it with: peft-combo adapters alias {alias.category}@vN {alias.name}"
             if before is None:
                 raise StoreError(f"{reference} points to v{alias.version} and to nothing before that. {set_it}")
-            present = self._versions.present(alias.category)
+            present = self._versions.list_present(alias.category)
             if before not in present:
                 stored = ", ".join(f"v{version}" for version in present)
                 raise StoreError(
@@ -392,7 +392,7 @@ class AdapterStore:
         records = []
         with explain_os_errors("read", self.path):
             for category in self.categories():
-                for version in self._versions.complete(category):
+                for version in self._versions.list_complete(category):
                     folder = self._versions.folder(category, version)
                     if find_folder_problem(self.path, f"{category}/v{version}"):
                         continue

@@ -137,7 +137,7 @@ class Draft:
             if faults:
                 raise StoreError.from_faults(f"The adapter for {category} cannot be stored:", faults)
             for attempt in range(1000):
-                version = folders.next_number(category)
+                version = folders.claim_next_number(category)
                 manifest = self._seal(said, version, listed)
                 folder = folders.folder(category, version)
                 folder.parent.mkdir(exist_ok=True)

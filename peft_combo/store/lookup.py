@@ -31,7 +31,7 @@ class Lookup:
         category = wanted.category
         if wanted.alias is not None:
             return Version(category, self.follow_alias(category, wanted.alias))
-        complete = self._versions.complete(category)
+        complete = self._versions.list_complete(category)
         if wanted.version is None:
             if not complete:
                 raise self.explain_unknown_category(category)
@@ -44,7 +44,7 @@ class Lookup:
 
     def list_present(self, category: str) -> tuple[int, ...]:
         """Return the numbers in use by a category, whole or broken; a category that is not stored is refused."""
-        present = self._versions.present(category)
+        present = self._versions.list_present(category)
         if not present:
             raise self.explain_unknown_category(category)
         return present
@@ -54,7 +54,7 @@ class Lookup:
         version = None
         while True:
             alias = self.find_alias(category, name)
-            if alias.version in self._versions.present(category):
+            if alias.version in self._versions.list_present(category):
                 return alias.version
             if alias.version == version:
                 raise self._explain_dangling(alias)
@@ -76,7 +76,7 @@ class Lookup:
         return alias
 
     def explain_unknown_category(self, category: str) -> StoreError:
-        stored = self._versions.categories()
+        stored = self._versions.list_categories()
         listed = ", ".join(stored) if stored else "nothing yet"
         return StoreError(
             f'No adapter for category "{category}" in {self._path}/. '

@@ -59,7 +59,7 @@ class Verification:
         for name in self._aliases.names(category):
             alias, found = self._aliases.read(name.category, name.alias or "")
             faults += found
-            if alias is not None and alias.version not in self._versions.present(alias.category):
+            if alias is not None and alias.version not in self._versions.list_present(alias.category):
                 faults.append(
                     Fault(alias.reference, f"points to v{alias.version}, which is not there.", tell_move(alias))
                 )

@@ -104,7 +104,7 @@ class VersionFolders:
         """Where a version lies, or would lie."""
         return self.path / category / f"v{version}"
 
-    def present(self, category: str) -> tuple[int, ...]:
+    def list_present(self, category: str) -> tuple[int, ...]:
         """Every number in use by a folder entry, complete or not, ascending."""
         try:
             names = list_names(self.path / category)
@@ -112,13 +112,13 @@ class VersionFolders:
             return ()
         return tuple(sorted(int(match[1]) for name in names if (match := VERSION.fullmatch(name))))
 
-    def complete(self, category: str) -> tuple[int, ...]:
+    def list_complete(self, category: str) -> tuple[int, ...]:
         """The numbers of the versions that have a manifest, ascending."""
         return tuple(
-            version for version in self.present(category) if (self.folder(category, version) / MANIFEST).exists()
+            version for version in self.list_present(category) if (self.folder(category, version) / MANIFEST).exists()
         )
 
-    def next_number(self, category: str) -> int:
+    def claim_next_number(self, category: str) -> int:
         """Claim a number that nobody has had: making a file is the one step only one process can win.
 
         A counter that is read, raised and written back hands the same number out twice when two writers and a removal
@@ -126,16 +126,16 @@ class VersionFolders:
         """
         claims = self._claims()
         taken = [int(match[1]) for name in list_names(claims) if (match := _match_claim(category).fullmatch(name))]
-        number = 1 + max((*taken, *self.present(category)), default=0)
-        while not self.take(category, number):
+        number = 1 + max((*taken, *self.list_present(category)), default=0)
+        while not self.claim_number(category, number):
             number += 1
         return number
 
-    def categories(self) -> tuple[str, ...]:
+    def list_categories(self) -> tuple[str, ...]:
         """The categories that have a complete version, sorted."""
-        return tuple(name for name in list_names(self.path) if CATEGORY.fullmatch(name) and self.complete(name))
+        return tuple(name for name in list_names(self.path) if CATEGORY.fullmatch(name) and self.list_complete(name))
 
-    def take(self, category: str, number: int) -> bool:
+    def claim_number(self, category: str, number: int) -> bool:
         """Claim a number; False where somebody had it already."""
         claims = self._claims()
         try:
@@ -153,7 +153,7 @@ class VersionFolders:
 
     def take_out(self, folder: Path, category: str, number: int) -> Path:
         """Rename a folder out of sight, for good; return where it can be deleted."""
-        self.take(category, number)  # a version that was copied in by hand never took its number
+        self.claim_number(category, number)  # a version that was copied in by hand never took its number
         trash = move_aside(folder, self.path)
         for parent in (folder.parent, self.path):
             with suppress(OSError):  # after a power cut it may be back, whole, unless its files went first
