@@ -24,7 +24,7 @@ from peft_combo.tuning.figures import Memory
 from peft_combo.tuning.loop import tune
 from peft_combo.tuning.plan import count_frozen_bytes, plan
 from peft_combo.tuning.probe import probe
-from peft_combo.tuning.resources import measured
+from peft_combo.tuning.resources import measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -182,7 +182,7 @@ def test_growth_is_seen_while_it_lasts() -> None:
         held = np.ones(40 * 2**20 // 8)
         assert held.sum() > 0
 
-    seconds, grown = measured(work)
+    seconds, grown = measure(work)
     assert seconds > 0
     assert 30 < grown < 60
 

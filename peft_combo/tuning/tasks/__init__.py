@@ -21,11 +21,11 @@ __all__ = [
     "AnyTask",
     "BundleCompletion",
     "Classification",
+    "ItemRating",
     "MaskedWords",
-    "Rating",
     "SequenceGeneration",
     "Tagging",
-    "task_of",
+    "build_task",
 ]
 
 
