@@ -297,7 +297,7 @@ class Completion(Generic[CompletionHeadT]):
     """What all tasks share, as the loop sees them (`base.Task`), that complete bundles: the data and the queries.
 
     The untrained head scores like cosine, so there is nothing to start it with, and the prediction of a query is the
-    rank of its target. What validation chooses is how far the head goes from there (`CompletionHead.at_strength`).
+    rank of its target. What validation chooses is how far the head goes from there (`CompletionHead.interpolated`).
     """
 
     per_token = False
@@ -340,14 +340,14 @@ class Completion(Generic[CompletionHeadT]):
     def evaluate(self, head: CompletionHeadT, encode: Encode, metric: str) -> Evaluation:
         vectors = encode(None)
         tried = {
-            share: metrics.ranking_metrics(completion_ranks(head.at_strength(share), vectors, self._sampled_queries))
+            share: metrics.ranking_metrics(completion_ranks(head.interpolated(share), vectors, self._sampled_queries))
             for share in (self._strengths if head.learned() else (1.0,))
         }
         strength = max(tried, key=lambda share: tried[share][metric])
         return Evaluation(tried[strength], {"strength": strength})
 
     def apply_choice(self, head: CompletionHeadT, choice: Mapping[str, float]) -> None:
-        head.load_state_dict(head.at_strength(choice["strength"]).state_dict())
+        head.load_state_dict(head.interpolated(choice["strength"]).state_dict())
 
     def predict(self, head: CompletionHeadT, encode: Encode) -> NDArray[np.float64]:
         return completion_ranks(head, encode(None), self._queries)
