@@ -122,7 +122,7 @@ def our_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str], batch: 
     clock = time.perf_counter()
     items = ItemEncoder(backbone, attached, texts)
     cached_in = time.perf_counter() - clock
-    set_training(attached.inner, attached.cut, True)
+    set_training(attached.inner, attached.first_layer, True)
     optimizer = torch.optim.AdamW(attached.trainable().values(), lr=1e-4)
     rows = np.random.default_rng(0).permutation(len(texts))[:batch]
     lengths = items.tokens.lengths[items.text_of[rows]]

@@ -152,10 +152,10 @@ def test_nothing_that_was_held_out_is_learned_from(tiny_recipe: MakeRecipe, late
         return {bundles.bundle_ids[row] for row in rows}
 
     # The old questions are the old questions, bundle by bundle.
-    assert ids(run.exams["old validation"]) == {old.bundles.bundle_ids[row] for row in parts.valid}
-    assert ids(run.exams["old test"]) == {old.bundles.bundle_ids[row] for row in parts.test}
+    assert ids(run.queries["old validation"]) == {old.bundles.bundle_ids[row] for row in parts.valid}
+    assert ids(run.queries["old test"]) == {old.bundles.bundle_ids[row] for row in parts.test}
     held_out = ids(np.concatenate([split.valid, split.test]))
-    assert held_out >= ids(run.exams["old validation"]) | ids(run.exams["old test"])
+    assert held_out >= ids(run.queries["old validation"]) | ids(run.queries["old test"])
     assert not ids(split.train) & held_out
     # No user is on both sides, whether his bundles came before or later; no learned item set is a question.
     owners = {bundles.owners[row] for row in split.train}

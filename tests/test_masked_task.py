@@ -110,14 +110,14 @@ def test_the_share_is_of_words_and_every_text_is_asked(backbone: Backbone) -> No
 def test_only_what_is_asked_for_changes_and_the_answer_is_what_stood_there(backbone: Backbone) -> None:
     masker = Masker.of(backbone, TEXTS, 16, whole_words=True)
     asked = mask(masker, 0.5)
-    assert asked.answers.tolist() == masker.tokens.ids[asked.places].tolist()
+    assert asked.targets.tolist() == masker.tokens.ids[asked.places].tolist()
     assert set(asked.tokens[asked.places].tolist()) == {MASK}
     rest = np.setdiff1d(np.arange(len(asked.tokens)), asked.places)
     assert (asked.tokens[rest] == masker.tokens.ids[rest]).all()
     # A part of the texts: places count within what is shown.
     part = masker.mask(np.array([0, 2]), 0.5, 0.0, 0.0, np.random.default_rng(0))
     assert len(part.tokens) == 8 + 10
-    assert (masker.tokens.ids[np.r_[0:8, 13:23]][part.places] == part.answers).all()
+    assert (masker.tokens.ids[np.r_[0:8, 13:23]][part.places] == part.targets).all()
 
 
 def test_eight_in_ten_show_the_mask_one_another_word_and_one_itself(backbone: Backbone) -> None:
@@ -128,10 +128,10 @@ def test_eight_in_ten_show_the_mask_one_another_word_and_one_itself(backbone: Ba
     assert len(shown) == 2000 * 7
     # Of the words drawn at random one in 195 is the word itself.
     assert (shown == MASK).mean() == pytest.approx(0.8, abs=0.01)
-    assert (shown == asked.answers).mean() == pytest.approx(0.1 + 0.1 / 195, abs=0.01)
-    assert ((shown != MASK) & (shown != asked.answers)).mean() == pytest.approx(0.1, abs=0.01)
+    assert (shown == asked.targets).mean() == pytest.approx(0.1 + 0.1 / 195, abs=0.01)
+    assert ((shown != MASK) & (shown != asked.targets)).mean() == pytest.approx(0.1, abs=0.01)
     assert shown[shown != MASK].min() >= FIRST_WORD  # a special token is neither asked for nor shown
-    assert asked.answers.min() >= FIRST_WORD
+    assert asked.targets.min() >= FIRST_WORD
 
 
 def test_masks_are_a_function_of_seed_and_step(recipe: MakeRecipe, backbone: Backbone) -> None:
@@ -149,7 +149,7 @@ def test_masks_are_a_function_of_seed_and_step(recipe: MakeRecipe, backbone: Bac
     tasks = [build_task(recipe(seed=seed)) for seed in (0, 1)]
     for task in tasks:
         task.head(backbone, 16)
-    held = [task._cloze(task._valid, 1) for task in tasks if isinstance(task, MaskedWords)]
+    held = [task._mask_words(task._valid, 1) for task in tasks if isinstance(task, MaskedWords)]
     assert held[0].tokens.tolist() == held[1].tokens.tolist()
     assert set(held[0].tokens[held[0].places].tolist()) == {MASK}
 
@@ -230,7 +230,7 @@ def test_frequencies_and_neighbours_by_hand(backbone: Backbone) -> None:
 
     def probability(tokens: list[int], place: int, word: int) -> float:
         asked = MaskedBatch(np.array([0]), np.array(tokens), np.array([place]), np.array([word]))
-        return float(np.exp(model.answers(asked).likelihood[0]))
+        return float(np.exp(model.predict(asked).likelihood[0]))
 
     # Behind w1 stands w2 in 2 of 3, before w3 in 1 of 2, between both in 1 of 2; all four parts weigh a quarter.
     assert probability([2, w[1], MASK, w[3], 3], 2, w[2]) == pytest.approx((1 / 200 + 2 / 3 + 1 / 2 + 1 / 2) / 4)

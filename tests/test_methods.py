@@ -165,12 +165,14 @@ def test_what_is_below_the_cut_is_the_frozen_encoder(request: pytest.FixtureRequ
     if (encoder, method) == ("modernbert", "bitfit"):
         return  # it has no biases
     attached = attach(backbone, METHODS[method].model_copy(update={"top_layers": 1}))
-    assert attached.cut == 2
+    assert attached.first_layer == 2
     train(backbone, attached)
     ids, mask = backbone.tokenize(TEXTS).padded(np.arange(4), backbone.pad_id)
     with torch.no_grad():
-        states = lower_view(backbone.model, attached.cut)(input_ids=ids, attention_mask=mask).last_hidden_state
-        upper = upper_view(attached.inner, attached.cut)(inputs_embeds=states, attention_mask=mask).last_hidden_state
+        states = lower_view(backbone.model, attached.first_layer)(input_ids=ids, attention_mask=mask).last_hidden_state
+        upper = upper_view(attached.inner, attached.first_layer)(
+            inputs_embeds=states, attention_mask=mask
+        ).last_hidden_state
         whole = attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         frozen = backbone.model(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(upper[mask.bool()], whole[mask.bool()], atol=1e-6, rtol=1e-5)
@@ -196,7 +198,7 @@ def test_merged_it_is_a_plain_encoder_that_does_the_same(
     train(backbone, attached)
     plain = methods.merged(attached)
     assert {type(module) for module in plain.modules()} == {type(module) for module in backbone.model.modules()}
-    alone = methods.AttachedAdapter(plain, plain, plain, cut=0, max_length=16, stored_as="weights")
+    alone = methods.AttachedAdapter(plain, plain, plain, first_layer=0, max_length=16, stored_as="weights")
     np.testing.assert_allclose(backbone.encode(TEXTS, alone), backbone.encode(TEXTS, attached), atol=5e-6)
     np.testing.assert_array_equal(backbone.encode(TEXTS), frozen)
     changed = [n for n, p in plain.named_parameters() if p is not backbone.model.get_parameter(n)]
@@ -215,7 +217,7 @@ def test_the_delta_added_to_the_frozen_weights_does_the_same(backbone: Backbone,
             linear = by_hand.get_submodule(name)
             assert delta.dtype == torch.float32
             linear.weight = nn.Parameter(linear.weight + delta, requires_grad=False)
-        alone = methods.AttachedAdapter(by_hand, by_hand, by_hand, cut=0, max_length=16, stored_as="weights")
+        alone = methods.AttachedAdapter(by_hand, by_hand, by_hand, first_layer=0, max_length=16, stored_as="weights")
         np.testing.assert_allclose(backbone.encode(TEXTS, alone), backbone.encode(TEXTS, attached), atol=5e-6)
 
 
@@ -670,7 +672,7 @@ def test_a_head_alone_trains_nothing_of_the_encoder(backbone: Backbone) -> None:
     attached = attach(backbone, HeadOnly())
     assert attached.trainable() == {}
     assert attached.groups() == []
-    assert attached.cut == 3
+    assert attached.first_layer == 3
     assert methods.delta_weights(attached) == {}
 
 

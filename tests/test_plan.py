@@ -43,7 +43,7 @@ def test_shapes_alone_tell_what_every_method_trains(name: str, tiny_bert: Path) 
             backbone.model, adapter, max_length=16, total_steps=10, seed=0, tokenizer=backbone.tokenizer
         )
         shapes = {name: p.shape for name, p in attached.trainable().items() if "ranknum" not in name}
-        counts.append((shapes, attached.cut, attached.max_length))
+        counts.append((shapes, attached.first_layer, attached.max_length))
     assert counts[0] == counts[1]
 
 
@@ -98,7 +98,7 @@ def test_what_the_backward_pass_needs_is_counted_once_and_without_weights() -> N
     model = Squares()
 
     class Attached:
-        inner, cut = nn.Module(), 0
+        inner, first_layer = nn.Module(), 0
 
         def trainable(self) -> dict[str, nn.Parameter]:
             return {"weight": model.weight}

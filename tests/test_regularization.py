@@ -54,7 +54,7 @@ class Run:
         self.extensions = self.extend(recipe.training, variants)
         self.model = TrainingModel(self.task, self.items, self.attached, self.head, self.extensions)
         self.batch = self.task.batch(0)
-        set_training(self.attached.inner, self.attached.cut, False)
+        set_training(self.attached.inner, self.attached.first_layer, False)
 
     def extend(self, config: TrainingConfig, variants: TextVariants | None = None) -> StepExtensions:
         parameters = collect_trained_parameters(self.attached, self.head)

@@ -30,10 +30,10 @@ from peft_combo.encoder.heads.completion import (
 from peft_combo.encoder.heads.tagging import ReadText, TaggingHead, read_texts
 from peft_combo.errors import StoreError
 
-# Texts or questions looked at together: states of 1,024 titles take some 30 MiB, scores of 256 questions over 100k
+# Texts or queries looked at together: states of 1,024 titles take some 30 MiB, scores of 256 queries over 100k
 # items 100 MiB.
 _READ_AT_ONCE = 1024
-_ASKED_AT_ONCE = 256
+_QUERIES_AT_ONCE = 256
 # Uncertainties are raised to this power before they weigh distances. They differ by a factor of two, distances by more:
 # as they are, distance alone would choose, and at 4 the choice was the better one on BundleRec electronic titles.
 _SHARPNESS = 4
@@ -141,14 +141,14 @@ def suggest_bundles(
     fresh = [rows for items, rows in candidates.items() if items not in known]
     if not fresh:
         return []
-    questions = Queries.leave_one_out(fresh, [""] * len(fresh))
-    asked = np.concatenate(
+    queries = Queries.leave_one_out(fresh, [""] * len(fresh))
+    unsure_of_queries = np.concatenate(
         [
-            _compute_completion_entropies(head, vectors, targets, questions.take(slice(start, start + _ASKED_AT_ONCE)))
-            for start in range(0, len(questions), _ASKED_AT_ONCE)
+            _compute_completion_entropies(head, vectors, targets, queries.take(slice(start, start + _QUERIES_AT_ONCE)))
+            for start in range(0, len(queries), _QUERIES_AT_ONCE)
         ]
     )
-    unsure = np.bincount(questions.bundles, asked) / np.bincount(questions.bundles)
+    unsure = np.bincount(queries.bundles, unsure_of_queries) / np.bincount(queries.bundles)
     with torch.inference_mode():
         wholes = context_queries(head, vectors, padded([rows.astype(np.int64) for rows in fresh])).float().cpu().numpy()
     chosen = choose_spread(wholes, unsure, count, seed)
@@ -226,8 +226,8 @@ def _compose_pairs(
         rows = np.sort(np.random.default_rng(seed).choice(rows, _COMPOSED_FOR, replace=False))
     _, copies = np.unique(np.array(texts), return_inverse=True)
     pairs = []
-    for start in range(0, len(rows), _ASKED_AT_ONCE):
-        some = rows[start : start + _ASKED_AT_ONCE]
+    for start in range(0, len(rows), _QUERIES_AT_ONCE):
+        some = rows[start : start + _QUERIES_AT_ONCE]
         scores = completion_scores(head, vectors, targets, some[:, None])
         scores[copies[some][:, None] == copies] = -np.inf
         best = scores.argmax(1)
@@ -237,11 +237,11 @@ def _compose_pairs(
 
 
 def _compute_completion_entropies(
-    head: BundleHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], questions: Queries
+    head: BundleHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], queries: Queries
 ) -> NDArray[np.float64]:
     """Return how unsure the head is of what completes each context: (Q,)."""
-    logits = completion_scores(head, vectors, targets, questions.contexts) * float(step_scale(head))
-    for row, excluded in zip(logits, questions.excluded(), strict=True):
+    logits = completion_scores(head, vectors, targets, queries.contexts) * float(step_scale(head))
+    for row, excluded in zip(logits, queries.excluded(), strict=True):
         row[excluded] = -np.inf
     return compute_entropies(softmax(logits, axis=1))
 

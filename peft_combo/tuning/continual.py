@@ -51,12 +51,12 @@ METRIC = "ndcg@10"
 
 @dataclass(frozen=True)
 class Gate:
-    """What a new version has to show before an alias moves to it, all of it on validation questions.
+    """What a new version has to show before an alias moves to it, all of it on validation queries.
 
     Attributes:
-        gain: NDCG@10 it has to win on the new questions, over the version it came from: more than this.
+        gain: NDCG@10 it has to win on the new queries, over the version it came from: more than this.
         p: the paired test of that gain has to be below this.
-        forgetting: NDCG@10 it may lose at most on the old questions.
+        forgetting: NDCG@10 it may lose at most on the old queries.
     """
 
     gain: float = 0.0
@@ -66,12 +66,12 @@ class Gate:
 
 @dataclass(frozen=True)
 class VersionComparison:
-    """The version a run started from and the one it made, on the same questions.
+    """The version a run started from and the one it made, on the same queries.
 
     Attributes:
         questions: which: new validation, old validation, old test.
         asked, groups: how many, in so many independent groups.
-        gain: of the new version over the old, question by question; below zero it is forgetting.
+        gain: of the new version over the old, query by query; below zero it is forgetting.
     """
 
     questions: str
@@ -87,8 +87,8 @@ class Continued:
     """What a continued run leaves.
 
     Attributes:
-        validation: what the gate looked at: the new questions first, then, where there is new data, the old ones.
-        test: the final report on the old test questions, made after the gate had decided.
+        validation: what the gate looked at: the new queries first, then, where there is new data, the old ones.
+        test: the final report on the old test queries, made after the gate had decided.
         refused: what the gate had against the new version; empty where nothing.
         alias: where the alias points now; None where none was to be moved.
         promoted: whether it points to the new version.
@@ -160,14 +160,14 @@ class Continuation:
     Attributes:
         recipe: the given one, its adapter shaped as the stored one is.
         task: over both datasets: learns from the new bundles and the replayed old ones.
-        exams: name -> rows of `dataset.bundles` that are asked: new validation, old validation, old test.
+        queries: name -> rows of `dataset.bundles` that are asked: new validation, old validation, old test.
     """
 
     recipe: Recipe
     start: AdapterRecord
     task: BundleCompletion
     dataset: Dataset
-    exams: Mapping[str, NDArray[np.int32]]
+    queries: Mapping[str, NDArray[np.int32]]
 
 
 def continuation(recipe: Recipe, reference: str, *, new_data: Path | None = None, replay: float = 0.3) -> Continuation:
@@ -198,14 +198,14 @@ def continuation(recipe: Recipe, reference: str, *, new_data: Path | None = None
     continued: dict[str, Any] = {"from": record.reference, "digest": record.digest}
     notes: list[str] = []
     if new_data is None:
-        dataset, exams = old, {"new validation": parts.valid, "old test": parts.test}
+        dataset, queries = old, {"new validation": parts.valid, "old test": parts.test}
     else:
-        dataset, parts, exams, replayed = _join_new_data(recipe, old, parts, new_data, replay, notes)
+        dataset, parts, queries, replayed = _join_new_data(recipe, old, parts, new_data, replay, notes)
         continued |= {"old_digest": old.digest, "replay": replay, "replayed": replayed}
     task = BundleCompletion(recipe, config, (dataset, parts))
     task.notes = [*task.notes, *notes]
     task.data = {**task.data, "continued": continued}
-    return Continuation(recipe, record, task, dataset, exams)
+    return Continuation(recipe, record, task, dataset, queries)
 
 
 def _refuse_other_split(record: AdapterRecord, recipe: Recipe, old: Dataset, parts: Split) -> None:
@@ -262,8 +262,8 @@ def _join_new_data(
         test=np.concatenate([parts.test, test]), dropped=np.empty(0, np.int32),
         train_interactions=np.empty(0, np.int64), digest=digest.hexdigest(),
     )  # fmt: skip
-    exams = {"new validation": valid, "old validation": parts.valid, "old test": parts.test}
-    return dataset, whole, exams, len(replayed)
+    queries = {"new validation": valid, "old validation": parts.valid, "old test": parts.test}
+    return dataset, whole, queries, len(replayed)
 
 
 def continue_tuning(
@@ -280,7 +280,7 @@ def continue_tuning(
 ) -> Continued:
     """Go on tuning a stored adapter, compare the two versions, and move an alias to the new one if it wins.
 
-    The new version is stored either way. The old test questions are asked once, at the end, for the report alone.
+    The new version is stored either way. The old test queries are asked once, at the end, for the report alone.
 
     Args:
         reference: the adapter to go on from, see `continuation`.
@@ -308,7 +308,7 @@ def continue_tuning(
     pair = [bank.get(record.reference) for record in (run.start, result.record)]
     vectors = [backbone.encode(run.task.texts, live.attached) for live in pair]
     compared = partial(_compare_versions, run, pair, vectors)
-    validation = tuple(compared(name) for name in run.exams if name != "old test")
+    validation = tuple(compared(name) for name in run.queries if name != "old test")
     refused = find_refusals(validation, gate)
     alias, promoted, told = None, False, "No alias was to be moved."
     if promote is not None and os.environ.get("RANK", "0") == "0":
@@ -364,7 +364,7 @@ def _promote(
 def _compare_versions(
     run: Continuation, pair: list[LiveAdapter], vectors: list[NDArray[np.float32]], name: str
 ) -> VersionComparison:
-    questions = Queries.of(run.dataset.bundles, run.exams[name])
+    questions = Queries.of(run.dataset.bundles, run.queries[name])
     ndcg, rows = [], []
     for live, encoded in zip(pair, vectors, strict=True):
         assert isinstance(live.head, BundleHead)  # `load_start` has refused any other

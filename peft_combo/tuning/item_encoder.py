@@ -97,10 +97,10 @@ class ItemEncoder:
         self._cache: Tensor | None = None
         self._spill: tempfile.TemporaryDirectory[str] | None = None
         self.cached_bytes = 0
-        if fast and attached.cut > 0 and cache_limit_bytes > 0 and not retokenized:
-            self.encoder: nn.Module = upper_view(attached.inner, attached.cut)
-            self.frozen: nn.Module = upper_view(backbone.model, attached.cut)
-            self._fill_cache(lower_view(backbone.model, attached.cut), cache_limit_bytes, scratch, progress)
+        if fast and attached.first_layer > 0 and cache_limit_bytes > 0 and not retokenized:
+            self.encoder: nn.Module = upper_view(attached.inner, attached.first_layer)
+            self.frozen: nn.Module = upper_view(backbone.model, attached.first_layer)
+            self._fill_cache(lower_view(backbone.model, attached.first_layer), cache_limit_bytes, scratch, progress)
         else:
             self.encoder = attached.encoder
             self.frozen = backbone.model

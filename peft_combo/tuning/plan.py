@@ -108,14 +108,14 @@ def _estimate(
         whole: the adapter on all layers. ranking: seconds and MiB of an evaluation without encoding.
     """
     first, last = trials[0], trials[-1]
-    adapted = 0 if whole.cut >= len(layers_of(shapes.model)) else shapes.layers - whole.cut
+    adapted = 0 if whole.first_layer >= len(layers_of(shapes.model)) else shapes.layers - whole.first_layer
     tokens, kept = _count_tokens(recipe, task, shapes, whole.max_length)
     layer_bytes = last.step_bytes - first.step_bytes
     # Seconds are too noisy for differences; the little besides layers is counted with them.
     layer_encode = last.encode_seconds / last.layers
-    # The catalogue is encoded below the cut once, where that is kept, and above it for every evaluation.
+    # The catalogue is encoded below the first adapted layer once, where that is kept, and above it for every evaluation.
     states_mib = 0.0
-    if recipe.training.fast_path and recipe.training.cache_limit_mib and whole.cut and not task.retokenized:
+    if recipe.training.fast_path and recipe.training.cache_limit_mib and whole.first_layer and not task.retokenized:
         states_mib = _FLOAT * kept * shapes.dim / 2**20
     share = tokens / last.tokens
     lower_seconds = (shapes.layers - adapted) * layer_encode

@@ -32,7 +32,7 @@ def probe(
     """
     trained = collect_trained_parameters(attached, head)
     start = {name: p.detach().clone() for name, p in trained.items()}
-    set_training(attached.inner, attached.cut, False)
+    set_training(attached.inner, attached.first_layer, False)
     head.eval()
     torch.manual_seed(recipe.seed)
     with torch.no_grad():

@@ -40,7 +40,7 @@ def store_adapter(store: AdapterStore, setup: Setup, table: Table, chosen: Mappi
         save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, draft.path / HEAD_FILE)
         reloaded = methods.load(backbone.model, draft.path, attached.stored_as, backbone.max_length)
         sample = list(dict.fromkeys(task.texts))[:_RELOAD_SAMPLE]
-        set_training(attached.inner, attached.cut, False)
+        set_training(attached.inner, attached.first_layer, False)
         difference = float(np.abs(backbone.encode(sample, attached) - backbone.encode(sample, reloaded)).max())
         if not difference <= _RELOAD_TOLERANCE:
             raise TuningError(

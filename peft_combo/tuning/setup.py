@@ -108,12 +108,12 @@ class Setup:
 
     def train(self) -> None:
         """Let dropout drop, in the layers that learn and the head."""
-        set_training(self.attached.inner, self.attached.cut, True)
+        set_training(self.attached.inner, self.attached.first_layer, True)
         self.head.train()
 
     def stop_training(self) -> None:
         """Let dropout rest."""
-        set_training(self.attached.inner, self.attached.cut, False)
+        set_training(self.attached.inner, self.attached.first_layer, False)
         self.head.eval()
 
     @property

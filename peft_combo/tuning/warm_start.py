@@ -153,7 +153,7 @@ def _load_encoder(record: AdapterRecord, backbone: Backbone, attached: AttachedA
                     "projection, p-tuning) is stored without that network and cannot go on."
                 )
     sample = list(dict.fromkeys(texts))[:_SAMPLE]
-    set_training(attached.inner, attached.cut, False)
+    set_training(attached.inner, attached.first_layer, False)
     difference = float(np.abs(backbone.encode(sample, attached) - backbone.encode(sample, loaded)).max())
     if not difference <= _SAME:
         seed = record.manifest.recipe.get("seed")

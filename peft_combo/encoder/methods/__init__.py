@@ -159,14 +159,14 @@ def _load_peft(model: nn.Module, folder: Path, stored_as: str, max_length: int) 
         return prompted(model, wrapped, max_length)
     match kind:
         case "lora":
-            return Lora(model, wrapped, cut=0, max_length=max_length)
+            return Lora(model, wrapped, first_layer=0, max_length=max_length)
         case "trainable_tokens":
             return Tokens(model, wrapped, max_length=max_length)
         case _:
-            return PeftAdapter(model, wrapped, cut=0, max_length=max_length)
+            return PeftAdapter(model, wrapped, first_layer=0, max_length=max_length)
 
 
 def _head_only(model: nn.Module, max_length: int) -> AttachedAdapter:
     encoder = sharing_copy(model)
     depth = len(layers_of(encoder))
-    return AttachedAdapter(model, encoder, encoder, cut=depth, max_length=max_length, stored_as="head")
+    return AttachedAdapter(model, encoder, encoder, first_layer=depth, max_length=max_length, stored_as="head")

@@ -49,18 +49,25 @@ class AttachedAdapter:
         base: the encoder it was put into a copy of; left as it is, so it is also the way to do without the adapter.
         encoder: call it with ``input_ids`` and ``attention_mask`` (B, L); returns ``last_hidden_state`` (B, L, D).
         inner: the transformers model inside `encoder`, the injected modules in place.
-        cut: index of the lowest layer that the adapter touches; what is below is the same as in the frozen encoder.
+        first_layer: index of the lowest layer the adapter touches; what is below is as in the frozen encoder.
         max_length: the most tokens a text may have.
         stored_as: what the saved files are: a PEFT type, ``bottleneck``, ``weights`` or ``head``.
     """
 
     def __init__(
-        self, base: nn.Module, encoder: nn.Module, inner: nn.Module, *, cut: int, max_length: int, stored_as: str
+        self,
+        base: nn.Module,
+        encoder: nn.Module,
+        inner: nn.Module,
+        *,
+        first_layer: int,
+        max_length: int,
+        stored_as: str,
     ) -> None:
         self.base = base
         self.encoder = encoder
         self.inner = inner
-        self.cut = cut
+        self.first_layer = first_layer
         self.max_length = max_length
         self.stored_as = stored_as
 
@@ -112,11 +119,13 @@ class PeftAdapter(AttachedAdapter):
     """An adapter that PEFT made: what it saves, plain PEFT opens."""
 
     def __init__(
-        self, base: nn.Module, wrapped: Any, *, cut: int, max_length: int, encoder: nn.Module | None = None
+        self, base: nn.Module, wrapped: Any, *, first_layer: int, max_length: int, encoder: nn.Module | None = None
     ) -> None:
         stored_as = wrapped.peft_config[NAME].peft_type.value.lower()
         inner = wrapped.get_base_model()
-        super().__init__(base, encoder or wrapped, inner, cut=cut, max_length=max_length, stored_as=stored_as)
+        super().__init__(
+            base, encoder or wrapped, inner, first_layer=first_layer, max_length=max_length, stored_as=stored_as
+        )
         self.wrapped = wrapped
 
     def save(self, folder: Path, base_name: str) -> None:
@@ -150,7 +159,7 @@ def write_peft(folder: Path, config: Any, state: Mapping[str, Tensor], base_name
     (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
 
 
-def cut_of(model: nn.Module, top_layers: int | None) -> int:
+def find_first_layer(model: nn.Module, top_layers: int | None) -> int:
     """Return the lowest layer an adapter of the top layers touches; 0 where the stack cannot be cut."""
     return first_of_top(model, top_layers) if architecture_of(model).splittable else 0
 

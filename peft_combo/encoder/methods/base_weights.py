@@ -16,7 +16,7 @@ from peft_combo.encoder.architectures import (
     modules_of_top,
     sharing_copy,
 )
-from peft_combo.encoder.methods.attached import AttachedAdapter, cut_of, set_parameter
+from peft_combo.encoder.methods.attached import AttachedAdapter, find_first_layer, set_parameter
 from peft_combo.errors import BackboneError, StoreError
 from peft_combo.recipe.adapter import BitfitTuning, FullTuning, TopLayers
 
@@ -26,8 +26,8 @@ TUNED_WEIGHTS_FILE = "tuned_weights.safetensors"
 class Weights(AttachedAdapter):
     """Some weights of the encoder, trained; the file holds them and no others."""
 
-    def __init__(self, base: nn.Module, encoder: nn.Module, *, cut: int, max_length: int) -> None:
-        super().__init__(base, encoder, encoder, cut=cut, max_length=max_length, stored_as="weights")
+    def __init__(self, base: nn.Module, encoder: nn.Module, *, first_layer: int, max_length: int) -> None:
+        super().__init__(base, encoder, encoder, first_layer=first_layer, max_length=max_length, stored_as="weights")
 
     def save(self, folder: Path, base_name: str) -> None:
         tuned = {name: p.detach().contiguous() for name, p in self.trainable().items()}
@@ -41,11 +41,11 @@ def attach_weights(model: nn.Module, config: BitfitTuning | TopLayers | FullTuni
         BackboneError: there are none of the kind, they are quantised, or there are fewer layers.
     """
     encoder = sharing_copy(model)
-    cut = 0
+    first_layer = 0
     match config:
         case BitfitTuning():
             names = _biases(encoder, config.top_layers)
-            cut = cut_of(encoder, config.top_layers)
+            first_layer = find_first_layer(encoder, config.top_layers)
         case TopLayers():
             depth = len(layers_of(encoder))
             if config.layers > depth:
@@ -57,11 +57,11 @@ def attach_weights(model: nn.Module, config: BitfitTuning | TopLayers | FullTuni
                 for name, _ in encoder.named_parameters()
                 if name.startswith(f"{path}.") and int(name.removeprefix(f"{path}.").split(".")[0]) >= first
             ]
-            cut = cut_of(encoder, config.layers)
+            first_layer = find_first_layer(encoder, config.layers)
         case FullTuning():
             names = [name for name, _ in encoder.named_parameters()]
     _own(encoder, names)
-    return Weights(model, encoder, cut=cut, max_length=max_length)
+    return Weights(model, encoder, first_layer=first_layer, max_length=max_length)
 
 
 def load_weights(model: nn.Module, folder: Path, max_length: int) -> Weights:
@@ -76,7 +76,7 @@ def load_weights(model: nn.Module, folder: Path, max_length: int) -> Weights:
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise StoreError(f"{folder / TUNED_WEIGHTS_FILE}: {name} does not fit the encoder.")
         set_parameter(encoder, name, nn.Parameter(tensor, requires_grad=False))
-    return Weights(model, encoder, cut=0, max_length=max_length)
+    return Weights(model, encoder, first_layer=0, max_length=max_length)
 
 
 def _biases(model: nn.Module, top_layers: int | None) -> list[str]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_combo.encoder.architectures import architecture_of, sharing_copy, target_modules
-from peft_combo.encoder.methods.attached import AttachedAdapter, cut_of, set_module
+from peft_combo.encoder.methods.attached import AttachedAdapter, find_first_layer, set_module
 from peft_combo.errors import StoreError
 from peft_combo.recipe.adapter import BottleneckAdapter
 
@@ -88,8 +88,8 @@ class Bottleneck(AttachedAdapter):
     """Bottlenecks in an encoder copy, saved as tensors and the recipe's adapter section."""
 
     def __init__(self, base: nn.Module, encoder: nn.Module, config: BottleneckAdapter, *, max_length: int) -> None:
-        cut = cut_of(encoder, config.top_layers)
-        super().__init__(base, encoder, encoder, cut=cut, max_length=max_length, stored_as="bottleneck")
+        first_layer = find_first_layer(encoder, config.top_layers)
+        super().__init__(base, encoder, encoder, first_layer=first_layer, max_length=max_length, stored_as="bottleneck")
         self._config = config
 
     def save(self, folder: Path, base_name: str) -> None:

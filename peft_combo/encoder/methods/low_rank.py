@@ -22,7 +22,7 @@ from peft_combo.encoder.methods.attached import (
     NAME,
     ParameterGroup,
     PeftAdapter,
-    cut_of,
+    find_first_layer,
     is_quantised,
     set_parameter,
     write_peft,
@@ -112,8 +112,10 @@ def _whole(module: Any, weight: Tensor, sources: tuple[Tensor, ...], left: Tenso
 class Lora(PeftAdapter):
     """LoRA (Hu et al. 2021), with the learning rates of LoRA+ where they differ."""
 
-    def __init__(self, base: nn.Module, wrapped: Any, *, cut: int, max_length: int, plus_ratio: float = 1.0) -> None:
-        super().__init__(base, wrapped, cut=cut, max_length=max_length)
+    def __init__(
+        self, base: nn.Module, wrapped: Any, *, first_layer: int, max_length: int, plus_ratio: float = 1.0
+    ) -> None:
+        super().__init__(base, wrapped, first_layer=first_layer, max_length=max_length)
         self._plus_ratio = plus_ratio
         _fuse(self.inner)
 
@@ -138,8 +140,8 @@ class Pissa(Lora):
     W keeps its copy here, so the encoder others use is never changed, and what is stored is the difference to it.
     """
 
-    def __init__(self, base: nn.Module, wrapped: Any, *, cut: int, max_length: int, plus_ratio: float) -> None:
-        super().__init__(base, wrapped, cut=cut, max_length=max_length, plus_ratio=plus_ratio)
+    def __init__(self, base: nn.Module, wrapped: Any, *, first_layer: int, max_length: int, plus_ratio: float) -> None:
+        super().__init__(base, wrapped, first_layer=first_layer, max_length=max_length, plus_ratio=plus_ratio)
         self._start = {name: (a.detach().clone(), b.detach().clone()) for name, a, b in self._factors()}
 
     def _factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -171,8 +173,8 @@ class Pissa(Lora):
 class Adalora(PeftAdapter):
     """AdaLoRA (Zhang et al. 2023): singular values are pruned by importance until a rank budget is met."""
 
-    def __init__(self, base: nn.Module, wrapped: Any, *, cut: int, max_length: int, weight: float) -> None:
-        super().__init__(base, wrapped, cut=cut, max_length=max_length)
+    def __init__(self, base: nn.Module, wrapped: Any, *, first_layer: int, max_length: int, weight: float) -> None:
+        super().__init__(base, wrapped, first_layer=first_layer, max_length=max_length)
         self.stored_as = "lora"
         self._orthogonal_weight = weight
         _fuse(self.inner)
@@ -294,8 +296,8 @@ def attach_lora(model: nn.Module, config: LoraAdapter, max_length: int) -> Lora:
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
     kind = Pissa if config.pissa else Lora
-    cut = cut_of(encoder, config.top_layers)
-    return kind(model, wrapped, cut=cut, max_length=max_length, plus_ratio=config.plus_ratio)
+    first_layer = find_first_layer(encoder, config.top_layers)
+    return kind(model, wrapped, first_layer=first_layer, max_length=max_length, plus_ratio=config.plus_ratio)
 
 
 def attach_adalora(model: nn.Module, config: AdaloraAdapter, max_length: int, total_steps: int) -> Adalora:
@@ -323,5 +325,5 @@ def attach_adalora(model: nn.Module, config: AdaloraAdapter, max_length: int, to
             target_modules=target_modules(encoder, config.targets, config.top_layers),
         ),
     )  # fmt: skip
-    cut = cut_of(encoder, config.top_layers)
-    return Adalora(model, wrapped, cut=cut, max_length=max_length, weight=config.orthogonal_weight)
+    first_layer = find_first_layer(encoder, config.top_layers)
+    return Adalora(model, wrapped, first_layer=first_layer, max_length=max_length, weight=config.orthogonal_weight)

@@ -18,7 +18,7 @@ from peft_combo.encoder.architectures import (
     sharing_copy,
     target_modules,
 )
-from peft_combo.encoder.methods.attached import PeftAdapter, ReplacingAdapter, cut_of
+from peft_combo.encoder.methods.attached import PeftAdapter, ReplacingAdapter, find_first_layer
 from peft_combo.errors import BackboneError
 from peft_combo.recipe.adapter import (
     Ia3Adapter,
@@ -44,7 +44,7 @@ def attach_update(model: nn.Module, config: Update, max_length: int, seed: int) 
     encoder = sharing_copy(model)
     wrapped = peft.get_peft_model(encoder, _peft_config(encoder, config, seed))
     kind = ReplacingAdapter if isinstance(config, Ia3Adapter | LayerNormTuning) else PeftAdapter
-    return kind(model, wrapped, cut=cut_of(encoder, config.top_layers), max_length=max_length)
+    return kind(model, wrapped, first_layer=find_first_layer(encoder, config.top_layers), max_length=max_length)
 
 
 def _peft_config(model: nn.Module, config: Update, seed: int) -> Any:

@@ -46,7 +46,7 @@ def prompted(model: nn.Module, wrapped: Any, max_length: int) -> PeftAdapter:
         )
     # A prefix lies in the cache of keys and values, a prompt among the states.
     encoder = None if config.peft_type == peft.PeftType.PREFIX_TUNING else _TextOnly(wrapped, length)
-    return PeftAdapter(model, wrapped, cut=0, max_length=min(max_length, room), encoder=encoder)
+    return PeftAdapter(model, wrapped, first_layer=0, max_length=min(max_length, room), encoder=encoder)
 
 
 def attach_prompt(

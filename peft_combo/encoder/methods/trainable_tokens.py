@@ -19,7 +19,7 @@ class Tokens(ReplacingAdapter):
     """Rows of the embedding table with values of their own; the table itself is shared and stays."""
 
     def __init__(self, base: nn.Module, wrapped: Any, *, max_length: int) -> None:
-        super().__init__(base, wrapped, cut=0, max_length=max_length)
+        super().__init__(base, wrapped, first_layer=0, max_length=max_length)
         module = self.inner.get_submodule(_embedding_name(self.inner))
         places = torch.full((base.get_submodule(_embedding_name(base)).num_embeddings,), -1)  # type: ignore[arg-type]
         chosen = module.token_indices[NAME]  # type: ignore[index]

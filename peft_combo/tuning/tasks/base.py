@@ -112,7 +112,7 @@ class Task(Protocol[HeadT, BatchT, PredictionsT]):
         """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
 
     def logits(self, head: HeadT, encoded: Tensor, batch: BatchT) -> Tensor:
-        """Answer a batch, with gradients: (Q, C) log-odds, or (Q,) where each question is a yes or no.
+        """Answer a batch, with gradients: (Q, C) log-odds, or (Q,) where each query is a yes or no.
 
         Args:
             encoded: the vectors or states of ``batch.items``.
@@ -128,7 +128,7 @@ class Task(Protocol[HeadT, BatchT, PredictionsT]):
         """Put into `head` what `evaluate` chose."""
 
     def predict(self, head: HeadT, encode: Encode) -> PredictionsT:
-        """Answer the questions of the table, one by one."""
+        """Answer the queries of the table, one by one."""
 
     def table(self, before: PredictionsT, after: PredictionsT) -> Table:
         """Compare the tuned with the frozen encoder and with whoever needs no encoder."""

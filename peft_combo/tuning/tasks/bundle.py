@@ -40,19 +40,19 @@ from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
 _NEVER = -1e4
 _SCORE_BLOCK = 256
 # Queries asked while training; the table at the end asks all. At 2,000 the error of NDCG@10 is near 0.01.
-_ASKED_WHILE_TRAINING = 2000
+_QUERIES_WHILE_TRAINING = 2000
 
 
 @dataclass(frozen=True)
 class BundleBatch:
-    """Leave-one-out questions over the distinct items of some bundles.
+    """Leave-one-out queries over the distinct items of some bundles.
 
     Attributes:
         items: (M,) distinct catalogue rows, ascending; first those of the bundles, then extra negatives.
         contexts: (Q, S) positions in `items`, -1 for none.
-        targets: (Q,) position of the right answer.
-        barred: (Q, M) True where an item is neither the answer nor a fair wrong answer.
-        weights: (Q,) float32, what each question counts in the mean over the batch.
+        targets: (Q,) position of the target.
+        barred: (Q, M) True where an item is neither the target nor a fair negative.
+        weights: (Q,) float32, what each query counts in the mean over the batch.
     """
 
     items: NDArray[np.int64]
@@ -64,19 +64,19 @@ class BundleBatch:
 
 @dataclass(frozen=True)
 class CompletionQuery:
-    """What comes next? The context and the right answer are of one bundle.
+    """What comes next? The context and the target are of one bundle.
 
     Attributes:
-        context: rows, may be none. answer: row. bundle: all rows of the bundle.
+        context: rows, may be none. target: row. bundle: all rows of the bundle.
     """
 
     context: NDArray[np.int64]
-    answer: int
+    target: int
     bundle: NDArray[np.int64]
 
 
 class Candidates:
-    """Which bundles and items a batch is made of, and which of these are no fair wrong answers.
+    """Which bundles and items a batch is made of, and which of these are no fair negatives.
 
     All of it is a function of seed and place alone, so a run can go on anywhere.
 
@@ -134,18 +134,18 @@ class Candidates:
         own = np.unique(np.concatenate(bundles))
         return np.concatenate([own, self._extra(own, rng)])
 
-    def barred(self, items: NDArray[np.int64], questions: Sequence[CompletionQuery]) -> NDArray[np.bool_]:
-        """Return (Q, M), True where an item offered is neither the answer nor a fair wrong answer."""
+    def barred(self, items: NDArray[np.int64], queries: Sequence[CompletionQuery]) -> NDArray[np.bool_]:
+        """Return (Q, M), True where an item offered is neither the target nor a fair negative."""
         position = {int(row): place for place, row in enumerate(items)}
-        mask = np.zeros((len(questions), len(items)), bool)
-        for barred, asked in zip(mask, questions, strict=True):
+        mask = np.zeros((len(queries), len(items)), bool)
+        for barred, query in zip(mask, queries, strict=True):
             # Everything that some training bundle holds together with this whole context is right as well.
-            right = {*asked.bundle.tolist(), *self._completions(asked.context)} - {asked.answer}
+            right = {*query.bundle.tolist(), *self._completions(query.context)} - {query.target}
             barred[[position[row] for row in right if row in position]] = True
         if self._config.mask_duplicates:
             copies = self._duplicates[items]
-            answers = np.array([asked.answer for asked in questions])
-            mask |= (self._duplicates[answers][:, None] == copies) & (items != answers[:, None])
+            own_targets = np.array([query.target for query in queries])
+            mask |= (self._duplicates[own_targets][:, None] == copies) & (items != own_targets[:, None])
         return mask
 
     def _completions(self, context: NDArray[np.int64]) -> set[int]:
@@ -195,12 +195,12 @@ class BundleBatches:
         sets = [*bundles, *(pseudo.items if pseudo is not None else ())]
         self._candidates = Candidates(sets, duplicates, leaves, config, batch_size, seed)
         self._config = config
-        # A question weighs what its bundle does times what its answer does.
+        # A query weighs what its bundle does times what its target does.
         self._of_bundle = np.ones(len(sets), np.float32)
         if pseudo is not None and config.pseudo_bundles is not None:
             self._of_bundle[len(bundles) :] = config.pseudo_bundles.weight * pseudo.confidences
         counts = np.bincount(np.concatenate(bundles), minlength=len(duplicates))
-        self._of_answer = compute_inverse_propensities(counts, config.propensity_power, config.propensity_floor)
+        self._of_target = compute_inverse_propensities(counts, config.propensity_power, config.propensity_floor)
 
     @property
     def per_epoch(self) -> int:
@@ -211,18 +211,18 @@ class BundleBatches:
         """Return the batch of optimizer step `step`, counted from 0 over all epochs, or one of its `parts`."""
         bundles, rng = self._candidates.share(step, part, parts)
         items = self._candidates.offer_items(bundles, rng)
-        questions = [
-            CompletionQuery(np.delete(rows, index), int(answer), rows)
+        queries = [
+            CompletionQuery(np.delete(rows, index), int(target), rows)
             for rows in bundles
-            for index, answer in enumerate(rows)
+            for index, target in enumerate(rows)
         ]
-        contexts = [self._thin_context(asked.context, rng) for asked in questions]
+        contexts = [self._thin_context(query.context, rng) for query in queries]
         position = {int(row): place for place, row in enumerate(items)}
         places = padded([np.array([position[int(row)] for row in context]) for context in contexts])
-        targets = np.array([position[asked.answer] for asked in questions])
-        barred = self._candidates.barred(items, questions)
+        targets = np.array([position[query.target] for query in queries])
+        barred = self._candidates.barred(items, queries)
         of_bundle = np.repeat(self._of_bundle[self._candidates.rows(step, part, parts)], list(map(len, bundles)))
-        weights = of_bundle * self._of_answer[items[targets]]
+        weights = of_bundle * self._of_target[items[targets]]
         return BundleBatch(items, *map(torch.from_numpy, (places, targets, barred, weights)))
 
     def _thin_context(self, context: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -233,7 +233,7 @@ class BundleBatches:
 
 
 def compute_inverse_propensities(counts: NDArray[np.int64], power: float, floor: float) -> NDArray[np.float32]:
-    """Return what an answer weighs so that popular items do not speak for all: one over its propensity.
+    """Return what a target weighs so that popular items do not speak for all: one over its propensity.
 
     An item was seen in a bundle because it fits and because it was seen at all; the chance of the latter is taken to
     grow with its popularity, as ((count + 1) / (highest count + 1)) to a power.
@@ -253,7 +253,7 @@ def compute_inverse_propensities(counts: NDArray[np.int64], power: float, floor:
 
 
 def compute_bundle_logits(head: BundleHead, vectors: Tensor, batch: BundleBatch) -> Tensor:
-    """Score the candidates of a batch for each of its questions.
+    """Score the candidates of a batch for each of its queries.
 
     Args:
         vectors: (M, D) vectors of ``batch.items``.
@@ -274,10 +274,10 @@ def compute_bundle_loss(logits: Tensor, batch: BundleBatch, smoothing: float = 0
 
     Args:
         logits: (Q, M) of `compute_bundle_logits`.
-        smoothing: this share of each target is spread evenly over the question's fair candidates, the answer among
+        smoothing: this share of each target is spread evenly over the query's fair candidates, the target among
             them; nothing goes to what is barred.
     Returns:
-        scalar, weighted mean over the questions.
+        scalar, weighted mean over the queries.
     Source: InfoNCE, van den Oord et al. 2018, eq. 4; several positives by leaving the others out of the denominator,
         as in Khosla et al. 2020, eq. 2; smoothing as in Szegedy et al. 2016, section 7.
     """
@@ -294,10 +294,10 @@ CompletionHeadT = TypeVar("CompletionHeadT", bound=CompletionHead)
 
 
 class Completion(Generic[CompletionHeadT]):
-    """What all tasks share, as the loop sees them (`base.Task`), that complete bundles: the data and the questions.
+    """What all tasks share, as the loop sees them (`base.Task`), that complete bundles: the data and the queries.
 
-    The untrained head scores like cosine, so there is nothing to start it with, and the outcome of a question is the
-    rank of its answer. What validation chooses is how far the head goes from there (`CompletionHead.at_strength`).
+    The untrained head scores like cosine, so there is nothing to start it with, and the prediction of a query is the
+    rank of its target. What validation chooses is how far the head goes from there (`CompletionHead.interpolated`).
     """
 
     per_token = False
@@ -332,7 +332,7 @@ class Completion(Generic[CompletionHeadT]):
         _, self._leaves = np.unique(np.array(leaf_names), return_inverse=True)
         self._bundles = [dataset.bundles.items[row] for row in parts.train]
         self._queries = Queries.of(dataset.bundles, parts.valid)
-        self._sampled_queries = self._queries.sample(_ASKED_WHILE_TRAINING, recipe.seed)
+        self._sampled_queries = self._queries.sample(_QUERIES_WHILE_TRAINING, recipe.seed)
 
     def start(self, head: CompletionHeadT, frozen: Encode) -> None:
         pass
@@ -340,20 +340,20 @@ class Completion(Generic[CompletionHeadT]):
     def evaluate(self, head: CompletionHeadT, encode: Encode, metric: str) -> Evaluation:
         vectors = encode(None)
         tried = {
-            share: metrics.ranking_metrics(completion_ranks(head.at_strength(share), vectors, self._sampled_queries))
+            share: metrics.ranking_metrics(completion_ranks(head.interpolated(share), vectors, self._sampled_queries))
             for share in (self._strengths if head.learned() else (1.0,))
         }
         strength = max(tried, key=lambda share: tried[share][metric])
         return Evaluation(tried[strength], {"strength": strength})
 
     def apply_choice(self, head: CompletionHeadT, choice: Mapping[str, float]) -> None:
-        head.load_state_dict(head.at_strength(choice["strength"]).state_dict())
+        head.load_state_dict(head.interpolated(choice["strength"]).state_dict())
 
     def predict(self, head: CompletionHeadT, encode: Encode) -> NDArray[np.float64]:
         return completion_ranks(head, encode(None), self._queries)
 
     def table(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Table:
-        questions, clusters = self._queries, self._queries.groups
+        queries, clusters = self._queries, self._queries.groups
         history = self._dataset.bundles.to_csr(len(self.texts), self._parts.train)
         ranks = {
             "popularity": self._scorer_ranks(Popularity().fit(history)),
@@ -367,8 +367,8 @@ class Completion(Generic[CompletionHeadT]):
         gain = Gain.between(old, new, clusters)
         groups = len(set(clusters.tolist()))
         return Table(
-            "ndcg@10", rows, gain, len(questions), groups,
-            asked=f"completing {self.examples['valid']} held-out validation bundles ({len(questions)} questions of "
+            "ndcg@10", rows, gain, len(queries), groups,
+            asked=f"completing {self.examples['valid']} held-out validation bundles ({len(queries)} questions of "
             f"{groups} groups), each answer ranked among all {len(self.texts):,} items",
             caveat="The step was chosen on these bundles, so the tuned row is slightly flattered; "
             f"{self.examples['test']} test bundles were not looked at.",
@@ -376,13 +376,13 @@ class Completion(Generic[CompletionHeadT]):
         )  # fmt: skip
 
     def _scorer_ranks(self, scorer: Scorer) -> NDArray[np.float64]:
-        questions = self._queries
-        contexts, excluded = questions.to_csr(len(self.texts)), questions.excluded()
+        queries = self._queries
+        contexts, excluded = queries.to_csr(len(self.texts)), queries.excluded()
         ranks = []
-        for start in range(0, len(questions), _SCORE_BLOCK):
+        for start in range(0, len(queries), _SCORE_BLOCK):
             block = slice(start, start + _SCORE_BLOCK)
             scores = scorer.score_baskets(contexts[block])
-            ranks.append(metrics.midranks(scores, questions.targets[block], excluded[block]))
+            ranks.append(metrics.midranks(scores, queries.targets[block], excluded[block]))
         return np.concatenate(ranks)
 
 

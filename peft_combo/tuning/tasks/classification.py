@@ -56,7 +56,7 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class ClassificationPredictions:
-    """What a model says of the questions: how likely each class is, and which it gives, both (Q, C)."""
+    """What a model says of the queries: how likely each class is, and which it gives, both (Q, C)."""
 
     probabilities: NDArray[np.float32]
     given: NDArray[np.bool_]
@@ -165,15 +165,15 @@ class Classification:
         return ClassificationPredictions(probabilities, head.classes(probabilities))
 
     def table(self, before: ClassificationPredictions, after: ClassificationPredictions) -> Table:
-        answers = {
+        predictions = {
             "most frequent class": self._most_frequent(),
             "TF-IDF + logistic regression": self._tfidf(),
             "frozen backbone": before,
             "tuned": after,
         }
-        counts = {name: self._counts(one.given, self._test) for name, one in answers.items()}
+        counts = {name: self._counts(one.given, self._test) for name, one in predictions.items()}
         rows = []
-        for name, one in answers.items():
+        for name, one in predictions.items():
             values = {**self._values(one.given, self._test), "ece": self._calibration(one)}
             rows.append(Row(name, values, interval(counts[name], macro_f1)))
         old, new = counts["frozen backbone"], counts["tuned"]
@@ -223,12 +223,12 @@ class Classification:
             len(self._classes),
         )
 
-    def _calibration(self, answers: ClassificationPredictions) -> float:
+    def _calibration(self, predictions: ClassificationPredictions) -> float:
         right = self._right[self._test]
-        if not self.exclusive:  # each class is a question of its own
-            return calibration_error(answers.probabilities.ravel(), right.ravel())
-        best = answers.probabilities.argmax(1)
-        return calibration_error(answers.probabilities.max(1), right[np.arange(len(best)), best])
+        if not self.exclusive:  # each class is a query of its own
+            return calibration_error(predictions.probabilities.ravel(), right.ravel())
+        best = predictions.probabilities.argmax(1)
+        return calibration_error(predictions.probabilities.max(1), right[np.arange(len(best)), best])
 
     def _most_frequent(self) -> ClassificationPredictions:
         """Say the same of every text: the most frequent class, with its share in training as the confidence."""
@@ -247,10 +247,10 @@ class Classification:
             probabilities, _given(probabilities, self.exclusive, choice.get("threshold", 0.5))
         )
 
-    def _confusions(self, answers: ClassificationPredictions) -> tuple[Detail, ...]:
+    def _confusions(self, predictions: ClassificationPredictions) -> tuple[Detail, ...]:
         if not self.exclusive:
             return ()
-        right, said = self._right[self._test].argmax(1), answers.given.argmax(1)
+        right, said = self._right[self._test].argmax(1), predictions.given.argmax(1)
         pairs = Counter((int(r), int(s)) for r, s in zip(right, said, strict=True) if r != s)
         of = Counter(right.tolist())
         names = _shown(self._classes)

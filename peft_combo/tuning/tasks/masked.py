@@ -1,4 +1,6 @@
-"""Masked language modelling task: which words were taken out of a text. An encoder meets a catalogue without labels.
+"""Masked language modelling task: which words were taken out of a text.
+
+It needs no label, so an encoder may meet a catalogue first.
 
 Owns the head, which words are asked for and what is shown in their place, the measures and the baselines. What such an
 adapter is good for afterwards is for `tuning.continual` to know.
@@ -32,14 +34,14 @@ from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import MaskedTask
 from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
 
-# Texts whose states, and questions whose answers over the whole vocabulary, are held at once.
+# Texts whose states, and queries whose answers over the whole vocabulary, are held at once.
 _TEXTS_AT_ONCE = 1024
-_QUESTIONS_AT_ONCE = 256
+_QUERIES_AT_ONCE = 256
 # Seeds of what is asked of held-out texts: no run's own, so that all runs are asked the same.
 _VALID, _TEST, _FIRST = 1, 2, 3
-# What the head is fitted on before the encoder learns: so many questions, of so many drawings of words from a text at
+# What the head is fitted on before the encoder learns: so many queries, of so many drawings of words from a text at
 # most; by so many steps between two looks at validation, and looks at most.
-_FIRST_QUESTIONS = 12_288
+_FIRST_QUERIES = 12_288
 _FIRST_DRAWINGS = 8
 _FIRST_STEPS = 32
 _FIRST_LOOKS = 30
@@ -68,7 +70,7 @@ class MaskedBatch:
     items: NDArray[np.int64]
     tokens: NDArray[np.int64]
     places: NDArray[np.int64]
-    answers: NDArray[np.int64]
+    targets: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +112,11 @@ class Masker:
         pieces = spans + np.repeat(begin, tokens.lengths)[:, None]
         unit = np.searchsorted(edges[:, 1], pieces[:, 0], side="right")  # the first word that ends behind its start
         inside = np.append(edges[:, 0], np.iinfo(np.int64).max)[unit] < pieces[:, 1]
-        asked = inside & (spans[:, 0] < spans[:, 1]) & ~np.isin(tokens.ids, special)
+        maskable = inside & (spans[:, 0] < spans[:, 1]) & ~np.isin(tokens.ids, special)
         if not whole_words:
             unit = np.arange(len(unit))
         known = np.unique(list(tokenizer.get_vocab().values()))
-        return cls(tokens, np.where(asked, unit, -1), int(tokenizer.mask_token_id), np.setdiff1d(known, special))
+        return cls(tokens, np.where(maskable, unit, -1), int(tokenizer.mask_token_id), np.setdiff1d(known, special))
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where the tokens of some texts stand among all tokens, text by text."""
@@ -142,18 +144,18 @@ class Masker:
         chosen = np.zeros(len(units), bool)
         chosen[order] = rank < wanted[text_of[order]]
         places = askable[chosen[unit_of]]
-        answers = shown[places]
+        targets = shown[places]
         dice = rng.random(len(places))
         others = rng.choice(self.ordinary, len(places))
         shown[places] = np.where(
-            dice < kept, answers, np.where(dice < kept + random, others, self.mask_id)
+            dice < kept, targets, np.where(dice < kept + random, others, self.mask_id)
         )  # fmt: skip
-        return MaskedBatch(rows, shown, places, answers)
+        return MaskedBatch(rows, shown, places, targets)
 
 
 @dataclass(frozen=True)
 class MaskedPredictions:
-    """What somebody says of Q questions.
+    """Predictions of the words of Q queries.
 
     Attributes:
         likelihood: (Q,) natural logarithm of the probability of the right word. ranks: (Q,) its rank, 1 = best.
@@ -224,19 +226,19 @@ class MaskedWords:
 
     def start(self, head: MaskedHead, frozen: Encode) -> None:
         some = self._train
-        if len(some) > _FIRST_QUESTIONS:
-            some = np.sort(np.random.default_rng(_FIRST).choice(some, _FIRST_QUESTIONS, replace=False))
-        states, answers = [], np.empty(0, np.int64)
+        if len(some) > _FIRST_QUERIES:
+            some = np.sort(np.random.default_rng(_FIRST).choice(some, _FIRST_QUERIES, replace=False))
+        states, targets = [], np.empty(0, np.int64)
         for drawing in range(_FIRST_DRAWINGS):
-            asked = self._cloze(some, _FIRST + drawing)
-            states.append(self._states(frozen, asked))
-            answers = np.concatenate([answers, asked.answers])
-            if len(answers) >= _FIRST_QUESTIONS:
+            queries = self._mask_words(some, _FIRST + drawing)
+            states.append(self._states(frozen, queries))
+            targets = np.concatenate([targets, queries.targets])
+            if len(targets) >= _FIRST_QUERIES:
                 break
-        held = self._cloze(self._valid, _VALID)
+        held = self._mask_words(self._valid, _VALID)
         with torch.no_grad():
-            head.bias.copy_(torch.from_numpy(np.log(self._frequencies(held.answers))))
-        fit_head(head, self._words, (torch.cat(states), answers), (self._states(frozen, held), held.answers))
+            head.bias.copy_(torch.from_numpy(np.log(self._frequencies(held.targets))))
+        fit_head(head, self._words, (torch.cat(states), targets), (self._states(frozen, held), held.targets))
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> MaskedBatch:
         rows = self._train[np.sort(self._epochs.share(step, part, parts))]
@@ -248,45 +250,47 @@ class MaskedWords:
         return logits
 
     def loss(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
-        return functional.cross_entropy(logits.float(), torch.from_numpy(batch.answers).to(logits.device))
+        return functional.cross_entropy(logits.float(), torch.from_numpy(batch.targets).to(logits.device))
 
     def evaluate(self, head: MaskedHead, encode: Encode, metric: str) -> Evaluation:
-        values = self._answers(head, encode, self._cloze(self._valid, _VALID)).values()
+        values = self._predict(head, encode, self._mask_words(self._valid, _VALID)).values()
         return Evaluation({name: values[name] for name in self._config.metrics})
 
     def apply_choice(self, head: MaskedHead, choice: Mapping[str, float]) -> None:
         pass
 
     def predict(self, head: MaskedHead, encode: Encode) -> MaskedPredictions:
-        return self._answers(head, encode, self._cloze(self._test, _TEST))
+        return self._predict(head, encode, self._mask_words(self._test, _TEST))
 
     def table(self, before: MaskedPredictions, after: MaskedPredictions) -> Table:
-        valid, test = self._cloze(self._valid, _VALID), self._cloze(self._test, _TEST)
-        often = self._frequencies(valid.answers)
+        valid, test = self._mask_words(self._valid, _VALID), self._mask_words(self._test, _TEST)
+        often = self._frequencies(valid.targets)
         around = Surroundings.of(self._masker, self._train, often).fit_mixture(valid)
-        answers = {
-            "how often a word occurs": _rank_answers(
-                np.broadcast_to(np.log(often), (len(test.answers), len(often))), test.answers
+        predictions = {
+            "how often a word occurs": _rank_targets(
+                np.broadcast_to(np.log(often), (len(test.targets), len(often))), test.targets
             ),
-            "words next to it, counted": around.answers(test),
+            "words next to it, counted": around.predict(test),
             "frozen backbone": before,
             "tuned": after,
         }
-        owner = np.searchsorted(np.cumsum(self._masker.tokens.lengths[test.items]), test.places, side="right")
+        text_of_query = np.searchsorted(np.cumsum(self._masker.tokens.lengths[test.items]), test.places, side="right")
         rows = tuple(
-            Row(name, one.values(), metrics.bootstrap_interval(one.likelihood, owner)) for name, one in answers.items()
+            Row(name, one.values(), metrics.bootstrap_interval(one.likelihood, text_of_query))
+            for name, one in predictions.items()
         )
         n = len(test.items)
         return Table(
-            "log_likelihood", rows, Gain.between(before.likelihood, after.likelihood, owner), len(test.answers), n,
-            asked=f"the {len(test.answers):,} masked tokens of {n:,} held-out test texts",
+            "log_likelihood", rows, Gain.between(before.likelihood, after.likelihood, text_of_query),
+            len(test.targets), n,
+            asked=f"the {len(test.targets):,} masked tokens of {n:,} held-out test texts",
             caveat=f"Step and first head were chosen on {len(valid.items):,} validation texts; no test text occurs in "
             "training or validation. What this is worth to another task shows only there.",
         )  # fmt: skip
 
-    def _cloze(self, rows: NDArray[np.int64], seed: int) -> MaskedBatch:
+    def _mask_words(self, rows: NDArray[np.int64], seed: int) -> MaskedBatch:
         """Ask what stands in some texts, whoever runs."""
-        # Nothing but the mask: what shows itself would be no question to count.
+        # Nothing but the mask: what shows itself would be no question.
         return self._masker.mask(rows, self._config.mask_share, 0.0, 0.0, np.random.default_rng(seed))
 
     def _frequencies(self, held: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -295,32 +299,32 @@ class MaskedWords:
         seen = self._masker.tokens.ids[own[self._masker.unit[own] >= 0]]
         return estimate_frequencies(np.bincount(seen, minlength=len(self._words)), held)
 
-    def _states(self, encode: Encode, asked: MaskedBatch) -> Tensor:
+    def _states(self, encode: Encode, queries: MaskedBatch) -> Tensor:
         """Encode what is asked for: (Q, D)."""
-        sizes = self._masker.tokens.lengths[asked.items]
+        sizes = self._masker.tokens.lengths[queries.items]
         begin = np.concatenate([[0], np.cumsum(sizes)])
         found = []
-        for start in range(0, len(asked.items), _TEXTS_AT_ONCE):
-            low, high = begin[start], begin[min(start + _TEXTS_AT_ONCE, len(asked.items))]
-            some = asked.items[start : start + _TEXTS_AT_ONCE]
-            places = asked.places[(asked.places >= low) & (asked.places < high)] - low
-            states = cast(EncodeTokens, encode)(some, tokens=asked.tokens[low:high])
+        for start in range(0, len(queries.items), _TEXTS_AT_ONCE):
+            low, high = begin[start], begin[min(start + _TEXTS_AT_ONCE, len(queries.items))]
+            some = queries.items[start : start + _TEXTS_AT_ONCE]
+            places = queries.places[(queries.places >= low) & (queries.places < high)] - low
+            states = cast(EncodeTokens, encode)(some, tokens=queries.tokens[low:high])
             found.append(torch.from_numpy(states[places]))
         return torch.cat(found)
 
     @torch.inference_mode()
-    def _answers(self, head: MaskedHead, encode: Encode, asked: MaskedBatch) -> MaskedPredictions:
-        return predict_words(head, self._words, self._states(encode, asked), asked.answers)
+    def _predict(self, head: MaskedHead, encode: Encode, queries: MaskedBatch) -> MaskedPredictions:
+        return predict_words(head, self._words, self._states(encode, queries), queries.targets)
 
 
 @torch.inference_mode()
-def predict_words(head: MaskedHead, words: Tensor, states: Tensor, answers: NDArray[np.int64]) -> MaskedPredictions:
+def predict_words(head: MaskedHead, words: Tensor, states: Tensor, targets: NDArray[np.int64]) -> MaskedPredictions:
     """Let a head answer: (Q, D) states."""
     found = []
-    for start in range(0, len(answers), _QUESTIONS_AT_ONCE):
-        some = states[start : start + _QUESTIONS_AT_ONCE].to(words.device)
+    for start in range(0, len(targets), _QUERIES_AT_ONCE):
+        some = states[start : start + _QUERIES_AT_ONCE].to(words.device)
         logits = head(some, words).float().log_softmax(-1).cpu().numpy()
-        found.append(_rank_answers(logits, answers[start : start + _QUESTIONS_AT_ONCE]))
+        found.append(_rank_targets(logits, targets[start : start + _QUERIES_AT_ONCE]))
     return _join_predictions(found)
 
 
@@ -332,15 +336,15 @@ def fit_head(
     Args:
         words: (V, E) word embeddings. seen, held: (Q, D) states and (Q,) the words that stood there.
     """
-    states, answers = seen[0].to(words.device), torch.from_numpy(seen[1]).to(words.device)
+    states, targets = seen[0].to(words.device), torch.from_numpy(seen[1]).to(words.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=_FIRST_RATE)
     best = (float(predict_words(head, words, *held).likelihood.mean()), _copy_weights(head))
-    examples = Epochs(len(answers), _QUESTIONS_AT_ONCE, _FIRST)
+    examples = Epochs(len(targets), _QUERIES_AT_ONCE, _FIRST)
     stride = max(_FIRST_STEPS, examples.per_epoch)
     for look in range(_FIRST_LOOKS):
         for step in range(look * stride, (look + 1) * stride):
             some = torch.from_numpy(examples.share(step)).to(words.device)
-            loss = functional.cross_entropy(head(states[some], words), answers[some])
+            loss = functional.cross_entropy(head(states[some], words), targets[some])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -356,10 +360,10 @@ def _copy_weights(head: MaskedHead) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in head.state_dict().items()}
 
 
-def _rank_answers(likelihoods: NDArray[np.floating[Any]], answers: NDArray[np.int64]) -> MaskedPredictions:
+def _rank_targets(likelihoods: NDArray[np.floating[Any]], targets: NDArray[np.int64]) -> MaskedPredictions:
     """Judge (Q, V) logarithms of probabilities."""
-    likelihood = np.take_along_axis(likelihoods, answers[:, None], axis=1)[:, 0].astype(np.float64)
-    return MaskedPredictions(likelihood, metrics.midranks(likelihoods, answers))
+    likelihood = np.take_along_axis(likelihoods, targets[:, None], axis=1)[:, 0].astype(np.float64)
+    return MaskedPredictions(likelihood, metrics.midranks(likelihoods, targets))
 
 
 def _join_predictions(parts: Sequence[MaskedPredictions]) -> MaskedPredictions:
@@ -406,46 +410,46 @@ class Surroundings:
         """Count in the texts `rows`; all four weigh alike."""
         own = masker.places(rows)
         ids = masker.tokens.ids[own].astype(np.int64)
-        asked = np.flatnonzero(masker.unit[own] >= 0)
-        words = ids[asked]
+        places = np.flatnonzero(masker.unit[own] >= 0)
+        words = ids[places]
         found = []
-        for keys in cls._keys(ids, asked, len(alone)):
+        for keys in cls._keys(ids, places, len(alone)):
             known, row = np.unique(keys, return_inverse=True)
             counts = sparse.csr_array((np.ones(len(words)), (row, words)), shape=(len(known), len(alone)))
             found.append((known, sparse.csr_array(counts.multiply(1 / counts.sum(axis=1)[:, None]))))
         return cls(alone, tuple(found), np.full(4, 0.25))
 
-    def fit_mixture(self, asked: MaskedBatch) -> Self:
-        """Return the mixture whose weights suit these questions best."""
-        parts = np.concatenate([self._each(asked, block)[1] for block in _blocks(len(asked.answers))])  # (Q, 4)
+    def fit_mixture(self, queries: MaskedBatch) -> Self:
+        """Return the mixture whose weights suit these queries best."""
+        parts = np.concatenate([self._mix(queries, block)[1] for block in _blocks(len(queries.targets))])  # (Q, 4)
         weights = self.weights
         for _ in range(_MIXING_STEPS):
             shares = parts * weights
             weights = (shares / shares.sum(1, keepdims=True)).mean(0)
         return type(self)(self.alone, self.contexts, weights)
 
-    def answers(self, asked: MaskedBatch) -> MaskedPredictions:
-        """Answer questions."""
+    def predict(self, queries: MaskedBatch) -> MaskedPredictions:
+        """Predict the masked words."""
         return _join_predictions(
             [
-                _rank_answers(np.log(self._each(asked, block)[0]), asked.answers[block])
-                for block in _blocks(len(asked.answers))
+                _rank_targets(np.log(self._mix(queries, block)[0]), queries.targets[block])
+                for block in _blocks(len(queries.targets))
             ]
         )
 
-    def _each(self, asked: MaskedBatch, block: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _mix(self, queries: MaskedBatch, block: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return (Q, V) what the mixture says, and (Q, 4) what each part says of the right word."""
-        answers = asked.answers[block]
-        every = np.broadcast_to(self.alone, (len(answers), len(self.alone)))
+        targets = queries.targets[block]
+        every = np.broadcast_to(self.alone, (len(targets), len(self.alone)))
         mixture = self.weights[0] * every
-        right = [self.alone[answers]]
-        keys = self._keys(asked.tokens, asked.places[block], len(self.alone))
+        right = [self.alone[targets]]
+        keys = self._keys(queries.tokens, queries.places[block], len(self.alone))
         for own, (known, shares), weight in zip(keys, self.contexts, self.weights[1:], strict=True):
             row = np.minimum(np.searchsorted(known, own), len(known) - 1)
             seen = known[row] == own
             said = np.where(seen[:, None], shares[row].toarray(), every)
             mixture = mixture + weight * said
-            right.append(said[np.arange(len(answers)), answers])
+            right.append(said[np.arange(len(targets)), targets])
         return mixture, np.stack(right, 1)
 
     @staticmethod
@@ -457,4 +461,4 @@ class Surroundings:
 
 
 def _blocks(count: int) -> Iterator[slice]:
-    return (slice(start, start + _QUESTIONS_AT_ONCE) for start in range(0, count, _QUESTIONS_AT_ONCE))
+    return (slice(start, start + _QUERIES_AT_ONCE) for start in range(0, count, _QUERIES_AT_ONCE))

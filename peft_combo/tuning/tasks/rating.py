@@ -44,12 +44,12 @@ from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
 from peft_combo.tuning.tasks.negatives import Negatives
 
 # Events that are asked about while training and for the table; each ranks the whole catalogue.
-_ASKED_WHILE_TRAINING, _ASKED = 1000, 5000
+_QUERIES_WHILE_TRAINING, _QUERIES = 1000, 5000
 _QUERY_BLOCK = 512
 # The head over the frozen encoder is fitted until validation has seen no gain for so many epochs.
 _PROBE_EPOCHS, _PROBE_PATIENCE = 10, 2
 # Batches from which the few weights of the head are fitted before all else: thousands of pairs.
-_WEIGHED = 4
+_BATCHES_FOR_WEIGHTS = 4
 # Popularity and neighbours weighed against each other, as the head weighs them, but without any text.
 _COUNTING = "popularity and item-kNN"
 
@@ -99,7 +99,7 @@ class RatingQueries:
     """Held-out events and the pairs that are judged.
 
     Attributes:
-        histories: (Q, S). users, items: (Q,). liked: (Q,) whether the event's item is a right answer.
+        histories: (Q, S). users, items: (Q,). liked: (Q,) whether the event's item is a target.
         events, candidates, targets: (P,) see `RatingBatch`, the candidates as catalogue rows.
         excluded: for each liked event, what is no candidate of its ranking.
     """
@@ -160,7 +160,7 @@ class ItemRating:
         self._epochs = Epochs(len(self._train), recipe.training.batch_size, recipe.seed)
         self._valid, self._test = (
             self._build_queries(_sample_rows(rows, most, recipe.seed))
-            for rows, most in ((parts.valid, _ASKED_WHILE_TRAINING), (parts.test, _ASKED))
+            for rows, most in ((parts.valid, _QUERIES_WHILE_TRAINING), (parts.test, _QUERIES))
         )
         if not self._valid.liked.any() or not self._test.liked.any():
             raise DataError("No held-out event is a liked one, so nothing can be ranked. Lower task.like_from.")
@@ -201,7 +201,7 @@ class ItemRating:
         )
 
         metric = self._recipe.metric
-        self._weigh(head, vectors)
+        self._fit_weights(head, vectors)
 
         def now() -> Evaluation:
             return self.evaluate(head, lambda rows: vectors, metric)
@@ -253,9 +253,9 @@ class ItemRating:
     def evaluate(self, head: RatingHead, encode: Encode, metric: str) -> Evaluation:
         raw = copy.deepcopy(head)
         self.apply_choice(raw, {})
-        answers = self._answers(self._valid, self._model(raw, encode(None)))
-        slope, shift = platt(answers.logits, self._valid.targets)
-        found = self._values(self._valid, answers)
+        predictions = self._predict(self._valid, self._build_scorer(raw, encode(None)))
+        slope, shift = platt(predictions.logits, self._valid.targets)
+        found = self._values(self._valid, predictions)
         # A slope that turns the order round would belie the ranking, so such a head stays as it is.
         choice = {"slope": slope, "shift": shift} if slope > 0 else {}
         return Evaluation({name: found[name] for name in self._config.metrics}, choice)
@@ -265,43 +265,43 @@ class ItemRating:
         head.shift.fill_(choice.get("shift", 0.0))
 
     def predict(self, head: RatingHead, encode: Encode) -> RatingPredictions:
-        return self._answers(self._test, self._model(head, encode(None)))
+        return self._predict(self._test, self._build_scorer(head, encode(None)))
 
     def table(self, before: RatingPredictions, after: RatingPredictions) -> Table:
-        asked = self._test
+        queries = self._test
         baselines = self._baselines()
-        answers = {**baselines, "frozen backbone": before, "tuned": after}
-        users = asked.users[asked.liked]
-        ndcg = {name: by_user(metrics.per_query(one.ranks, "ndcg@10"), users) for name, one in answers.items()}
+        predictions = {**baselines, "frozen backbone": before, "tuned": after}
+        users = queries.users[queries.liked]
+        ndcg = {name: by_user(metrics.per_query(one.ranks, "ndcg@10"), users) for name, one in predictions.items()}
         people = np.arange(len(np.unique(users)))
         rows = tuple(
-            Row(name, self._values(asked, one), metrics.bootstrap_interval(ndcg[name], people))
-            for name, one in answers.items()
+            Row(name, self._values(queries, one), metrics.bootstrap_interval(ndcg[name], people))
+            for name, one in predictions.items()
         )
         old, new = ndcg["frozen backbone"], ndcg["tuned"]
         gain = Gain.between(old, new, people)
-        losses = [log_losses(one.logits, asked.targets) for one in (before, after)]
-        owners = asked.users[asked.events]
-        low, high = metrics.bootstrap_interval(losses[1] - losses[0], owners)
-        p = metrics.paired_permutation(losses[1], losses[0], owners)
+        losses = [log_losses(one.logits, queries.targets) for one in (before, after)]
+        users_of_pairs = queries.users[queries.events]
+        low, high = metrics.bootstrap_interval(losses[1] - losses[0], users_of_pairs)
+        p = metrics.paired_permutation(losses[1], losses[0], users_of_pairs)
         drop = (float(losses[0].mean()), float(losses[1].mean()), float((losses[1] - losses[0]).mean()), low, high, p)
         return Table(
-            "ndcg@10", rows, gain, len(asked.items), len(people),
-            asked=f"{len(asked.items):,} held-out test events, {len(asked.targets):,} pairs judged and "
-            f"{int(asked.liked.sum()):,} liked items ranked among all {len(self.texts):,}",
+            "ndcg@10", rows, gain, len(queries.items), len(people),
+            asked=f"{len(queries.items):,} held-out test events, {len(queries.targets):,} pairs judged and "
+            f"{int(queries.liked.sum()):,} liked items ranked among all {len(self.texts):,}",
             caveat="Candidates are the full catalogue; every user weighs the same in NDCG@10. Step and frozen head "
             f"were chosen on {len(self._valid.items):,} validation events, and no test event was trained on.",
             details=(
                 Detail(
                     "AUC of the tuned row less that of another",
                     ("row", "its AUC", "tuned", "difference", "low", "high"),
-                    self._auc_gains(answers),
+                    self._auc_gains(predictions),
                 ),
                 Detail("Log-loss, lower is better", ("before", "tuned", "difference", "low", "high", "p"), (drop,)),
                 Detail(
                     "How far the tuned score can be taken at its word",
                     ("score from", "to", "pairs", "mean score", "share taken"),
-                    reliability(expit(after.logits), asked.targets),
+                    reliability(expit(after.logits), queries.targets),
                 ),
             ),
         )  # fmt: skip
@@ -310,7 +310,7 @@ class ItemRating:
         encoded = torch.from_numpy(vectors[batch.items]).to(head.constant.device)
         return compute_rating_loss(compute_rating_logits(head, encoded, batch), batch)
 
-    def _weigh(self, head: RatingHead, vectors: NDArray[np.float32]) -> None:
+    def _fit_weights(self, head: RatingHead, vectors: NDArray[np.float32]) -> None:
         """Weigh text against counts: a few numbers, which steps made for thousands would hardly move."""
         optimizer = torch.optim.LBFGS(head.weights, line_search_fn="strong_wolfe")
         batches = self._first_batches()
@@ -328,7 +328,7 @@ class ItemRating:
         head.zero_grad()
 
     def _first_batches(self) -> list[RatingBatch]:
-        return [self.batch(step) for step in range(min(self.per_epoch, _WEIGHED))]
+        return [self.batch(step) for step in range(min(self.per_epoch, _BATCHES_FOR_WEIGHTS))]
 
     def _baselines(self) -> dict[str, RatingPredictions]:
         """Answer as counting alone does; of a scorer with several settings, in the one that is best on validation."""
@@ -337,7 +337,7 @@ class ItemRating:
         def popularity(histories: NDArray[np.int64]) -> NDArray[np.float32]:
             return np.repeat(self._counted.log_popularity[None], len(histories), axis=0)
 
-        def asked(scorer: Scorer) -> Logits:
+        def score_with(scorer: Scorer) -> Logits:
             return lambda histories: np.nan_to_num(scorer.score_baskets(baskets_of(histories, n_items)), nan=0.0)
 
         settings: dict[str, tuple[Scorer, ...]] = {
@@ -345,19 +345,19 @@ class ItemRating:
             "user-kNN": (UserKNN(), UserKNN(k=300)),
             "ALS": (ALS(seed=self._recipe.seed),),
         }
-        answers = {"popularity": self._calibrated(popularity)}
+        predictions = {"popularity": self._calibrated(popularity)}
         for name, scorers in settings.items():
             try:
-                models = [asked(scorer.fit(self._liked)) for scorer in scorers]
+                models = [score_with(scorer.fit(self._liked)) for scorer in scorers]
             except PeftComboError:  # ALS without its package
                 continue
-            valid = [self._values(self._valid, self._answers(self._valid, model))[metric] for model in models]
-            answers[name] = self._calibrated(models[int(np.argmax(valid))])
+            valid = [self._values(self._valid, self._predict(self._valid, model))[metric] for model in models]
+            predictions[name] = self._calibrated(models[int(np.argmax(valid))])
         if self._apart is not None:
-            answers[_COUNTING] = self._calibrated(self._counting())
-        return answers
+            predictions[_COUNTING] = self._calibrated(self._fit_counting())
+        return predictions
 
-    def _counting(self) -> Logits:
+    def _fit_counting(self) -> Logits:
         """Weigh popularity and neighbours on training pairs as the head does: all it has but the texts."""
         batches = self._first_batches()
         nearness = torch.cat([batch.nearness for batch in batches if batch.nearness is not None])
@@ -385,13 +385,13 @@ class ItemRating:
 
         return model
 
-    def _auc_gains(self, answers: Mapping[str, RatingPredictions]) -> tuple[tuple[str | float, ...], ...]:
-        asked = self._test
-        right, users = asked.targets >= 0.5, asked.users[asked.events]
-        drawn = {name: auc_draws(one.logits, right, users) for name, one in answers.items()}
-        whole = {name: auc(one.logits, right) for name, one in answers.items()}
+    def _auc_gains(self, predictions: Mapping[str, RatingPredictions]) -> tuple[tuple[str | float, ...], ...]:
+        queries = self._test
+        right, users = queries.targets >= 0.5, queries.users[queries.events]
+        drawn = {name: auc_draws(one.logits, right, users) for name, one in predictions.items()}
+        whole = {name: auc(one.logits, right) for name, one in predictions.items()}
         rows = []
-        for name in (name for name in answers if name != "tuned"):
+        for name in (name for name in predictions if name != "tuned"):
             low, high = np.quantile(drawn["tuned"] - drawn[name], [0.025, 0.975])
             gain = whole["tuned"] - whole[name]
             rows.append((name, whole[name], whole["tuned"], gain, float(low), float(high)))
@@ -428,36 +428,38 @@ class ItemRating:
             candidates, targets, tuple(excluded),
         )  # fmt: skip
 
-    def _model(self, head: RatingHead, vectors: NDArray[np.float32]) -> Logits:
+    def _build_scorer(self, head: RatingHead, vectors: NDArray[np.float32]) -> Logits:
         targets = target_vectors(head.towers, vectors)
         return lambda histories: head.scores(vectors, histories, self._counted, targets)
 
-    def _answers(self, asked: RatingQueries, model: Logits) -> RatingPredictions:
-        place = np.cumsum(asked.liked) - 1
-        ranks, logits = np.empty(int(asked.liked.sum())), np.empty(len(asked.events))
-        for start in range(0, len(asked.items), _QUERY_BLOCK):
-            stop = min(start + _QUERY_BLOCK, len(asked.items))
-            scores = model(asked.histories[start:stop])
-            pairs = np.flatnonzero((asked.events >= start) & (asked.events < stop))
-            logits[pairs] = scores[asked.events[pairs] - start, asked.candidates[pairs]]
-            liked = np.flatnonzero(asked.liked[start:stop])
+    def _predict(self, queries: RatingQueries, model: Logits) -> RatingPredictions:
+        place = np.cumsum(queries.liked) - 1
+        ranks, logits = np.empty(int(queries.liked.sum())), np.empty(len(queries.events))
+        for start in range(0, len(queries.items), _QUERY_BLOCK):
+            stop = min(start + _QUERY_BLOCK, len(queries.items))
+            scores = model(queries.histories[start:stop])
+            pairs = np.flatnonzero((queries.events >= start) & (queries.events < stop))
+            logits[pairs] = scores[queries.events[pairs] - start, queries.candidates[pairs]]
+            liked = np.flatnonzero(queries.liked[start:stop])
             own = place[start:stop][liked]
-            excluded = [asked.excluded[one] for one in own]
-            ranks[own] = metrics.midranks(scores[liked], asked.items[start:stop][liked], excluded)
+            excluded = [queries.excluded[one] for one in own]
+            ranks[own] = metrics.midranks(scores[liked], queries.items[start:stop][liked], excluded)
         return RatingPredictions(ranks, logits)
 
     def _calibrated(self, model: Logits) -> RatingPredictions:
         """Answer as a model without probabilities does after Platt scaling on the validation pairs."""
-        slope, constant = platt(self._answers(self._valid, model).logits, self._valid.targets)
-        found = self._answers(self._test, model)
+        slope, constant = platt(self._predict(self._valid, model).logits, self._valid.targets)
+        found = self._predict(self._test, model)
         return RatingPredictions(found.ranks, slope * found.logits + constant)
 
-    def _values(self, asked: RatingQueries, answers: RatingPredictions) -> dict[str, float]:
+    def _values(self, queries: RatingQueries, predictions: RatingPredictions) -> dict[str, float]:
         return {
-            "ndcg@10": float(by_user(metrics.per_query(answers.ranks, "ndcg@10"), asked.users[asked.liked]).mean()),
-            "auc": auc(answers.logits, asked.targets >= 0.5),
-            "log_loss": float(log_losses(answers.logits, asked.targets).mean()),
-            "ece": calibration_error(expit(answers.logits), asked.targets, _BINS),  # type: ignore[arg-type]
+            "ndcg@10": float(
+                by_user(metrics.per_query(predictions.ranks, "ndcg@10"), queries.users[queries.liked]).mean()
+            ),
+            "auc": auc(predictions.logits, queries.targets >= 0.5),
+            "log_loss": float(log_losses(predictions.logits, queries.targets).mean()),
+            "ece": calibration_error(expit(predictions.logits), queries.targets, _BINS),  # type: ignore[arg-type]
         }
 
 

@@ -1,6 +1,6 @@
 """The sequence task: bundles written item by item, and when to stop.
 
-Owns the decoder, its batches and its loss. What is a fair wrong answer and how completion is measured are those of the
+Owns the decoder, its batches and its loss. What is a fair negative and how completion is measured are those of the
 bundle task. Sees items as rows and vectors; knows nothing of encoders, the training loop or the search (`generating`).
 
 A bundle is a set. So the decoder has no positions and looks at the items before it as they are, not at what it made of
@@ -43,7 +43,7 @@ class SequenceBatch:
     Attributes:
         items: (M,) distinct catalogue rows, ascending; first those of the bundles, then extra negatives.
         sequences: (B, L) positions in `items`, -1 behind the end.
-        barred: (Q, M) for each of the Q questions, True where an item is neither the answer nor a fair wrong answer.
+        barred: (Q, M) for each of the Q queries, True where an item is neither the target nor a fair negative.
     """
 
     items: NDArray[np.int64]
@@ -51,16 +51,16 @@ class SequenceBatch:
     barred: Tensor
 
     @property
-    def asked(self) -> Tensor:
-        """(B, L + 1) True where there is a question: what follows the first t items. Those are Q, row by row."""
+    def has_query(self) -> Tensor:
+        """(B, L + 1) True where there is a query: what follows the first t items. Those are Q, row by row."""
         lengths = (self.sequences >= 0).sum(1, keepdim=True)  # (B, 1)
         return torch.arange(self.sequences.shape[1] + 1) <= lengths
 
     @property
     def targets(self) -> Tensor:
-        """(Q,) position of the right answer; M where that is the end."""
-        answers = functional.pad(self.sequences, (0, 1), value=-1)  # (B, L + 1)
-        return torch.where(answers >= 0, answers, len(self.items))[self.asked]
+        """(Q,) position of the target; M where that is the end."""
+        following = functional.pad(self.sequences, (0, 1), value=-1)  # (B, L + 1)
+        return torch.where(following >= 0, following, len(self.items))[self.has_query]
 
 
 class SequenceBatches:
@@ -92,14 +92,14 @@ class SequenceBatches:
         sequences = padded([np.array([position[int(row)] for row in rows]) for rows in orders])
         barred = []
         for rows in orders:
-            questions = [CompletionQuery(rows[:place], int(answer), rows) for place, answer in enumerate(rows)]
+            next_queries = [CompletionQuery(rows[:place], int(target), rows) for place, target in enumerate(rows)]
             # Whether a bundle is complete is asked apart from which item would be next, so nothing is barred there.
-            barred += [self._candidates.barred(items, questions), np.zeros((1, len(items)), bool)]
+            barred += [self._candidates.barred(items, next_queries), np.zeros((1, len(items)), bool)]
         return SequenceBatch(items, torch.from_numpy(sequences), torch.from_numpy(np.concatenate(barred)))
 
 
 def compute_sequence_logits(head: SequenceHead, vectors: Tensor, batch: SequenceBatch) -> Tensor:
-    """Score the candidates of a batch for each of its questions, and the end.
+    """Score the candidates of a batch for each of its queries, and the end.
 
     The end is a decision of its own, taken first: its log-odds are against all items together, so how probable it is
     does not depend on how many items a batch offers, or later the catalogue.
@@ -109,16 +109,16 @@ def compute_sequence_logits(head: SequenceHead, vectors: Tensor, batch: Sequence
     Returns:
         (Q, M + 1) float32, the end last; its softmax is P(end), and (1 - P(end)) P(item) of each item.
     """
-    asked = batch.asked.to(vectors.device)
-    queries = head.prefixes(vectors, batch.sequences.to(vectors.device))[asked]  # (Q, D)
-    sizes = torch.nonzero(asked)[:, 1]
+    has_query = batch.has_query.to(vectors.device)
+    queries = head.prefixes(vectors, batch.sequences.to(vectors.device))[has_query]  # (Q, D)
+    sizes = torch.nonzero(has_query)[:, 1]
     items = compute_candidate_logits(head, queries, vectors, batch.barred)
     end = head.completeness(queries, sizes).float() + items.logsumexp(1)
     return torch.cat([items, end[:, None]], 1)
 
 
 def compute_sequence_loss(logits: Tensor, batch: SequenceBatch) -> Tensor:
-    """Softmax cross-entropy of what comes next, at every place of every sequence: a scalar, mean over the questions.
+    """Softmax cross-entropy of what comes next, at every place of every sequence: a scalar, mean over the queries.
 
     Args:
         logits: (Q, M + 1) of `compute_sequence_logits`.

@@ -135,27 +135,27 @@ class Tagging:
 
     def evaluate(self, head: TaggingHead, encode: Encode, metric: str) -> Evaluation:
         return Evaluation(
-            _values([self._texts[row].tags for row in self._valid], self._answers(head, encode, self._valid))
+            _values([self._texts[row].tags for row in self._valid], self._predict(head, encode, self._valid))
         )
 
     def apply_choice(self, head: TaggingHead, choice: Mapping[str, float]) -> None:
         pass
 
     def predict(self, head: TaggingHead, encode: Encode) -> list[Tags]:
-        return self._answers(head, encode, self._test)
+        return self._predict(head, encode, self._test)
 
     def table(self, before: list[Tags], after: list[Tags]) -> Table:
         train, test = [self._texts[row] for row in self._train], [self._texts[row] for row in self._test]
         valid = [self._texts[row] for row in self._valid]
         gold = [one.tags for one in test]
-        answers = {
+        predictions = {
             "dictionary of the training entities": Dictionary.of(train).tag(test),
             "words around + logistic regression": _tag_by_window(train, valid, test, self._column),
             "frozen backbone": before,
             "tuned": after,
         }
         types = sorted({*self._types, *(kind for tags in gold for kind, _, _ in entities(tags))})
-        counts = {name: count_entities(gold, said, types) for name, said in answers.items()}
+        counts = {name: count_entities(gold, said, types) for name, said in predictions.items()}
         rows = tuple(Row(name, f1_values(totals(own)), interval(own, micro_f1)) for name, own in counts.items())
         old, new = counts["frozen backbone"], counts["tuned"]
         gain = Gain(
@@ -169,7 +169,7 @@ class Tagging:
         if fresh := _unseen(train, test):
             rows_of = tuple(
                 (name, sum(entity in set(entities(said[place])) for place, entity in fresh) / len(fresh), len(fresh))
-                for name, said in answers.items()
+                for name, said in predictions.items()
             )
             details.append(Detail("Entities whose words name none in training", ("", "recall", "entities"), rows_of))
         return Table(
@@ -194,37 +194,37 @@ class Tagging:
         right = np.array(wanted, np.int64)[:, None] == np.arange(len(self._tags))
         return TagBatch(rows, np.concatenate(pieces), Targets.of(right, exclusive=True))
 
-    def _answers(self, head: TaggingHead, encode: Encode, rows: NDArray[np.int64]) -> list[Tags]:
+    def _predict(self, head: TaggingHead, encode: Encode, rows: NDArray[np.int64]) -> list[Tags]:
         said = head.probabilities(encode(rows)[self._batch(rows).pieces]).argmax(1)
         return self._words(rows, said)
 
     def _words(self, rows: NDArray[np.int64], said: NDArray[np.int64]) -> list[Tags]:
         """Give each word of some texts its tag; a word without a piece was not seen, and says O."""
         place = 0
-        answers = []
+        predictions = []
         for row in rows:
             there = self._first[row] >= 0
             tags = np.zeros(len(there), np.int64)
             tags[there] = said[place : place + int(there.sum())]
             place += int(there.sum())
-            answers.append(tuple(self._tags[tag] for tag in tags))
-        return answers
+            predictions.append(tuple(self._tags[tag] for tag in tags))
+        return predictions
 
 
 def count_entities(gold: Sequence[Tags], said: Sequence[Tags], types: Sequence[str]) -> Counts:
     """Count entities text by text: right where type, first and last word are, given, and wanted."""
     column = {kind: place for place, kind in enumerate(types)}
-    answers = []
+    predictions = []
     for wanted, given in zip(gold, said, strict=True):
         own, other = set(entities(wanted)), set(entities(given))
-        answers.append(
+        predictions.append(
             [
                 (column[kind], sum(e[0] == kind for e in own & other), sum(e[0] == kind for e in other),
                  sum(e[0] == kind for e in own))
                 for kind in sorted({e[0] for e in own | other} & set(column))
             ]
         )  # fmt: skip
-    return class_counts(answers, len(types))
+    return class_counts(predictions, len(types))
 
 
 def _values(gold: Sequence[Tags], said: Sequence[Tags]) -> dict[str, float]:
