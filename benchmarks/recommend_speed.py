@@ -51,9 +51,9 @@ from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.index import ExactIndex, FaissIndex
 from peft_combo.recipe.files import load_recipe
-from peft_combo.recommender.composing.options import Weights
+from peft_combo.recommender.composing.options import ObjectiveWeights
 from peft_combo.recommender.evidence import GATES
-from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedScorer
 from peft_combo.recommender.fusion import Form, Fusion
@@ -216,7 +216,7 @@ def measure_size(report: Report, shop: Shop, bank: AdapterBank, requests: int, g
     """Time completing, composing and searching over one catalogue."""
     n_items, catalog = len(shop.catalog), shop.catalog
     live = bank.get("a0")
-    known = Known(
+    known = FitData(
         history=sparse.csr_matrix(shop.history), users=None, past=sparse.csr_matrix((0, n_items)), user_rows={},
         support=np.bincount(shop.history.indices, minlength=n_items).astype(np.int64), leaves=catalog.leaf_numbers,
         catalog=catalog, text="{title}", frozen=shop.vectors,
@@ -236,7 +236,7 @@ def measure_size(report: Report, shop: Shop, bank: AdapterBank, requests: int, g
         weights = {scorer: dict.fromkeys(GATES, 0.2) for scorer in serving}
         fusion = Fusion(form, weights, {ScorerId("item-kNN"): -0.1}, "by hand")
         settings = dict.fromkeys(serving, "")
-        state = FitState((live,), known, fusion, settings, serving, tuned, head, None, Weights(), "", ())
+        state = FitState((live,), known, fusion, settings, serving, tuned, head, None, ObjectiveWeights(), "", ())
         return BundleRecommender(dataset, bank, state)
 
     damped = recommender("damped")

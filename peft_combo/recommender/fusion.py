@@ -279,7 +279,7 @@ def make_comparable(
         said. A query whose known scores are all alike says nothing about any order: 0 throughout.
     """
     values = np.array(scores, np.float32)
-    values[evidence.barred()] = np.nan
+    values[evidence.find_context_cells()] = np.nan
     has_score = np.isfinite(values)
     if form == "normal":
         return _rank_quantiles(values, has_score), has_score
@@ -398,7 +398,9 @@ class _Fit(Generic[Key]):
 
 
 def _ranks(scores: NDArray[np.float32], answers: NDArray[np.int64], evidence: Evidence) -> NDArray[np.float64]:
-    barred = sparse.coo_array((np.ones(len(evidence.barred()[0]), bool), evidence.barred()), shape=scores.shape)
+    barred = sparse.coo_array(
+        (np.ones(len(evidence.find_context_cells()[0]), bool), evidence.find_context_cells()), shape=scores.shape
+    )
     return metrics.midranks(scores, answers, barred)
 
 
