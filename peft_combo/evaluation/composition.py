@@ -1,4 +1,4 @@
-"""Who composes whole held-out bundles best, given one of their items: the composer, the beam search, or a plain list.
+"""Evaluation of bundle composition: composer, beam search and top-k lists on whole held-out bundles.
 
 Owns the protocol of that comparison and its table. The evaluation fits everybody and hands over the same test bundles
 it measures completion on; only the composer's weights are chosen here, on its validation queries.

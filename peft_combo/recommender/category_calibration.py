@@ -1,4 +1,4 @@
-"""Adapters of single categories beside each other: which items each is at home with, and one scale for all of them.
+"""Calibration of category adapters: which items each covers, and one scale for the scores of all of them.
 
 Owns the areas of a catalogue, what an adapter's manifest says about its own, and the calibration that makes scores of
 different adapters comparable. Sees adapters as arrays of scores with names; nothing of encoders or requests.

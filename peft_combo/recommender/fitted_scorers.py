@@ -183,7 +183,7 @@ def fuse_scorers(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], know
 
 
 def score_beside(fitted: Fitted, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Score rows beside sets of items of no user: S sets of rows, (C,) rows -> (S, C); a `composing.Compatibility`."""
+    """Score rows beside sets of items of no user: S sets of rows, (C,) rows -> (S, C); a `Compatibility`."""
     none = np.zeros(len(sets), np.int64)
     queries = Queries(padded(sets), none, np.full(len(sets), ""), none)
     if isinstance(fitted, FittedHead | FittedEnsemble):

@@ -1,4 +1,4 @@
-"""Many scorers' opinions into one score, each weighed by how much it can know here.
+"""Score fusion: weighted sum of normalised scores, weights and gates fitted on validation.
 
 Owns what makes scores comparable, the evidence gates, how weights are fitted and the table of what was tried. Knows
 scorers as arrays with names: not how they score, nor what an item is.

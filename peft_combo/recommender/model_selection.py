@@ -1,4 +1,4 @@
-"""Who may complete a bundle: every scorer in each of its settings, and what is known when they are fitted.
+"""Model selection: every scorer in each of its settings, the best setting chosen on validation by NDCG@10.
 
 Owns which scorers there are, what each is fitted on, and that validation picks their settings. The evaluation measures
 these and the recommender serves them, so a figure of the one is a promise of the other. Knows nothing of fusion

@@ -1,4 +1,4 @@
-"""A fitted recommender on disk: what validation chose, what the scorers learned, and what it was fitted on.
+"""Persistence of a fitted recommender: a JSON manifest, scorer states as safetensors, digests of data and adapters.
 
 Owns the folder and the checks that it is read for the data and adapters it was made of. Item vectors stay in the vector
 cache, adapters in their store, items and bundles in the data; a folder names all of them by digest.

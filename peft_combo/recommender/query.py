@@ -1,4 +1,4 @@
-"""What a query asks for: its things one by one, each with its own words, and what they may cost together.
+"""Query parsing: the items a text asks for, each with its own words, and a budget.
 
 Owns how a query is taken apart. Knows nothing of catalogues or of who finds the entities.
 """

@@ -1,4 +1,4 @@
-"""A rating adapter at work: how likely owners are to take each item, from what they took and what lies beside it.
+"""Rating scorer: how likely users are to take each item, from what they took and what lies beside it.
 
 Owns how a head is put over a catalogue and the interactions that may be seen there, and how it answers the queries
 that completions are measured by. Knows nothing of tuning, fusion or stores.

@@ -1,4 +1,4 @@
-"""Requests to a recommender as data: one from the command line, or a file of them answered in one go.
+"""Requests to a recommender as data: one from the command line, or a batch file of them.
 
 Owns what a request may say, how a file of them is read and how answers are written. Knows nothing of scores.
 """

@@ -1,4 +1,4 @@
-"""What a bundle must keep to, and which items of the catalogue keep to it.
+"""Constraints on bundles: budget, price, stock, attributes, categories, season and size, read as masks of items.
 
 Owns the constraints a request may make and how they are read against the columns of a catalogue. Knows nothing of
 scores, slots or how bundles are found.

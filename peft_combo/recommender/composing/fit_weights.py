@@ -1,4 +1,4 @@
-"""How much each part of a bundle's objective counts: what held-out bundles ask for.
+"""Weights of the composition objective, fitted on validation: relevance, compatibility, slots.
 
 Owns the choice of the composer's weights on validation. Knows nothing of how bundles are searched for.
 """

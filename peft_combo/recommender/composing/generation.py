@@ -1,4 +1,4 @@
-"""Writes bundles item by item: beam search over the rows of a catalogue, and nothing else can come out of it.
+"""Bundle generation item by item: beam search over catalogue rows with a head's probabilities.
 
 Owns the search: which partial bundles are kept, how probable each is, and that no item comes twice. Knows rows, scores
 and which rows may follow; nothing of texts, constraints or how the scores came about (`build_steps` asks a head).

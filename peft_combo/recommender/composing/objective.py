@@ -25,7 +25,7 @@ _SETS = 256  # sets the scorer is asked about at once
 
 
 class ScoreScale:
-    """What makes scores comparable between scorers, taken from a sample of them, (S, N); see the module for how."""
+    """What makes scores comparable between scorers, taken from a sample of them, (S, N); see `composer` for how."""
 
     def __init__(self, sample: NDArray[np.floating[Any]]) -> None:
         values = sample.astype(np.float64)

@@ -21,7 +21,7 @@ Mode = Literal["complement", "substitute"]
 
 @dataclass(frozen=True)
 class ObjectiveWeights:
-    """Of the parts of the objective; see the module. `weighing.fit_weights` finds those that bundles ask for."""
+    """Of the parts of the objective, see `composer`; `fit_weights` finds those that held-out bundles ask for."""
 
     relevance: float = 1.0
     compatibility: float = 1.0

@@ -1,4 +1,4 @@
-"""Which parts a bundle is made of: slots, and the templates learned from the slots of training bundles.
+"""Slot templates: which slots bundles are made of, how probable a combination is, and slot rules.
 
 Owns what slot an item has, how probable a combination of slots is, which combinations are worth filling, and the rules
 (support, confidence, lift) behind it. Knows nothing of scores, prices or single items.
