@@ -238,13 +238,8 @@ def measure_size(report: Report, shop: Shop, bank: AdapterBank, requests: int, g
     print(f"{n_items:,} items: fitted in {time.perf_counter() - clock:.0f} s", file=sys.stderr)
     rng = np.random.default_rng(1)
     ids = [[str(row) for row in shop.bundles[one][:-1]] for one in rng.integers(len(shop.bundles), size=requests)]
-    report.add(
-        n_items,
-        "complete",
-        timed(fitted.complete, ids),
-        BARS.get(n_items),
-        " + ".join(map(str, fitted.state.fusion.needs)),
-    )
+    scorers = " + ".join(map(str, fitted.state.fusion.needs))
+    report.add(n_items, "complete", timed(fitted.complete, ids), BARS.get(n_items), scorers)
     report.add(n_items, "compose around a basket", timed(fitted.compose, ids[: requests // 2]))
     report.add(n_items, "compose around an item", timed(fitted.compose, [own[:1] for own in ids[: requests // 2]]))
 

@@ -21,8 +21,8 @@ from peft_combo.data.readers.demo import demo_dataset
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import ALL_SEASONS, CatalogIndex, Constraints
-from peft_combo.recommender.composing.evidence import Composition, co_counts
-from peft_combo.recommender.composing.options import Compatibility, OneOf, Options, Weights
+from peft_combo.recommender.composing.evidence import Composition, count_together
+from peft_combo.recommender.composing.options import Compatibility, ObjectiveWeights, OneOf, Options
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.scoring.linear import CEASE
 from peft_combo.scoring.text import tfidf_vectors
@@ -96,7 +96,7 @@ def test_the_objective_is_the_sum_written_in_the_module() -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     templates = outfits(catalog, THREE, ("top", "shoes"))
     relevance, pairs = rng.normal(size=6).astype(np.float32), rng.normal(size=(6, 6)).astype(np.float32)
-    weights = Weights(relevance=2, compatibility=3, slots=0.25, redundancy=0.75)
+    weights = ObjectiveWeights(relevance=2, compatibility=3, slots=0.25, redundancy=0.75)
     composer = Composer(catalog, templates, vectors=vectors)
     parts = parts_of(
         composer,
@@ -111,7 +111,7 @@ def test_the_objective_is_the_sum_written_in_the_module() -> None:
     c0, c2 = comparable(pairs[[2, 5]].mean(axis=0))[0], comparable(pairs[[0, 5]].mean(axis=0))[2]
     assert parts["compatibility"] == pytest.approx(3 * (c0 + c2) / 2, rel=1e-5)
     assert parts["slots"] == pytest.approx(
-        0.25 * templates.log_probability(tuple(sorted(templates.slots_of(catalog)[[0, 2, 5]].tolist())))
+        0.25 * templates.log_probability(tuple(sorted(templates.assign_slots(catalog)[[0, 2, 5]].tolist())))
     )
     cosines = vectors @ vectors.T
     nearest = max(cosines[0, 2], cosines[0, 5], 0), max(cosines[2, 0], cosines[2, 5], 0)
@@ -194,7 +194,7 @@ def test_the_exact_search_finds_the_best_of_all_sets() -> None:
     options = Options(k=1, diversity=0, exact_limit=10_000, near_duplicate=None)
     (best,) = composer.compose([], constraints=Constraints(size=(3, 3)), options=options, **asked)
     most = composer.templates.most
-    slot_of = composer.templates.slots_of(composer.catalog)
+    slot_of = composer.templates.assign_slots(composer.catalog)
     every = [
         rows
         for rows in itertools.combinations(range(12), 3)
@@ -322,7 +322,7 @@ def test_a_scorer_without_weight_is_not_asked_and_the_bundles_are_the_same(conte
         return np.zeros((len(sets), len(rows)), np.float32)
 
     def compose(score: Compatibility, weight: float) -> list[tuple[tuple[int, ...], float]]:
-        options = Options(weights=Weights(compatibility=weight))
+        options = Options(weights=ObjectiveWeights(compatibility=weight))
         found = composer.compose(context, relevance=relevance, compatibility=score, options=options)
         return [(one.items, one.score) for one in found]
 
@@ -334,7 +334,7 @@ def test_a_scorer_without_weight_is_not_asked_and_the_bundles_are_the_same(conte
 
 def test_relevance_without_weight_changes_nothing() -> None:
     composer, relevance, compatibility = styled_shop(2_000)
-    options = Options(weights=Weights(relevance=0))
+    options = Options(weights=ObjectiveWeights(relevance=0))
     found, other = (
         composer.compose([5], relevance=scores, compatibility=compatibility, options=options)
         for scores in (relevance, np.zeros_like(relevance))
@@ -414,7 +414,9 @@ def test_diversity_trades_score_for_difference() -> None:
 def test_a_heavier_redundancy_gives_bundles_less_alike() -> None:
     composer, relevance, _ = random_shop(np.random.default_rng(7), 80)
     light, heavy = (
-        composer.compose([2], relevance=relevance, options=replace(PLAIN, weights=Weights(redundancy=weight)))[0]
+        composer.compose([2], relevance=relevance, options=replace(PLAIN, weights=ObjectiveWeights(redundancy=weight)))[
+            0
+        ]
         for weight in (0.0, 5.0)
     )
     assert composer.vectors is not None
@@ -456,7 +458,7 @@ def test_ranking_keeps_the_order_of_equals(small: Composer) -> None:
 
 
 def names_allowed(catalog: Catalog, constraints: Constraints) -> list[int]:
-    checks = CatalogIndex(catalog).checks(constraints).values()
+    checks = CatalogIndex(catalog).check(constraints).values()
     return np.flatnonzero(np.logical_and.reduce([np.ones(len(catalog), bool), *checks])).tolist()
 
 
@@ -482,7 +484,7 @@ def test_a_constraint_allows_these_items(small: Composer, constraints: Constrain
 
 
 def test_each_constraint_tells_how_many_it_rules_out(small: Composer) -> None:
-    checks = CatalogIndex(small.catalog).checks(Constraints(price_max=12, in_stock=True, include={"brand": "Ada"}))
+    checks = CatalogIndex(small.catalog).check(Constraints(price_max=12, in_stock=True, include={"brand": "Ada"}))
     assert {name: np.count_nonzero(~check) for name, check in checks.items()} == {
         "price_max": 3,
         "in_stock": 1,
@@ -659,7 +661,7 @@ def test_a_request_is_refused_exactly_where_no_set_of_items_keeps_to_it() -> Non
             season="summer" if seed % 3 else None,
             size=(3, 3),
         )
-        slot_of, most = composer.templates.slots_of(composer.catalog), composer.templates.most
+        slot_of, most = composer.templates.assign_slots(composer.catalog), composer.templates.most
         fitting = [
             rows
             for rows in itertools.combinations(range(12), 3)
@@ -783,8 +785,8 @@ def test_a_bundle_is_found_where_only_unlikely_ones_are_left() -> None:
 
 def test_co_counts_are_the_bundles_with_both() -> None:
     history = sparse.csr_array(np.array([[1, 1, 0], [1, 1, 1], [0, 1, 1]], np.float32))
-    assert co_counts(history, 1, [0, 2]).tolist() == [2, 2]
-    assert co_counts(history, 0, [2, 0]).tolist() == [1, 2]
+    assert count_together(history, 1, [0, 2]).tolist() == [2, 2]
+    assert count_together(history, 0, [2, 0]).tolist() == [1, 2]
 
 
 def test_evidence_is_counted_and_adds_up() -> None:

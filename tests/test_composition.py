@@ -20,11 +20,11 @@ from peft_combo.data.splits import Split, split
 from peft_combo.encoder.heads.completion import BundleHead, CompletionHead, completion_scores, target_vectors
 from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.evaluation.completion import evaluate
-from peft_combo.evaluation.composition import Openings, _lists, _measured
+from peft_combo.evaluation.composition import Openings, _measure_bundles, _take_top
 from peft_combo.evaluation.report import Report
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, SequenceTask
-from peft_combo.recommender.composing.generation import Sizes, generate, steps_of
+from peft_combo.recommender.composing.generation import Sizes, build_steps, generate
 from peft_combo.recommender.composing.slots import SlotTemplates
 
 NAN = float("nan")
@@ -62,7 +62,7 @@ def test_bundles_are_measured_by_what_they_share_with_the_wanted_one() -> None:
     # Half right, right, twice the same, the given one again, an unknown row, nothing, one too many.
     composed = [(1, 3), (2, 1), (1, 1), (0, 1), (1, 9), (), (1, 2, 3)]
     plane = np.array([[1, 0], [0, 1], [1, 0], [0, 1]], np.float32)
-    told = _measured(composed, openings, plane, told=True)
+    told = _measure_bundles(composed, openings, plane, told=True)
     np.testing.assert_allclose(told["precision"], [0.5, 1, 0.5, 0.5, 0.5, 0, 2 / 3])
     np.testing.assert_allclose(told["recall"], [0.5, 1, 0.5, 0.5, 0.5, 0, 1])
     np.testing.assert_allclose(told["exact"], [0, 1, 0, 0, 0, 0, 0])
@@ -70,7 +70,7 @@ def test_bundles_are_measured_by_what_they_share_with_the_wanted_one() -> None:
     np.testing.assert_allclose(told["valid"], [1, 1, 0, 0, 0, 0, 0])
     # Cosines of (0, 1, 3): 0, 0 and 1. Of (0, 2, 1): 1, 0 and 0. Of (0, 1, 2, 3): two of six.
     np.testing.assert_allclose(told["diversity"], [2 / 3, 2 / 3, 2 / 3, 2 / 3, NAN, NAN, 2 / 3], rtol=1e-6)
-    open_ended = _measured(composed, openings, plane, told=False)
+    open_ended = _measure_bundles(composed, openings, plane, told=False)
     np.testing.assert_allclose(open_ended["valid"], [1, 1, 0, 0, 0, 0, 1])
 
 
@@ -92,7 +92,7 @@ def test_one_item_of_each_bundle_is_told_and_the_seed_says_which() -> None:
 def test_a_list_takes_the_best_that_is_known_and_never_what_is_given() -> None:
     openings = Openings(np.array([0, 1]), (np.array([1, 2]), np.array([0])), np.array(["a", "b"]))
     scores = np.array([[9, 1, 3, 3], [NAN, 5, NAN, NAN]], np.float32)
-    assert _lists(openings, scores) == [(2, 3), ()]
+    assert _take_top(openings, scores) == [(2, 3), ()]
 
 
 def test_every_way_has_its_row_and_lists_are_the_best_completions(
@@ -127,7 +127,7 @@ def test_every_way_has_its_row_and_lists_are_the_best_completions(
     beam = found.row("beam, tuned BERT seq").values
     assert beam == found.row("beam, tuned BERT set").values
     assert beam["recall"] > 0.1
-    steps, any_two = steps_of(head, vectors), Sizes(np.ones(60, bool), 2, 2)
+    steps, any_two = build_steps(head, vectors), Sizes(np.ones(60, bool), 2, 2)
     two = [generate(steps, [int(given)], any_two, beam=16)[0].added for given in openings.given]
     right = [np.isin(added, wanted).mean() for added, wanted in zip(two, openings.wanted, strict=True)]
     assert found.row("beam to its end, tuned BERT seq").values["precision"] == pytest.approx(np.mean(right))

@@ -27,7 +27,7 @@ from peft_combo.evaluation.report import Report, plot
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, RatingTask
 from peft_combo.recommender import model_selection
-from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fitted_scorers import FittedEnsemble, FittedHead
 from peft_combo.recommender.model_selection import list_scorers
 from peft_combo.recommender.rating import Rater
@@ -289,7 +289,7 @@ def test_an_ensemble_is_the_mean_of_scores_or_of_vectors() -> None:
     np.testing.assert_allclose(means(questions), [[0.5, 0.5, 0.7], [0.7, 0.7, 0.98]], atol=1e-6)
     for ensemble in (scores, means):
         np.testing.assert_allclose(
-            ensemble.among(questions, np.array([2, 0])), ensemble(questions)[:, [2, 0]], atol=1e-6
+            ensemble.score_among(questions, np.array([2, 0])), ensemble(questions)[:, [2, 0]], atol=1e-6
         )
     # In one vector space the two settings are one.
     same = [FittedEnsemble.of([one, one, one], vectors=joined)(questions) for joined in (False, True)]
@@ -300,7 +300,7 @@ def test_an_ensemble_is_the_mean_of_scores_or_of_vectors() -> None:
 def test_only_adapters_of_all_items_form_an_ensemble(dataset: Dataset, parts: Split) -> None:
     vectors, head = head_and_vectors(dataset)
     for names, there in ((["one"], False), (["one", "two"], True)):
-        known = Known.of(dataset, parts.train, None, "{title}", vectors, dict.fromkeys(names, (vectors, head)))
+        known = FitData.of(dataset, parts.train, None, "{title}", vectors, dict.fromkeys(names, (vectors, head)))
         assert (ENSEMBLE in list_scorers(known, set(), 0)) == there
 
 

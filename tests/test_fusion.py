@@ -175,7 +175,7 @@ def test_what_nobody_can_say_is_nan_and_so_is_the_context() -> None:
     fused = some_fusion("damped").combine(scores, world.evidence)
     expected = np.zeros(fused.shape, bool)
     expected[:, 8] = expected[11] = True
-    expected[world.evidence.barred()] = True
+    expected[world.evidence.find_context_cells()] = True
     np.testing.assert_array_equal(np.isnan(fused), expected)
 
 
@@ -224,7 +224,7 @@ def test_forms_are_what_their_definitions_say(form: Form) -> None:
         # float32 keeps 7 digits of scores around 20, whose deviation is 3.
         np.testing.assert_allclose(values[row], written_out(scores[row], context, form), atol=5e-6)
     expected = np.isfinite(scores)
-    expected[world.evidence.barred()] = False
+    expected[world.evidence.find_context_cells()] = False
     np.testing.assert_array_equal(heard, expected)
 
 
@@ -327,6 +327,6 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 def test_evidence_counts_what_it_says() -> None:
     evidence = Evidence(np.array([[0, 1], [2, -1], [-1, -1]]), np.array([5, 2, 0, 9]), np.array([0, 1, -1, 1]))
-    np.testing.assert_array_equal(evidence.least_context_support(), [2, 0, 0])
-    np.testing.assert_array_equal(evidence.same_leaf(), [[True, True, False, True], [False] * 4, [False] * 4])
-    assert not Evidence(evidence.contexts, evidence.item_support).same_leaf().any()
+    np.testing.assert_array_equal(evidence.find_least_support(), [2, 0, 0])
+    np.testing.assert_array_equal(evidence.find_same_leaf(), [[True, True, False, True], [False] * 4, [False] * 4])
+    assert not Evidence(evidence.contexts, evidence.item_support).find_same_leaf().any()

@@ -15,7 +15,7 @@ from torch.nn import functional
 from peft_combo.encoder.heads.completion import BundleHead, completion_scores, target_vectors
 from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.recipe.task import BundleTask, SequenceTask
-from peft_combo.recommender.composing.generation import Sizes, Steps, generate, steps_of
+from peft_combo.recommender.composing.generation import Sizes, Steps, build_steps, generate
 
 
 def told(
@@ -140,14 +140,14 @@ def test_a_head_is_asked_by_its_scores_and_its_end() -> None:
     head = SequenceHead(4, SequenceTask(width=8, temperature=0.5)).eval()
     head.size_log_odds.copy_(torch.arange(33.0))
     head.end.weight.fill_(0.3)
-    items, ends = steps_of(head, vectors)([np.array([1, 4]), np.array([0, 2, 5])])
+    items, ends = build_steps(head, vectors)([np.array([1, 4]), np.array([0, 2, 5])])
     contexts = np.array([[1, 4, -1], [0, 2, 5]])
     expected = completion_scores(head, vectors, target_vectors(head, vectors), contexts)
     np.testing.assert_allclose(items, expected / 0.5, rtol=1e-5)
     query = head.query(torch.from_numpy(vectors), torch.from_numpy(contexts))
     assert ends is not None
     np.testing.assert_allclose(ends, [2 + 0.3 * float(query[0].sum()), 3 + 0.3 * float(query[1].sum())], rtol=1e-5)
-    assert steps_of(BundleHead(4, BundleTask()).eval(), vectors)([np.array([1])])[1] is None
+    assert build_steps(BundleHead(4, BundleTask()).eval(), vectors)([np.array([1])])[1] is None
     # From nothing: the items nearest to the begin token.
     head.begin.copy_(torch.from_numpy(vectors[3]))
-    assert generate(steps_of(head, vectors), (), any_rows(6, 1, 1))[0].added == (3,)
+    assert generate(build_steps(head, vectors), (), any_rows(6, 1, 1))[0].added == (3,)

@@ -31,8 +31,8 @@ from peft_combo.metrics.probability import auc, auc_draws, by_user, log_losses, 
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import RatingTask
-from peft_combo.recommender.fit_data import Known
-from peft_combo.recommender.rating import FittedRating, Rater, after, rate
+from peft_combo.recommender.fit_data import FitData
+from peft_combo.recommender.rating import FittedRating, Rater, prepend_items, rate
 from peft_combo.scoring.features import Counted, CrossFitted, log_popularity
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import TuneResult, tune
@@ -174,8 +174,8 @@ def test_a_past_is_all_that_was_liked_up_to_now() -> None:
 def test_what_lies_beside_is_latest_and_nothing_stands_there_twice() -> None:
     latest = np.array([[7, 2, -1], [-1, -1, -1]])
     pasts = np.array([[4, 2, 5, -1], [1, 3, -1, -1]])
-    assert after(latest, pasts, 3).tolist() == [[7, 2, -1, 4, -1, -1, -1], [-1, -1, -1, 1, 3, -1, -1]]
-    assert after(latest, pasts, 1).tolist() == [[7, -1, -1, -1, -1, -1, -1], [-1, -1, -1, 1, -1, -1, -1]]
+    assert prepend_items(latest, pasts, 3).tolist() == [[7, 2, -1, 4, -1, -1, -1], [-1, -1, -1, 1, 3, -1, -1]]
+    assert prepend_items(latest, pasts, 1).tolist() == [[7, -1, -1, -1, -1, -1, -1], [-1, -1, -1, 1, -1, -1, -1]]
 
 
 def test_nearness_is_what_other_users_say() -> None:
@@ -416,7 +416,7 @@ def test_users_fall_into_the_parts_that_their_bundles_fall_into(recipe: MakeReci
         met = {interactions.user_ids[user] for user in task._events.users[np.concatenate(rows)]}
         assert not owners & met
     # What the head was trained beside, and what it is served beside, is one count.
-    known = Known.of(dataset, parts.train, parts.train_interactions, "{title}", None, {})
+    known = FitData.of(dataset, parts.train, parts.train_interactions, "{title}", None, {})
     head = RatingHead(4, RatingTask(neighbours=9))
     rater = Rater.of(np.ones((len(task.texts), 4), np.float32), head, known.interactions)
     np.testing.assert_array_equal(rater.counted.log_popularity, task._counted.log_popularity)

@@ -24,7 +24,7 @@ from peft_combo.recommender import fit_state
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.fusion import Fusion
-from peft_combo.recommender.persistence import fitted_recommender, load_recommender, save_recommender
+from peft_combo.recommender.persistence import load_or_fit, load_recommender, save_recommender
 from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import match_items
 from peft_combo.recommender.recommender import BundleRecommender
@@ -278,19 +278,13 @@ def test_what_is_asked_for_again_is_not_fitted_again(
     dataset: Dataset, parts: Split, bank: AdapterBank, tmp_path: Path
 ) -> None:
     told: list[str] = []
-    first = fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append)
+    first = load_or_fit(tmp_path, dataset, parts, bank, ["tiny"], done=told.append)
     assert told
     told.clear()
-    assert (
-        fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).state.fusion
-        == first.state.fusion
-    )
+    assert load_or_fit(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).state.fusion == first.state.fusion
     assert told == []
     next(tmp_path.glob("*/recommender.json")).write_text("{")  # damaged: made anew, not an error
-    assert (
-        fitted_recommender(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).state.fusion
-        == first.state.fusion
-    )
+    assert load_or_fit(tmp_path, dataset, parts, bank, ["tiny"], done=told.append).state.fusion == first.state.fusion
     assert told
 
 

@@ -38,11 +38,11 @@ def outfits() -> SlotTemplates:
 
 
 def numbers(templates: SlotTemplates, word: str) -> tuple[int, ...]:
-    return tuple(sorted(templates.slot(SLOTS[letter]) for letter in word))
+    return tuple(sorted(templates.find_slot(SLOTS[letter]) for letter in word))
 
 
 def log_conditional(templates: SlotTemplates, slot: str, given: str) -> float:
-    return float(templates.conditionals[templates.slot(given), templates.slot(slot)])
+    return float(templates.conditionals[templates.find_slot(given), templates.find_slot(slot)])
 
 
 def sub(path: str) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def shelf(*paths: str) -> Catalog:
 def test_the_catalogues_slot_comes_before_the_category() -> None:
     catalog = Catalog.build(["a", "b"], ["x", "y"], [("Shoes", "Boots"), ("Shoes", "Boots")], ["footwear", None])
     templates = SlotTemplates.learn(catalog, [np.array([0, 1])], min_bundles=1)
-    assert [templates.names[slot] for slot in templates.slots_of(catalog)] == ["footwear", "Shoes > Boots"]
+    assert [templates.names[slot] for slot in templates.assign_slots(catalog)] == ["footwear", "Shoes > Boots"]
 
 
 def test_a_rare_leaf_backs_off_to_the_nearest_category_with_enough_bundles() -> None:
@@ -67,14 +67,14 @@ def test_a_rare_leaf_backs_off_to_the_nearest_category_with_enough_bundles() -> 
     held = [np.array([0, 1])] * 3 + [np.array([0, 2])] * 2 + [np.array([0, 3])]
     templates = SlotTemplates.learn(catalog, held, min_bundles=4)
     # A/B/often is in 6 bundles; A/B in 6, A in 6, A/B/rare in 3, A/C in 2; a root is always a slot.
-    named = [templates.names[slot] for slot in templates.slots_of(catalog)]
+    named = [templates.names[slot] for slot in templates.assign_slots(catalog)]
     assert named == ["A > B > often", "A > B", "A", "Z", OTHER]
 
 
 def test_what_training_never_met_falls_to_a_known_category() -> None:
     templates = SlotTemplates.learn(shelf("A/B", "A/C"), [np.array([0, 1])] * 10)
     later = shelf("A/B/new leaf", "A/new", "New/root")
-    assert [templates.names[slot] for slot in templates.slots_of(later)] == ["A > B", "A", OTHER]
+    assert [templates.names[slot] for slot in templates.assign_slots(later)] == ["A > B", "A", OTHER]
 
 
 def test_counts_are_those_of_the_bundles(outfits: SlotTemplates) -> None:
@@ -84,23 +84,23 @@ def test_counts_are_those_of_the_bundles(outfits: SlotTemplates) -> None:
     }  # fmt: skip
     assert outfits.templates[numbers(outfits, "tbs")] == 6
     assert outfits.templates[numbers(outfits, "tbsg")] == 3
-    assert outfits.typical_sizes(0, 1) == (2, 4)
+    assert outfits.find_typical_sizes(0, 1) == (2, 4)
 
 
 def test_repeated_slots_are_counted() -> None:
     templates = SlotTemplates.learn(shop("tts"), [np.array([0, 1, 2]), np.array([0, 2])])
-    assert sorted(template.count(templates.slot("top")) for template in templates.templates) == [1, 2]
-    assert templates.most[templates.slot("top")] == 2
-    assert templates.most[templates.slot("shoes")] == 1
+    assert sorted(template.count(templates.find_slot("top")) for template in templates.templates) == [1, 2]
+    assert templates.most[templates.find_slot("top")] == 2
+    assert templates.most[templates.find_slot("shoes")] == 1
 
 
 def test_a_rule_tells_support_confidence_and_lift(outfits: SlotTemplates) -> None:
-    rule = outfits.rule(outfits.slot("top"), outfits.slot("bag"))
+    rule = outfits.find_rule(outfits.find_slot("top"), outfits.find_slot("bag"))
     assert rule is not None
     assert (rule.given, rule.slot, rule.support, rule.bundles) == ("top", "bag", 3, 12)
     assert rule.confidence == pytest.approx(3 / 9)
     assert rule.lift == pytest.approx((3 / 9) / (4 / 12))
-    assert outfits.rule(outfits.slot("top"), outfits.slot("dress")) is None
+    assert outfits.find_rule(outfits.find_slot("top"), outfits.find_slot("dress")) is None
 
 
 def test_conditionals_are_counts_smoothed_by_the_number_of_kinds_seen(outfits: SlotTemplates) -> None:
@@ -136,7 +136,9 @@ def test_log_probability_is_the_formula_worked_by_hand() -> None:
     # 4 bundles, 2 distinct templates; seen once; backed off to P(size 1) P(top) P(one | top).
     size = (1 + 0.5) / (4 + 0.5 * 4)
     pairs = size * (4 + 0.5) / (4 + 1) * (4 + 0.5) / (4 + 1)
-    assert templates.log_probability((templates.slot("top"),)) == pytest.approx(math.log((1 + 2 * pairs) / (4 + 2)))
+    assert templates.log_probability((templates.find_slot("top"),)) == pytest.approx(
+        math.log((1 + 2 * pairs) / (4 + 2))
+    )
 
 
 def test_an_optional_slot_makes_no_difference(outfits: SlotTemplates) -> None:
@@ -168,9 +170,9 @@ def test_one_slot_under_two_rules_is_refused(outfits: SlotTemplates) -> None:
 def test_a_slot_from_a_category_can_be_called_by_its_leaf_unless_two_end_so() -> None:
     catalog = shelf("Men/Shoes", "Women/Shoes", "Women/Bags")
     templates = SlotTemplates.learn(catalog, [np.array([0, 1, 2])], min_bundles=1)
-    assert templates.slot("Bags") == templates.slot("Women > Bags")
+    assert templates.find_slot("Bags") == templates.find_slot("Women > Bags")
     with pytest.raises(DataError, match='"Shoes" could be any of "Men > Shoes", "Women > Shoes"'):
-        templates.slot("Shoes")
+        templates.find_slot("Shoes")
 
 
 def test_nothing_is_learned_from_nothing() -> None:
@@ -180,7 +182,7 @@ def test_nothing_is_learned_from_nothing() -> None:
 
 def test_plans_are_the_best_of_all_templates_that_fit(outfits: SlotTemplates) -> None:
     held = numbers(outfits, "s")
-    plans = outfits.plans(held, outfits.most, (2, 4), limit=5)
+    plans = outfits.list_plans(held, outfits.most, (2, 4), limit=5)
     slots = range(len(outfits.names))
     every = [
         template for size in (2, 3, 4) for template in itertools.combinations(slots, size) if set(held) <= set(template)
@@ -193,16 +195,18 @@ def test_plans_are_the_best_of_all_templates_that_fit(outfits: SlotTemplates) ->
 def test_plans_have_required_slots_and_no_more_than_there_is_room_for(outfits: SlotTemplates) -> None:
     edited = outfits.with_rules(required=["bag"])
     room = outfits.most.copy()
-    room[outfits.slot("dress")] = 0
-    plans = edited.plans((), room, (2, 4))
+    room[outfits.find_slot("dress")] = 0
+    plans = edited.list_plans((), room, (2, 4))
     assert plans
-    assert all(edited.slot("bag") in template and edited.slot("dress") not in template for template, _ in plans)
-    room[outfits.slot("bag")] = 0
-    assert edited.plans((), room, (2, 4)) == []
+    assert all(
+        edited.find_slot("bag") in template and edited.find_slot("dress") not in template for template, _ in plans
+    )
+    room[outfits.find_slot("bag")] = 0
+    assert edited.list_plans((), room, (2, 4)) == []
 
 
 def test_slots_stand_in_the_order_bundles_list_them(outfits: SlotTemplates) -> None:
-    assert [outfits.names[slot] for slot in outfits.in_order(numbers(outfits, "gstb"))] == [
+    assert [outfits.names[slot] for slot in outfits.order_slots(numbers(outfits, "gstb"))] == [
         "top", "bottom", "shoes", "bag"
     ]  # fmt: skip
 
@@ -215,6 +219,6 @@ def test_the_demo_shop_has_the_templates_it_was_drawn_from() -> None:
         slots = {templates.names[slot] for slot in template}
         assert slots >= {"shoes"}
         assert len({"top", "dress"} & slots) == 1
-    confident = templates.rule(templates.slot("top"), templates.slot("bottom"))
+    confident = templates.find_rule(templates.find_slot("top"), templates.find_slot("bottom"))
     assert confident is not None
     assert confident.confidence == 1.0

@@ -11,7 +11,7 @@ from peft_combo.data.queries import Queries
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.fit_weights import fit_weights
-from peft_combo.recommender.composing.options import Options, Weights
+from peft_combo.recommender.composing.options import ObjectiveWeights, Options
 from peft_combo.recommender.fitted_scorers import Fitted
 
 EACH = 20
@@ -44,7 +44,7 @@ def test_slots_count_where_they_tell_the_answer(composer: Composer) -> None:
     found = fit_weights(composer, questions, answering(questions, noise), None)
     assert found.slots == 0.5
     # Nothing compatible was offered to choose from, so its weight stays what it is by default.
-    assert found.compatibility == Weights().compatibility
+    assert found.compatibility == ObjectiveWeights().compatibility
 
 
 def test_slots_do_not_count_where_they_mislead(composer: Composer) -> None:
@@ -73,11 +73,11 @@ def test_an_item_of_a_rare_slot_is_found_where_it_fits_best() -> None:
     relevance = np.random.default_rng(0).random(len(catalog))
     best = 3 * 700 + 5  # a bag; no bundle had a top and a bag
     relevance[best] = 9
-    options = Options(k=1, diversity=0, weights=Weights(slots=0.01))
+    options = Options(k=1, diversity=0, weights=ObjectiveWeights(slots=0.01))
     (found,) = composer.compose([0], relevance=relevance, constraints=Constraints(size=(2, 2)), options=options)
     assert found.added == (best,)
     # Where slots weigh much it is a bottom as ever.
-    options = Options(k=1, diversity=0, weights=Weights(slots=5))
+    options = Options(k=1, diversity=0, weights=ObjectiveWeights(slots=5))
     (found,) = composer.compose([0], relevance=relevance, constraints=Constraints(size=(2, 2)), options=options)
     assert catalog.slots[found.added[0]] == "bottom"
 
@@ -85,7 +85,9 @@ def test_an_item_of_a_rare_slot_is_found_where_it_fits_best() -> None:
 def test_the_parts_of_one_item_more_are_those_of_the_objective(composer: Composer) -> None:
     relevance = np.random.default_rng(0).random(4 * EACH)
     parts = composer.score_completions([np.array([0])], relevance[None], None)
-    whole = parts_of(composer, [0, 25], context=[0], relevance=relevance, options=Options(weights=Weights(slots=1)))
+    whole = parts_of(
+        composer, [0, 25], context=[0], relevance=relevance, options=Options(weights=ObjectiveWeights(slots=1))
+    )
     assert parts["relevance"][0, 25] == pytest.approx(whole["relevance"])
     assert parts["slots"][0, 25] == pytest.approx(whole["slots"])
 
@@ -93,7 +95,7 @@ def test_the_parts_of_one_item_more_are_those_of_the_objective(composer: Compose
 def test_a_request_s_own_weights_come_first() -> None:
     catalog = shop({slot: [10.0] * EACH for slot in SLOTS})
     templates = outfits(catalog, *PAIRS * 20)
-    composer = Composer(catalog, templates, weights=Weights(slots=0.25))
+    composer = Composer(catalog, templates, weights=ObjectiveWeights(slots=0.25))
     plain = parts_of(composer, [0, 25], context=[0])
-    asked_for = parts_of(composer, [0, 25], context=[0], options=Options(weights=Weights(slots=0.5)))
+    asked_for = parts_of(composer, [0, 25], context=[0], options=Options(weights=ObjectiveWeights(slots=0.5)))
     assert asked_for["slots"] == pytest.approx(2 * plain["slots"]) != 0

@@ -131,7 +131,7 @@ def _recommender(
     from peft_combo.encoder.backbone import Backbone
     from peft_combo.encoder.bank import AdapterBank
     from peft_combo.encoder.vectors import VectorCache
-    from peft_combo.recommender.persistence import fitted_recommender
+    from peft_combo.recommender.persistence import load_or_fit
     from peft_combo.store.adapter_store import AdapterStore
 
     opened = AdapterStore(store)
@@ -142,7 +142,7 @@ def _recommender(
     parts = split_as(dataset, config)
     bank = AdapterBank(Backbone.of(recipe.backbone), opened)
     watch.stage("Encoding the catalogue", len(dataset.catalog) * (1 + len(adapters)))
-    made = fitted_recommender(
+    made = load_or_fit(
         folder, dataset, parts, bank, adapters, text=config.text, seed=recipe.seed, cache=VectorCache(cache),
         progress=watch.advance, done=lambda name: watch.note(f"fitted {name}"),
     )  # fmt: skip

@@ -15,11 +15,11 @@ from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.errors import PeftComboError
-from peft_combo.evaluation.composition import compare
+from peft_combo.evaluation.composition import compare_compositions
 from peft_combo.evaluation.measures import draw_distractors, find_slices, make_rows, measure_queries
 from peft_combo.evaluation.report import QueryResults, Report
 from peft_combo.recommender.category_calibration import CategoryCoverage
-from peft_combo.recommender.fit_data import Known, Rated, Tuned
+from peft_combo.recommender.fit_data import FitData, Rated, Tuned
 from peft_combo.recommender.fitted_scorers import FittedHead
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
@@ -75,7 +75,7 @@ def evaluate(
         )
     advance = advance or (lambda name: None)
     notes: list[str] = []
-    known = Known.of(dataset, parts.train, parts.train_interactions, text, frozen, tuned or {}, coverage, rated)
+    known = FitData.of(dataset, parts.train, parts.train_interactions, text, frozen, tuned or {}, coverage, rated)
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}
@@ -113,7 +113,7 @@ def evaluate(
     if compose:
         if side is None and frozen is not None:
             side = FittedHead.untuned(frozen)
-        composition = compare(dataset, parts, known, asks, fusion, side, valid, test, seed, advance)
+        composition = compare_compositions(dataset, parts, known, asks, fusion, side, valid, test, seed, advance)
     return Report(
         dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, _count(dataset, parts, valid, test), lines, fusion,
         tuple(notes), answers, composition,

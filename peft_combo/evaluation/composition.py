@@ -1,4 +1,4 @@
-"""Who composes whole held-out bundles best, given one of their items: the composer, the beam search, or a plain list.
+"""Evaluation of bundle composition: composer, beam search and top-k lists on whole held-out bundles.
 
 Owns the protocol of that comparison and its table. The evaluation fits everybody and hands over the same test bundles
 it measures completion on; only the composer's weights are chosen here, on its validation queries.
@@ -22,11 +22,11 @@ from peft_combo.errors import DataError
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.fit_weights import fit_weights
-from peft_combo.recommender.composing.generation import Sizes, Steps, generate, steps_of
+from peft_combo.recommender.composing.generation import Sizes, Steps, build_steps, generate
 from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.composing.slots import SlotTemplates
-from peft_combo.recommender.fit_data import Known
-from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, ItemVectors, beside, fuse_scorers
+from peft_combo.recommender.fit_data import FitData
+from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, ItemVectors, fuse_scorers, score_beside
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import split_blocks
 from peft_combo.recommender.scorer_id import FUSION, ScorerId
@@ -129,10 +129,10 @@ class Openings:
         return Queries(self.given[:, None], none, self.groups, none)
 
 
-def compare(
+def compare_compositions(
     dataset: Dataset,
     parts: Split,
-    known: Known,
+    known: FitData,
     asks: Mapping[ScorerId, Fitted],
     fusion: Fusion[ScorerId],
     text_side: Fitted | None,
@@ -163,30 +163,30 @@ def compare(
     composed: dict[tuple[str, ScorerId], list[tuple[int, ...]]] = {}
     for name, ask, side in judges:
         scores = np.concatenate([ask(part) for part in split_blocks(openings.queries)])  # (B, N)
-        composed[TOP_K, name] = _lists(openings, scores)
-        composed[COMPOSER, name] = _compositions(openings, composer, scores, side, options)
+        composed[TOP_K, name] = _take_top(openings, scores)
+        composed[COMPOSER, name] = _compose_all(openings, composer, scores, side, options)
         advance(f"{COMPOSER}, {name}")
     most = int(dataset.bundles.sizes[parts.train].max()) - 1
     for name, head in heads.items():
-        steps = steps_of(head.head, head.vectors)
-        composed[BEAM, name] = _written(openings, steps, texts, None)
+        steps = build_steps(head.head, head.vectors)
+        composed[BEAM, name] = _generate_all(openings, steps, texts, None)
         if isinstance(head.head, SequenceHead):
-            composed[OPEN, name] = _written(openings, steps, texts, (1, most))
+            composed[OPEN, name] = _generate_all(openings, steps, texts, (1, most))
         advance(f"{BEAM}, {name}")
 
     found = {
-        (way, scorer): _measured(added, openings, vectors, told=way != OPEN)
+        (way, scorer): _measure_bundles(added, openings, vectors, told=way != OPEN)
         for (way, scorer), added in composed.items()
     }
     against = found[COMPOSER, FUSION]["recall"]
     rows = tuple(
-        _row(f"{way}, {scorer}", values, openings.groups, None if values["recall"] is against else against, seed)
+        _make_row(f"{way}, {scorer}", values, openings.groups, None if values["recall"] is against else against, seed)
         for (way, scorer), values in found.items()
     )
     return CompositionReport(PROTOCOL, asdict(weights), len(openings), len(set(openings.groups.tolist())), rows)
 
 
-def _lists(openings: Openings, scores: NDArray[np.float32]) -> list[tuple[int, ...]]:
+def _take_top(openings: Openings, scores: NDArray[np.float32]) -> list[tuple[int, ...]]:
     """Take for each bundle the best of its scores, (B, N); of equals the earlier ones."""
     values = np.where(np.isnan(scores), -np.inf, scores)
     values[np.arange(len(openings)), openings.given] = -np.inf
@@ -197,12 +197,12 @@ def _lists(openings: Openings, scores: NDArray[np.float32]) -> list[tuple[int, .
     ]
 
 
-def _compositions(
+def _compose_all(
     openings: Openings, composer: Composer, scores: NDArray[np.float32], side: Fitted | None, options: Options
 ) -> list[tuple[int, ...]]:
     def compatibility(sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         assert side is not None
-        return beside(side, sets, rows)
+        return score_beside(side, sets, rows)
 
     found: list[tuple[int, ...]] = []
     for given, wanted, relevance in zip(openings.given.tolist(), openings.wanted, scores, strict=True):
@@ -218,7 +218,7 @@ def _compositions(
     return found
 
 
-def _written(
+def _generate_all(
     openings: Openings, steps: Steps, texts: NDArray[np.int64], sizes: tuple[int, int] | None
 ) -> list[tuple[int, ...]]:
     """Write each bundle of its size, or of whatever number of items between `sizes` is most probable."""
@@ -230,7 +230,7 @@ def _written(
     return found
 
 
-def _measured(
+def _measure_bundles(
     composed: Sequence[tuple[int, ...]], openings: Openings, vectors: ItemVectors, *, told: bool
 ) -> dict[str, NDArray[np.float64]]:
     """Measure bundles one by one: by `VALUES`, (B,); NaN where a bundle of one item has no diversity."""
@@ -258,7 +258,7 @@ def _mean_cosine(vectors: ItemVectors, rows: Sequence[int]) -> float:
     return float(alike[np.triu_indices(len(rows), 1)].mean())
 
 
-def _row(
+def _make_row(
     name: str, values: Mapping[str, NDArray[np.float64]], groups: NDArray[np.str_],
     against: NDArray[np.float64] | None, seed: int,
 ) -> ComposedRow:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which learning rate a recipe bears: the rate grows step by step until the loss runs away.
+"""Learning-rate range test: the rate grows step by step until the loss diverges.
 
 Owns the course of the rate and what is read off the losses. The steps are `tuning.loop.Run`'s own; nothing is stored.
 

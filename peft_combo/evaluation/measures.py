@@ -17,7 +17,7 @@ from peft_combo import metrics
 from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.evaluation.report import CompletionRow, Slice
-from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fitted_scorers import Fitted, ItemVectors
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import split_blocks
@@ -43,7 +43,7 @@ class QueryMetrics:
 
 
 def measure_queries(
-    asks: Mapping[ScorerId, Fitted], fusion: Fusion[ScorerId], test: Queries, known: Known,
+    asks: Mapping[ScorerId, Fitted], fusion: Fusion[ScorerId], test: Queries, known: FitData,
     distractors: NDArray[np.int64],
 ) -> QueryMetrics:  # fmt: skip
     """Score the test queries, a block at a time.
@@ -77,7 +77,7 @@ def make_rows(
     valid_ndcg: Mapping[ScorerId, float],
     slices: Mapping[str, NDArray[np.bool_]],
     test: Queries,
-    known: Known,
+    known: FitData,
     seed: int,
 ) -> tuple[CompletionRow, ...]:
     """Return the table, a row for each scorer; its label is made here."""
@@ -125,13 +125,13 @@ def draw_distractors(dataset: Dataset, test: Queries, seed: int) -> NDArray[np.i
     return drawn
 
 
-def find_slices(dataset: Dataset, known: Known, test: Queries) -> dict[str, NDArray[np.bool_]]:
+def find_slices(dataset: Dataset, known: FitData, test: Queries) -> dict[str, NDArray[np.bool_]]:
     warm = known.support[test.targets] > 0
     sizes = (test.contexts >= 0).sum(axis=1) + 1
     parts = {"warm target": warm, "cold target": ~warm}
     if known.leaves is not None:
         same = np.concatenate(
-            [known.evidence(part).same_leaf()[np.arange(len(part)), part.targets] for part in split_blocks(test)]
+            [known.evidence(part).find_same_leaf()[np.arange(len(part)), part.targets] for part in split_blocks(test)]
         )
         what = "leaf" if any(dataset.catalog.categories) else "slot"
         parts |= {f"same-{what}": same, f"cross-{what}": ~same}

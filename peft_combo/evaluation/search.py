@@ -1,4 +1,4 @@
-"""A search over some keys of a recipe: Optuna proposes, `tuning` runs, what falls behind is cut off.
+"""Hyperparameter search: Optuna proposes values of recipe keys, `tuning` runs them, the worse are pruned.
 
 Owns the space, the trials and the study file, which is Optuna's own journal: JSON lines that its dashboard reads too.
 """

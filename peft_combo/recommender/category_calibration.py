@@ -1,4 +1,4 @@
-"""Adapters of single categories beside each other: which items each is at home with, and one scale for all of them.
+"""Calibration of category adapters: which items each covers, and one scale for the scores of all of them.
 
 Owns the areas of a catalogue, what an adapter's manifest says about its own, and the calibration that makes scores of
 different adapters comparable. Sees adapters as arrays of scores with names; nothing of encoders or requests.
@@ -128,7 +128,7 @@ class Calibration:
         sampled = sample_cells(scores.values(), targets, Evidence(contexts, support), rng)
         rows, columns = sampled.rows, sampled.columns
         place = coverage.of_item[columns]
-        standard = {name: _standard(part[rows, columns], scale[name]) for name, part in scores.items()}
+        standard = {name: _standardise(part[rows, columns], scale[name]) for name, part in scores.items()}
         terms: list[tuple[str, str]] = []
         cells: list[NDArray[np.float32]] = []
         for number, name in enumerate(coverage.members):
@@ -167,10 +167,12 @@ class Calibration:
         """Return (Q, N) scores on one scale; NaN for items that no adapter is for."""
         (first, *_) = scores.values()
         found = np.full(first.shape, np.nan, np.float32)
-        general = None if coverage.shared is None else _standard(scores[coverage.shared], self.scale[coverage.shared])
+        general = (
+            None if coverage.shared is None else _standardise(scores[coverage.shared], self.scale[coverage.shared])
+        )
         for number, name in enumerate(coverage.members):
             here = coverage.of_item == number
-            found[:, here] = self.own[name] * _standard(scores[name][:, here], self.scale[name]) + self.offset[name]
+            found[:, here] = self.own[name] * _standardise(scores[name][:, here], self.scale[name]) + self.offset[name]
             if general is not None:
                 found[:, here] += self.shared[name] * general[:, here]
         if general is not None:
@@ -192,5 +194,5 @@ class Calibration:
         return cls(scale, numbers["own"], numbers["shared"], numbers["offset"])
 
 
-def _standard(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.float32]:
+def _standardise(values: NDArray[np.float32], scale: tuple[float, float]) -> NDArray[np.float32]:
     return ((values - np.float32(scale[0])) / np.float32(scale[1])).astype(np.float32)

@@ -38,23 +38,23 @@ class Evidence:
         """Return the evidence for some of the queries."""
         return Evidence(self.contexts[rows], self.item_support, self.leaves)
 
-    def barred(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def find_context_cells(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return query and item of every cell that is no candidate."""
         rows, places = np.nonzero(self.contexts >= 0)
         return rows, self.contexts[rows, places]
 
-    def same_leaf(self) -> NDArray[np.bool_]:
+    def find_same_leaf(self) -> NDArray[np.bool_]:
         """Tell which items share a leaf with an item of the context: (Q, N)."""
         shape = (len(self.contexts), len(self.item_support))
         if self.leaves is None or not len(self.leaves):
             return np.zeros(shape, bool)
-        rows, items = self.barred()
+        rows, items = self.find_context_cells()
         known = self.leaves[items] >= 0
         present = np.zeros((shape[0], int(self.leaves.max()) + 2), bool)
         present[rows[known], self.leaves[items[known]]] = True
         return present[:, self.leaves]  # leaf -1 reads the last column, which is never set
 
-    def least_context_support(self) -> NDArray[np.float64]:
+    def find_least_support(self) -> NDArray[np.float64]:
         """Return the support of the least known item of each context: (Q,); 0 for an empty context."""
         support = np.where(self.contexts >= 0, self.item_support[self.contexts], np.inf)
         least = support.min(axis=1, initial=np.inf)
@@ -71,7 +71,7 @@ class _Gates:
     def of(self, gate: Gate, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return a gate, broadcastable to (q, N); `margin` depends on the scorer's comparable `values`."""
         if gate == "margin":
-            return _margin(values)
+            return _compute_margin(values)
         if gate not in self._known:
             self._known[gate] = self._compute(gate)
         return self._known[gate]
@@ -81,20 +81,20 @@ class _Gates:
             case "always" | "margin":
                 return np.ones((1, 1), np.float32)
             case "warm item":
-                return _warmth(self._evidence.item_support[None, :])
+                return _compute_warmth(self._evidence.item_support[None, :])
             case "warm context":
-                return _warmth(self._evidence.least_context_support()[:, None])
+                return _compute_warmth(self._evidence.find_least_support()[:, None])
             case "same leaf":
-                return self._evidence.same_leaf().astype(np.float32)
+                return self._evidence.find_same_leaf().astype(np.float32)
             case _:
                 assert_never(gate)
 
 
-def _warmth(support: NDArray[Any]) -> NDArray[np.float32]:
+def _compute_warmth(support: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(support / (support + _HALF_KNOWN), np.float32)
 
 
-def _margin(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _compute_margin(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """How far the scorer's first item is ahead of its tenth, squashed to [0, 1): (q, 1)."""
     depth = min(10, values.shape[1])
     head = np.partition(values, values.shape[1] - depth, axis=1)[:, -depth:]
@@ -105,5 +105,5 @@ def _margin(values: NDArray[np.float32]) -> NDArray[np.float32]:
 def _find_missing(has_score: NDArray[np.bool_], evidence: Evidence) -> NDArray[np.bool_]:
     """Tell where a scorer that has something to say says nothing; context items aside."""
     silent = ~has_score & has_score.any(axis=1, keepdims=True)
-    silent[evidence.barred()] = False
+    silent[evidence.find_context_cells()] = False
     return silent

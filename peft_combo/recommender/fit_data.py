@@ -26,7 +26,7 @@ Rated: TypeAlias = Mapping[str, tuple[NDArray[np.float32], RatingHead]]
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class FitData:
     """All that scorers may be fitted on.
 
     Attributes:
@@ -66,7 +66,7 @@ class Known:
         tuned: Tuned,
         coverage: CategoryCoverage | None = None,
         rated: Rated | None = None,
-    ) -> Known:
+    ) -> FitData:
         """Gather what some rows say.
 
         Args:
@@ -133,7 +133,7 @@ class TextSide:
     coverage: CategoryCoverage | None
 
 
-def text_knowledge(
+def encode_catalog(
     dataset: Dataset, bank: AdapterBank, adapters: str | Sequence[str] | None, text: str,
     cache: VectorCache | None, progress: Callable[[int], None] | None,
 ) -> TextSide:  # fmt: skip

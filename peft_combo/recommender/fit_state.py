@@ -17,9 +17,9 @@ from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.fit_weights import fit_weights
-from peft_combo.recommender.composing.options import Weights
+from peft_combo.recommender.composing.options import ObjectiveWeights
 from peft_combo.recommender.composing.slots import SlotTemplates
-from peft_combo.recommender.fit_data import Known, TextSide, text_knowledge
+from peft_combo.recommender.fit_data import FitData, TextSide, encode_catalog
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast, build_past, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
@@ -48,14 +48,14 @@ class FitState:
     """
 
     adapters: tuple[LiveAdapter, ...]
-    known: Known
+    known: FitData
     fusion: Fusion[ScorerId]
     settings: Mapping[ScorerId, str]
     serving: Mapping[ScorerId, Fitted]
     text_scorer: ScorerId | None
     text_side: Fitted
     neighbours: FittedPast | None
-    weights: Weights
+    weights: ObjectiveWeights
     split_digest: str
     notes: tuple[str, ...]
 
@@ -82,11 +82,11 @@ def fit_scorers(
         raise DataError(
             f"{dataset.name!r} has no validation bundle to weigh the scorers on. Raise data.valid_fraction."
         )
-    side = text_knowledge(dataset, bank, adapters, text, cache, progress)
+    side = encode_catalog(dataset, bank, adapters, text, cache, progress)
     notes = _leakage_notes(side, dataset, parts)
 
     # Every scorer in every setting, fitted on training bundles; the best setting on validation stays.
-    known = Known.of(
+    known = FitData.of(
         dataset, parts.train, parts.train_interactions, text, side.frozen, side.tuned, side.coverage, side.rated
     )
     valid = make_queries(dataset, parts.valid, _QUERIES, seed, "valid", notes)
@@ -105,7 +105,7 @@ def fit_scorers(
     weights = fit_weights(Composer(dataset.catalog, templates), valid, relevance, text_side, seed=seed)
 
     # For serving, once more on every bundle there is.
-    everything = Known.of(dataset, None, None, text, side.frozen, side.tuned, side.coverage, side.rated)
+    everything = FitData.of(dataset, None, None, text, side.frozen, side.tuned, side.coverage, side.rated)
     settings = {scorer: selected[scorer].setting for scorer in fusion.needs}
     serving = _refit(everything, settings, seed, {scorer: selected[scorer].fitted for scorer in settings})
     if text_scorer:
@@ -133,7 +133,7 @@ def _leakage_notes(side: TextSide, dataset: Dataset, parts: Split) -> list[str]:
 
 
 def _refit(
-    known: Known, settings: Mapping[ScorerId, str], seed: int, as_before: Mapping[ScorerId, Fitted]
+    known: FitData, settings: Mapping[ScorerId, str], seed: int, as_before: Mapping[ScorerId, Fitted]
 ) -> dict[ScorerId, Fitted]:
     """Fit each scorer in the setting that was selected for it; what does not learn from bundles stays as it was."""
     choices = list_scorers(known, set(known.user_rows), seed)

@@ -21,7 +21,7 @@ from peft_combo.encoder.heads.completion import (
 )
 from peft_combo.recipe.task import BundleTask
 from peft_combo.recommender.category_calibration import Calibration, CategoryCoverage
-from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.rating import FittedRating, Rater
 from peft_combo.recommender.scorer_id import ScorerId
@@ -71,7 +71,7 @@ class FittedHead:
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
         return completion_scores(self.head, self.vectors, self.targets, queries.contexts)
 
-    def among(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def score_among(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Score some items only: (C,) rows -> (Q, C). Few are gathered first, of many all are scored as they lie."""
         if 4 * len(rows) >= len(self.targets):
             return self(queries)[:, rows]
@@ -97,26 +97,26 @@ class FittedEnsemble:
     @classmethod
     def of(cls, heads: Sequence[FittedHead], *, vectors: bool) -> FittedEnsemble:
         """Join adapters; `vectors` averages these and not the scores."""
-        return cls(tuple(heads), _mean([one.targets for one in heads]) if vectors else None)
+        return cls(tuple(heads), _average([one.targets for one in heads]) if vectors else None)
 
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
         if self.targets is None:
-            return _mean([one(queries) for one in self.heads])
+            return _average([one(queries) for one in self.heads])
         return self._queries(queries) @ self.targets.T  # (Q, D) @ (D, N) -> (Q, N)
 
-    def among(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def score_among(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Score some items only: (C,) rows -> (Q, C)."""
         if self.targets is None:
-            return _mean([one.among(queries, rows) for one in self.heads])
+            return _average([one.score_among(queries, rows) for one in self.heads])
         return self._queries(queries) @ self.targets[rows].T
 
     def _queries(self, queries: Queries) -> NDArray[np.float32]:
         with torch.inference_mode():
             every = [context_queries(one.head, one.vectors, queries.contexts) for one in self.heads]
-            return _mean([one.float().cpu().numpy() for one in every])
+            return _average([one.float().cpu().numpy() for one in every])
 
 
-def _mean(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+def _average(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     return np.asarray(np.mean(np.stack(parts), axis=0), np.float32)
 
 
@@ -151,7 +151,7 @@ class FittedPast:
         return scores
 
 
-def build_rating(known: Known, name: str, setting: str) -> FittedRating:
+def build_rating(known: FitData, name: str, setting: str) -> FittedRating:
     """Return a rating adapter over what is known, as it was or will be set.
 
     Raises:
@@ -160,20 +160,20 @@ def build_rating(known: Known, name: str, setting: str) -> FittedRating:
     return FittedRating(Rater.of(*known.rated[name], known.interactions), beside=setting == _BESIDE)
 
 
-def build_ensemble(known: Known, setting: str) -> FittedEnsemble:
+def build_ensemble(known: FitData, setting: str) -> FittedEnsemble:
     """Return the adapters of all items as one scorer."""
     heads = [FittedHead.of(vectors, head) for vectors, head in known.general.values()]
     return FittedEnsemble.of(heads, vectors=setting == _VECTORS)
 
 
-def build_past(known: Known, *, neighbours: bool) -> FittedPast:
+def build_past(known: FitData, *, neighbours: bool) -> FittedPast:
     """Return what reads the past of the user of a query, or with `neighbours` that of users alike."""
     past = known.past
     taken = sparse.csr_array((np.ones_like(past.data), past.indices, past.indptr), past.shape)
     return FittedPast(past, known.user_rows, UserKNN().fit(taken) if neighbours else None)
 
 
-def fuse_scorers(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], known: Known) -> Fitted:
+def fuse_scorers(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], known: FitData) -> Fitted:
     """Return what a fusion makes of the scorers it needs, by name in `asks`."""
 
     def ask(queries: Queries) -> NDArray[np.float32]:
@@ -182,10 +182,10 @@ def fuse_scorers(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], know
     return ask
 
 
-def beside(fitted: Fitted, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Score rows beside sets of items of no user: S sets of rows, (C,) rows -> (S, C); a `composing.Compatibility`."""
+def score_beside(fitted: Fitted, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Score rows beside sets of items of no user: S sets of rows, (C,) rows -> (S, C); a `Compatibility`."""
     none = np.zeros(len(sets), np.int64)
     queries = Queries(padded(sets), none, np.full(len(sets), ""), none)
     if isinstance(fitted, FittedHead | FittedEnsemble):
-        return fitted.among(queries, rows)
+        return fitted.score_among(queries, rows)
     return fitted(queries)[:, rows]

@@ -1,4 +1,4 @@
-"""Many scorers' opinions into one score, each weighed by how much it can know here.
+"""Score fusion: weighted sum of normalised scores, weights and gates fitted on validation.
 
 Owns what makes scores comparable, the evidence gates, how weights are fitted and the table of what was tried. Knows
 scorers as arrays with names: not how they score, nor what an item is.
@@ -279,7 +279,7 @@ def make_comparable(
         said. A query whose known scores are all alike says nothing about any order: 0 throughout.
     """
     values = np.array(scores, np.float32)
-    values[evidence.barred()] = np.nan
+    values[evidence.find_context_cells()] = np.nan
     has_score = np.isfinite(values)
     if form == "normal":
         return _rank_quantiles(values, has_score), has_score
@@ -398,7 +398,9 @@ class _Fit(Generic[Key]):
 
 
 def _ranks(scores: NDArray[np.float32], answers: NDArray[np.int64], evidence: Evidence) -> NDArray[np.float64]:
-    barred = sparse.coo_array((np.ones(len(evidence.barred()[0]), bool), evidence.barred()), shape=scores.shape)
+    barred = sparse.coo_array(
+        (np.ones(len(evidence.find_context_cells()[0]), bool), evidence.find_context_cells()), shape=scores.shape
+    )
     return metrics.midranks(scores, answers, barred)
 
 

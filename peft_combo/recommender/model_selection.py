@@ -1,4 +1,4 @@
-"""Who may complete a bundle: every scorer in each of its settings, and what is known when they are fitted.
+"""Model selection: every scorer in each of its settings, the best setting chosen on validation by NDCG@10.
 
 Owns which scorers there are, what each is fitted on, and that validation picks their settings. The evaluation measures
 these and the recommender serves them, so a figure of the one is a promise of the other. Knows nothing of fusion
@@ -22,7 +22,7 @@ from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.completion import CompletionHead, target_vectors
 from peft_combo.errors import PeftComboError
 from peft_combo.recommender.category_calibration import Calibration
-from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fitted_scorers import (
     _BESIDE,
     _PAST,
@@ -100,7 +100,7 @@ class _Head:
 
 @dataclass(frozen=True, eq=False)
 class _Past:
-    known: Known
+    known: FitData
     neighbours: bool
     setting: str = ""
 
@@ -110,7 +110,7 @@ class _Past:
 
 @dataclass(frozen=True, eq=False)
 class _Rating:
-    known: Known
+    known: FitData
     name: str
     setting: str
 
@@ -120,14 +120,14 @@ class _Rating:
 
 @dataclass(frozen=True, eq=False)
 class _Ensemble:
-    known: Known
+    known: FitData
     setting: str
 
     def fit(self) -> Fitted:
         return build_ensemble(self.known, self.setting)
 
 
-def list_scorers(known: Known, owners: set[str], seed: int) -> dict[ScorerId, list[Setting]]:
+def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, list[Setting]]:
     """Name the scorers, and for each the settings that validation chooses from; nothing is fitted yet.
 
     Args:
@@ -228,7 +228,7 @@ def select_setting(choices: Sequence[Setting], valid: Queries) -> SelectedScorer
 def select_settings(
     found: Mapping[ScorerId, Sequence[Setting]],
     valid: Queries,
-    known: Known,
+    known: FitData,
     seed: int,
     done: Callable[[str], None],
     notes: list[str],

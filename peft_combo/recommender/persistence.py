@@ -1,4 +1,4 @@
-"""Saving and loading of a fitted recommender: settings, what scorers learned, and digests of what it was fitted on.
+"""Persistence of a fitted recommender: a JSON manifest, scorer states as safetensors, digests of data and adapters.
 
 Owns the folder and the checks that it is read for the data and adapters it was made of. Item vectors stay in the vector
 cache, adapters in their store, items and bundles in the data; a folder names all of them by digest.
@@ -31,8 +31,8 @@ from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.files import staged_folder
 from peft_combo.recommender.category_calibration import Calibration
-from peft_combo.recommender.composing.options import Weights
-from peft_combo.recommender.fit_data import Known, text_knowledge
+from peft_combo.recommender.composing.options import ObjectiveWeights
+from peft_combo.recommender.fit_data import FitData, encode_catalog
 from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import (
     Fitted,
@@ -146,22 +146,22 @@ def load_recommender(
         StoreError: an adapter cannot be had.
     """
     folder = Path(folder)
-    manifest = _read(folder)
+    manifest = _read_manifest(folder)
     if manifest.data != dataset.digest:
-        raise _other(folder, "data", manifest.data, dataset.digest)
+        raise _make_mismatch(folder, "data", manifest.data, dataset.digest)
     if manifest.backbone != bank.backbone.fingerprint:
-        raise _other(folder, "a backbone", manifest.backbone, bank.backbone.fingerprint)
+        raise _make_mismatch(folder, "a backbone", manifest.backbone, bank.backbone.fingerprint)
     for reference, digest in manifest.adapters.items():
         found = bank.get(reference).digest
         if found != digest:
-            raise _other(folder, f"an adapter {reference}", digest, found)
+            raise _make_mismatch(folder, f"an adapter {reference}", digest, found)
     try:
         return BundleRecommender(dataset, bank, _rebuild(folder, manifest, dataset, bank, cache, progress))
     except (KeyError, ValueError, TypeError, OSError, SafetensorError) as error:
-        raise _damaged(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        raise _make_damaged(folder, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
 
-def fitted_recommender(
+def load_or_fit(
     folder: Path,
     dataset: Dataset,
     parts: Split,
@@ -194,7 +194,7 @@ def fitted_recommender(
     return made
 
 
-def _read(folder: Path) -> _RecommenderManifest:
+def _read_manifest(folder: Path) -> _RecommenderManifest:
     path = folder / _MANIFEST
     try:
         with path.open("rb") as file:
@@ -202,7 +202,7 @@ def _read(folder: Path) -> _RecommenderManifest:
     except OSError as error:
         raise DataError(f"No recommender in {folder}: {error.strerror or error}.") from error
     if len(content) > _MANIFEST_LIMIT:
-        raise _damaged(folder, f"{_MANIFEST} is larger than {_MANIFEST_LIMIT // 2**20} MiB")
+        raise _make_damaged(folder, f"{_MANIFEST} is larger than {_MANIFEST_LIMIT // 2**20} MiB")
     try:
         values = json.loads(content)
         found = values.get("format") if isinstance(values, dict) else None
@@ -210,7 +210,7 @@ def _read(folder: Path) -> _RecommenderManifest:
             raise DataError(f"The recommender in {folder} has format {found}, expected {FORMAT}. Fit it anew.")
         return _RecommenderManifest.model_validate(values)
     except (ValueError, ValidationError, RecursionError) as error:
-        raise _damaged(folder, str(error).splitlines()[0]) from error
+        raise _make_damaged(folder, str(error).splitlines()[0]) from error
 
 
 def _parse_label(label: str) -> ScorerId:
@@ -235,8 +235,8 @@ def _rebuild(
     folder: Path, manifest: _RecommenderManifest, dataset: Dataset, bank: AdapterBank, cache: VectorCache | None,
     progress: Callable[[int], None] | None,
 ) -> FitState:  # fmt: skip
-    side = text_knowledge(dataset, bank, tuple(manifest.adapters), manifest.text, cache, progress)
-    known = Known.of(dataset, None, None, manifest.text, side.frozen, side.tuned, side.coverage, side.rated)
+    side = encode_catalog(dataset, bank, tuple(manifest.adapters), manifest.text, cache, progress)
+    known = FitData.of(dataset, None, None, manifest.text, side.frozen, side.tuned, side.coverage, side.rated)
     heads = {name: FittedHead.of(vectors, head) for name, (vectors, head) in side.tuned.items()}
     settings = {_parse_label(label): setting for label, setting in manifest.settings.items()}
     files = {_parse_label(label): file for label, file in manifest.scorers.items()}
@@ -256,7 +256,7 @@ def _rebuild(
             case ScorerId("bought before" | "users alike"):
                 return build_past(known, neighbours=scorer.kind == "users alike")
             case _:
-                return FittedScorer(_scorer(folder, files[scorer], len(dataset.catalog)))
+                return FittedScorer(_load_scorer(folder, files[scorer], len(dataset.catalog)))
 
     fusion = Fusion.from_state(manifest.fusion, _parse_label)
     serving = {scorer: rebuild_scorer(scorer) for scorer in fusion.needs}
@@ -266,12 +266,12 @@ def _rebuild(
         text_side = serving[text_scorer] if text_scorer in serving else rebuild_scorer(text_scorer)
     neighbours = None if manifest.weighed_past or not known.user_rows else build_past(known, neighbours=True)
     return FitState(
-        side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours, Weights(**manifest.weights),
-        manifest.split, manifest.notes,
+        side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
+        ObjectiveWeights(**manifest.weights), manifest.split, manifest.notes,
     )  # fmt: skip
 
 
-def _scorer(folder: Path, stored: _ScorerFile, n_items: int) -> Scorer:
+def _load_scorer(folder: Path, stored: _ScorerFile, n_items: int) -> Scorer:
     path = folder / stored.file
     if path.is_symlink() or _sha256(path) != stored.sha256:
         raise ValueError(f"{stored.file} was altered since it was written")
@@ -287,11 +287,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _other(folder: Path, what: str, then: str, now: str) -> DataError:
+def _make_mismatch(folder: Path, what: str, then: str, now: str) -> DataError:
     return DataError(
         f"The recommender in {folder} was fitted on {what} with digest {then[:12]}, found {now[:12]}. Fit it anew."
     )
 
 
-def _damaged(folder: Path, reason: str) -> DataError:
+def _make_damaged(folder: Path, reason: str) -> DataError:
     return DataError(f"The recommender in {folder} is damaged: {reason}. Delete the folder and fit it anew.")

@@ -1,4 +1,4 @@
-"""What a query asks for: its things one by one, each with its own words, and what they may cost together.
+"""Query parsing: the items a text asks for, each with its own words, and a budget.
 
 Owns how a query is taken apart. Knows nothing of catalogues or of who finds the entities.
 """
@@ -47,7 +47,7 @@ class ParsedQuery:
 
     Attributes:
         text: the query without the words on money.
-        query items: what it names, in order; each name once.
+        items: what it names, in order; each name once.
         budget: what all of it may cost; None where nothing is said.
     """
 
@@ -73,7 +73,7 @@ def parse_query(query: str, tagger: Tagger) -> ParsedQuery:
     text = " ".join(text.split())
     found = [one for one in tagger([text])[0] if one.text.strip()]
     items: dict[str, QueryItem] = {}
-    for one, (start, end) in zip(found, _clauses(text, found), strict=True):
+    for one, (start, end) in zip(found, _split_clauses(text, found), strict=True):
         name = one.text.casefold()
         items.setdefault(name, QueryItem(name, one.type, text[start:end].strip(" ,;.")))
     return ParsedQuery(text, tuple(items.values()), budget)
@@ -85,7 +85,7 @@ def is_same_noun(name: str, other: str) -> bool:
     return bool(one and two) and (one == two or plural(one[0]) == two[0] or plural(two[0]) == one[0])
 
 
-def _clauses(text: str, found: Sequence[Entity]) -> list[tuple[int, int]]:
+def _split_clauses(text: str, found: Sequence[Entity]) -> list[tuple[int, int]]:
     """Return from where to where the words of each entity go."""
     starts, ends = [0], []
     for before, after in pairwise(found):

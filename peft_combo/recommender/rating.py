@@ -1,4 +1,4 @@
-"""A rating adapter at work: how likely owners are to take each item, from what they took and what lies beside it.
+"""Rating scorer: how likely users are to take each item, from what they took and what lies beside it.
 
 Owns how a head is put over a catalogue and the interactions that may be seen there, and how it answers the queries
 that completions are measured by. Knows nothing of tuning, fusion or stores.
@@ -84,10 +84,12 @@ class FittedRating:
 
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
         pasts = self.rater.pasts(queries.groups)
-        return self.rater(after(queries.contexts, pasts, self.rater.head.config.history) if self.beside else pasts)
+        return self.rater(
+            prepend_items(queries.contexts, pasts, self.rater.head.config.history) if self.beside else pasts
+        )
 
 
-def after(latest: NDArray[np.int64], pasts: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+def prepend_items(latest: NDArray[np.int64], pasts: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
     """Put items before pasts, each item once and at most `longest` in all: (Q, C) and (Q, S) -> (Q, C + S).
 
     What is too much or stands there twice becomes -1; the order of what is left is that of time, latest first.
@@ -99,7 +101,7 @@ def after(latest: NDArray[np.int64], pasts: NDArray[np.int64], longest: int) -> 
 
 
 @dataclass(frozen=True)
-class Rating:
+class ItemRating:
     """How likely somebody is to take an item.
 
     Attributes:
@@ -115,7 +117,7 @@ class Rating:
 def rate(
     rater: Rater, dataset: Dataset, *, liked: Sequence[str] = (), user: str | None = None, items: Sequence[str] = (),
     k: int = 10,
-) -> list[Rating]:  # fmt: skip
+) -> list[ItemRating]:  # fmt: skip
     """Tell how likely somebody is to take items.
 
     Args:
@@ -131,7 +133,7 @@ def rate(
     if user is not None and user not in rater.user_rows:
         close = did_you_mean(user, rater.user_rows)
         raise DataError(f'No user "{user}" among the {len(rater.user_rows):,} of {dataset.name}. {close}'.rstrip())
-    history = after(latest[None], rater.pasts([user or ""]), rater.head.config.history)
+    history = prepend_items(latest[None], rater.pasts([user or ""]), rater.head.config.history)
     scores = rater(history)[0]
     if np.isnan(scores).all():
         raise DataError("Nothing to go by: give items that were liked, or a user who liked any.")
@@ -142,7 +144,7 @@ def rate(
         scores[np.concatenate([latest, taken])] = -np.inf
         rows = np.argsort(-scores, kind="stable")[:k]
         rows = rows[np.isfinite(scores[rows])]
-    return [Rating(catalog.item_ids[row], catalog.titles[row], float(expit(scores[row]))) for row in rows]
+    return [ItemRating(catalog.item_ids[row], catalog.titles[row], float(expit(scores[row]))) for row in rows]
 
 
 def _rows(dataset: Dataset, names: Sequence[str]) -> NDArray[np.int64]:
@@ -150,10 +152,10 @@ def _rows(dataset: Dataset, names: Sequence[str]) -> NDArray[np.int64]:
     index = dataset.catalog.index
     titles: dict[str, int] = {}
     if not all(name in index for name in names):
-        titles = {_folded(title): row for row, title in reversed(list(enumerate(dataset.catalog.titles)))}
+        titles = {_fold_title(title): row for row, title in reversed(list(enumerate(dataset.catalog.titles)))}
     rows = []
     for name in names:
-        row = index.get(name, titles.get(_folded(name)))
+        row = index.get(name, titles.get(_fold_title(name)))
         if row is None:
             close = did_you_mean(name, [*index, *dataset.catalog.titles])
             raise DataError(
@@ -163,5 +165,5 @@ def _rows(dataset: Dataset, names: Sequence[str]) -> NDArray[np.int64]:
     return np.array(list(dict.fromkeys(rows)), np.int64)
 
 
-def _folded(title: str) -> str:
+def _fold_title(title: str) -> str:
     return " ".join(title.casefold().split())

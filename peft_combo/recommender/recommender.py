@@ -23,12 +23,12 @@ from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError, did_you_mean
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
-from peft_combo.recommender.composing.evidence import Composition, co_counts
+from peft_combo.recommender.composing.evidence import Composition, count_together
 from peft_combo.recommender.composing.options import OneOf, Options
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_item
 from peft_combo.recommender.fit_state import FitState, fit_scorers
-from peft_combo.recommender.fitted_scorers import beside
+from peft_combo.recommender.fitted_scorers import score_beside
 from peft_combo.recommender.fusion import make_comparable
 from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import QueryMatch, apply_matches, match_items, select_largest
@@ -275,7 +275,7 @@ class BundleRecommender:
         return np.where(has_score, scores + neighbours, scores).astype(np.float32)
 
     def _score_beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return beside(self.state.text_side, sets, rows)
+        return score_beside(self.state.text_side, sets, rows)
 
     def _compare_text(self, query: str) -> NDArray[np.float32]:
         """Return the cosine of every item with a text, by the frozen encoder: search asks for what is alike."""
@@ -318,7 +318,7 @@ class BundleRecommender:
         return credits
 
     def _count_together(self, row: int, context: NDArray[np.int64]) -> dict[str, int]:
-        counts = co_counts(self._history, row, context)
+        counts = count_together(self._history, row, context)
         ids = self.dataset.catalog.item_ids
         return {ids[other]: int(count) for other, count in zip(context, counts, strict=True) if count}
 

@@ -1,4 +1,4 @@
-"""Requests to a recommender as data: one from the command line, or a file of them answered in one go.
+"""Requests to a recommender as data: one from the command line, or a batch file of them.
 
 Owns what a request may say, how a file of them is read and how answers are written. Knows nothing of scores.
 """
@@ -81,7 +81,7 @@ def answer(
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnswerCounts:
     """What became of a file: how many requests there were, and the errors of those that had no answer, by line."""
 
     requests: int
@@ -95,7 +95,7 @@ def answer_file(
     defaults: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] | None = None,
     tagger: Tagger | None = None,
-) -> Answered:
+) -> AnswerCounts:
     """Answer a file of requests, one JSON object a line; a bad one costs its own answer and no other.
 
     Args:
@@ -109,12 +109,12 @@ def answer_file(
     """
     errors: dict[int, str] = {}
     count = 0
-    with _written(target) as write:
-        for number, line in _lines(source):
+    with _open_writer(target) as write:
+        for number, line in _read_lines(source):
             count += 1
             told: dict[str, Any] = {"line": number, "id": None, "results": [], "error": None}
             try:
-                request = _request(line, defaults or {})
+                request = _parse_request(line, defaults or {})
                 told["id"] = request.id
                 told["results"] = [asdict(one) for one in answer(recommender, request, tagger)]
             except PeftComboError as error:
@@ -122,7 +122,7 @@ def answer_file(
             write(told)
             if advance is not None:
                 advance(1)
-    return Answered(count, errors)
+    return AnswerCounts(count, errors)
 
 
 def count_requests(source: Path) -> int:
@@ -131,10 +131,10 @@ def count_requests(source: Path) -> int:
     Raises:
         DataError: it cannot be read.
     """
-    return sum(1 for _ in _lines(source))
+    return sum(1 for _ in _read_lines(source))
 
 
-def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
+def _read_lines(source: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with source.open("rb") as file:
             number = 0
@@ -148,7 +148,7 @@ def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"The requests in {source} cannot be read: {error.strerror or error}.") from error
 
 
-def _request(line: bytes, defaults: Mapping[str, Any]) -> Request:
+def _parse_request(line: bytes, defaults: Mapping[str, Any]) -> Request:
     if len(line) > _LINE_LIMIT:
         raise DataError(f"A request has at most {_LINE_LIMIT:,} bytes.")
     try:
@@ -169,9 +169,9 @@ def _request(line: bytes, defaults: Mapping[str, Any]) -> Request:
 
 
 @contextmanager
-def _written(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _open_writer(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Give a writer of answers by the file's ending; the file takes its place when all went well."""
-    writers = {".jsonl": _jsonl, ".parquet": _parquet}
+    writers = {".jsonl": _write_jsonl, ".parquet": _write_parquet}
     kind = writers.get(target.suffix.lower())
     if kind is None:
         raise DataError(f"Answers are written as .jsonl or .parquet, found {target.suffix or 'no ending'!r}.")
@@ -183,7 +183,7 @@ def _written(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 @contextmanager
-def _jsonl(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _write_jsonl(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]]:
     def write(told: dict[str, Any]) -> None:
         file.write(json.dumps(told, ensure_ascii=False).encode() + b"\n")
 
@@ -191,7 +191,7 @@ def _jsonl(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 @contextmanager
-def _parquet(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _write_parquet(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -210,7 +210,7 @@ def _parquet(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]]:
             rows.clear()
 
         def write(told: dict[str, Any]) -> None:
-            rows.extend(_rows_of(told))
+            rows.extend(_flatten(told))
             if len(rows) >= _ROWS:
                 flush()
 
@@ -218,7 +218,7 @@ def _parquet(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]]:
         flush()
 
 
-def _rows_of(told: dict[str, Any]) -> list[dict[str, Any]]:
+def _flatten(told: dict[str, Any]) -> list[dict[str, Any]]:
     same = {"line": told["line"], "id": None if told["id"] is None else str(told["id"]), "error": told["error"]}
     if not told["results"]:
         return [same]

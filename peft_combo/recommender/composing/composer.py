@@ -33,7 +33,7 @@ from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, EvidenceSource
 from peft_combo.recommender.composing.feasibility import explain_infeasible
 from peft_combo.recommender.composing.objective import Objective, ScoreScale
-from peft_combo.recommender.composing.options import Compatibility, OneOf, Options, Rows, Weights, _scores
+from peft_combo.recommender.composing.options import Compatibility, ObjectiveWeights, OneOf, Options, Rows, check_scores
 from peft_combo.recommender.composing.query_bundles import search_around
 from peft_combo.recommender.composing.search import diversify, search_bundles
 from peft_combo.recommender.composing.search_space import SlottedCatalog, build_search_space
@@ -64,7 +64,7 @@ class Composer:
         *,
         vectors: NDArray[np.float32] | None = None,
         history: SparseRows | None = None,
-        weights: Weights = Weights(),
+        weights: ObjectiveWeights = ObjectiveWeights(),
         sample: int = _SCALE_SAMPLE,
     ) -> None:
         if vectors is not None and (vectors.ndim != 2 or len(vectors) != len(catalog)):
@@ -104,7 +104,7 @@ class Composer:
             DataError: the catalogue has no such attribute, value or category.
             ValueError: a row to exclude is not of the catalogue.
         """
-        checks = self._slotted.index.checks(constraints)
+        checks = self._slotted.index.check(constraints)
         allowed: NDArray[np.bool_] = np.logical_and.reduce([np.ones(len(self.catalog), bool), *checks.values()])
         return allowed
 
@@ -154,7 +154,9 @@ class Composer:
                 f"No bundle was found in which no two items are alike (near_duplicate {options.near_duplicate}), "
                 "though the other constraints leave enough items. Raise near_duplicate, or ask for fewer items."
             )
-        ranked = sorted(objective.judge(given, found), key=lambda one: (-one.score, objective.tie_break(one.added)))
+        ranked = sorted(
+            objective.score_bundles(given, found), key=lambda one: (-one.score, objective.make_tie_key(one.added))
+        )
         return [self._evidence.describe(given, one) for one in diversify(ranked, options, objective)]
 
     def rank(
@@ -181,7 +183,7 @@ class Composer:
                 raise ValueError(f"Every bundle must hold the context {given} and more, found {rows}.")
             added.append(tuple(row for row in rows if row not in given))
         objective = self._make_objective(relevance, compatibility, options or Options())
-        ranked = sorted(objective.judge(given, added), key=lambda one: -one.score)
+        ranked = sorted(objective.score_bundles(given, added), key=lambda one: -one.score)
         return [self._evidence.describe(given, one) for one in ranked]
 
     def score_completions(
@@ -205,8 +207,8 @@ class Composer:
             ]
             logs[place] = np.array(of_slot)[self._slotted.slot_of]
         return {
-            "relevance": ScoreScale(relevance).of(relevance),
-            "compatibility": zero if beside is None else ScoreScale(beside[:, self._sample]).of(beside),
+            "relevance": ScoreScale(relevance).apply(relevance),
+            "compatibility": zero if beside is None else ScoreScale(beside[:, self._sample]).apply(beside),
             "slots": logs,
         }
 
@@ -223,7 +225,7 @@ class Composer:
     ) -> Objective:
         return Objective(
             weights=options.weights or self.weights,
-            relevance=None if relevance is None else _scores(relevance, (len(self.catalog),), "relevance"),
+            relevance=None if relevance is None else check_scores(relevance, (len(self.catalog),), "relevance"),
             compatibility=compatibility,
             options=options,
             slotted=self._slotted,

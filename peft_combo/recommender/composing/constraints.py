@@ -1,4 +1,4 @@
-"""What a bundle must keep to, and which items of the catalogue keep to it.
+"""Constraints on bundles: budget, price, stock, attributes, categories, season and size, read as masks of items.
 
 Owns the constraints a request may make and how they are read against the columns of a catalogue. Knows nothing of
 scores, slots or how bundles are found.
@@ -71,7 +71,7 @@ class CatalogIndex:
         self.catalog = catalog
         self._coded: dict[str, tuple[NDArray[np.int64], dict[str, int]]] = {}
 
-    def checks(self, constraints: Constraints) -> dict[str, NDArray[np.bool_]]:
+    def check(self, constraints: Constraints) -> dict[str, NDArray[np.bool_]]:
         """Per constraint given: (N,) True where it allows an item."""
         checks: dict[str, NDArray[np.bool_]] = {}
         cents = self.cents
@@ -84,16 +84,18 @@ class CatalogIndex:
         if constraints.in_stock:
             checks["in_stock"] = self.catalog.in_stock
         for name, values in constraints.include.items():
-            checks[f"include {name}"] = self.holding(name, values)
+            checks[f"include {name}"] = self.match_values(name, values)
         for name, values in constraints.exclude.items():
-            checks[f"exclude {name}"] = ~self.holding(name, values)
+            checks[f"exclude {name}"] = ~self.match_values(name, values)
         if constraints.categories:
-            checks["categories"] = self.below(constraints.categories)
+            checks["categories"] = self.match_categories(constraints.categories)
         if constraints.without_categories:
-            checks["without_categories"] = ~self.below(constraints.without_categories)
+            checks["without_categories"] = ~self.match_categories(constraints.without_categories)
         if constraints.season is not None:
-            fitting = self.holding("season", constraints.season)  # first, for it says where there is no such attribute
-            codes, numbers = self.coded("season")
+            fitting = self.match_values(
+                "season", constraints.season
+            )  # first, for it says where there is no such attribute
+            codes, numbers = self.code_column("season")
             all_year = [number for value, number in numbers.items() if value in ALL_SEASONS]
             checks["season"] = fitting | np.isin(codes, [-1, *all_year])
         if constraints.exclude_items:
@@ -114,21 +116,23 @@ class CatalogIndex:
     @cached_property
     def titles(self) -> NDArray[np.int64]:
         """(N,) equal numbers for equal titles; a title of nothing equals none, so it has a number of its own."""
-        codes, known = _codes([" ".join(title.casefold().split()) or None for title in self.catalog.titles])
+        codes, known = _encode_values([" ".join(title.casefold().split()) or None for title in self.catalog.titles])
         return np.where(codes < 0, len(known) + np.arange(len(codes)), codes)
 
-    def coded(self, name: str) -> tuple[NDArray[np.int64], dict[str, int]]:
+    def code_column(self, name: str) -> tuple[NDArray[np.int64], dict[str, int]]:
         """An attribute as numbers, -1 unknown, and the number of each value; case does not count."""
         column = self._column(name)
         if column not in self._coded:
-            self._coded[column] = _codes([value and value.casefold() for value in self.catalog.attributes[column]])
+            self._coded[column] = _encode_values(
+                [value and value.casefold() for value in self.catalog.attributes[column]]
+            )
         return self._coded[column]
 
-    def holding(self, name: str, values: str | Collection[str]) -> NDArray[np.bool_]:
+    def match_values(self, name: str, values: str | Collection[str]) -> NDArray[np.bool_]:
         """(N,) True where an attribute has one of the values."""
         wanted = [values] if isinstance(values, str) else list(values)
         column = self._column(name)
-        codes, numbers = self.coded(column)
+        codes, numbers = self.code_column(column)
         for value in wanted:
             if value.casefold() not in numbers:
                 spelled = sorted({text for text in self.catalog.attributes[column] if text})
@@ -137,7 +141,7 @@ class CatalogIndex:
                 raise DataError(f'No item has {column} "{value}". Values: {shown}. {hint}'.rstrip())
         return np.isin(codes, [numbers[value.casefold()] for value in wanted])
 
-    def below(self, prefixes: Sequence[str]) -> NDArray[np.bool_]:
+    def match_categories(self, prefixes: Sequence[str]) -> NDArray[np.bool_]:
         """(N,) True where one of the category paths begins the item's."""
         codes, numbers = self._paths
         found = np.zeros(len(numbers) + 1, bool)  # the last place answers for -1, an item without a category
@@ -153,7 +157,7 @@ class CatalogIndex:
 
     @cached_property
     def _paths(self) -> tuple[NDArray[np.int64], dict[str, int]]:
-        return _codes([CATEGORY_SEPARATOR.join(path) or None for path in self.catalog.categories])
+        return _encode_values([CATEGORY_SEPARATOR.join(path) or None for path in self.catalog.categories])
 
     def _column(self, name: str) -> str:
         attributes = self.catalog.attributes
@@ -166,7 +170,7 @@ class CatalogIndex:
         return column
 
 
-def _codes(values: Iterable[str | None]) -> tuple[NDArray[np.int64], dict[str, int]]:
+def _encode_values(values: Iterable[str | None]) -> tuple[NDArray[np.int64], dict[str, int]]:
     numbers: dict[str, int] = {}
     codes = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
     return np.array(codes, np.int64), numbers

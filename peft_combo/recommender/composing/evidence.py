@@ -105,13 +105,13 @@ class EvidenceSource:
         slotted = self.slotted
         others = np.array([other for other in (context or items) if other != row], np.int64)
         slot = int(slotted.slot_of[row])
-        counts = np.zeros(len(others), np.int64) if self.history is None else co_counts(self.history, row, others)
+        counts = np.zeros(len(others), np.int64) if self.history is None else count_together(self.history, row, others)
         cosines = None if self.vectors is None else self.vectors[others] @ self.vectors[row]
         best = max(range(len(others)), key=lambda i: (counts[i], 0 if cosines is None else cosines[i]), default=None)
         if best is not None and counts[best] == 0 and (cosines is None or cosines[best] <= 0):
             best = None
         given = {int(slotted.slot_of[other]) for other in items if other != row} - {slot}
-        rules = [rule for other in sorted(given) if (rule := slotted.templates.rule(other, slot)) is not None]
+        rules = [rule for other in sorted(given) if (rule := slotted.templates.find_rule(other, slot)) is not None]
         return ItemEvidence(
             row=row,
             slot=slotted.templates.names[slot],
@@ -125,7 +125,7 @@ class EvidenceSource:
         )
 
 
-def co_counts(history: SparseRows, item: int, context: Sequence[int] | Rows) -> Rows:
+def count_together(history: SparseRows, item: int, context: Sequence[int] | Rows) -> Rows:
     """Count the rows of the history that hold both an item and each item of the context.
 
     Args:

@@ -19,7 +19,7 @@ def explain_infeasible(
 ) -> DataError:
     """Find the constraints that bind by lifting them one at a time, then in pairs, and say what would help."""
     space = build_search_space(slotted, context, constraints, options)
-    checks = slotted.index.checks(constraints)
+    checks = slotted.index.check(constraints)
     names = list(checks)
     names += [f'required slot "{slotted.templates.names[slot]}"' for slot in sorted(space.required)]
     names += [f'forbidden slot "{slotted.templates.names[slot]}"' for slot in sorted(slotted.templates.forbidden)]
@@ -31,22 +31,22 @@ def explain_infeasible(
     binding: list[tuple[str, ...]] = [(name,) for name in names if helps([name])]
     if not binding:
         binding += [pair for pair in itertools.combinations(names, 2) if helps(pair)]
-    size = _span(len(context) + space.low, len(context) + space.high)
+    size = _format_span(len(context) + space.low, len(context) + space.high)
     ruled_out = {name: int(np.count_nonzero(~check)) for name, check in checks.items()}
 
-    def described(name: str) -> str:
+    def describe(name: str) -> str:
         n = len(slotted.index.catalog)
         return f"{name} (rules out {ruled_out[name]} of {n} items)" if name in ruled_out else name
 
     if ("budget",) in binding and space.cheapest is not None:
-        rest = [described(name) for (name,) in binding if name not in ("budget", "size")]
+        rest = [describe(name) for (name,) in binding if name not in ("budget", "size")]
         also = f" Lifting {' or '.join(rest)} would do as well." if rest else ""
         return DataError(_explain_budget(slotted, constraints, space, size) + also)
     said = f"No bundle of {size} items can be composed: {_explain_lack(slotted, space)}."
     if not binding:
-        every = ", ".join(described(name) for name in names) or "none were given"
+        every = ", ".join(describe(name) for name in names) or "none were given"
         return DataError(f"{said} Not even lifting two constraints would help. Constraints: {every}.")
-    ways = "; or ".join(" and ".join(described(name) for name in way) for way in binding[:5])
+    ways = "; or ".join(" and ".join(describe(name) for name in way) for way in binding[:5])
     return DataError(f"{said} What binds: {ways}. Lift or loosen it.")
 
 
@@ -81,5 +81,5 @@ def _explain_lack(slotted: SlottedCatalog, space: SearchSpace) -> str:
     return "the allowed items cost more than the budget"
 
 
-def _span(low: int, high: int) -> str:
+def _format_span(low: int, high: int) -> str:
     return str(low) if low == high else f"{low} to {high}"

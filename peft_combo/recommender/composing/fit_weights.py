@@ -1,4 +1,4 @@
-"""How much each part of a bundle's objective counts: what held-out bundles ask for.
+"""Weights of the composition objective, fitted on validation: relevance, compatibility, slots.
 
 Owns the choice of the composer's weights on validation. Knows nothing of how bundles are searched for.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from peft_combo import metrics
 from peft_combo.data.queries import Queries
 from peft_combo.recommender.composing.composer import Composer
-from peft_combo.recommender.composing.options import Weights
+from peft_combo.recommender.composing.options import ObjectiveWeights
 from peft_combo.recommender.fitted_scorers import Fitted
 from peft_combo.recommender.model_selection import split_blocks
 
@@ -24,7 +24,7 @@ _QUERIES = 500
 
 def fit_weights(
     composer: Composer, valid: Queries, relevance: Fitted, compatibility: Fitted | None, *, seed: int = 0
-) -> Weights:
+) -> ObjectiveWeights:
     """Choose how much slots and compatibility count beside relevance, which counts 1.
 
     Where one item of a bundle is missing, the objective ranks all items for the place; the weights are those with the
@@ -51,4 +51,4 @@ def fit_weights(
     gains = np.array([np.concatenate(values) for values in found])  # (settings, Q)
     # Of equals the one with the most weight on slots, then on compatibility: order that costs nothing is kept.
     slots, beside = max(zip(gains.mean(axis=1).round(6), grid, strict=True))[1]
-    return Weights(slots=slots, compatibility=beside)
+    return ObjectiveWeights(slots=slots, compatibility=beside)

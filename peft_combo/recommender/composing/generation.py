@@ -1,7 +1,7 @@
-"""Writes bundles item by item: beam search over the rows of a catalogue, and nothing else can come out of it.
+"""Bundle generation item by item: beam search over catalogue rows with a head's probabilities.
 
 Owns the search: which partial bundles are kept, how probable each is, and that no item comes twice. Knows rows, scores
-and which rows may follow; nothing of texts, constraints or how the scores came about (`steps_of` asks a head for them).
+and which rows may follow; nothing of texts, constraints or how the scores came about (`build_steps` asks a head).
 
 A bundle is a set and may be written in any order, so what is kept are sets: the probability of one is the sum over all
 orders of writing it that the search has met. With a beam as wide as the number of sets it is exact.
@@ -100,7 +100,7 @@ def generate(
     finished: list[Generated] = []
     while alive:
         following: dict[tuple[int, ...], _Ways] = {}
-        for added, (rows, scores, end) in _told(steps, context, limits, copies, list(alive)).items():
+        for added, (rows, scores, end) in _score_next(steps, context, limits, copies, list(alive)).items():
             so_far = alive[added]
             if limits.complete(added):
                 if not len(rows):
@@ -113,14 +113,14 @@ def generate(
             following[added] = _Ways(rows, so_far + _log_softmax(scores))
         finished.sort(key=_rank)
         del finished[count:]
-        alive = _kept(following, beam)
+        alive = _keep_best(following, beam)
         # All that is still to come shares what the sets alive have left.
         if len(finished) == count and alive and finished[-1].log_probability >= _log_sum(list(alive.values())):
             break
     return finished
 
 
-def steps_of(head: CompletionHead, vectors: NDArray[np.float32]) -> Steps:
+def build_steps(head: CompletionHead, vectors: NDArray[np.float32]) -> Steps:
     """Let a head say what comes next in a catalogue, by its softmax over all items.
 
     Args:
@@ -142,7 +142,7 @@ def steps_of(head: CompletionHead, vectors: NDArray[np.float32]) -> Steps:
     return steps
 
 
-def _told(
+def _score_next(
     steps: Steps, context: Sequence[int], limits: Sizes, copies: NDArray[np.int64] | None,
     sets: Sequence[tuple[int, ...]],
 ) -> dict[tuple[int, ...], tuple[Rows, NDArray[np.floating[Any]], float | None]]:  # fmt: skip
@@ -157,10 +157,10 @@ def _told(
             may &= ~np.isin(copies, copies[held])
         free[added] = np.flatnonzero(may)
         found[added] = free[added][:0], np.empty(0), None
-    asked = [added for added in sets if len(free[added])]
-    if asked:
-        items, ends = steps([np.array(sorted((*context, *added)), np.int64) for added in asked])
-        for place, added in enumerate(asked):
+    open_sets = [added for added in sets if len(free[added])]
+    if open_sets:
+        items, ends = steps([np.array(sorted((*context, *added)), np.int64) for added in open_sets])
+        for place, added in enumerate(open_sets):
             rows = free[added][np.isfinite(items[place, free[added]])]
             found[added] = rows, items[place, rows], None if ends is None else float(ends[place])
     return found
@@ -173,25 +173,25 @@ class _Ways:
     rows: Rows
     logs: NDArray[np.float64]
 
-    def best(self, count: int) -> list[int]:
+    def select_best(self, count: int) -> list[int]:
         order = np.lexsort((self.rows, -np.round(self.logs, _DIGITS)))[:count]
         return [int(row) for row in self.rows[order]]
 
-    def to(self, row: int) -> float:
+    def log_to(self, row: int) -> float:
         """Return minus infinity where no way leads there."""
         place = int(np.searchsorted(self.rows, row))
         found = place < len(self.rows) and self.rows[place] == row
         return float(self.logs[place]) if found else -math.inf
 
 
-def _kept(following: Mapping[tuple[int, ...], _Ways], beam: int) -> dict[tuple[int, ...], float]:
+def _keep_best(following: Mapping[tuple[int, ...], _Ways], beam: int) -> dict[tuple[int, ...], float]:
     """Return the most probable sets of one row more; proposed are, of each set, its most probable continuations."""
-    proposed = {tuple(sorted((*added, row))) for added, ways in following.items() for row in ways.best(beam)}
+    proposed = {tuple(sorted((*added, row))) for added, ways in following.items() for row in ways.select_best(beam)}
     grown = []
     for rows in proposed:
         # Each of its rows may be the last that was added.
         before = [(rows[:place] + rows[place + 1 :], row) for place, row in enumerate(rows)]
-        grown.append(Generated(rows, _log_sum([following[one].to(row) for one, row in before if one in following])))
+        grown.append(Generated(rows, _log_sum([following[one].log_to(row) for one, row in before if one in following])))
     return {one.added: one.log_probability for one in sorted(grown, key=_rank)[:beam]}
 
 

@@ -11,14 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo.recommender.composing.options import Compatibility, Options, Rows, Weights, _among, _scores
+from peft_combo.recommender.composing.options import (
+    Compatibility,
+    ObjectiveWeights,
+    Options,
+    Rows,
+    check_scores,
+    is_among,
+)
 from peft_combo.recommender.composing.search_space import SlottedCatalog
 
 _SETS = 256  # sets the scorer is asked about at once
 
 
 class ScoreScale:
-    """What makes scores comparable between scorers, taken from a sample of them, (S, N); see the module for how."""
+    """What makes scores comparable between scorers, taken from a sample of them, (S, N); see `composer` for how."""
 
     def __init__(self, sample: NDArray[np.floating[Any]]) -> None:
         values = sample.astype(np.float64)
@@ -33,7 +40,7 @@ class ScoreScale:
         alike = spread <= 1e-9 * np.maximum(1.0, np.abs(self._mean))
         self._factor = np.where(alike, 0, 1 / np.where(alike, 1, spread))
 
-    def of(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    def apply(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """(S, C) -> (S, C)."""
         values = scores.astype(np.float64)
         values = np.where(np.isfinite(values), values, self._lowest)
@@ -42,7 +49,7 @@ class ScoreScale:
 
 
 @lru_cache(maxsize=4)
-def _order(n: int, seed: int) -> Rows:
+def _draw_order(n: int, seed: int) -> Rows:
     """Return the rows' places in a random order, (n,); kept, for requests rarely bring a seed of their own."""
     order = np.random.default_rng(seed).permutation(n)
     order.flags.writeable = False
@@ -72,7 +79,7 @@ class Objective:
         relevance: NDArray[np.floating[Any]] | None,
         compatibility: Compatibility | None,
         options: Options,
-        weights: Weights,
+        weights: ObjectiveWeights,
         slotted: SlottedCatalog,
         vectors: NDArray[np.float32] | None,
         sample: Rows,
@@ -80,7 +87,7 @@ class Objective:
         self.options = options
         self.weights = weights
         self.slot_of = slotted.slot_of
-        self.order = _order(len(slotted.slot_of), options.seed)
+        self.order = _draw_order(len(slotted.slot_of), options.seed)
         self._relevance = relevance
         self._compatibility = compatibility
         self._templates = slotted.templates
@@ -88,23 +95,23 @@ class Objective:
         self._titles = slotted.index.titles
         self._sample = sample
 
-    def relevance_of(self, rows: Rows) -> NDArray[np.float64]:
+    def score_relevance(self, rows: Rows) -> NDArray[np.float64]:
         if self._relevance is None:
             return np.zeros(len(rows))
-        comparable: NDArray[np.float64] = self._relevance_scale.of(self._relevance[None, rows])[0]
+        comparable: NDArray[np.float64] = self._relevance_scale.apply(self._relevance[None, rows])[0]
         return comparable
 
-    def weighted_relevance(self, rows: Rows, of: int = 1) -> NDArray[np.float64]:
+    def weigh_relevance(self, rows: Rows, of: int = 1) -> NDArray[np.float64]:
         """What relevance adds to the objective of a bundle of so many added items, (len(rows),)."""
         weight = self.weights.relevance / of
-        return weight * self.relevance_of(rows) if weight else np.zeros(len(rows))
+        return weight * self.score_relevance(rows) if weight else np.zeros(len(rows))
 
     @cached_property
     def _relevance_scale(self) -> ScoreScale:
         assert self._relevance is not None
         return ScoreScale(self._relevance[None])
 
-    def beside(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
+    def score_beside(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
         """Ask the scorer for items beside sets, (S, C); 0 where there is no scorer or a set is empty.
 
         A scorer whose weight is 0 is not asked either: every use of what it says is times that weight.
@@ -112,41 +119,41 @@ class Objective:
         found = np.zeros((len(sets), len(rows)))
         if self._compatibility is None or self.weights.compatibility == 0 or not len(rows):
             return found
-        asked = [(place, np.array(sorted(one), np.int64)) for place, one in enumerate(sets) if one]
+        nonempty = [(place, np.array(sorted(one), np.int64)) for place, one in enumerate(sets) if one]
         both = np.concatenate([rows, self._sample])
-        for start in range(0, len(asked), _SETS):
-            places, some = zip(*asked[start : start + _SETS], strict=True)
-            scores = _scores(self._compatibility(some, both), (len(some), len(both)), "compatibility")
-            found[list(places)] = ScoreScale(scores[:, len(rows) :]).of(scores[:, : len(rows)])
+        for start in range(0, len(nonempty), _SETS):
+            places, some = zip(*nonempty[start : start + _SETS], strict=True)
+            scores = check_scores(self._compatibility(some, both), (len(some), len(both)), "compatibility")
+            found[list(places)] = ScoreScale(scores[:, len(rows) :]).apply(scores[:, : len(rows)])
         return found
 
-    def tells(self, sets: Sequence[Iterable[int]]) -> bool:
+    def has_scores(self, sets: Sequence[Iterable[int]]) -> bool:
         """Whether anything is known of what to put beside these sets."""
         return self._relevance is not None or (self._compatibility is not None and all(sets))
 
-    def judge(self, context: tuple[int, ...], bundles: Sequence[tuple[int, ...]]) -> list[ScoredBundle]:
+    def score_bundles(self, context: tuple[int, ...], bundles: Sequence[tuple[int, ...]]) -> list[ScoredBundle]:
         """Compute the objective of bundles given by their added rows; each set is asked for once."""
         bundles = [tuple(sorted(added)) for added in bundles]  # one order, so that equal sets get equal sums
-        asked: dict[tuple[int, ...], list[int]] = {}
+        rows_of_set: dict[tuple[int, ...], list[int]] = {}
         for added in bundles:
             whole = sorted((*context, *added))
             for row in added:
-                asked.setdefault(tuple(other for other in whole if other != row), []).append(row)
+                rows_of_set.setdefault(tuple(other for other in whole if other != row), []).append(row)
         rows = np.unique(np.array([row for added in bundles for row in added], np.int64))
-        beside = self.beside(list(asked), rows)
+        beside = self.score_beside(list(rows_of_set), rows)
         known = {
             (others, row): float(value)
-            for (others, wanted), values in zip(asked.items(), beside, strict=True)
+            for (others, wanted), values in zip(rows_of_set.items(), beside, strict=True)
             for row, value in zip(wanted, values[np.searchsorted(rows, wanted)], strict=True)
         }
-        return [self._judge(context, added, known) for added in bundles]
+        return [self._score_bundle(context, added, known) for added in bundles]
 
-    def _judge(
+    def _score_bundle(
         self, context: tuple[int, ...], added: tuple[int, ...], known: dict[tuple[tuple[int, ...], int], float]
     ) -> ScoredBundle:
         weights, n = self.weights, len(added)
         whole = sorted((*context, *added))
-        relevance = self.weighted_relevance(np.array(added, np.int64), n)
+        relevance = self.weigh_relevance(np.array(added, np.int64), n)
         beside = [known[tuple(other for other in whole if other != row), row] for row in added]
         compatibility = weights.compatibility / n * np.array(beside)
         return ScoredBundle(
@@ -154,27 +161,27 @@ class Objective:
             parts={
                 "relevance": math.fsum(relevance),
                 "compatibility": math.fsum(compatibility),
-                "slots": self._slots(whole),
-                "redundancy": -weights.redundancy * self._redundancy(added, whole),
+                "slots": self._score_slots(whole),
+                "redundancy": -weights.redundancy * self._measure_redundancy(added, whole),
             },
             relevance=tuple(relevance.tolist()),
             compatibility=tuple(compatibility.tolist()),
         )
 
-    def _slots(self, whole: list[int]) -> float:
+    def _score_slots(self, whole: list[int]) -> float:
         if self.options.mode == "substitute":
             return 0.0
         template = tuple(sorted(self.slot_of[whole].tolist()))
         return self.weights.slots * self._templates.log_probability(template)
 
-    def _redundancy(self, added: tuple[int, ...], whole: list[int]) -> float:
+    def _measure_redundancy(self, added: tuple[int, ...], whole: list[int]) -> float:
         if self._vectors is None or len(whole) < 2:
             return 0.0
         cosines = self._vectors[list(added)] @ self._vectors[whole].T
         cosines[np.array(added)[:, None] == np.array(whole)] = 0
         return float(np.maximum(cosines.max(axis=1), 0).mean())
 
-    def likeness(self, rows: Rows, others: Sequence[int]) -> NDArray[np.float64]:
+    def measure_likeness(self, rows: Rows, others: Sequence[int]) -> NDArray[np.float64]:
         """(len(rows),) the greatest cosine of each row with any of the others, at least 0."""
         if self._vectors is None or not others:
             return np.zeros(len(rows))
@@ -182,17 +189,17 @@ class Objective:
         greatest: NDArray[np.float64] = np.maximum(cosines, 0).astype(np.float64)
         return greatest
 
-    def duplicates(self, rows: Rows, others: Sequence[int]) -> NDArray[np.bool_]:
+    def find_duplicates(self, rows: Rows, others: Sequence[int]) -> NDArray[np.bool_]:
         """(len(rows),) True where a row is nearly the same as one of the others."""
         limit = self.options.near_duplicate
         if limit is None or not others:
             return np.zeros(len(rows), bool)
-        same = _among(self._titles[rows], self._titles[list(others)])
+        same = is_among(self._titles[rows], self._titles[list(others)])
         if self._vectors is not None:
             same |= (self._vectors[rows] @ self._vectors[list(others)].T > limit).any(axis=1)
         return same
 
-    def alike(self, one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    def measure_overlap(self, one: tuple[int, ...], other: tuple[int, ...]) -> float:
         """How like two lists of added items are, 0..1: by shared items, and by cosine of the best matches."""
         shared = len(set(one) & set(other)) / len(set(one) | set(other))
         if self._vectors is None:
@@ -200,10 +207,10 @@ class Objective:
         cosines = np.clip(self._vectors[list(one)] @ self._vectors[list(other)].T, 0, 1)
         return max(shared, float(cosines.max(axis=1).mean() + cosines.max(axis=0).mean()) / 2)
 
-    def tie_break(self, rows: Iterable[int]) -> tuple[int, ...]:
+    def make_tie_key(self, rows: Iterable[int]) -> tuple[int, ...]:
         return tuple(sorted(int(self.order[row]) for row in rows))
 
-    def best(self, rows: Rows, scores: NDArray[np.float64], count: int) -> NDArray[np.intp]:
+    def select_best(self, rows: Rows, scores: NDArray[np.float64], count: int) -> NDArray[np.intp]:
         """Places of the `count` highest scores, best first; equal scores in the order of the seed."""
         if len(rows) > count:
             least = np.partition(scores, len(rows) - count)[len(rows) - count]

@@ -20,8 +20,8 @@ Mode = Literal["complement", "substitute"]
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Of the parts of the objective; see the module. `weighing.fit_weights` finds those that bundles ask for."""
+class ObjectiveWeights:
+    """Of the parts of the objective, see `composer`; `fit_weights` finds those that held-out bundles ask for."""
 
     relevance: float = 1.0
     compatibility: float = 1.0
@@ -58,7 +58,7 @@ class Options:
 
     k: int = 5
     mode: Mode = "complement"
-    weights: Weights | None = None
+    weights: ObjectiveWeights | None = None
     diversity: float = 0.3
     near_duplicate: float | None = 0.95
     seed: int = 0
@@ -93,14 +93,14 @@ class OneOf:
     rows: Rows
 
 
-def _scores(values: ArrayLike, shape: tuple[int, ...], name: str) -> NDArray[np.floating[Any]]:
+def check_scores(values: ArrayLike, shape: tuple[int, ...], name: str) -> NDArray[np.floating[Any]]:
     scores: NDArray[np.floating[Any]] = np.asarray(values)
     if scores.shape != shape or not np.issubdtype(scores.dtype, np.floating):
         raise ValueError(f"{name} must be {shape} floating point scores, found {scores.shape} {scores.dtype}.")
     return scores
 
 
-def _among(values: Rows, few: Rows) -> NDArray[np.bool_]:
+def is_among(values: Rows, few: Rows) -> NDArray[np.bool_]:
     """`np.isin` for a handful of numbers, where its sorting is most of the time."""
     among: NDArray[np.bool_] = (values[:, None] == few).any(axis=1)
     return among

@@ -25,7 +25,7 @@ def plan_slots(slotted: SlottedCatalog, space: SearchSpace, options: Options) ->
         every = itertools.islice(itertools.chain.from_iterable(choices), options.plans)
         return [(added, 0.0) for added in every if not Counter(added) - space.free]
     sizes_of_all = (len(held) + space.low, len(held) + space.high)
-    plans = slotted.templates.plans(held, space.room, sizes_of_all, options.plans)
+    plans = slotted.templates.list_plans(held, space.room, sizes_of_all, options.plans)
     cheapest = space.cheapest or []
     fallback = tuple(sorted([*held, *slotted.slot_of[cheapest].tolist()]))
     plans.append((fallback, slotted.templates.log_probability(fallback)))
@@ -49,7 +49,7 @@ def plan_promising(
     best = np.full((len(space.held), space.high + 1), -np.inf)
     for slot, values in gains.items():
         most = min(space.high, space.free[slot])
-        own = np.sort(values[0][objective.best(space.candidates[slot], values[0], most)])[::-1]
+        own = np.sort(values[0][objective.select_best(space.candidates[slot], values[0], most)])[::-1]
         best[slot, : len(own)] = own
     grown: dict[Template, float] = {(): 0.0}  # slots added -> gain of their best items
     found: dict[Template, float] = {}

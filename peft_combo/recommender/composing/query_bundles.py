@@ -41,7 +41,7 @@ def search_around(
     sets = _choose_sets(slotted, space, one_of, objective)
     answers = np.concatenate([one.rows for one in one_of]).tolist()
     rest = replace(constraints, exclude_items=(*constraints.exclude_items, *answers))
-    low, high = constraints.size or slotted.templates.typical_sizes()
+    low, high = constraints.size or slotted.templates.find_typical_sizes()
     found: list[tuple[int, ...]] = []
     bare: list[tuple[int, ...]] = []
     for added in sets:
@@ -86,16 +86,18 @@ def _choose_sets(
         grown = [
             (*held, int(row))
             for held in sets
-            for row, alike in zip(tried, objective.duplicates(tried, (*space.context, *held)), strict=True)
+            for row, alike in zip(tried, objective.find_duplicates(tried, (*space.context, *held)), strict=True)
             if row not in held and not alike and (space.left is None or int(cents[[*held, row]].sum()) <= left)
         ]
-        likes = {held: float(objective.relevance_of(np.array(held, np.int64)).sum()) for held in grown}
-        grown.sort(key=lambda held: (-likes[held], objective.tie_break(held)))
+        likes = {held: float(objective.score_relevance(np.array(held, np.int64)).sum()) for held in grown}
+        grown.sort(key=lambda held: (-likes[held], objective.make_tie_key(held)))
         sets = limit_repeats(grown, 4 * options.beam)
     if not sets:
         raise DataError(
             f"No two items that answer {' and '.join(one.name for one in one_of)} go together: they are the same, "
             "alike, or cost too much. Raise near_duplicate or the budget."
         )
-    judged = sorted(objective.judge(space.context, sets), key=lambda one: (-one.score, objective.tie_break(one.added)))
+    judged = sorted(
+        objective.score_bundles(space.context, sets), key=lambda one: (-one.score, objective.make_tie_key(one.added))
+    )
     return limit_repeats([one.added for one in judged], max(options.k, _SETS_KEPT))

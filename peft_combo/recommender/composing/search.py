@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.recommender.composing.objective import Objective, ScoredBundle
-from peft_combo.recommender.composing.options import Options, Rows, Weights, _among
+from peft_combo.recommender.composing.options import ObjectiveWeights, Options, Rows, is_among
 from peft_combo.recommender.composing.plans import plan_promising, plan_slots
 from peft_combo.recommender.composing.search_space import SearchSpace, SlottedCatalog
 from peft_combo.recommender.composing.slots import Template
@@ -25,18 +25,18 @@ _SPARE = 64  # bundles that look collects at most
 def search_bundles(slotted: SlottedCatalog, space: SearchSpace, objective: Objective) -> list[tuple[int, ...]]:
     """Return added rows of bundles that keep every constraint; all of them where they are few."""
     if space.combinations <= objective.options.exact_limit:
-        return list(_every(space, objective))
+        return list(_enumerate_bundles(space, objective))
     plans = plan_slots(slotted, space, objective.options)
     likely = [plan for plan in plans if plan[1] >= plans[0][1] - _PLAUSIBLE]
     first = None
-    if objective.options.mode == "complement" and objective.tells([space.context]):
-        first = _gains(space, objective, [space.context], sorted(space.free))
-        space, first = _shortlisted(space, objective, first)
+    if objective.options.mode == "complement" and objective.has_scores([space.context]):
+        first = _compute_gains(space, objective, [space.context], sorted(space.free))
+        space, first = _make_shortlists(space, objective, first)
         likely = list(dict([*likely, *plan_promising(slotted, space, objective, first)]).items())
-    found = _beam(space, objective, likely, first)
+    found = _search_beam(space, objective, likely, first)
     if not found and len(plans) > len(likely):
-        found = _beam(space, objective, plans, first)
-    return found or list(itertools.islice(_every(space, objective, _TRIES), _SPARE))
+        found = _search_beam(space, objective, plans, first)
+    return found or list(itertools.islice(_enumerate_bundles(space, objective, _TRIES), _SPARE))
 
 
 @dataclass(eq=False)
@@ -65,12 +65,12 @@ class _Partial:
     gain: float
     likeness: float
 
-    def estimate(self, log_probability: float, weights: Weights) -> float:
+    def estimate(self, log_probability: float, weights: ObjectiveWeights) -> float:
         own = (self.gain - weights.redundancy * self.likeness) / len(self.added)
         return own + weights.slots * log_probability
 
 
-def _beam(
+def _search_beam(
     space: SearchSpace, objective: Objective, plans: Sequence[tuple[Template, float]],
     first: dict[int, NDArray[np.float64]] | None,
 ) -> list[tuple[int, ...]]:  # fmt: skip
@@ -80,44 +80,44 @@ def _beam(
     the objective, which scores every item beside all others.
 
     Args:
-        first: what each item of the candidates, which are shortlists then, adds beside the context, as of `_gains`.
+        first: what each candidate, of shortlists then, adds beside the context, as of `_compute_gains`.
     """
     options = objective.options
-    states = [_Partial((), _tree(space, plans), 0, 0.0, 0.0)]
+    states = [_Partial((), _build_tree(space, plans), 0, 0.0, 0.0)]
     finished: list[tuple[float, _Partial]] = []
     # Slots whose every item is still looked at.
     wide = set().union(*(slots for slots, _ in plans)) if first is None else set()
     while states:
         sets = [(*space.context, *state.added) for state in states]
         slots = wide | set().union(*(state.node.children for state in states))
-        gains = _gains(space, objective, sets, sorted(slots)) if first is None else first
+        gains = _compute_gains(space, objective, sets, sorted(slots)) if first is None else first
         first = None
-        if wide and objective.tells(sets):
-            space, gains = _shortlisted(space, objective, gains)
+        if wide and objective.has_scores(sets):
+            space, gains = _make_shortlists(space, objective, gains)
             wide = set()
         grown: list[_Partial] = []
         for place, (state, held) in enumerate(zip(states, sets, strict=True)):
             own = {slot: gains[slot][place] for slot in state.node.children}
-            grown += _extensions(space, objective, state, held, own)
+            grown += _extend(space, objective, state, held, own)
         ends = [(state, state.node.log_probability) for state in grown]
         finished += [(state.estimate(log, objective.weights), state) for state, log in ends if log is not None]
-        states = _kept([state for state in grown if state.node.children], objective)
-    finished.sort(key=lambda one: (-one[0], objective.tie_break(one[1].added)))
-    return [state.added for _, state in _varied(finished, max(options.beam, 3 * options.k), options)]
+        states = _keep_beam([state for state in grown if state.node.children], objective)
+    finished.sort(key=lambda one: (-one[0], objective.make_tie_key(one[1].added)))
+    return [state.added for _, state in _limit_variants(finished, max(options.beam, 3 * options.k), options)]
 
 
-def _gains(
+def _compute_gains(
     space: SearchSpace, objective: Objective, sets: Sequence[tuple[int, ...]], slots: Sequence[int]
 ) -> dict[int, NDArray[np.float64]]:
     """Per slot what each item of its shelf would add beside each set: (S, items of the shelf)."""
     weights, candidates = objective.weights, [space.candidates[slot] for slot in slots]
     rows = np.concatenate([np.empty(0, np.int64), *candidates])
-    gains = objective.weighted_relevance(rows) + weights.compatibility * objective.beside(sets, rows)
+    gains = objective.weigh_relevance(rows) + weights.compatibility * objective.score_beside(sets, rows)
     ends = np.cumsum([len(shelf) for shelf in candidates])[:-1]
     return dict(zip(slots, np.split(gains, ends, axis=1), strict=True))
 
 
-def _shortlisted(
+def _make_shortlists(
     space: SearchSpace, objective: Objective, gains: dict[int, NDArray[np.float64]]
 ) -> tuple[SearchSpace, dict[int, NDArray[np.float64]]]:
     """Keep of each shelf the items that add most beside any of the sets, and what they add."""
@@ -127,26 +127,26 @@ def _shortlisted(
         if len(rows) <= limit:
             continue
         best, kept = values.max(axis=0), np.zeros(len(rows), bool)
-        kept[objective.best(rows, best, limit)] = True
+        kept[objective.select_best(rows, best, limit)] = True
         # What a bundle can spend on the slot is not known yet, so the best of the cheaper half, quarter ... come too;
         # of the last part all.
         stop = len(rows) // 2 if space.left is not None else 0
         while stop:
             share = max(limit // 8, 1)
-            kept[objective.best(rows[:stop], best[:stop], share)] = True
+            kept[objective.select_best(rows[:stop], best[:stop], share)] = True
             stop = 0 if stop <= share else stop // 2
         candidates[slot] = rows[kept]
         gains[slot] = values[:, kept]
     return replace(space, candidates=candidates), gains
 
 
-def _tree(space: SearchSpace, plans: Sequence[tuple[Template, float]]) -> _Node:
+def _build_tree(space: SearchSpace, plans: Sequence[tuple[Template, float]]) -> _Node:
     """Share the beginnings of plans: the slots of most plans come first, equal ones next to each other."""
     common = Counter(slot for slots, _ in plans for slot in set(slots))
     root = _Node()
     for slots, log in plans:
         path = sorted(slots, key=lambda slot: (-common[slot], slot))
-        prices = _lowest_prices(space, path)
+        prices = _find_lowest_prices(space, path)
         node = root
         for depth in range(len(path) + 1):
             node.best = max(node.best, log)
@@ -157,7 +157,7 @@ def _tree(space: SearchSpace, plans: Sequence[tuple[Template, float]]) -> _Node:
     return root
 
 
-def _lowest_prices(space: SearchSpace, path: list[int]) -> list[int]:
+def _find_lowest_prices(space: SearchSpace, path: list[int]) -> list[int]:
     """For each slot of the path its cheapest item, dearer from the second of one slot on (counted from the end)."""
     if space.left is None:
         return [0] * len(path)
@@ -169,7 +169,7 @@ def _lowest_prices(space: SearchSpace, path: list[int]) -> list[int]:
     return prices[::-1]
 
 
-def _extensions(
+def _extend(
     space: SearchSpace,
     objective: Objective,
     state: _Partial,
@@ -189,40 +189,40 @@ def _extensions(
             rows = rows[: np.searchsorted(space.cents[rows], affordable, side="right")]
         if not len(rows):
             continue
-        places = _distinct_best(objective, rows, own[: len(rows)], held)
-        likeness = objective.likeness(rows[places], held)
+        places = _select_distinct(objective, rows, own[: len(rows)], held)
+        likeness = objective.measure_likeness(rows[places], held)
         for place, like in zip(places.tolist(), likeness.tolist(), strict=True):
             row = int(rows[place])
             cents = state.cents + (int(space.cents[row]) if space.left is not None else 0)
             yield _Partial((*state.added, row), node, cents, state.gain + float(own[place]), state.likeness + like)
 
 
-def _distinct_best(
+def _select_distinct(
     objective: Objective, rows: Rows, gains: NDArray[np.float64], held: tuple[int, ...]
 ) -> NDArray[np.intp]:
     """Places of the best items that are not, or nearly, among those held; more are looked at only as needed."""
     wanted = objective.options.per_slot
     looked_at = 2 * wanted
     while True:
-        places = objective.best(rows, gains, looked_at)
-        taken = _among(rows[places], np.array(held, np.int64)) | objective.duplicates(rows[places], held)
+        places = objective.select_best(rows, gains, looked_at)
+        taken = is_among(rows[places], np.array(held, np.int64)) | objective.find_duplicates(rows[places], held)
         if len(places) == len(rows) or np.count_nonzero(~taken) >= wanted:
             return places[~taken][:wanted]
         looked_at *= 4
 
 
-def _kept(states: list[_Partial], objective: Objective) -> list[_Partial]:
+def _keep_beam(states: list[_Partial], objective: Objective) -> list[_Partial]:
     """The beam: the best partial bundles, each set once, no template and no first item taking more than its share."""
     options = objective.options
     ranked = [
         (state.estimate(state.node.best, objective.weights), state)
         for state in {(frozenset(state.added), id(state.node)): state for state in states}.values()
     ]
-    ranked.sort(key=lambda one: (-one[0], objective.tie_break(one[1].added)))
-    return [state for _, state in _varied(ranked, options.beam, options)]
+    ranked.sort(key=lambda one: (-one[0], objective.make_tie_key(one[1].added)))
+    return [state for _, state in _limit_variants(ranked, options.beam, options)]
 
 
-def _varied(ranked: list[tuple[float, _Partial]], count: int, options: Options) -> list[tuple[float, _Partial]]:
+def _limit_variants(ranked: list[tuple[float, _Partial]], count: int, options: Options) -> list[tuple[float, _Partial]]:
     """The first `count`, but no more than half of one template and, for a list, a quarter that begin with one item.
 
     What is left over fills up. Without this the beam holds one bundle in sixteen variants.
@@ -269,7 +269,7 @@ def limit_repeats(ranked: Sequence[tuple[int, ...]], count: int) -> list[tuple[i
     return [*chosen, *spare[: count - len(chosen)]]
 
 
-def _every(space: SearchSpace, objective: Objective, tries: int | None = None) -> Iterator[tuple[int, ...]]:
+def _enumerate_bundles(space: SearchSpace, objective: Objective, tries: int | None = None) -> Iterator[tuple[int, ...]]:
     """Every set of rows that keeps all constraints, cheapest items first; gives up after so many tries."""
     pool = np.concatenate([np.empty(0, np.int64), *(space.candidates[slot] for slot in space.free)])
     pool = pool[np.lexsort((objective.order[pool], space.cents[pool]))]
@@ -294,7 +294,7 @@ def _every(space: SearchSpace, objective: Objective, tries: int | None = None) -
             needed = slot in space.required and slot not in used
             if used[slot] >= space.free[slot] or (missing - needed > space.high - len(added) - 1):
                 continue
-            if objective.duplicates(pool[place : place + 1], (*space.context, *added))[0]:
+            if objective.find_duplicates(pool[place : place + 1], (*space.context, *added))[0]:
                 continue
             yield from deeper(place + 1, (*added, row), used + Counter([slot]), spent + int(prices[place]))
 
@@ -312,7 +312,7 @@ def diversify(ranked: list[ScoredBundle], options: Options, objective: Objective
     likeness = np.zeros(len(ranked))
     while len(chosen) < min(options.k, len(ranked)):
         last = ranked[chosen[-1]].added
-        likeness = np.maximum(likeness, [objective.alike(one.added, last) for one in ranked])
+        likeness = np.maximum(likeness, [objective.measure_overlap(one.added, last) for one in ranked])
         worth = (1 - options.diversity) * scaled - options.diversity * likeness
         worth[chosen] = -np.inf
         chosen.append(int(np.argmax(worth)))

@@ -38,7 +38,7 @@ class SlottedCatalog:
 
     @classmethod
     def of(cls, catalog: Catalog, templates: SlotTemplates) -> SlottedCatalog:
-        index, slot_of = CatalogIndex(catalog), templates.slots_of(catalog)
+        index, slot_of = CatalogIndex(catalog), templates.assign_slots(catalog)
         by_slot_and_price = np.lexsort((index.cents, slot_of))
         ends = np.searchsorted(slot_of[by_slot_and_price], np.arange(len(templates.names) + 1))
         rows_of = tuple(by_slot_and_price[start:stop] for start, stop in itertools.pairwise(ends.tolist()))
@@ -61,7 +61,7 @@ class SlottedCatalog:
     @cached_property
     def slot_places(self) -> NDArray[np.int64]:
         """(S,) the place of each slot in the order that training bundles usually list them."""
-        return np.argsort(np.array(self.templates.in_order(range(len(self.templates.names))), np.int64))
+        return np.argsort(np.array(self.templates.order_slots(range(len(self.templates.names))), np.int64))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def build_search_space(
     """
     n_slots = len(slotted.templates.names)
     held = np.bincount(slotted.slot_of[list(context)], minlength=n_slots)
-    checks = {name: check for name, check in slotted.index.checks(constraints).items() if name not in without}
+    checks = {name: check for name, check in slotted.index.check(constraints).items() if name not in without}
     allowed = np.logical_and.reduce([np.ones(len(slotted.index.catalog), bool), *checks.values()])
     allowed[list(context)] = False
     names = slotted.templates.names
@@ -187,7 +187,7 @@ def build_search_space(
 def _find_sizes(slotted: SlottedCatalog, held: int, constraints: Constraints, options: Options) -> tuple[int, int]:
     """The fewest and most items of the whole bundle, at least one of them added."""
     if constraints.size is None:
-        low, high = (held + 1, held + 1) if options.mode == "substitute" else slotted.templates.typical_sizes()
+        low, high = (held + 1, held + 1) if options.mode == "substitute" else slotted.templates.find_typical_sizes()
         return max(low, held + 1), max(high, held + 1)
     if constraints.size[1] <= held:
         raise DataError(

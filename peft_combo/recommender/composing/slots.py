@@ -1,4 +1,4 @@
-"""Which parts a bundle is made of: slots, and the templates learned from the slots of training bundles.
+"""Slot templates: which slots bundles are made of, how probable a combination is, and slot rules.
 
 Owns what slot an item has, how probable a combination of slots is, which combinations are worth filling, and the rules
 (support, confidence, lift) behind it. Knows nothing of scores, prices or single items.
@@ -122,9 +122,9 @@ class SlotTemplates:
         """
         edited = replace(
             self,
-            required=self.required if required is None else frozenset(self.slot(name) for name in required),
-            optional=self.optional if optional is None else frozenset(self.slot(name) for name in optional),
-            forbidden=self.forbidden if forbidden is None else frozenset(self.slot(name) for name in forbidden),
+            required=self.required if required is None else frozenset(self.find_slot(name) for name in required),
+            optional=self.optional if optional is None else frozenset(self.find_slot(name) for name in optional),
+            forbidden=self.forbidden if forbidden is None else frozenset(self.find_slot(name) for name in forbidden),
         )
         rules = {"required": edited.required, "optional": edited.optional, "forbidden": edited.forbidden}
         for one, other in (("required", "optional"), ("required", "forbidden"), ("optional", "forbidden")):
@@ -133,7 +133,7 @@ class SlotTemplates:
                 raise DataError(f'Slot "{slot}" is both {one} and {other}. Take it out of one of them.')
         return edited
 
-    def slot(self, name: str) -> int:
+    def find_slot(self, name: str) -> int:
         """Return the number of a slot by its name, or by the last category of its path where only one ends so.
 
         Raises:
@@ -152,7 +152,7 @@ class SlotTemplates:
         hint = did_you_mean(name, [*self.names, *leaves])
         raise DataError(f'No slot is called "{name}". Slots: {shown}. {hint}'.rstrip())
 
-    def slots_of(self, catalog: Catalog) -> NDArray[np.int32]:
+    def assign_slots(self, catalog: Catalog) -> NDArray[np.int32]:
         """Return the slot number of every item (N,); what training never met falls to a known category, or `OTHER`."""
         return _assign(catalog, self.names, self.paths)
 
@@ -216,17 +216,17 @@ class SlotTemplates:
         """The number of training bundles."""
         return sum(self.templates.values())
 
-    def typical_sizes(self, low: float = 0.05, high: float = 0.95) -> tuple[int, int]:
+    def find_typical_sizes(self, low: float = 0.05, high: float = 0.95) -> tuple[int, int]:
         """The sizes between these quantiles of the training bundles, both included."""
         sizes = np.repeat([len(template) for template in self.templates], self._weights.astype(np.int64))
         lowest, highest = np.quantile(sizes, [low, high], method="inverted_cdf")
         return int(lowest), int(highest)
 
-    def in_order(self, slots: Iterable[int]) -> list[int]:
+    def order_slots(self, slots: Iterable[int]) -> list[int]:
         """Slots as training bundles usually list them."""
         return sorted(slots, key=lambda slot: (self.places[slot], slot))
 
-    def rule(self, given: int, slot: int) -> SlotRule | None:
+    def find_rule(self, given: int, slot: int) -> SlotRule | None:
         """What training bundles say of `slot` beside `given` (numbers); None where they never had both."""
         together = int(self._beside[given, slot])
         if together == 0 or given == slot:
@@ -241,7 +241,7 @@ class SlotTemplates:
             lift=confidence * self.bundles / int(self.support[slot]),
         )
 
-    def plans(
+    def list_plans(
         self, held: Template, room: NDArray[np.int64], sizes: tuple[int, int], limit: int = 32
     ) -> list[tuple[Template, float]]:
         """Find whole templates that hold `held` and more, most probable first.
@@ -263,13 +263,13 @@ class SlotTemplates:
             least[slot] = max(1, least[slot])
         if (least > np.maximum(room, counts)).any():
             return []
-        found = set(self._seen_between(least, np.maximum(room, counts), low, high)[: 8 * limit])
+        found = set(self._find_seen(least, np.maximum(room, counts), low, high)[: 8 * limit])
         frontier = {tuple(np.repeat(np.arange(len(least)), least).tolist())}
         size = int(least.sum())
         while frontier and size <= high:
             if size >= low:
                 found |= frontier
-            grown = {larger for template in frontier for larger in self._grown(template, room)}
+            grown = {larger for template in frontier for larger in self._grow(template, room)}
             frontier = set(sorted(grown, key=lambda one: (-self.log_probability(one), one))[:_FRONTIER])
             size += 1
         ranked = sorted((-self.log_probability(template), template) for template in found)
@@ -348,7 +348,7 @@ class SlotTemplates:
         known = self._log_counts[slot].get(count)
         return math.log(0.5**count / (int(self.support[slot]) + 1)) if known is None else known
 
-    def _seen_between(self, least: NDArray[np.int64], most: NDArray[np.int64], low: int, high: int) -> list[Template]:
+    def _find_seen(self, least: NDArray[np.int64], most: NDArray[np.int64], low: int, high: int) -> list[Template]:
         """Templates of training bundles with at least and at most so many items per slot, the commonest first."""
         sizes = self._table.sum(axis=1)
         fits = (self._table >= least).all(axis=1) & (self._table <= most).all(axis=1) & (sizes >= low) & (sizes <= high)
@@ -359,7 +359,7 @@ class SlotTemplates:
     def _listed(self) -> tuple[Template, ...]:
         return tuple(self.templates)
 
-    def _grown(self, template: Template, room: NDArray[np.int64]) -> Iterable[Template]:
+    def _grow(self, template: Template, room: NDArray[np.int64]) -> Iterable[Template]:
         """The template with one slot more, for the few slots that go best with it."""
         counts = np.bincount(np.array(template, np.int64), minlength=len(self.names))
         slots = np.flatnonzero(counts)
