@@ -113,7 +113,7 @@ def _estimate(
     layer_bytes = last.step_bytes - first.step_bytes
     # Seconds are too noisy for differences; the little besides layers is counted with them.
     layer_encode = last.encode_seconds / last.layers
-    # The catalogue is encoded below the first adapted layer once, where that is kept, and above it for every evaluation.
+    # Below the first adapted layer the catalogue is encoded once, where that is kept, and above it each time.
     states_mib = 0.0
     if recipe.training.fast_path and recipe.training.cache_limit_mib and whole.first_layer and not task.retokenized:
         states_mib = _FLOAT * kept * shapes.dim / 2**20
