@@ -337,7 +337,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_recipe: MakeRecipe, tmp_pat
     recipe = tiny_recipe()
     honest = bundle.compute_bundle_loss
     calls = iter(range(100))
-    monkeypatch.setattr(bundle, "bundle_loss", lambda *a: honest(*a) * (float("nan") if next(calls) > 4 else 1))
+    monkeypatch.setattr(bundle, "compute_bundle_loss", lambda *a: honest(*a) * (float("nan") if next(calls) > 4 else 1))
     with pytest.raises(TuningError, match=r"not a number after step 4.*learning_rate"):
         run(recipe, tmp_path)
 
