@@ -102,12 +102,11 @@ def find_upward_imports() -> list[str]:
 
 
 def find_import_cycles() -> list[list[str]]:
-    """Return groups of modules that import each other when they are loaded, faces of packages aside."""
+    """Return groups of modules that import each other when they are loaded."""
     modules = {name_place(path): path for path in list_files()}
     graph = {place: {_find_module(name, modules) for name in list_imports(path)} - {"", place}
              for place, path in modules.items()}  # fmt: skip
-    faces = {place for place, path in modules.items() if path.name == "__init__.py"}
-    return [group for group in _strong_components(graph) if len(set(group) - faces) > 1]
+    return [group for group in _strong_components(graph) if len(group) > 1]
 
 
 def _find_module(name: str, modules: Mapping[str, Path]) -> str:

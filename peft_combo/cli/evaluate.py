@@ -54,11 +54,12 @@ def evaluate(
         from peft_combo.store.adapter_store import AdapterStore
 
         config = loaded.data
+        opened = AdapterStore(store)
+        # An unknown adapter is refused before anything is loaded.
+        manifests = {reference: opened.open(reference).manifest for reference in adapters or ()}
         dataset = open_dataset(config)
         parts = split_as(dataset, config)
-        opened = AdapterStore(store)
-        for reference in adapters or ():
-            manifest = opened.open(reference).manifest
+        for reference, manifest in manifests.items():
             rates = manifest.task.get("kind") == RatingHead.kind
             if problem := rating_problem(manifest, dataset, parts) if rates else split_problem(manifest, parts, config):
                 raise DataError(problem)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo import metrics
+from peft_combo.metrics.significance import bootstrap_interval, paired_permutation
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Gain:
         """Compare the values of single questions: (Q,), (Q,), and (Q,) what may not be divided."""
         return cls(
             float((after - before).mean()),
-            metrics.bootstrap_interval(after - before, clusters),
-            metrics.paired_permutation(after, before, clusters),
+            bootstrap_interval(after - before, clusters),
+            paired_permutation(after, before, clusters),
         )
 
 
