@@ -38,9 +38,9 @@ from torch import nn
 
 from peft_combo.data.sources import open_dataset
 from peft_combo.encoder import methods
-from peft_combo.encoder.architectures import layers_of, set_dropout, set_training, target_modules
+from peft_combo.encoder.architectures import find_layers, find_target_modules, set_dropout, set_training
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.tokens import length_sorted_chunks
+from peft_combo.encoder.tokens import chunk_by_length
 from peft_combo.recipe.adapter import LoraAdapter
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recipe.model import Recipe
@@ -126,7 +126,7 @@ def our_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str], batch: 
     optimizer = torch.optim.AdamW(attached.trainable().values(), lr=1e-4)
     rows = np.random.default_rng(0).permutation(len(texts))[:batch]
     lengths = items.tokens.lengths[items.text_of[rows]]
-    padded = sum(len(chunk) * int(lengths[chunk].max()) for chunk in length_sorted_chunks(lengths))
+    padded = sum(len(chunk) * int(lengths[chunk].max()) for chunk in chunk_by_length(lengths))
 
     def step() -> tuple[int, float]:
         clock = time.perf_counter()
@@ -146,7 +146,7 @@ def flops_per_token(backbone: Backbone, adapter: LoraAdapter) -> int:
     of A and B and the two projections they need take 2 r (I + O) each. The lowest adapted layer's input is cached, so
     nothing flows below its queries, keys and values. Attention's own products are left out, which favours the others.
     """
-    layers = layers_of(backbone.model)
+    layers = find_layers(backbone.model)
     top = adapter.top_layers or len(layers)
     linear = [(name, m) for name, m in layers[-1].named_modules() if isinstance(m, nn.Linear)]
     total = 0
@@ -174,7 +174,7 @@ def plain_step(backbone: Backbone, adapter: LoraAdapter, texts: list[str], batch
 
     def step() -> tuple[int, float]:
         clock = time.perf_counter()
-        ids, mask = tokens.padded(rows, backbone.pad_id, pad_to)
+        ids, mask = tokens.pad(rows, backbone.pad_id, pad_to)
         vectors = backbone.pool(attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
         contrast(vectors).backward()
         optimizer.step()
@@ -200,7 +200,7 @@ def sentence_transformers_step(backbone: Backbone, adapter: LoraAdapter, texts: 
     backbone.tokenizer.save_pretrained(folder.name)
     model = SentenceTransformer(folder.name, device="cpu")
     model.max_seq_length = backbone.max_length
-    targets = target_modules(backbone.model, "attention+ffn", adapter.top_layers)
+    targets = find_target_modules(backbone.model, "attention+ffn", adapter.top_layers)
     model.add_adapter(
         peft.LoraConfig(
             task_type="FEATURE_EXTRACTION", r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets

@@ -128,7 +128,7 @@ class Tuned:
         """How far the vectors of four texts are from fixed random directions."""
         dim = self.backbone.dim
         wanted = torch.nn.functional.normalize(torch.randn(4, dim, generator=torch.Generator().manual_seed(1)), dim=1)
-        ids, mask = self.backbone.tokenize(TEXTS).padded(np.arange(len(TEXTS)), self.backbone.pad_id)
+        ids, mask = self.backbone.tokenize(TEXTS).pad(np.arange(len(TEXTS)), self.backbone.pad_id)
         pooled = self.backbone.pool(self.attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
         loss = -(pooled * wanted).sum(1).mean()
         extra = self.attached.regularizer()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from peft_combo.data.augmentation.lexicon import SHIPPED, read_lexicon
-from peft_combo.data.augmentation.variants import brands_of, told, variants
+from peft_combo.data.augmentation.variants import describe_variants, find_brands, make_variants
 from peft_combo.data.labels.texts import text_key
 from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError
@@ -43,7 +43,7 @@ def own(tmp_path: Path) -> str:
 
 
 def first(text: str, seed: int = 0, brand: str | None = None, **chances: object) -> str:
-    (made,) = variants([text], AugmentationConfig(variants=1, **chances), brands=[brand], seed=seed)  # type: ignore[arg-type]
+    (made,) = make_variants([text], AugmentationConfig(variants=1, **chances), brands=[brand], seed=seed)  # type: ignore[arg-type]
     return made[0] if made else text
 
 
@@ -91,15 +91,15 @@ def test_a_brand_is_left_out_where_it_is_known_and_stands_alone() -> None:
 
 def test_brands_come_from_the_catalogue_and_their_absence_is_told() -> None:
     named = Catalog.build(["a"], ["Nike Air"], attributes={"brand": ["Nike"]})
-    assert brands_of(named) == ("Nike",)
+    assert find_brands(named) == ("Nike",)
     plain = Catalog.build(["a"], ["Nike Air"])
     config = AugmentationConfig(brand_mask=0.5)
-    assert brands_of(plain) is None
-    assert told([["x", "y"], []], config, None) == [
+    assert find_brands(plain) is None
+    assert describe_variants([["x", "y"], []], config, None) == [
         "1 of 2 texts are seen altered as well, 2.0 each",
         "augmentation.brand_mask does nothing: the items have no brand attribute",
     ]
-    assert len(told([["x"]], config, ("Nike",))) == 1
+    assert len(describe_variants([["x"]], config, ("Nike",))) == 1
 
 
 @pytest.mark.parametrize(
@@ -141,11 +141,11 @@ def test_words_are_left_out_but_never_all() -> None:
 def test_an_altered_text_is_a_function_of_seed_and_text_alone() -> None:
     config = AugmentationConfig(synonyms=0.5, attributes=0.5, word_drop=0.2, shuffle=0.5)
     titles = ["Women's Red Cotton T-Shirt, Short Sleeve", "Black Leather Ankle Boots with Buckle", "Blue Jeans"]
-    made = variants(titles, config, seed=3)
-    assert variants(["New", *reversed(titles)], config, seed=3)[1:] == made[::-1]
-    assert variants(titles, config, seed=4) != made
+    made = make_variants(titles, config, seed=3)
+    assert make_variants(["New", *reversed(titles)], config, seed=3)[1:] == made[::-1]
+    assert make_variants(titles, config, seed=4) != made
     # More of them only add to those that were there.
-    more = variants(titles, config.model_copy(update={"variants": 8}), seed=3)
+    more = make_variants(titles, config.model_copy(update={"variants": 8}), seed=3)
     assert [own[: len(few)] for own, few in zip(more, made, strict=True)] == made
     for title, own in zip(titles, made, strict=True):
         assert len({text_key(title), *map(text_key, own)}) == len(own) + 1  # no copy of the text, none of each other
@@ -158,16 +158,16 @@ PIECES = ["Red", "t-shirt", "tee", ",", "-", "|", "with", "(", ")", "Nike's", "&
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES)).map(" ".join)), st.integers(0, 3))
 def test_whatever_a_title_holds_no_altered_text_is_empty_or_a_copy(text: str, seed: int) -> None:
     config = AugmentationConfig(synonyms=0.5, attributes=0.5, word_drop=0.5, brand_mask=0.5, shuffle=0.5)
-    (made,) = variants([text], config, brands=["Nike"], seed=seed)
+    (made,) = make_variants([text], config, brands=["Nike"], seed=seed)
     keys = [text_key(one) for one in made]
     assert len({*keys, text_key(text), ""}) == len(keys) + len({text_key(text), ""})
-    assert variants([text], config, brands=["Nike"], seed=seed) == [made]
+    assert make_variants([text], config, brands=["Nike"], seed=seed) == [made]
 
 
 def test_with_everything_off_nothing_is_made() -> None:
     config = AugmentationConfig()
     assert not config.alters
-    assert variants(["Red Dress", ""], config, seed=0) == [[], []]
+    assert make_variants(["Red Dress", ""], config, seed=0) == [[], []]
 
 
 def test_a_rewritten_text_is_the_first_and_the_start_of_every_second() -> None:
@@ -178,7 +178,7 @@ def test_a_rewritten_text_is_the_first_and_the_start_of_every_second() -> None:
         return [" ".join(reversed(text.split())) for text in texts]
 
     config = AugmentationConfig(variants=3, attributes=SURE)
-    made = variants(["Navy Top", "Top", "Navy Top"], config, rewrite=backwards, seed=0)
+    made = make_variants(["Navy Top", "Top", "Navy Top"], config, rewrite=backwards, seed=0)
     assert asked == ["Navy Top", "Top"]  # each distinct text once
     assert made[0] == made[2]
     assert made[0][0] == "Top Navy"
@@ -199,11 +199,11 @@ def test_what_a_rewriting_function_does_wrong_is_told_with_its_name() -> None:
 
     config = AugmentationConfig()
     with pytest.raises(DataError, match="loses_one gave 1 texts for 2; expected one for each"):
-        variants(["a", "b"], config, rewrite=loses_one, seed=0)
+        make_variants(["a", "b"], config, rewrite=loses_one, seed=0)
     with pytest.raises(DataError, match="breaks failed on a batch of 1 texts: RuntimeError: no model loaded"):
-        variants(["a"], config, rewrite=breaks, seed=0)
+        make_variants(["a"], config, rewrite=breaks, seed=0)
     with pytest.raises(DataError, match='numbers gave 7 for "a"; expected a text'):
-        variants(["a"], config, rewrite=numbers, seed=0)
+        make_variants(["a"], config, rewrite=numbers, seed=0)
 
 
 def test_the_shipped_lexicon_has_no_fault_and_is_as_large_as_we_say() -> None:
@@ -265,7 +265,7 @@ def test_words_of_yaml_are_words(tmp_path: Path) -> None:
     file = tmp_path / "on.yaml"
     file.write_text("words:\n  - [on, off]\n  - [no, none]\n")
     config = AugmentationConfig(variants=1, synonyms=SURE, lexicon=str(file))
-    assert variants(["no light on"], config, seed=0) == [["none light off"]]
+    assert make_variants(["no light on"], config, seed=0) == [["none light off"]]
 
 
 def test_chances_are_below_one() -> None:

@@ -11,15 +11,15 @@ from made_up import build_encoder
 
 from peft_combo.encoder.architectures import (
     ARCHITECTURES,
-    architecture_of,
-    layers_of,
+    copy_sharing_weights,
+    find_architecture,
+    find_layers,
+    find_target_modules,
     lower_view,
-    sharing_copy,
-    target_modules,
     upper_view,
 )
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.tokens import length_sorted_chunks
+from peft_combo.encoder.tokens import chunk_by_length
 from peft_combo.errors import BackboneError
 
 BUILT = ("bert", "roberta", "electra", "distilbert", "modernbert", "mpnet", "albert")
@@ -47,12 +47,12 @@ def test_no_pooler_and_nothing_trainable(backbone: Backbone) -> None:
 
 
 def test_upper_over_lower_view_equals_the_whole(backbone: Backbone) -> None:
-    if not architecture_of(backbone.model).splittable:
+    if not find_architecture(backbone.model).splittable:
         pytest.skip(f"{backbone.model_type} shares its layers, so there is nothing to cut")
-    ids, mask = backbone.tokenize(TEXTS).padded(np.arange(5), backbone.pad_id)
+    ids, mask = backbone.tokenize(TEXTS).pad(np.arange(5), backbone.pad_id)
     with torch.no_grad():
         whole = backbone.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        for cut in range(len(layers_of(backbone.model)) + 1):
+        for cut in range(len(find_layers(backbone.model)) + 1):
             states = lower_view(backbone.model, cut)(input_ids=ids, attention_mask=mask).last_hidden_state
             again = upper_view(backbone.model, cut)(inputs_embeds=states, attention_mask=mask).last_hidden_state
             torch.testing.assert_close(again[mask.bool()], whole[mask.bool()], atol=1e-6, rtol=1e-5)
@@ -60,22 +60,22 @@ def test_upper_over_lower_view_equals_the_whole(backbone: Backbone) -> None:
 
 def test_every_target_is_a_linear_module_of_a_layer(backbone: Backbone) -> None:
     for group in ("query+value", "attention", "attention+ffn"):
-        for name in target_modules(backbone.model, group, None):
+        for name in find_target_modules(backbone.model, group, None):
             assert isinstance(backbone.model.get_submodule(name), torch.nn.Linear)
     with pytest.raises(BackboneError, match=r"Did you mean"):
-        target_modules(backbone.model, [architecture_of(backbone.model).ffn[0] + "x"], None)
+        find_target_modules(backbone.model, [find_architecture(backbone.model).ffn[0] + "x"], None)
 
 
 def test_top_layers_counts_from_the_output(backbone: Backbone) -> None:
-    depth = len(layers_of(backbone.model))
-    last = target_modules(backbone.model, "query+value", 1)
+    depth = len(find_layers(backbone.model))
+    last = find_target_modules(backbone.model, "query+value", 1)
     assert all(f".{depth - 1}." in f".{name}" for name in last)
     with pytest.raises(BackboneError, match=rf"at most {depth}"):
-        target_modules(backbone.model, "query+value", depth + 1)
+        find_target_modules(backbone.model, "query+value", depth + 1)
 
 
 def test_a_sharing_copy_shares_every_tensor_and_no_module(backbone: Backbone) -> None:
-    twin = sharing_copy(backbone.model)
+    twin = copy_sharing_weights(backbone.model)
     ours, theirs = dict(backbone.model.named_parameters()), dict(twin.named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(ours[name] is theirs[name] for name in ours)
@@ -117,7 +117,7 @@ def test_quantised_weights_keep_the_fingerprint_and_encode_alike(tmp_path: Path)
 
 def test_chunks_hold_every_text_once_and_little_padding() -> None:
     lengths = np.array([3, 60, 5, 5, 17, 4, 9, 30])
-    chunks = list(length_sorted_chunks(lengths, chunk_tokens=64))
+    chunks = list(chunk_by_length(lengths, chunk_tokens=64))
     assert sorted(np.concatenate(chunks).tolist()) == list(range(8))
     assert all(len(chunk) * lengths[chunk].max() <= 64 for chunk in chunks)
     assert [int(lengths[chunk].max()) for chunk in chunks] == sorted(

@@ -15,7 +15,7 @@ from made_up import build_encoder
 from safetensors.torch import save_file
 
 from peft_combo.encoder import methods
-from peft_combo.encoder.architectures import bytes_of
+from peft_combo.encoder.architectures import count_bytes
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.heads.base import HEAD_FILE
@@ -316,15 +316,15 @@ def test_a_second_adapter_costs_its_own_size_and_not_the_backbones(
 ) -> None:
     bank = AdapterBank(backbone, every_method)
     shared = {parameter.data_ptr() for parameter in backbone.model.parameters()}
-    whole = bytes_of(backbone.model)
+    whole = count_bytes(backbone.model)
     for method in METHODS:
         live = bank.get(method)
         pointers = {tensor.data_ptr(): tensor for tensor in (*live.attached.encoder.parameters(),)}
         own = [tensor for pointer, tensor in pointers.items() if pointer not in shared]
-        assert live.nbytes == sum(4 * tensor.numel() for tensor in own) + bytes_of(live.head)
+        assert live.nbytes == sum(4 * tensor.numel() for tensor in own) + count_bytes(live.head)
         assert (len(pointers) - len(own) == len(shared)) == (method in ("lora", "adalora", "prefix", "head"))
         assert (live.nbytes > whole) == (method == "full")
-        assert (live.nbytes == bytes_of(live.head)) == (method == "head")
+        assert (live.nbytes == count_bytes(live.head)) == (method == "head")
     files = every_method.open("lora").manifest.files
     stored = files[methods.WEIGHTS_FILE].bytes + files[HEAD_FILE].bytes
     assert bank.get("lora").nbytes == pytest.approx(stored, rel=0.3)  # their headers name every tensor

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peft_combo.data.queries import Queries
-from peft_combo.encoder.heads.completion import BundleHead, completion_ranks
+from peft_combo.encoder.heads.completion import BundleHead, rank_targets
 from peft_combo.errors import StoreError
 from peft_combo.recipe.task import BundleTask
 from peft_combo.tuning.tasks.bundle import BundleBatch, BundleBatches, compute_bundle_logits, compute_bundle_loss
@@ -116,7 +116,7 @@ def test_completion_ranks_of_a_worked_case() -> None:
     # Item 0 asks for 2 (its twin: rank 1) and item 1 for 0: 0 and 2 tie below nothing, 3 is equal too: all at 0.
     head = BundleHead(2, BundleTask())
     questions = Queries.leave_one_out([np.array([0, 2], np.int32), np.array([1, 3], np.int32)], ["a", "b"])
-    ranks = dict(zip(questions.targets.tolist(), completion_ranks(head, VECTORS.numpy(), questions), strict=True))
+    ranks = dict(zip(questions.targets.tolist(), rank_targets(head, VECTORS.numpy(), questions), strict=True))
     assert ranks[2] == 1
     assert ranks[0] == 1
     assert ranks[3] == 2  # from item 1: 0, 2 and 3 score the same, so all take the middle of places 1 to 3

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from peft_combo.cli.app import app
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
-from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads import load_head
 from peft_combo.encoder.heads.classification import ClassificationHead
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.errors import DataError, RecipeError, StoreError
@@ -139,7 +139,7 @@ def test_several_classes_apply(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     )
     assert result.table.after.values["micro_f1"] > 0.8
     assert 0 < result.chosen["threshold"] < 1
-    head = head_of(result.record.manifest.task, load_file(result.record.path / "head.safetensors"))
+    head = load_head(result.record.manifest.task, load_file(result.record.path / "head.safetensors"))
     assert isinstance(head, ClassificationHead)
     assert float(head.threshold) == pytest.approx(result.chosen["threshold"])
 
@@ -151,14 +151,14 @@ def test_a_head_is_rebuilt_and_refused() -> None:
     vectors = np.eye(4, dtype=np.float32)[:2]
     # The logit of the right class is sqrt(4) = 2, of the other 0.
     np.testing.assert_allclose(head.eval().probabilities(vectors)[0, 0], 1 / (1 + np.exp(-2)), rtol=1e-6)
-    again = head_of(head.spec(), head.state_dict())
+    again = load_head(head.spec(), head.state_dict())
     assert isinstance(again, ClassificationHead)
     np.testing.assert_array_equal(again.probabilities(vectors), head.probabilities(vectors))
     assert again.classes(again.probabilities(vectors)).tolist() == [[True, False], [False, True]]
     with pytest.raises(StoreError, match="does not match"):
-        head_of({**head.spec(), "classes": ["a"]}, head.state_dict())
+        load_head({**head.spec(), "classes": ["a"]}, head.state_dict())
     with pytest.raises(StoreError, match="expected bundle, classification, rating, sequence or tagging"):
-        head_of({"kind": "ranking"}, {})
+        load_head({"kind": "ranking"}, {})
     assert BundleHead.kind == "bundle"
 
 

@@ -17,7 +17,7 @@ from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split
-from peft_combo.encoder.heads.completion import BundleHead, CompletionHead, completion_scores, target_vectors
+from peft_combo.encoder.heads.completion import BundleHead, CompletionHead, project_targets, score_completion
 from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.evaluation.completion import evaluate
 from peft_combo.evaluation.composition import Openings, _measure_bundles, _take_top
@@ -118,7 +118,7 @@ def test_every_way_has_its_row_and_lists_are_the_best_completions(
 
     openings = Openings.of(Queries.of(dataset.bundles, parts.test), seed=0)
     head = heads()["set"]
-    scores = completion_scores(head, vectors, target_vectors(head, vectors), openings.given[:, None])
+    scores = score_completion(head, vectors, project_targets(head, vectors), openings.given[:, None])
     np.put_along_axis(scores, openings.given[:, None], -2, axis=1)
     best = [np.argsort(-own)[: len(wanted)] for own, wanted in zip(scores, openings.wanted, strict=True)]
     hits = [np.isin(wanted, own).mean() for own, wanted in zip(best, openings.wanted, strict=True)]

@@ -18,7 +18,7 @@ from peft_combo.data.model import Dataset, Interactions
 from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split
-from peft_combo.encoder.heads.completion import BundleHead, completion_ranks, target_vectors
+from peft_combo.encoder.heads.completion import BundleHead, project_targets, rank_targets
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.canary import run_canary
@@ -167,7 +167,7 @@ def test_every_adapter_has_its_row_and_it_is_what_its_head_says(dataset: Dataset
     questions = Queries.leave_one_out(
         [dataset.bundles.items[row] for row in parts.test], [dataset.bundles.groups[row] for row in parts.test]
     )
-    expected = float((1 / completion_ranks(head, vectors, questions)).mean())
+    expected = float((1 / rank_targets(head, vectors, questions)).mean())
     assert report.row("tuned BERT one").values["mrr"] == pytest.approx(expected, rel=1e-6)
     # An untrained head is the cosine to the mean, so it differs from the frozen row by the setting at most.
     assert report.row("tuned BERT one").values == report.row("tuned BERT two").values
@@ -294,7 +294,7 @@ def test_an_ensemble_is_the_mean_of_scores_or_of_vectors() -> None:
     # In one vector space the two settings are one.
     same = [FittedEnsemble.of([one, one, one], vectors=joined)(questions) for joined in (False, True)]
     np.testing.assert_allclose(same[0], same[1], atol=1e-6)
-    np.testing.assert_allclose(same[0], vectors[[0, 2]] @ target_vectors(untrained, vectors).T, atol=1e-6)
+    np.testing.assert_allclose(same[0], vectors[[0, 2]] @ project_targets(untrained, vectors).T, atol=1e-6)
 
 
 def test_only_adapters_of_all_items_form_an_ensemble(dataset: Dataset, parts: Split) -> None:

@@ -25,7 +25,7 @@ from peft_combo.adapters.onnx_graph import Scheme
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
-from peft_combo.encoder.heads.completion import target_vectors
+from peft_combo.encoder.heads.completion import project_targets
 from peft_combo.errors import BackboneError
 from peft_combo.recipe.adapter import AdapterConfig, BottleneckAdapter, LoraAdapter, PrefixAdapter
 from peft_combo.store.adapter_store import AdapterStore
@@ -122,7 +122,7 @@ def test_the_head_reads_with_numpy_alone(merged: Export, lora: LiveAdapter, back
     vectors = backbone.encode(TEXTS, lora.attached)
     moved = vectors + vectors @ load_file(merged.folder / "head.safetensors")["target_projection.weight"].T
     targets = moved / np.linalg.norm(moved, axis=1, keepdims=True)
-    np.testing.assert_allclose(targets, target_vectors(lora.head, vectors), atol=1e-5)
+    np.testing.assert_allclose(targets, project_targets(lora.head, vectors), atol=1e-5)
     assert json.loads((merged.folder / "head.json").read_text()) == lora.record.manifest.task
 
 

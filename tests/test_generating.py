@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from peft_combo.encoder.heads.completion import BundleHead, completion_scores, target_vectors
+from peft_combo.encoder.heads.completion import BundleHead, project_targets, score_completion
 from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.recipe.task import BundleTask, SequenceTask
 from peft_combo.recommender.composing.generation import Sizes, Steps, build_steps, generate
@@ -142,7 +142,7 @@ def test_a_head_is_asked_by_its_scores_and_its_end() -> None:
     head.end.weight.fill_(0.3)
     items, ends = build_steps(head, vectors)([np.array([1, 4]), np.array([0, 2, 5])])
     contexts = np.array([[1, 4, -1], [0, 2, 5]])
-    expected = completion_scores(head, vectors, target_vectors(head, vectors), contexts)
+    expected = score_completion(head, vectors, project_targets(head, vectors), contexts)
     np.testing.assert_allclose(items, expected / 0.5, rtol=1e-5)
     query = head.query(torch.from_numpy(vectors), torch.from_numpy(contexts))
     assert ends is not None

@@ -20,7 +20,7 @@ from peft_combo.callbacks import Watch
 from peft_combo.data.task_data import check_data, describe_data
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
-from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads import load_head
 from peft_combo.encoder.heads.masked import MaskedHead
 from peft_combo.encoder.methods import attach
 from peft_combo.errors import BackboneError, DataError, RecipeError
@@ -274,7 +274,7 @@ def test_it_learns_what_a_text_is_about_from_items_alone(recipe: MakeRecipe, tmp
         "dense.weight": (32, 32), "dense.bias": (32,), "norm.weight": (32,), "norm.bias": (32,), "bias": (200,),
         "size": (),
     }  # fmt: skip
-    assert head_of(head.spec(), head.state_dict()).spec() == head.spec()
+    assert load_head(head.spec(), head.state_dict()).spec() == head.spec()
 
 
 class _Stopping(Watch):

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModel
 
 from peft_combo.encoder import methods
-from peft_combo.encoder.architectures import layers_of, lower_view, set_dropout, sharing_copy, upper_view
+from peft_combo.encoder.architectures import copy_sharing_weights, find_layers, lower_view, set_dropout, upper_view
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.errors import BackboneError, StoreError
 from peft_combo.recipe.adapter import (
@@ -80,7 +80,7 @@ def train(backbone: Backbone, attached: methods.AttachedAdapter, steps: int = 3,
     if not groups:
         return
     optimizer = torch.optim.AdamW(groups)
-    ids, mask = backbone.tokenize(TEXTS).padded(np.arange(4), backbone.pad_id)
+    ids, mask = backbone.tokenize(TEXTS).pad(np.arange(4), backbone.pad_id)
     for step in range(1, steps + 1):
         pooled = backbone.pool(attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
         loss = -(pooled * wanted).sum(1).mean()
@@ -151,7 +151,7 @@ def test_plain_peft_opens_the_folder(backbone: Backbone, tiny_bert: Path, method
     plain = peft.PeftModel.from_pretrained(
         AutoModel.from_pretrained(tiny_bert, add_pooling_layer=False), str(tmp_path)
     ).eval()
-    ids, mask = backbone.tokenize(TEXTS).padded(np.arange(4), backbone.pad_id)
+    ids, mask = backbone.tokenize(TEXTS).pad(np.arange(4), backbone.pad_id)
     with torch.no_grad():
         hidden = plain(input_ids=ids, attention_mask=mask).last_hidden_state[:, -ids.shape[1] :]
         vectors = backbone.pool(hidden, mask).numpy()
@@ -167,7 +167,7 @@ def test_what_is_below_the_cut_is_the_frozen_encoder(request: pytest.FixtureRequ
     attached = attach(backbone, METHODS[method].model_copy(update={"top_layers": 1}))
     assert attached.first_layer == 2
     train(backbone, attached)
-    ids, mask = backbone.tokenize(TEXTS).padded(np.arange(4), backbone.pad_id)
+    ids, mask = backbone.tokenize(TEXTS).pad(np.arange(4), backbone.pad_id)
     with torch.no_grad():
         states = lower_view(backbone.model, attached.first_layer)(input_ids=ids, attention_mask=mask).last_hidden_state
         upper = upper_view(attached.inner, attached.first_layer)(
@@ -196,7 +196,7 @@ def test_merged_it_is_a_plain_encoder_that_does_the_same(
     frozen = backbone.encode(TEXTS)
     attached = attach(backbone, method)
     train(backbone, attached)
-    plain = methods.merged(attached)
+    plain = methods.merge_into_base(attached)
     assert {type(module) for module in plain.modules()} == {type(module) for module in backbone.model.modules()}
     alone = methods.AttachedAdapter(plain, plain, plain, first_layer=0, max_length=16, stored_as="weights")
     np.testing.assert_allclose(backbone.encode(TEXTS, alone), backbone.encode(TEXTS, attached), atol=5e-6)
@@ -212,7 +212,7 @@ def test_the_delta_added_to_the_frozen_weights_does_the_same(backbone: Backbone,
     attached.save(tmp_path, "tiny")
     loaded = methods.load(backbone.model, tmp_path, attached.stored_as, 16)
     for adapter in (attached, loaded):
-        by_hand = sharing_copy(backbone.model)
+        by_hand = copy_sharing_weights(backbone.model)
         for name, delta in methods.delta_weights(adapter).items():
             linear = by_hand.get_submodule(name)
             assert delta.dtype == torch.float32
@@ -232,7 +232,7 @@ def test_the_delta_added_to_the_frozen_weights_does_the_same(backbone: Backbone,
 )
 def test_what_no_weight_can_stand_for_is_not_merged(backbone: Backbone, method: str, told: str) -> None:
     with pytest.raises(BackboneError, match=told):
-        methods.merged(attach(backbone, method))
+        methods.merge_into_base(attach(backbone, method))
     with pytest.raises(BackboneError, match="not the weights of linear layers"):
         methods.delta_weights(attach(backbone, method))
 
@@ -259,7 +259,7 @@ def test_deltas_over_quantised_weights_are_those_of_the_weights_they_stand_for(t
                 assert (delta - exact[name]).norm() < share * exact[name].norm()
         vectors = backbone.encode(TEXTS)
         with pytest.raises(BackboneError, match="cannot be merged into quantised weights"):
-            methods.merged(attach(backbone, "lora"))
+            methods.merge_into_base(attach(backbone, "lora"))
         np.testing.assert_array_equal(backbone.encode(TEXTS), vectors)
 
 
@@ -285,7 +285,7 @@ def test_files_that_are_not_what_the_manifest_says_are_refused(backbone: Backbon
 
 def test_a_copy_costs_no_weights(backbone: Backbone) -> None:
     pointers = {parameter.data_ptr() for parameter in backbone.model.parameters()}
-    assert {parameter.data_ptr() for parameter in sharing_copy(backbone.model).parameters()} == pointers
+    assert {parameter.data_ptr() for parameter in copy_sharing_weights(backbone.model).parameters()} == pointers
 
 
 @pytest.mark.parametrize("config", [LoraAdapter(dropout=0.5), VeraAdapter(dropout=0.5), RandloraAdapter(dropout=0.5)])
@@ -293,7 +293,7 @@ def test_the_encoders_dropout_and_the_adapters_are_apart(backbone: Backbone, con
     attached = attach(backbone, config)
     train(backbone, attached)
     set_dropout(attached.inner, 0.0)
-    ids, mask = backbone.tokenize(TEXTS).padded(np.arange(4), backbone.pad_id)
+    ids, mask = backbone.tokenize(TEXTS).pad(np.arange(4), backbone.pad_id)
     with torch.no_grad():
         attached.encoder.train()
         first, second = (attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state for _ in range(2))
@@ -310,7 +310,7 @@ def test_the_encoders_dropout_and_the_adapters_are_apart(backbone: Backbone, con
 def test_the_fused_layers_give_pefts_values_and_gradients(backbone: Backbone, method: str) -> None:
     attached = attach(backbone, method)
     train(backbone, attached)
-    ids, mask = backbone.tokenize(TEXTS).padded(np.arange(4), backbone.pad_id)
+    ids, mask = backbone.tokenize(TEXTS).pad(np.arange(4), backbone.pad_id)
 
     def outcome() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         attached.encoder.zero_grad()
@@ -404,9 +404,9 @@ def test_dora_starts_from_the_lengths_of_the_rows(backbone: Backbone) -> None:
 
 def test_adalora_meets_its_budget_and_folds_exactly_to_lora(backbone: Backbone, tmp_path: Path) -> None:
     attached = attach(backbone, AdaloraAdapter(initial_rank=4, target_rank=2, allocate_every=1))
-    assert not attached.settled(5)
+    assert not attached.is_final(5)
     train(backbone, attached, 20)
-    assert attached.settled(20)
+    assert attached.is_final(20)
     ranks = attached.summary()["ranks"]
     assert sum(ranks.values()) == 2 * len(ranks)
     config, _ = saved(attached, tmp_path)
@@ -597,7 +597,7 @@ def test_virtual_tokens_take_positions_from_the_text(tiny_bert: Path, method: st
 @pytest.mark.parametrize("method", ["prompt", "p-tuning"])
 def test_only_the_texts_states_leave_a_prompted_encoder(backbone: Backbone, method: str) -> None:
     attached = attach(backbone, method)
-    ids, mask = backbone.tokenize(TEXTS).padded(np.arange(4), backbone.pad_id)
+    ids, mask = backbone.tokenize(TEXTS).pad(np.arange(4), backbone.pad_id)
     with torch.no_grad():
         states = attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         words = backbone.model.embeddings.word_embeddings(ids)
@@ -661,7 +661,7 @@ def test_top_layers_and_full_tuning_own_what_they_train(backbone: Backbone) -> N
     shared = {p.data_ptr() for p in backbone.model.parameters()}
     top = attach(backbone, TopLayers(layers=1))
     assert {name.rpartition("encoder.layer.")[2].split(".")[0] for name in top.trainable()} == {"2"}
-    assert len(top.trainable()) == len(list(layers_of(backbone.model)[2].parameters()))
+    assert len(top.trainable()) == len(list(find_layers(backbone.model)[2].parameters()))
     for attached in (top, attach(backbone, FullTuning())):
         assert not shared & {p.data_ptr() for p in attached.trainable().values()}
     with pytest.raises(BackboneError, match=r"adapter\.layers: expected at most 3, found 4"):

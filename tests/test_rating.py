@@ -23,7 +23,7 @@ from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import split_as
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
-from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads import load_head
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import DataError, RecipeError, StoreError
 from peft_combo.metrics.classification import calibration_error
@@ -304,11 +304,11 @@ def test_the_loss_by_hand(recipe: MakeRecipe) -> None:
         wanted, rel=1e-6
     )
     scores = 2 * scores + 0.5
-    again = head_of(head.spec(), head.state_dict())
+    again = load_head(head.spec(), head.state_dict())
     assert isinstance(again, RatingHead)
     np.testing.assert_array_equal(again.scores(vectors.numpy(), np.array([[0, -1]]), counted), scores)
     with pytest.raises(StoreError, match="does not match"):
-        head_of({**head.spec(), "dim": 3, "projection": "linear"}, head.state_dict())
+        load_head({**head.spec(), "dim": 3, "projection": "linear"}, head.state_dict())
 
 
 @pytest.mark.parametrize("neighbours", [0, 20])

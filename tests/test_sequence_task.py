@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from peft_combo.data.queries import Queries
-from peft_combo.encoder.heads import head_of
-from peft_combo.encoder.heads.completion import BundleHead, completion_ranks
+from peft_combo.encoder.heads import load_head
+from peft_combo.encoder.heads.completion import BundleHead, rank_targets
 from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.errors import StoreError
 from peft_combo.recipe.model import Recipe
@@ -117,7 +117,7 @@ def test_a_stored_head_is_rebuilt_and_drops_nothing_out() -> None:
     head = trained(head_dropout=0.5)
     with torch.no_grad():
         head.size_log_odds.uniform_()
-    again = head_of(head.spec(), head.state_dict())
+    again = load_head(head.spec(), head.state_dict())
     assert isinstance(again, SequenceHead)
     contexts = torch.tensor([[0, 1], [3, -1]])
     for _ in range(2):
@@ -234,6 +234,4 @@ def test_completion_is_measured_with_the_set_as_it_is() -> None:
     head, vectors = trained(), items().numpy()
     questions = Queries.leave_one_out([np.array([0, 3, 5], np.int32)], ["a"])
     backwards = Queries(questions.contexts[:, ::-1].copy(), questions.targets, questions.groups, questions.bundles)
-    np.testing.assert_array_equal(
-        completion_ranks(head, vectors, questions), completion_ranks(head, vectors, backwards)
-    )
+    np.testing.assert_array_equal(rank_targets(head, vectors, questions), rank_targets(head, vectors, backwards))

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads import load_head
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.recipe.files import load_recipe, recipes_folder
 from peft_combo.store.adapter_store import AdapterStore
@@ -73,5 +73,5 @@ def test_a_shipped_recipe_runs(name: str, slice_of_all: Path, tiny_bert: Path, t
     assert AdapterStore(recipe.store).verify() == []
     # What was stored serves: the adapter attaches, and the head is one of its task.
     Backbone.of(recipe.backbone).attach(result.record)
-    head = head_of(result.record.manifest.task, load_file(result.record.file(HEAD_FILE)))
+    head = load_head(result.record.manifest.task, load_file(result.record.file(HEAD_FILE)))
     assert head.kind == recipe.task.kind == result.record.manifest.task["kind"]

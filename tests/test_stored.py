@@ -16,7 +16,7 @@ from peft_combo.data.model import Dataset
 from peft_combo.data.sources import open_dataset
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
-from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads import load_head
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.parse import parse_recipe
@@ -66,7 +66,7 @@ def test_an_adapter_encodes_as_it_did_and_its_head_is_of_its_task(
     record = store.open(category)
     vectors = backbone.encode(EXPECTED["texts"], backbone.attach(record))
     np.testing.assert_allclose(vectors, EXPECTED["vectors"][category], atol=1e-5)
-    head = head_of(record.manifest.task, load_file(record.file(HEAD_FILE)))
+    head = load_head(record.manifest.task, load_file(record.file(HEAD_FILE)))
     assert head.kind == record.manifest.task["kind"] == category.split("-")[0]
 
 

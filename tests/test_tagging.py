@@ -19,7 +19,7 @@ from peft_combo.data.labels.tags import TaggedText, entities, words_of
 from peft_combo.encoder import methods
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
-from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead, first_pieces, tag_texts
+from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead, find_first_pieces, tag_texts
 from peft_combo.errors import RecipeError
 from peft_combo.recipe.adapter import LoraAdapter
 from peft_combo.recipe.files import load_recipe
@@ -37,7 +37,7 @@ MakeRecipe = Callable[..., Recipe]
 @pytest.fixture(scope="session")
 def piece_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny BERT with a tokenizer that parts words: "w12x" is "w12" and "##x"."""
-    from conftest import build_encoder, save_tokenizer
+    from made_up import build_encoder, save_tokenizer
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     folder = build_encoder(tmp_path_factory.mktemp("piece-bert"))
@@ -144,10 +144,15 @@ def test_a_word_speaks_through_its_first_piece_alone() -> None:
     special = (0, 0)
     # "running shoes": [CLS] runn ##ing shoe ##s [SEP]
     pieces = [special, (0, 4), (4, 7), (8, 12), (12, 13), special]
-    assert first_pieces([(0, 7), (8, 13)], pieces).tolist() == [1, 3]
-    assert first_pieces([(0, 7), (8, 13)], [special, (0, 4), (4, 7), special]).tolist() == [1, -1]  # cut
+    assert find_first_pieces([(0, 7), (8, 13)], pieces).tolist() == [1, 3]
+    assert find_first_pieces([(0, 7), (8, 13)], [special, (0, 4), (4, 7), special]).tolist() == [1, -1]  # cut
     # Pieces may be wider than words ("(blue" as one), and a word may be nothing to the tokenizer.
-    assert first_pieces([(0, 1), (1, 5), (6, 7), (8, 9)], [special, (0, 5), (8, 9), special]).tolist() == [1, -1, -1, 2]
+    assert find_first_pieces([(0, 1), (1, 5), (6, 7), (8, 9)], [special, (0, 5), (8, 9), special]).tolist() == [
+        1,
+        -1,
+        -1,
+        2,
+    ]
 
 
 def test_special_tokens_padding_and_further_pieces_have_no_label(recipe: MakeRecipe, piece_bert: Path) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_encoder
+from made_up import build_encoder
 
 from peft_combo.callbacks import Watch
-from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads import load_head
 from peft_combo.errors import DataError
 from peft_combo.recipe.model import Recipe
 from peft_combo.tuning.model import collect_trained_parameters
@@ -218,7 +218,7 @@ def test_a_head_rebuilt_from_its_specification_answers_the_same(kind: str, ready
     setup.measure_baseline()
     nudge(setup)
     setup.task.apply_choice(setup.head, setup.evaluate().choice)
-    rebuilt = head_of(json.loads(json.dumps(setup.head.spec())), setup.head.state_dict())
+    rebuilt = load_head(json.loads(json.dumps(setup.head.spec())), setup.head.state_dict())
     assert type(rebuilt) is type(setup.head)
     assert rebuilt.spec() == setup.head.spec()
     assert_same(setup.task.predict(rebuilt, setup.encode), setup.predict())

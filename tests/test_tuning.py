@@ -79,7 +79,7 @@ def _ndcg_again(recipe: Recipe, backbone: Backbone, attached: Any, head: BundleH
     from peft_combo.data.queries import Queries
     from peft_combo.data.sources import open_dataset
     from peft_combo.data.splits import split
-    from peft_combo.encoder.heads.completion import completion_ranks
+    from peft_combo.encoder.heads.completion import rank_targets
 
     dataset = open_dataset(recipe.data)
     rows = split(dataset, "user", recipe.data.valid_fraction, recipe.data.test_fraction).valid
@@ -87,7 +87,7 @@ def _ndcg_again(recipe: Recipe, backbone: Backbone, attached: Any, head: BundleH
         [dataset.bundles.items[row] for row in rows], [dataset.bundles.groups[row] for row in rows]
     )
     vectors = backbone.encode(dataset.catalog.texts("{title}"), attached)
-    return metrics.ranking_metrics(completion_ranks(head, vectors, questions))["ndcg@10"]
+    return metrics.ranking_metrics(rank_targets(head, vectors, questions))["ndcg@10"]
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "prefix", "head", "top-layers"])

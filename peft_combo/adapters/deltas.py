@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_combo.encoder.methods.attached import AttachedAdapter
-from peft_combo.encoder.methods.merge_weights import merged
+from peft_combo.encoder.methods.merge_weights import merge_into_base
 
 MergeMethod = Literal["average", "svd", "ties", "dare"]
 
@@ -46,7 +46,7 @@ def read_changes(attached: AttachedAdapter) -> Changes:
     frozen = dict(attached.base.named_parameters())
     weights = {f"{name}.weight": name for name, m in attached.base.named_modules() if isinstance(m, nn.Linear)}
     changes = Changes({}, {})
-    for name, parameter in merged(attached).named_parameters():
+    for name, parameter in merge_into_base(attached).named_parameters():
         if parameter is frozen[name]:
             continue
         delta = (parameter.float() - frozen[name].float()).cpu()

@@ -16,10 +16,10 @@ from peft_combo import metrics
 from peft_combo.adapters.deltas import Changes, Spectrum, read_changes, relative
 from peft_combo.callbacks import Watch
 from peft_combo.data.queries import Queries
-from peft_combo.encoder.architectures import architecture_of
+from peft_combo.encoder.architectures import find_architecture
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
-from peft_combo.encoder.heads.completion import BundleHead, completion_scores, target_vectors
+from peft_combo.encoder.heads.completion import BundleHead, project_targets, score_completion
 from peft_combo.encoder.index import ExactIndex
 from peft_combo.errors import BackboneError, DataError
 
@@ -166,7 +166,7 @@ def _compare_weights(
     a: Changes, b: Changes, model: nn.Module, watch: Watch
 ) -> tuple[tuple[Change, ...], tuple[Change, ...]]:
     parameters = dict(model.named_parameters())
-    place = f"{architecture_of(model).layers}."
+    place = f"{find_architecture(model).layers}."
     layers: dict[str, _Sums] = {}
     modules = []
     total = _Sums()
@@ -275,11 +275,11 @@ def _answer(
     live: LiveAdapter, vectors: NDArray[np.float32], questions: Queries
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the first ten of each list (Q, 10), of equal scores the lower row first, and the answers' ranks (Q,)."""
-    targets = target_vectors(live.head, vectors)
+    targets = project_targets(live.head, vectors)
     lists, ranks = [], []
     for start in range(0, len(questions), _BLOCK):
         part = questions.take(slice(start, start + _BLOCK))
-        scores = completion_scores(live.head, vectors, targets, part.contexts)
+        scores = score_completion(live.head, vectors, targets, part.contexts)
         ranks.append(metrics.midranks(scores, part.targets, part.excluded()))
         query, place = np.nonzero(part.contexts >= 0)
         scores[query, part.contexts[query, place]] = -np.inf

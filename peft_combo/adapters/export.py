@@ -37,10 +37,10 @@ from peft_combo.adapters.onnx_graph import SCHEMES, Graph, Run
 from peft_combo.adapters.parity import NEIGHBOURS, ExportError, ParityCheck
 from peft_combo.callbacks import Watch
 from peft_combo.data.queries import Queries
-from peft_combo.encoder.architectures import bytes_of
+from peft_combo.encoder.architectures import count_bytes
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
-from peft_combo.encoder.methods.merge_weights import merged
+from peft_combo.encoder.methods.merge_weights import merge_into_base
 from peft_combo.errors import BackboneError
 from peft_combo.files import StagedFolder, staged_folder
 
@@ -97,7 +97,7 @@ def export(
         write_head(draft, live)
         parity = ParityCheck(live, backbone, read_back(draft, live, backbone), texts, questions, watch)
         attached = live.attached.encoder
-        parity.measure("torch, adapter attached", run_torch(backbone, attached), bytes_of(attached))
+        parity.measure("torch, adapter attached", run_torch(backbone, attached), count_bytes(attached))
         scheme, graph = _write_model(draft, format, encoder, live, backbone, parity, wanted)
         if parity.rows[-1].agreement < wanted:
             remedy = "Lower --min-agreement" + (", or export as onnx." if format == "onnx-int8" else ".")
@@ -128,7 +128,7 @@ def _write_model(
             loaded = Backbone.load(
                 str(draft), pooling=backbone.pooling, max_length=live.attached.max_length, device=backbone.device
             )
-            parity.measure("torch, merged", run_torch(loaded, loaded.model), bytes_of(loaded.model))
+            parity.measure("torch, merged", run_torch(loaded, loaded.model), count_bytes(loaded.model))
             return None, None
         case "onnx":
             graph = _write_graph(_build_graph(encoder, live, backbone), draft)
@@ -144,7 +144,7 @@ def _write_model(
 def _choose_encoder(live: LiveAdapter, format: Format) -> nn.Module:
     """Return the encoder to write: with the adapter in its weights where that can be, as it is in a graph otherwise."""
     try:
-        return merged(live.attached)
+        return merge_into_base(live.attached)
     except BackboneError as error:
         if format == "merged":
             raise BackboneError(f"{error} The format onnx takes it as it is.") from error
@@ -166,7 +166,7 @@ def run_torch(backbone: Backbone, encoder: nn.Module) -> Run:
 
 def _build_graph(encoder: nn.Module, live: LiveAdapter, backbone: Backbone) -> Graph:
     tokens = backbone.tokenize(["an example", "one"], live.attached.max_length)
-    ids, mask = (part.to(backbone.device) for part in tokens.padded(np.arange(2), backbone.pad_id))
+    ids, mask = (part.to(backbone.device) for part in tokens.pad(np.arange(2), backbone.pad_id))
     return onnx_graphs.build_graph(encoder, backbone.pool, ids, mask)
 
 

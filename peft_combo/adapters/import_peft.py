@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_combo.encoder import methods
-from peft_combo.encoder.architectures import architecture_of
+from peft_combo.encoder.architectures import find_architecture
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
@@ -246,7 +246,7 @@ def _rewrite_prefix(
     """Return the configuration of a prefix in our words; its shape is the encoder's."""
     _refuse_unknown(config, _NO_MATTER_PREFIX | {"num_virtual_tokens"}, faults)
     length = _read_number(config, "num_virtual_tokens", PrefixAdapter, "length", faults)
-    if not architecture_of(backbone.model).prefix:
+    if not find_architecture(backbone.model).prefix:
         raise BackboneError(f"A prefix does not work on {backbone.model_type}: its attention takes no outside keys.")
     sizes: Any = backbone.model.config
     expected = {_PREFIX_TENSOR: (length, 2 * backbone.layers * backbone.dim)}

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from peft_combo.encoder.architectures import bytes_of
+from peft_combo.encoder.architectures import count_bytes
 from peft_combo.errors import BackboneError, PeftComboError
 
 OPSET = 18
@@ -105,9 +105,9 @@ def build_graph(encoder: nn.Module, pool: Pool, ids: Tensor, mask: Tensor) -> Gr
     Raises:
         BackboneError: the encoder is too large for one file, or does something ONNX has no words for.
     """
-    if bytes_of(encoder) >= _PROTOBUF_LIMIT:
+    if count_bytes(encoder) >= _PROTOBUF_LIMIT:
         raise BackboneError(
-            f"One ONNX file holds less than 2 GiB, this encoder has {bytes_of(encoder) / 2**30:.1f}. The format "
+            f"One ONNX file holds less than 2 GiB, this encoder has {count_bytes(encoder) / 2**30:.1f}. The format "
             "merged has no such limit."
         )
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}

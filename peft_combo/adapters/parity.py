@@ -20,9 +20,9 @@ from peft_combo.callbacks import Watch
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
-from peft_combo.encoder.heads.completion import completion_ranks
+from peft_combo.encoder.heads.completion import rank_targets
 from peft_combo.encoder.index import ExactIndex
-from peft_combo.encoder.tokens import length_sorted_chunks
+from peft_combo.encoder.tokens import chunk_by_length
 from peft_combo.errors import PeftComboError
 
 NEIGHBOURS = 10
@@ -115,7 +115,7 @@ class ParityCheck:
         """Encode all texts with an engine and compare."""
         self._watch.stage(name, len(self.texts))
         theirs = np.empty((len(self.texts), self._dim), np.float32)
-        for chunk in length_sorted_chunks(self._tokens.lengths):
+        for chunk in chunk_by_length(self._tokens.lengths):
             theirs[chunk] = run(*self._padded(chunk))
             self._watch.advance(len(chunk))
         # In float64: 1 - cosine of float32 products ends at 1e-7, and may fall below 0.
@@ -156,7 +156,7 @@ class ParityCheck:
         )
 
     def _padded(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        ids, mask = self._tokens.padded(rows, self._pad_id)
+        ids, mask = self._tokens.pad(rows, self._pad_id)
         return ids.numpy(), mask.numpy()
 
     def _neighbours(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -167,5 +167,5 @@ class ParityCheck:
     def _ndcg(self, vectors: NDArray[np.float32]) -> float | None:
         if self.questions is None or self._catalogue is None:
             return None
-        ranks = completion_ranks(self._head, vectors[self._catalogue], self.questions)
+        ranks = rank_targets(self._head, vectors[self._catalogue], self.questions)
         return float(metrics.per_query(ranks, "ndcg@10").mean())

@@ -17,7 +17,7 @@ from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
-from peft_combo.encoder.heads.completion import BundleHead, completion_ranks, completion_row
+from peft_combo.encoder.heads.completion import BundleHead, build_completion_row, rank_targets
 from peft_combo.errors import DataError
 from peft_combo.metrics.report import Gain, Row
 from peft_combo.recipe.model import DataConfig, Recipe
@@ -71,11 +71,11 @@ class ValidationQueries:
 
     def ranks(self, head: BundleHead, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
         """Answer every question: (Q,) ranks, 1 = best."""
-        return completion_ranks(head, vectors, self.questions)
+        return rank_targets(head, vectors, self.questions)
 
     def row(self, name: str, ranks: NDArray[np.float64]) -> Row:
         """Return the figures of some answers."""
-        return completion_row(name, ranks, self.questions.groups)
+        return build_completion_row(name, ranks, self.questions.groups)
 
     def gain(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Gain:
         """Compare answers question by question."""

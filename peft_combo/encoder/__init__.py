@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
-from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads import load_head
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.encoder.vectors import VectorCache, embed
 
@@ -19,5 +19,5 @@ __all__ = [
     "LiveAdapter",
     "VectorCache",
     "embed",
-    "head_of",
+    "load_head",
 ]

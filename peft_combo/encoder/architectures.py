@@ -119,14 +119,14 @@ def model_type(model: nn.Module) -> str:
     return str(config.model_type)
 
 
-def usable_positions(model: nn.Module) -> int:
+def count_usable_positions(model: nn.Module) -> int:
     """Return how many tokens fit, special tokens included; RoBERTa's kin count from behind the padding id."""
     config: Any = model.config
     positions = int(config.max_position_embeddings)
     return positions - (int(config.pad_token_id or 0) + 1) if config.model_type in _ROBERTA else positions
 
 
-def architecture_of(model: nn.Module) -> Architecture:
+def find_architecture(model: nn.Module) -> Architecture:
     """Return the names inside `model`.
 
     Raises:
@@ -142,20 +142,20 @@ def architecture_of(model: nn.Module) -> Architecture:
         ) from None
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
+def find_layers(model: nn.Module) -> nn.ModuleList:
     """Return the stack of layers of `model`."""
-    layers = model.get_submodule(architecture_of(model).layers)
+    layers = model.get_submodule(find_architecture(model).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
-def layer_number(model: nn.Module, parameter: str) -> int | None:
+def find_layer_number(model: nn.Module, parameter: str) -> int | None:
     """Return the layer of `model` that a parameter is in, by its name there or inside a wrapper; None for none."""
-    found = re.search(rf"(?:^|\.){re.escape(architecture_of(model).layers)}\.(\d+)\.", parameter)
+    found = re.search(rf"(?:^|\.){re.escape(find_architecture(model).layers)}\.(\d+)\.", parameter)
     return int(found[1]) if found else None
 
 
-def target_modules(model: nn.Module, targets: TargetSet | Sequence[str], top_layers: int | None) -> list[str]:
+def find_target_modules(model: nn.Module, targets: TargetSet | Sequence[str], top_layers: int | None) -> list[str]:
     """Return the full names of the linear modules an adapter sits on.
 
     Full names, not suffixes: they mean the same to every PEFT method, and ``pooler.dense`` can never slip in (a LoRA
@@ -167,8 +167,8 @@ def target_modules(model: nn.Module, targets: TargetSet | Sequence[str], top_lay
     Raises:
         BackboneError: a name that no layer has, or more layers than there are.
     """
-    architecture = architecture_of(model)
-    layers = layers_of(model)
+    architecture = find_architecture(model)
+    layers = find_layers(model)
     match targets:
         case "query+value":
             names: tuple[str, ...] = architecture.query_value
@@ -186,17 +186,17 @@ def target_modules(model: nn.Module, targets: TargetSet | Sequence[str], top_lay
                 f'adapter.targets: no linear module "{name}" in a layer of {model_type(model)}. '
                 f"Found: {', '.join(known)}. {did_you_mean(name, known)}".rstrip()
             )
-    first = first_of_top(model, top_layers)
+    first = first_top_layer(model, top_layers)
     return [f"{architecture.layers}.{index}.{name}" for index in range(first, len(layers)) for name in names]
 
 
-def first_of_top(model: nn.Module, top_layers: int | None) -> int:
+def first_top_layer(model: nn.Module, top_layers: int | None) -> int:
     """Return the index of the lowest of the last `top_layers` layers; 0 for None.
 
     Raises:
         BackboneError: the encoder has fewer layers.
     """
-    depth = len(layers_of(model))
+    depth = len(find_layers(model))
     if top_layers is not None and top_layers > depth:
         raise BackboneError(
             f"adapter.top_layers: expected at most {depth} (the encoder has so many layers), found {top_layers}."
@@ -204,17 +204,17 @@ def first_of_top(model: nn.Module, top_layers: int | None) -> int:
     return 0 if top_layers is None else depth - top_layers
 
 
-def modules_of_top(model: nn.Module, top_layers: int | None) -> dict[str, nn.Module]:
+def find_top_modules(model: nn.Module, top_layers: int | None) -> dict[str, nn.Module]:
     """Return, by full name, the modules in the last `top_layers` layers and behind them; for None all there are.
 
     Raises:
         BackboneError: the encoder has fewer layers.
     """
-    first = first_of_top(model, top_layers)
+    first = first_top_layer(model, top_layers)
     if top_layers is None:
         return dict(model.named_modules())
-    architecture = architecture_of(model)
-    reached = [f"{architecture.layers}.{index}" for index in range(first, len(layers_of(model)))]
+    architecture = find_architecture(model)
+    reached = [f"{architecture.layers}.{index}" for index in range(first, len(find_layers(model)))]
     reached += architecture.after
     return {
         name: module
@@ -223,7 +223,7 @@ def modules_of_top(model: nn.Module, top_layers: int | None) -> dict[str, nn.Mod
     }
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
+def copy_sharing_weights(model: nn.Module) -> nn.Module:
     """Return a copy of `model` with modules of its own and the very same parameters and buffers.
 
     An adapter injected into the copy leaves `model` and every other copy as they were, so adapters of any method live
@@ -232,7 +232,9 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         if type(module).__module__.startswith("bitsandbytes"):
-            memo[id(module)] = _twin(module)  # its quantised state lives outside parameters and is only ever read
+            memo[id(module)] = _copy_shallow(
+                module
+            )  # its quantised state lives outside parameters and is only ever read
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
     return copy.deepcopy(model, memo)
@@ -252,10 +254,10 @@ def lower_view(model: nn.Module, cut: int) -> nn.Module:
 
     Its ``last_hidden_state`` is what the layer number `cut` receives.
     """
-    architecture = architecture_of(model)
-    view = _with_child(model, architecture.layers, nn.ModuleList(layers_of(model)[:cut]))
+    architecture = find_architecture(model)
+    view = _replace_child(model, architecture.layers, nn.ModuleList(find_layers(model)[:cut]))
     for name in architecture.after:
-        view = _with_child(view, name, nn.Identity())
+        view = _replace_child(view, name, nn.Identity())
     return view
 
 
@@ -265,26 +267,26 @@ def upper_view(model: nn.Module, cut: int) -> nn.Module:
     ``upper_view(m, c)(inputs_embeds=lower_view(m, c)(ids, mask).last_hidden_state, attention_mask=mask)`` equals
     ``m(ids, mask)``: attention masks and rotary positions are made by the model's own forward, as for the whole.
     """
-    architecture = architecture_of(model)
-    view = _with_child(model, architecture.layers, nn.ModuleList(layers_of(model)[cut:]))
-    view = _with_child(view, architecture.embeddings, _Hidden())
+    architecture = find_architecture(model)
+    view = _replace_child(model, architecture.layers, nn.ModuleList(find_layers(model)[cut:]))
+    view = _replace_child(view, architecture.embeddings, _Hidden())
     for name in architecture.between:
         if hasattr(view, name):
-            view = _with_child(view, name, nn.Identity())
+            view = _replace_child(view, name, nn.Identity())
     return view
 
 
-def _with_child(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
+def _replace_child(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
     """Return a shallow copy of `module` in which the module at `path` is `child`; all else is shared."""
     name, _, rest = path.partition(".")
-    twin = _twin(module)
+    twin = _copy_shallow(module)
     inner = twin._modules[name]
     assert inner is not None
-    twin._modules[name] = _with_child(inner, rest, child) if rest else child
+    twin._modules[name] = _replace_child(inner, rest, child) if rest else child
     return twin
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _copy_shallow(module: nn.Module) -> nn.Module:
     """Return a shallow copy of `module`: the same children and tensors, either of which can be set in it alone."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
@@ -299,7 +301,7 @@ def set_training(model: nn.Module, cut: int, training: bool) -> None:
     would only be noise that no adapter can answer.
     """
     model.eval()
-    for layer in layers_of(model)[cut:]:
+    for layer in find_layers(model)[cut:]:
         layer.train(training)
 
 
@@ -312,7 +314,7 @@ def set_dropout(model: nn.Module, rate: float) -> None:
             module.attention_dropout = rate  # ModernBERT hands a number to its attention instead
 
 
-def bytes_of(module: nn.Module) -> int:
+def count_bytes(module: nn.Module) -> int:
     """Return the bytes of all distinct parameters and buffers under `module`."""
     seen: dict[int, int] = {}
     for tensor in (*module.parameters(), *module.buffers()):

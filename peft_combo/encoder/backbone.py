@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_combo.encoder import methods
-from peft_combo.encoder.architectures import architecture_of
+from peft_combo.encoder.architectures import find_architecture
 from peft_combo.encoder.loading import (
     EMBEDDED,
     Quantization,
@@ -33,11 +33,11 @@ from peft_combo.encoder.loading import (
     _load_parts,
     _load_quantized,
     _load_tokenizer,
-    _loading_quietly,
-    _locate,
+    _locate_weights,
+    _silence_loading,
 )
 from peft_combo.encoder.methods.attached import AttachedAdapter
-from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, length_sorted_chunks
+from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, chunk_by_length
 from peft_combo.errors import BackboneError, StoreError
 from peft_combo.recipe.model import BackboneConfig
 from peft_combo.store.versions import AdapterRecord
@@ -102,9 +102,9 @@ class Backbone:
         Raises:
             BackboneError: not found, not reachable, no safetensors weights, or no BERT-like encoder.
         """
-        source = _locate(model)
+        source = _locate_weights(model)
         tokenizer, encoder = _load_parts(source, model)
-        architecture_of(encoder)  # an encoder that is not known is refused here, not at the first adapter
+        find_architecture(encoder)  # an encoder that is not known is refused here, not at the first adapter
         _check_length(max_length, encoder, model)
         backbone = cls(model, encoder, tokenizer, pooling, max_length)
         if quantization != "none":
@@ -136,11 +136,11 @@ class Backbone:
         Raises:
             BackboneError: not found, not reachable, no BERT-like encoder, or `max_length` beyond its positions.
         """
-        source = _locate(config.model)
+        source = _locate_weights(config.model)
         tokenizer = _load_tokenizer(source, config.model)
         with torch.device("meta"):
             encoder = _from_config(_load_config(source, config.model))
-        return cls._outlined(config, encoder, tokenizer)
+        return cls._from_shapes(config, encoder, tokenizer)
 
     @classmethod
     def twin(cls, config: BackboneConfig, layers: int, device: str | torch.device | None = None) -> Backbone:
@@ -152,7 +152,7 @@ class Backbone:
         Raises:
             BackboneError: as `blueprint`.
         """
-        source = _locate(config.model)
+        source = _locate_weights(config.model)
         tokenizer = _load_tokenizer(source, config.model)
         small = _load_config(source, config.model)
         small.num_hidden_layers = layers
@@ -163,10 +163,10 @@ class Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             encoder = _from_config(small)
-        backbone = cls._outlined(config, encoder, _FewWords(tokenizer, small.vocab_size))
+        backbone = cls._from_shapes(config, encoder, _FewWords(tokenizer, small.vocab_size))
         if config.quantization != "none":
             with tempfile.TemporaryDirectory(prefix="twin-") as folder:
-                with _loading_quietly():
+                with _silence_loading():
                     encoder.save_pretrained(folder)  # type: ignore[operator]
                 backbone.model = _load_quantized(folder, config.model, config.quantization, device)
         elif device is not None:
@@ -175,8 +175,8 @@ class Backbone:
         return backbone
 
     @classmethod
-    def _outlined(cls, config: BackboneConfig, encoder: nn.Module, tokenizer: Any) -> Backbone:
-        architecture_of(encoder)
+    def _from_shapes(cls, config: BackboneConfig, encoder: nn.Module, tokenizer: Any) -> Backbone:
+        find_architecture(encoder)
         _check_length(config.max_length, encoder, config.model)
         return cls(
             config.model, encoder, tokenizer, config.pooling, config.max_length, config.quantization, "no weights"
@@ -346,8 +346,8 @@ class Backbone:
         encoder = self.model if adapter is None else adapter.encoder
         tokens = self.tokenize(list(distinct), None if adapter is None else adapter.max_length)
         vectors = np.empty((len(distinct), self.dim), np.float32)
-        for chunk in length_sorted_chunks(tokens.lengths, chunk_tokens):
-            ids, mask = (part.to(self.device) for part in tokens.padded(chunk, self.pad_id))
+        for chunk in chunk_by_length(tokens.lengths, chunk_tokens):
+            ids, mask = (part.to(self.device) for part in tokens.pad(chunk, self.pad_id))
             hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             vectors[chunk] = self.pool(hidden, mask).cpu().numpy()
             if progress is not None:
@@ -363,8 +363,8 @@ class Backbone:
         encoder = self.model if adapter is None else adapter.encoder
         tokens = self.tokenize(texts, None if adapter is None else adapter.max_length)
         states = np.empty((len(tokens.ids), self.dim), np.float32)
-        for chunk in length_sorted_chunks(tokens.lengths):
-            ids, mask = (part.to(self.device) for part in tokens.padded(chunk, self.pad_id))
+        for chunk in chunk_by_length(tokens.lengths):
+            ids, mask = (part.to(self.device) for part in tokens.pad(chunk, self.pad_id))
             hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float().cpu().numpy()
             for row, text in enumerate(chunk):
                 start, stop = tokens.offsets[text], tokens.offsets[text + 1]

@@ -20,7 +20,7 @@ from safetensors.torch import load as tensors_in
 from torch import Tensor, nn
 
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.heads import head_of
+from peft_combo.encoder.heads import load_head
 from peft_combo.encoder.heads.base import HEAD_FILE, HeadT, TaskHead
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
@@ -131,7 +131,7 @@ class AdapterBank:
             current = self._current.get(reference)
         if current is not None:
             return self._version(current)
-        live = self._meant(reference)
+        live = self._load_meaning(reference)
         with self._lock:
             current = self._current.setdefault(reference, Version(live.record.category, live.record.version))
         # A refresh may have been quicker with a newer version: then that is what the name means.
@@ -155,7 +155,7 @@ class AdapterBank:
                 f"({wanted.category}@prod)."
             )
         with self._refreshing:  # in turn, so that of two the one that looked later also has the last word
-            live = self._meant(reference)
+            live = self._load_meaning(reference)
             with self._lock:
                 before = self._current.get(reference)
                 self._current[reference] = Version(live.record.category, live.record.version)
@@ -201,7 +201,7 @@ class AdapterBank:
             vectors[places] = self.backbone.encode(own, None if live is None else live.attached)
         return vectors
 
-    def _meant(self, reference: str) -> LiveAdapter:
+    def _load_meaning(self, reference: str) -> LiveAdapter:
         """Load what a category or an alias means at this moment."""
         found = self.store.resolve(reference)
         while True:
@@ -215,7 +215,7 @@ class AdapterBank:
 
     def _version(self, version: Version) -> LiveAdapter:
         key = str(version)
-        live = self._kept(key)
+        live = self._find_loaded(key)
         if live is not None:
             return live
         with self._lock:
@@ -223,7 +223,7 @@ class AdapterBank:
             if gate is None:
                 gate = self._gates[key] = threading.Lock()
         with gate:
-            live = self._kept(key)
+            live = self._find_loaded(key)
             if live is not None:  # another thread loaded it while we waited
                 return live
             live = self._load(key)
@@ -235,7 +235,7 @@ class AdapterBank:
                     kept -= gone.nbytes
         return live
 
-    def _kept(self, key: str) -> LiveAdapter | None:
+    def _find_loaded(self, key: str) -> LiveAdapter | None:
         with self._lock:
             live = self._live.get(key)
             if live is not None:
@@ -248,7 +248,7 @@ class AdapterBank:
             weights = tensors_in(record.read(HEAD_FILE))
         except SafetensorError as error:
             raise StoreError(f"The head of adapter {record.reference} does not read: {error}.") from error
-        head = head_of(record.manifest.task, weights)
+        head = load_head(record.manifest.task, weights)
         if head.dim != self.backbone.dim:
             raise StoreError(
                 f"The head of adapter {record.reference} takes vectors of width {head.dim}, the backbone "

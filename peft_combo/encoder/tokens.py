@@ -36,7 +36,7 @@ class Tokens:
         """(B,) number of tokens of each text, special tokens included."""
         return np.diff(self.offsets)
 
-    def padded(self, rows: NDArray[np.int64], pad_id: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+    def pad(self, rows: NDArray[np.int64], pad_id: int, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Return ids and attention mask of `rows`, both (len(rows), width or longest) int64, padded on the right."""
         lengths = self.lengths[rows]
         width = int(lengths.max()) if width is None else width
@@ -47,7 +47,7 @@ class Tokens:
         return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
-def length_sorted_chunks(lengths: NDArray[np.int64], chunk_tokens: int = CHUNK_TOKENS) -> Iterator[NDArray[np.int64]]:
+def chunk_by_length(lengths: NDArray[np.int64], chunk_tokens: int = CHUNK_TOKENS) -> Iterator[NDArray[np.int64]]:
     """Yield positions grouped by similar length, each group of at most `chunk_tokens` padded tokens, longest first.
 
     A group also ends where a text is an eighth shorter than its longest, once it is large enough to be worth a pass:

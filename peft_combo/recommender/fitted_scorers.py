@@ -15,9 +15,9 @@ from peft_combo.data.queries import Queries, padded
 from peft_combo.encoder.heads.completion import (
     BundleHead,
     CompletionHead,
-    completion_scores,
-    context_queries,
-    target_vectors,
+    encode_contexts,
+    project_targets,
+    score_completion,
 )
 from peft_combo.recipe.task import BundleTask
 from peft_combo.recommender.category_calibration import Calibration, CategoryCoverage
@@ -61,7 +61,7 @@ class FittedHead:
 
     @classmethod
     def of(cls, vectors: NDArray[np.float32], head: CompletionHead) -> FittedHead:
-        return cls(vectors, head, target_vectors(head, vectors))
+        return cls(vectors, head, project_targets(head, vectors))
 
     @classmethod
     def untuned(cls, vectors: NDArray[np.float32]) -> FittedHead:
@@ -69,13 +69,13 @@ class FittedHead:
         return cls.of(vectors, BundleHead(vectors.shape[1], BundleTask()).eval())
 
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
-        return completion_scores(self.head, self.vectors, self.targets, queries.contexts)
+        return score_completion(self.head, self.vectors, self.targets, queries.contexts)
 
     def score_among(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Score some items only: (C,) rows -> (Q, C). Few are gathered first, of many all are scored as they lie."""
         if 4 * len(rows) >= len(self.targets):
             return self(queries)[:, rows]
-        return completion_scores(self.head, self.vectors, self.targets[rows], queries.contexts)
+        return score_completion(self.head, self.vectors, self.targets[rows], queries.contexts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ class FittedEnsemble:
 
     def _queries(self, queries: Queries) -> NDArray[np.float32]:
         with torch.inference_mode():
-            every = [context_queries(one.head, one.vectors, queries.contexts) for one in self.heads]
+            every = [encode_contexts(one.head, one.vectors, queries.contexts) for one in self.heads]
             return _average([one.float().cpu().numpy() for one in every])
 
 

@@ -19,7 +19,7 @@ from scipy import sparse
 from peft_combo import metrics
 from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
-from peft_combo.encoder.heads.completion import CompletionHead, target_vectors
+from peft_combo.encoder.heads.completion import CompletionHead, project_targets
 from peft_combo.errors import PeftComboError
 from peft_combo.recommender.category_calibration import Calibration
 from peft_combo.recommender.fit_data import FitData
@@ -177,7 +177,7 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
     for name, (vectors, head) in known.tuned.items():
         found[ScorerId("tuned BERT", name)] = [_Head(vectors, head)]
         if name in known.general:
-            dense[name] = target_vectors(head, vectors)
+            dense[name] = project_targets(head, vectors)
     if len(dense) > 1:
         found[ENSEMBLE] = [_Ensemble(known, setting) for setting in (_SCORES, _VECTORS)]
     for name in known.rated:

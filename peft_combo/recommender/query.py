@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from peft_combo.data.augmentation.fashion_nouns import plural
+from peft_combo.data.augmentation.fashion_nouns import pluralize
 from peft_combo.data.labels.tags import Entity, Tagger
 
 # Between two things one of these begins the next: "boots for hiking and a wool coat".
@@ -82,7 +82,7 @@ def parse_query(query: str, tagger: Tagger) -> ParsedQuery:
 def is_same_noun(name: str, other: str) -> bool:
     """Say whether two names end in the same noun, in singular or plural: "ankle boots" and "a boot"."""
     one, two = (words.casefold().split()[-1:] for words in (name, other))
-    return bool(one and two) and (one == two or plural(one[0]) == two[0] or plural(two[0]) == one[0])
+    return bool(one and two) and (one == two or pluralize(one[0]) == two[0] or pluralize(two[0]) == one[0])
 
 
 def _split_clauses(text: str, found: Sequence[Entity]) -> list[tuple[int, int]]:

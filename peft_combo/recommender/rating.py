@@ -16,7 +16,7 @@ from scipy.special import expit
 from peft_combo.data.events import Events
 from peft_combo.data.model import Dataset, Interactions
 from peft_combo.data.queries import Queries
-from peft_combo.encoder.heads.completion import target_vectors
+from peft_combo.encoder.heads.completion import project_targets
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import DataError, did_you_mean
 from peft_combo.scoring.features import Counted
@@ -54,7 +54,7 @@ class Rater:
         shape = (len(interactions.user_ids), len(vectors))
         counted = Counted.of_events(events, np.arange(len(events)), shape, head.config.neighbours)
         rows = {user: row for row, user in enumerate(interactions.user_ids)}
-        return cls(vectors, head, target_vectors(head.towers, vectors), counted, events, rows)
+        return cls(vectors, head, project_targets(head.towers, vectors), counted, events, rows)
 
     def pasts(self, users: Sequence[str] | NDArray[np.str_]) -> NDArray[np.int64]:
         """Return what users liked, latest first: (Q, S) rows, -1 for none; a stranger liked nothing."""

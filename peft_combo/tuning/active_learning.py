@@ -22,12 +22,12 @@ from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.heads.classification import ClassificationHead
 from peft_combo.encoder.heads.completion import (
     BundleHead,
-    completion_scores,
-    context_queries,
+    encode_contexts,
+    project_targets,
+    score_completion,
     step_scale,
-    target_vectors,
 )
-from peft_combo.encoder.heads.tagging import ReadText, TaggingHead, read_texts
+from peft_combo.encoder.heads.tagging import EncodedWords, TaggingHead, encode_words
 from peft_combo.errors import StoreError
 
 # Texts or queries looked at together: states of 1,024 titles take some 30 MiB, scores of 256 queries over 100k
@@ -86,10 +86,10 @@ def suggest_texts(
             chosen = choose_spread(vectors, unsure, count, seed)
             return [_to_classify(texts[row], head, likely[row], float(unsure[row])) for row in chosen]
         case TaggingHead() as head:
-            read: list[ReadText] = []
+            read: list[EncodedWords] = []
             for start in range(0, len(texts), _READ_AT_ONCE):
                 some = texts[start : start + _READ_AT_ONCE]
-                read += read_texts(backbone, live.attached, head, some)
+                read += encode_words(backbone, live.attached, head, some)
                 if progress is not None:
                     progress(len(some))
             # The mean over the words, so that a long title is not unsure for being long.
@@ -133,7 +133,7 @@ def suggest_bundles(
     head = live.head_as(BundleHead)
     texts = dataset.catalog.texts(template)
     vectors = backbone.encode(texts, live.attached, progress=progress)
-    targets = target_vectors(head, vectors)
+    targets = project_targets(head, vectors)
     known = {frozenset(rows.tolist()) for rows in dataset.bundles.items}
     candidates: dict[frozenset[int], NDArray[np.int32]] = {}
     for rows in (*sets, *_compose_pairs(head, vectors, targets, texts, seed)):
@@ -150,7 +150,7 @@ def suggest_bundles(
     )
     unsure = np.bincount(queries.bundles, unsure_of_queries) / np.bincount(queries.bundles)
     with torch.inference_mode():
-        wholes = context_queries(head, vectors, padded([rows.astype(np.int64) for rows in fresh])).float().cpu().numpy()
+        wholes = encode_contexts(head, vectors, padded([rows.astype(np.int64) for rows in fresh])).float().cpu().numpy()
     chosen = choose_spread(wholes, unsure, count, seed)
     return [
         _to_judge(f"suggested-{place}", dataset, fresh[row], float(unsure[row]))
@@ -228,7 +228,7 @@ def _compose_pairs(
     pairs = []
     for start in range(0, len(rows), _QUERIES_AT_ONCE):
         some = rows[start : start + _QUERIES_AT_ONCE]
-        scores = completion_scores(head, vectors, targets, some[:, None])
+        scores = score_completion(head, vectors, targets, some[:, None])
         scores[copies[some][:, None] == copies] = -np.inf
         best = scores.argmax(1)
         there = np.isfinite(scores[np.arange(len(some)), best])
@@ -240,7 +240,7 @@ def _compute_completion_entropies(
     head: BundleHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], queries: Queries
 ) -> NDArray[np.float64]:
     """Return how unsure the head is of what completes each context: (Q,)."""
-    logits = completion_scores(head, vectors, targets, queries.contexts) * float(step_scale(head))
+    logits = score_completion(head, vectors, targets, queries.contexts) * float(step_scale(head))
     for row, excluded in zip(logits, queries.excluded(), strict=True):
         row[excluded] = -np.inf
     return compute_entropies(softmax(logits, axis=1))
@@ -254,7 +254,7 @@ def _to_classify(text: str, head: ClassificationHead, likely: NDArray[np.float32
     )
 
 
-def _to_tag(read: ReadText, head: TaggingHead, unsure: float) -> LabelSuggestion:
+def _to_tag(read: EncodedWords, head: TaggingHead, unsure: float) -> LabelSuggestion:
     found = read.entities(head.tags)
     guess = ", ".join(f"{one.text} ({one.type})" for one in found) or "nothing"
     spans = [[one.start, one.end, one.type] for one in found]

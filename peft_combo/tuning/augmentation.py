@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo.data.augmentation.variants import Rewrite, told, variants
+from peft_combo.data.augmentation.variants import Rewrite, describe_variants, make_variants
 from peft_combo.recipe.model import Recipe
 from peft_combo.tuning.item_encoder import ItemEncoder, Selection
 from peft_combo.tuning.step import ChooseTexts
@@ -70,5 +70,5 @@ def build_text_variants(
     config = recipe.augmentation
     if rewrite is None and not config.alters:
         return None, []
-    made = variants(task.texts, config, brands=task.brands, rewrite=rewrite, seed=recipe.seed)
-    return TextVariants(task.texts, made, config.share), told(made, config, task.brands)
+    made = make_variants(task.texts, config, brands=task.brands, rewrite=rewrite, seed=recipe.seed)
+    return TextVariants(task.texts, made, config.share), describe_variants(made, config, task.brands)

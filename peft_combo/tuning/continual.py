@@ -31,7 +31,7 @@ from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
-from peft_combo.encoder.heads.completion import BundleHead, completion_ranks, completion_row
+from peft_combo.encoder.heads.completion import BundleHead, build_completion_row, rank_targets
 from peft_combo.errors import DataError, StoreError, TuningError
 from peft_combo.metrics.report import Gain, Row
 from peft_combo.recipe.model import Recipe
@@ -368,9 +368,9 @@ def _compare_versions(
     ndcg, rows = [], []
     for live, encoded in zip(pair, vectors, strict=True):
         assert isinstance(live.head, BundleHead)  # `load_start` has refused any other
-        ranks = completion_ranks(live.head, encoded, questions)
+        ranks = rank_targets(live.head, encoded, questions)
         ndcg.append(metrics.per_query(ranks, METRIC))
-        rows.append(completion_row(live.reference, ranks, questions.groups))
+        rows.append(build_completion_row(live.reference, ranks, questions.groups))
     before, after = ndcg
     gain = Gain.between(before, after, questions.groups)
     return VersionComparison(name, len(questions), len(set(questions.groups.tolist())), rows[0], rows[1], gain)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_combo.encoder.architectures import lower_view, upper_view
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.methods.attached import AttachedAdapter
-from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, length_sorted_chunks
+from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, chunk_by_length
 from peft_combo.tuning.gather import _ragged, gather_shares
 
 
@@ -189,7 +189,7 @@ class ItemEncoder:
     ) -> Tensor:
         """Encode texts by number, (K,) -> (K, D), or the states of all their tokens."""
         lengths = self.tokens.lengths[texts]
-        chunks = list(length_sorted_chunks(lengths)) if self._fast else [np.arange(len(texts))]
+        chunks = list(chunk_by_length(lengths)) if self._fast else [np.arange(len(texts))]
         encoded = []
         begin = np.cumsum(lengths) - lengths  # where each text's tokens begin among those of `texts`
         for chunk in chunks:
@@ -214,7 +214,7 @@ class ItemEncoder:
 
     def _ids(self, rows: NDArray[np.int64], tokens: NDArray[np.int64] | None) -> tuple[Tensor, Tensor]:
         """Return ids and mask of texts, both (B, L); `tokens` in place of their own where there are some."""
-        ids, mask = (part.to(self._backbone.device) for part in self.tokens.padded(rows, self._backbone.pad_id))
+        ids, mask = (part.to(self._backbone.device) for part in self.tokens.pad(rows, self._backbone.pad_id))
         if tokens is not None:
             ids[mask.bool()] = torch.from_numpy(tokens).to(ids)
         return ids, mask
@@ -247,8 +247,8 @@ class ItemEncoder:
             self._spill = tempfile.TemporaryDirectory(prefix="layer-cache-", dir=scratch)
             file = Path(self._spill.name) / "states.f32"
             cache = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
-        for chunk in length_sorted_chunks(self.tokens.lengths, CHUNK_TOKENS):
-            ids, mask = (part.to(self._backbone.device) for part in self.tokens.padded(chunk, self._backbone.pad_id))
+        for chunk in chunk_by_length(self.tokens.lengths, CHUNK_TOKENS):
+            ids, mask = (part.to(self._backbone.device) for part in self.tokens.pad(chunk, self._backbone.pad_id))
             states = lower(input_ids=ids, attention_mask=mask).last_hidden_state.float().cpu()
             source = self.tokens.offsets[chunk][:, None] + np.arange(ids.shape[1])
             real = mask.bool().cpu()

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, assert_never
 import torch
 from torch import nn
 
-from peft_combo.encoder.architectures import layer_number
+from peft_combo.encoder.architectures import find_layer_number
 from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import TuningError
@@ -67,7 +67,7 @@ def build_parameter_groups(config: TrainingConfig, attached: AttachedAdapter, he
 
 
 def _adapter_groups(config: TrainingConfig, attached: AttachedAdapter) -> list[Group]:
-    layer_of = {id(p): layer_number(attached.inner, name) for name, p in attached.trainable().items()}
+    layer_of = {id(p): find_layer_number(attached.inner, name) for name, p in attached.trainable().items()}
     layers = sorted({layer for layer in layer_of.values() if layer is not None}, reverse=True)  # the top one first
     freezing = config.freezing
     if freezing is not None and freezing.schedule == "gradual" and len(layers) < 2:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from peft_combo.encoder import methods
-from peft_combo.encoder.architectures import layers_of, set_dropout
+from peft_combo.encoder.architectures import find_layers, set_dropout
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.loading import Quantization
 from peft_combo.encoder.methods.attached import AttachedAdapter
@@ -108,7 +108,7 @@ def _estimate(
         whole: the adapter on all layers. ranking: seconds and MiB of an evaluation without encoding.
     """
     first, last = trials[0], trials[-1]
-    adapted = 0 if whole.first_layer >= len(layers_of(shapes.model)) else shapes.layers - whole.first_layer
+    adapted = 0 if whole.first_layer >= len(find_layers(shapes.model)) else shapes.layers - whole.first_layer
     tokens, kept = _count_tokens(recipe, task, shapes, whole.max_length)
     layer_bytes = last.step_bytes - first.step_bytes
     # Seconds are too noisy for differences; the little besides layers is counted with them.

@@ -49,7 +49,7 @@ class Progress:
     def keep_if_best(self, evaluation: Evaluation, recipe: Recipe, attached: AttachedAdapter, head: TaskHead) -> bool:
         """Keep the weights if they are the best so far, and note when it is time to stop."""
         stopping = recipe.training.early_stopping
-        if stopping is None or not attached.settled(self.step):
+        if stopping is None or not attached.is_final(self.step):
             return False
         value = evaluation.values[recipe.metric]
         if self.best is not None and value <= self.best.value:

@@ -16,7 +16,7 @@ from torch import Tensor
 from peft_combo.callbacks import Watch
 from peft_combo.data.augmentation.variants import Rewrite
 from peft_combo.encoder import methods
-from peft_combo.encoder.architectures import bytes_of, set_dropout, set_training
+from peft_combo.encoder.architectures import count_bytes, set_dropout, set_training
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
@@ -163,7 +163,7 @@ class Setup:
         with build_autocast(accelerator.device.type, accelerator.mixed_precision):
             batch = find_heaviest_batch(self.task, training)
             step_seconds, step_bytes = probe(self.model, self.attached, self.head, batch, recipe)
-        weight_bytes = bytes_of(self.backbone.model)
+        weight_bytes = count_bytes(self.backbone.model)
         vectors_mib = 4 * self.backbone.dim * self.items.rows / 2**20
         held = self.base_mib + (weight_bytes + self.items.cached_bytes) / 2**20
         seconds = self.total * step_seconds * training.accumulation * count_passes(training)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from peft_combo.data.augmentation.lexicon import Lexicon, read_lexicon
-from peft_combo.data.augmentation.variants import variants
+from peft_combo.data.augmentation.variants import make_variants
 
 __all__ = [
     "Lexicon",
+    "make_variants",
     "read_lexicon",
-    "variants",
 ]

@@ -14,14 +14,14 @@ class Nouns:
 
     def __init__(self, names: Iterable[str]) -> None:
         single = [" ".join(name.split()) for name in names]
-        self._names = frozenset(form for name in single for form in (name, plural(name)))
+        self._names = frozenset(form for name in single for form in (name, pluralize(name)))
         self.longest = max(len(name.split()) for name in self._names)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
 
-def plural(name: str) -> str:
+def pluralize(name: str) -> str:
     """Return the regular English plural of a name: "dress" becomes "dresses", "belt bag" becomes "belt bags"."""
     if name.endswith(("s", "x", "z", "ch", "sh")):
         return f"{name}es"

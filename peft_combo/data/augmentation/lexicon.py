@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from peft_combo.data.augmentation.fashion_nouns import plural
+from peft_combo.data.augmentation.fashion_nouns import pluralize
 from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
 from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.parse import format_step
@@ -30,7 +30,7 @@ _JOINING = ("", " ", "-")
 
 
 @dataclass(frozen=True)
-class Found:
+class LexiconMatch:
     """A phrase of the lexicon in a text.
 
     Attributes:
@@ -64,7 +64,7 @@ class Lexicon:
         """Words of the longest phrase."""
         return max(map(len, (*self.synonyms, *self.attributes, *self.kept)), default=0)
 
-    def find(self, text: str) -> Iterator[Found]:
+    def find(self, text: str) -> Iterator[LexiconMatch]:
         """Yield the phrases of a text from left to right, none inside another, the longest of those that start alike.
 
         A phrase is no part of a longer hyphenated word: "shirt" is not found in "sweat-shirt".
@@ -77,7 +77,7 @@ class Lexicon:
             length = 0 if start and gaps[start - 1] == "-" else self._length(keys, gaps, start)
             if length:
                 phrase = tuple(keys[start : start + length])
-                yield Found(
+                yield LexiconMatch(
                     words[start].start(), words[start + length - 1].end(),
                     self.synonyms.get(phrase, ()), self.attributes.get(phrase, ()),
                 )  # fmt: skip
@@ -122,15 +122,15 @@ def read_lexicon(path: str | None) -> Lexicon:
     Raises:
         DataError: the file is not there, or has faults; all of them are in the message.
     """
-    return _shipped() if path is None else _parsed(Path(path).expanduser())
+    return _read_shipped() if path is None else _parse(Path(path).expanduser())
 
 
 @lru_cache(maxsize=1)
-def _shipped() -> Lexicon:
-    return _parsed(SHIPPED)
+def _read_shipped() -> Lexicon:
+    return _parse(SHIPPED)
 
 
-def _parsed(file: Path) -> Lexicon:
+def _parse(file: Path) -> Lexicon:
     raw = _read(file)
     faults = [
         Fault(format_step(key), "unknown key.", did_you_mean(key, _SECTIONS) or f"Known are {', '.join(_SECTIONS)}.")
@@ -159,7 +159,7 @@ def _parsed(file: Path) -> Lexicon:
     for where, group in _groups(raw, "nouns", faults):
         enter(synonyms, where, group)
         # A plural gives way to a plural; "hoodie" and "hoody" share theirs.
-        enter(synonyms, where, list(dict.fromkeys(plural(phrase) for phrase in group)))
+        enter(synonyms, where, list(dict.fromkeys(pluralize(phrase) for phrase in group)))
     for where, group in _groups(raw, "words", faults):
         enter(synonyms, where, group)
     for where, group in _attributes(raw, faults):

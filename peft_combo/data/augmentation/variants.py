@@ -34,12 +34,12 @@ _PREPOSITION = re.compile(r"(?:with|without|for|in|by)\s", re.IGNORECASE)
 _ENDS = " ,;:|-–—"
 
 
-def brands_of(catalog: Catalog) -> tuple[str | None, ...] | None:
+def find_brands(catalog: Catalog) -> tuple[str | None, ...] | None:
     """Return the brand of each item, or None where the catalogue has no such column."""
     return catalog.attributes.get("brand")
 
 
-def variants(
+def make_variants(
     texts: Sequence[str],
     config: AugmentationConfig,
     *,
@@ -70,18 +70,18 @@ def variants(
     if brands is not None and len(brands) != len(texts):
         raise ValueError(f"{len(texts)} texts but {len(brands)} brands")
     lexicon = read_lexicon(config.lexicon)
-    rewritten = _rewritten(texts, rewrite) if rewrite is not None else {}
+    rewritten = _rewrite(texts, rewrite) if rewrite is not None else {}
     made: dict[tuple[str, str | None], list[str]] = {}
     altered: list[list[str]] = []
     for row, text in enumerate(texts):
         key = text, brands[row] if brands is not None else None
         if key not in made:
-            made[key] = _of_one(text, key[1], rewritten.get(text), config, lexicon, seed)
+            made[key] = _vary_text(text, key[1], rewritten.get(text), config, lexicon, seed)
         altered.append(made[key])
     return altered
 
 
-def told(
+def describe_variants(
     altered: Sequence[Sequence[str]], config: AugmentationConfig, brands: Sequence[str | None] | None
 ) -> list[str]:
     """Say what `variants` made of the texts, for a run's notes."""
@@ -93,7 +93,7 @@ def told(
     return notes
 
 
-def _of_one(
+def _vary_text(
     text: str, brand: str | None, rewritten: str | None, config: AugmentationConfig, lexicon: Lexicon, seed: int
 ) -> list[str]:
     digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
@@ -103,37 +103,37 @@ def _of_one(
     for place in range(config.variants):
         start = text if rewritten is None or place % 2 else rewritten
         # The rewritten text is one as it is; further ones start from it.
-        changed = start if start is not text and place == 0 else _changed(start, brand, config, lexicon, rng)
+        changed = start if start is not text and place == 0 else _apply_changes(start, brand, config, lexicon, rng)
         if text_key(changed) not in seen:
             seen.add(text_key(changed))
             kept.append(changed)
     return kept
 
 
-def _changed(
+def _apply_changes(
     text: str, brand: str | None, config: AugmentationConfig, lexicon: Lexicon, rng: np.random.Generator
 ) -> str:
     if brand and rng.random() < config.brand_mask:
-        text = _without_brand(text, brand)
+        text = _drop_brand(text, brand)
     if rng.random() < config.shuffle:
-        text = _shuffled(text, rng)
+        text = _shuffle_parts(text, rng)
     if config.synonyms or config.attributes:
-        text = _exchanged(text, config, lexicon, rng)
+        text = _replace_phrases(text, config, lexicon, rng)
     if config.word_drop:
-        text = _thinned(text, config.word_drop, rng)
+        text = _drop_words(text, config.word_drop, rng)
     return text
 
 
-def _without_brand(text: str, brand: str) -> str:
+def _drop_brand(text: str, brand: str) -> str:
     """Leave the brand out wherever it stands as words of its own; a text that is nothing else stays."""
     name = r"\s+".join(map(re.escape, brand.split()))
     rest = re.sub(rf"(?<!\w){name}(?:['’]s)?(?!\w)", " ", text, flags=re.IGNORECASE)
     return _tidy(rest) or text
 
 
-def _shuffled(text: str, rng: np.random.Generator) -> str:
+def _shuffle_parts(text: str, rng: np.random.Generator) -> str:
     """Put the parts of a title into another order; a title of one part stays."""
-    parts = _parts(text)
+    parts = _split_parts(text)
     if len(parts) < 2:
         return text
     as_it_is = list(range(len(parts)))
@@ -146,7 +146,7 @@ def _shuffled(text: str, rng: np.random.Generator) -> str:
     return joined
 
 
-def _parts(text: str) -> list[str]:
+def _split_parts(text: str) -> list[str]:
     """Cut a title at commas, dashes and "|" and before with, for, in and the like, but not inside brackets."""
     parts: list[str] = []
     start = 0
@@ -159,7 +159,7 @@ def _parts(text: str) -> list[str]:
     return [part for part in (*parts, text[start:]) if part.strip(_ENDS)]
 
 
-def _exchanged(text: str, config: AugmentationConfig, lexicon: Lexicon, rng: np.random.Generator) -> str:
+def _replace_phrases(text: str, config: AugmentationConfig, lexicon: Lexicon, rng: np.random.Generator) -> str:
     """Let phrases give way to another value of their attribute, or else to a synonym."""
 
     def pieces() -> Iterator[str]:
@@ -177,7 +177,7 @@ def _exchanged(text: str, config: AugmentationConfig, lexicon: Lexicon, rng: np.
     return "".join(pieces())
 
 
-def _thinned(text: str, chance: float, rng: np.random.Generator) -> str:
+def _drop_words(text: str, chance: float, rng: np.random.Generator) -> str:
     """Leave words out, never all; a sign that stands alone ("-", "&") is no word and stays between its neighbours."""
     words = text.split()
     real = [place for place, word in enumerate(words) if any(map(str.isalnum, word))]
@@ -194,7 +194,7 @@ def _tidy(text: str) -> str:
     return re.sub(r"(?:[,;|]\s*|(?<=\s)[-–—]\s+)+(?=[,;|]|[-–—]\s)", " ", text).strip(_ENDS)
 
 
-def _rewritten(texts: Sequence[str], rewrite: Rewrite) -> dict[str, str]:
+def _rewrite(texts: Sequence[str], rewrite: Rewrite) -> dict[str, str]:
     """Let the caller's function say every distinct text in other words, a batch at a time."""
     name = getattr(rewrite, "__qualname__", type(rewrite).__name__)
     distinct = list(dict.fromkeys(texts))

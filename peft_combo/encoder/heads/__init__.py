@@ -27,11 +27,11 @@ __all__ = [
     "SequenceHead",
     "TaggingHead",
     "TaskHead",
-    "head_of",
+    "load_head",
 ]
 
 
-def head_of(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> TaskHead:
+def load_head(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> TaskHead:
     """Rebuild a stored head, in evaluation mode.
 
     Raises:

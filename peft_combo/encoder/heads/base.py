@@ -30,7 +30,7 @@ class TaskHead(nn.Module):
 HeadT = TypeVar("HeadT", bound=TaskHead)
 
 
-def rebuilt(make: Callable[[], HeadT], weights: Mapping[str, Tensor]) -> HeadT:
+def rebuild_head(make: Callable[[], HeadT], weights: Mapping[str, Tensor]) -> HeadT:
     """Build a stored head with `make` and give it its weights; in evaluation mode.
 
     Raises:

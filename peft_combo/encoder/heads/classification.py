@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 from torch import Tensor, nn
 
-from peft_combo.encoder.heads.base import TaskHead, rebuilt
+from peft_combo.encoder.heads.base import TaskHead, rebuild_head
 from peft_combo.recipe.task import ClassificationTask
 
 
@@ -41,11 +41,11 @@ class ClassificationHead(TaskHead):
     def probabilities(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return how likely each class is: (N, D) -> (N, C), rows that sum to 1 where one class is right."""
         logits = self(torch.from_numpy(vectors).to(self.linear.weight.device)).float().cpu().numpy()
-        return _likely(logits, not self.config.multi_label)
+        return _probabilities(logits, not self.config.multi_label)
 
     def classes(self, probabilities: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Tell which classes are given: (N, C); one a row, or all from the head's threshold on."""
-        return _given(probabilities, not self.config.multi_label, float(self.threshold))
+        return _choose_classes(probabilities, not self.config.multi_label, float(self.threshold))
 
     def spec(self) -> dict[str, Any]:
         return {**self.config.model_dump(mode="json"), "dim": self.dim, "classes": list(self.labels)}
@@ -58,7 +58,7 @@ class ClassificationHead(TaskHead):
             StoreError: the weights are not those of such a head.
         """
         fields = {key: value for key, value in spec.items() if key not in ("dim", "classes")}
-        return rebuilt(
+        return rebuild_head(
             lambda: cls(
                 int(spec["dim"]), [str(one) for one in spec["classes"]], ClassificationTask.model_validate(fields)
             ),
@@ -66,12 +66,12 @@ class ClassificationHead(TaskHead):
         )
 
 
-def _likely(logits: NDArray[np.float32], exclusive: bool) -> NDArray[np.float32]:
+def _probabilities(logits: NDArray[np.float32], exclusive: bool) -> NDArray[np.float32]:
     probabilities: NDArray[np.float32] = softmax(logits, axis=1) if exclusive else expit(logits)
     return probabilities
 
 
-def _given(probabilities: NDArray[np.float32], exclusive: bool, threshold: float) -> NDArray[np.bool_]:
+def _choose_classes(probabilities: NDArray[np.float32], exclusive: bool, threshold: float) -> NDArray[np.bool_]:
     if not exclusive:
         return probabilities >= threshold
     best = probabilities.argmax(1)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from peft_combo import metrics
 from peft_combo.data.queries import Queries
-from peft_combo.encoder.heads.base import TaskHead, rebuilt
+from peft_combo.encoder.heads.base import TaskHead, rebuild_head
 from peft_combo.metrics.report import Row
 from peft_combo.recipe.task import BundleTask, CompletionTask
 
@@ -61,9 +61,9 @@ class CompletionHead(TaskHead):
 
     def target(self, items: Tensor) -> Tensor:
         """Project (M, D) item vectors to targets, (M, D) of unit length."""
-        return projected(self.dropout(items), self.target_projection)
+        return project(self.dropout(items), self.target_projection)
 
-    def learned(self) -> list[Tensor]:
+    def step_weights(self) -> list[Tensor]:
         """Return the weights that are the way from plain cosine: at 0 the head is untrained."""
         return [layer.weight for layer in (self.query_projection, self.target_projection) if layer is not None]
 
@@ -74,7 +74,7 @@ class CompletionHead(TaskHead):
         """
         twin = copy.deepcopy(self)
         with torch.no_grad():
-            for weight in twin.learned():
+            for weight in twin.step_weights():
                 weight.mul_(alpha)
         return twin
 
@@ -90,7 +90,7 @@ class CompletionHead(TaskHead):
             StoreError: the weights are not those of such a head.
         """
         fields = {key: value for key, value in spec.items() if key != "dim"}
-        return rebuilt(lambda: cls(int(spec["dim"]), cls.described_by.model_validate(fields)), weights)
+        return rebuild_head(lambda: cls(int(spec["dim"]), cls.described_by.model_validate(fields)), weights)
 
 
 class BundleHead(CompletionHead):
@@ -117,10 +117,10 @@ class BundleHead(CompletionHead):
             scores = self.attention(members)[..., 0].masked_fill(~present, float("-inf"))
             weights = scores.softmax(1)
         pooled = (weights[:, None] @ members)[:, 0]  # (Q, 1, S) @ (Q, S, D) -> (Q, D)
-        return projected(self.dropout(pooled), self.query_projection)
+        return project(self.dropout(pooled), self.query_projection)
 
 
-def projected(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
+def project(vectors: Tensor, projection: nn.Linear | None) -> Tensor:
     """Move (..., D) vectors by a projection that starts at zero; (..., D) of unit length."""
     moved = vectors if projection is None else vectors + projection(vectors)
     return functional.normalize(moved, dim=-1)
@@ -132,7 +132,7 @@ def step_scale(head: CompletionHead) -> Tensor:
 
 
 @torch.inference_mode()
-def target_vectors(head: CompletionHead, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+def project_targets(head: CompletionHead, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the target side of items, (N, D) -> (N, D) float32 of unit length."""
     # A mapped file is read-only, and torch warns of such arrays.
     items = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(head.log_scale.device)
@@ -141,23 +141,23 @@ def target_vectors(head: CompletionHead, vectors: NDArray[np.float32]) -> NDArra
 
 
 @torch.inference_mode()
-def completion_scores(
+def score_completion(
     head: CompletionHead, vectors: NDArray[np.float32], targets: NDArray[np.float32], contexts: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Score every item of a catalogue as the completion of each context.
 
     Args:
         vectors: (N, D) item vectors of the whole catalogue.
-        targets: (N, D) what `target_vectors` made of them.
+        targets: (N, D) what `project_targets` made of them.
         contexts: (Q, S) rows, -1 for none; a context may be empty where the head knows what to make of nothing.
     Returns:
         (Q, N) float32 cosine between query and target, higher is better; context items are scored like all others.
     """
-    query: NDArray[np.float32] = context_queries(head, vectors, contexts).float().cpu().numpy()
+    query: NDArray[np.float32] = encode_contexts(head, vectors, contexts).float().cpu().numpy()
     return query @ targets.T  # (Q, D) @ (D, N) -> (Q, N)
 
 
-def context_queries(head: CompletionHead, vectors: NDArray[np.float32], contexts: NDArray[np.int64]) -> Tensor:
+def encode_contexts(head: CompletionHead, vectors: NDArray[np.float32], contexts: NDArray[np.int64]) -> Tensor:
     """Encode sets of catalogue rows, (Q, S) with -1 for none -> (Q, D); only the vectors of their items are read."""
     used, place = np.unique(contexts, return_inverse=True)  # -1, where there is one, comes first
     absent = int(used[0] == -1) if len(used) else 0
@@ -166,7 +166,7 @@ def context_queries(head: CompletionHead, vectors: NDArray[np.float32], contexts
     return head.query(items, sets)
 
 
-def completion_ranks(head: CompletionHead, vectors: NDArray[np.float32], questions: Queries) -> NDArray[np.float64]:
+def rank_targets(head: CompletionHead, vectors: NDArray[np.float32], questions: Queries) -> NDArray[np.float64]:
     """Rank each answer among the whole catalogue without its context; ties at mid-rank.
 
     Args:
@@ -174,16 +174,16 @@ def completion_ranks(head: CompletionHead, vectors: NDArray[np.float32], questio
     Returns:
         (Q,) float64, 1 = best.
     """
-    excluded, targets = questions.excluded(), target_vectors(head, vectors)
+    excluded, targets = questions.excluded(), project_targets(head, vectors)
     ranks = [np.empty(0, np.float64)]
     for start in range(0, len(questions), _QUERY_BLOCK):
         block = slice(start, start + _QUERY_BLOCK)
-        scores = completion_scores(head, vectors, targets, questions.contexts[block])
+        scores = score_completion(head, vectors, targets, questions.contexts[block])
         ranks.append(metrics.midranks(scores, questions.targets[block], excluded[block]))
     return np.concatenate(ranks)
 
 
-def completion_row(name: str, ranks: NDArray[np.float64], clusters: NDArray[Any]) -> Row:
+def build_completion_row(name: str, ranks: NDArray[np.float64], clusters: NDArray[Any]) -> Row:
     """Return the ranking metrics of some answers, with the interval of NDCG@10: (Q,) ranks, (Q,) clusters."""
     interval = metrics.bootstrap_interval(metrics.per_query(ranks, "ndcg@10"), clusters)
     return Row(name, metrics.ranking_metrics(ranks), interval)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peft_combo.encoder.heads.base import TaskHead, rebuilt
+from peft_combo.encoder.heads.base import TaskHead, rebuild_head
 from peft_combo.recipe.task import MaskedTask
 
 
@@ -60,7 +60,7 @@ class MaskedHead(TaskHead):
             StoreError: the weights are not those of such a head.
         """
         fields = {key: value for key, value in spec.items() if key not in ("dim", "width", "vocabulary")}
-        return rebuilt(
+        return rebuild_head(
             lambda: cls(
                 int(spec["dim"]), int(spec["width"]), int(spec["vocabulary"]), MaskedTask.model_validate(fields)
             ),

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from peft_combo.encoder.heads.base import TaskHead, rebuilt
-from peft_combo.encoder.heads.completion import BundleHead, completion_scores, target_vectors
+from peft_combo.encoder.heads.base import TaskHead, rebuild_head
+from peft_combo.encoder.heads.completion import BundleHead, project_targets, score_completion
 from peft_combo.recipe.task import BundleTask, RatingTask
 from peft_combo.scoring.features import Counted
 
@@ -68,12 +68,12 @@ class RatingHead(TaskHead):
 
         Args:
             vectors: (N, D) items. histories: (Q, S) rows, -1 for none; no history is empty.
-            counted: with neighbours where the head reads them. targets: (N, D) of `target_vectors`, where at hand.
+            counted: with neighbours where the head reads them. targets: (N, D) of `project_targets`, where at hand.
         Returns:
             (Q, N) float32.
         """
-        targets = target_vectors(self.towers, vectors) if targets is None else targets
-        cosines = completion_scores(self.towers, vectors, targets, histories)
+        targets = project_targets(self.towers, vectors) if targets is None else targets
+        cosines = score_completion(self.towers, vectors, targets, histories)
         nearness = counted.nearness(histories)
         here = self.constant.device
         logits = self.logits(
@@ -95,4 +95,4 @@ class RatingHead(TaskHead):
             StoreError: the weights are not those of such a head.
         """
         fields = {key: value for key, value in spec.items() if key != "dim"}
-        return rebuilt(lambda: cls(int(spec["dim"]), RatingTask.model_validate(fields)), weights)
+        return rebuild_head(lambda: cls(int(spec["dim"]), RatingTask.model_validate(fields)), weights)

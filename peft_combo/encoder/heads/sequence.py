@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peft_combo.encoder.heads.completion import CompletionHead, projected
+from peft_combo.encoder.heads.completion import CompletionHead, project
 from peft_combo.recipe.task import SequenceTask
 
 
@@ -61,8 +61,8 @@ class SequenceHead(CompletionHead):
         judged: Tensor = self.end(queries)[:, 0]
         return self.size_log_odds[sizes.clamp(max=self.config.sizes)] + judged
 
-    def learned(self) -> list[Tensor]:
-        return super().learned() + [weight for block in self._each() for weight in block.exits()]
+    def step_weights(self) -> list[Tensor]:
+        return super().step_weights() + [weight for block in self._each() for weight in block.exits()]
 
     def _each(self) -> Iterable[_Block]:
         return cast("Iterable[_Block]", self.blocks)
@@ -79,7 +79,7 @@ class SequenceHead(CompletionHead):
         seen = functional.pad(visible, (1, 0), value=True)  # (B, T, 1 + L): the begin token by every place
         for block in self._each():
             state = block(state, memory, seen)
-        return projected(state, self.query_projection)
+        return project(state, self.query_projection)
 
 
 class _Block(nn.Module):

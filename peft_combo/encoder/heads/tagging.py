@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_combo.data.labels.tags import Entity, entities, words_of
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.heads.base import TaskHead, rebuilt
+from peft_combo.encoder.heads.base import TaskHead, rebuild_head
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.recipe.task import TaggingTask
 
@@ -60,13 +60,13 @@ class TaggingHead(TaskHead):
             StoreError: the weights are not those of such a head.
         """
         fields = {key: value for key, value in spec.items() if key not in ("dim", "tag_set")}
-        return rebuilt(
+        return rebuild_head(
             lambda: cls(int(spec["dim"]), [str(tag) for tag in spec["tag_set"]], TaggingTask.model_validate(fields)),
             weights,
         )
 
 
-def first_pieces(words: Sequence[tuple[int, int]], pieces: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+def find_first_pieces(words: Sequence[tuple[int, int]], pieces: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
     """Find the first piece of each word.
 
     Args:
@@ -86,7 +86,7 @@ def first_pieces(words: Sequence[tuple[int, int]], pieces: Sequence[tuple[int, i
 
 
 @dataclass(frozen=True, eq=False)
-class ReadText:
+class EncodedWords:
     """A new text as a tagging adapter sees it.
 
     Attributes:
@@ -111,19 +111,21 @@ class ReadText:
         ]  # fmt: skip
 
 
-def read_texts(backbone: Backbone, adapter: AttachedAdapter, head: TaggingHead, texts: Sequence[str]) -> list[ReadText]:
+def encode_words(
+    backbone: Backbone, adapter: AttachedAdapter, head: TaggingHead, texts: Sequence[str]
+) -> list[EncodedWords]:
     """Read new texts with the adapter and the head of one stored tagging adapter."""
     pieces = backbone.pieces(texts, adapter.max_length)
     states = np.split(backbone.states(texts, adapter), np.cumsum([len(own) for own in pieces])[:-1])
     read = []
     for text, own, state in zip(texts, pieces, states, strict=True):
         words = words_of(text)
-        first = first_pieces(words, own)
+        first = find_first_pieces(words, own)
         seen = state[first[first >= 0]]
         likely = np.zeros((len(words), len(head.tags)), np.float32)
         likely[:, 0] = 1.0
         likely[first >= 0] = head.probabilities(seen)
-        read.append(ReadText(text, words, likely, seen.sum(0) / max(1, len(seen))))
+        read.append(EncodedWords(text, words, likely, seen.sum(0) / max(1, len(seen))))
     return read
 
 
@@ -137,7 +139,7 @@ def tag_texts(
     Returns:
         for each text its entities, in order.
     """
-    return [one.entities(head.tags) for one in read_texts(backbone, adapter, head, texts)]
+    return [one.entities(head.tags) for one in encode_words(backbone, adapter, head, texts)]
 
 
 class AdapterTagger:

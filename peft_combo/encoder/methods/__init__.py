@@ -1,8 +1,8 @@
 """Adapter methods: how each is put into an encoder, trained, checkpointed, saved and loaded.
 
 Owns everything that differs between the methods, one module to a family, and is the only package that imports peft.
-Each adapter sits in an encoder copy of its own that shares the frozen weights (`architectures.sharing_copy`), so there
-is no active adapter to set, and nothing one adapter does reaches another. Knows nothing of tasks, stores or the
+Each adapter sits in an encoder copy of its own that shares the frozen weights (`copy_sharing_weights`), so there is no
+active adapter to set, and nothing one adapter does reaches another. Knows nothing of tasks, stores or the
 training loop.
 """
 # ruff: noqa: E402  (one line has to run before peft is imported)
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from peft_combo.encoder.architectures import layers_of, sharing_copy
+from peft_combo.encoder.architectures import copy_sharing_weights, find_layers
 from peft_combo.encoder.methods.attached import (
     CONFIG_FILE,
     NAME,
@@ -29,16 +29,16 @@ from peft_combo.encoder.methods.attached import (
     AttachedAdapter,
     ParameterGroup,
     PeftAdapter,
-    peft_quiet,
-    peft_state,
+    read_peft_state,
+    silence_peft,
 )
 from peft_combo.encoder.methods.base_weights import TUNED_WEIGHTS_FILE, attach_weights, load_weights
 from peft_combo.encoder.methods.bottleneck import attach_bottleneck, load_bottleneck
 from peft_combo.encoder.methods.low_rank import Lora, attach_adalora, attach_lora
-from peft_combo.encoder.methods.merge_weights import delta_weights, merged
+from peft_combo.encoder.methods.merge_weights import delta_weights, merge_into_base
 from peft_combo.encoder.methods.peft_updates import attach_update
-from peft_combo.encoder.methods.prompts import attach_prompt, prompted
-from peft_combo.encoder.methods.trainable_tokens import Tokens, attach_tokens
+from peft_combo.encoder.methods.prompts import attach_prompt, is_prompt_method
+from peft_combo.encoder.methods.trainable_tokens import TrainableTokens, attach_tokens
 from peft_combo.errors import StoreError
 from peft_combo.recipe.adapter import (
     AdaloraAdapter,
@@ -71,7 +71,7 @@ __all__ = [
     "attach",
     "delta_weights",
     "load",
-    "merged",
+    "merge_into_base",
 ]
 
 
@@ -90,7 +90,7 @@ def attach(
         BackboneError: the method does not work on this architecture or these weights, a word is not a token, or a
             schedule does not fit the steps.
     """
-    with torch.random.fork_rng(devices=[]), peft_quiet():
+    with torch.random.fork_rng(devices=[]), silence_peft():
         torch.manual_seed(seed)
         match config:
             case LoraAdapter():
@@ -143,30 +143,30 @@ def load(model: nn.Module, folder: Path, stored_as: str, max_length: int) -> Att
 
 
 def _load_peft(model: nn.Module, folder: Path, stored_as: str, max_length: int) -> AttachedAdapter:
-    encoder = sharing_copy(model)
+    encoder = copy_sharing_weights(model)
     with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         written = set(file.keys())
-    with peft_quiet():
+    with silence_peft():
         wrapped = peft.PeftModel.from_pretrained(encoder, str(folder), is_trainable=False)
     kind = wrapped.peft_config[NAME].peft_type.value.lower()
     if kind != stored_as:
         raise ValueError(f"it is said to be {stored_as} and is {kind}")
     # PEFT drops tensors it finds no place for and only warns of those it misses.
-    wanted = set(peft_state(wrapped))
+    wanted = set(read_peft_state(wrapped))
     if written != wanted:
         raise ValueError(f"its tensors are not those the encoder takes, for example {min(written ^ wanted)}")
     if wrapped.peft_config[NAME].is_prompt_learning:
-        return prompted(model, wrapped, max_length)
+        return is_prompt_method(model, wrapped, max_length)
     match kind:
         case "lora":
             return Lora(model, wrapped, first_layer=0, max_length=max_length)
         case "trainable_tokens":
-            return Tokens(model, wrapped, max_length=max_length)
+            return TrainableTokens(model, wrapped, max_length=max_length)
         case _:
             return PeftAdapter(model, wrapped, first_layer=0, max_length=max_length)
 
 
 def _head_only(model: nn.Module, max_length: int) -> AttachedAdapter:
-    encoder = sharing_copy(model)
-    depth = len(layers_of(encoder))
+    encoder = copy_sharing_weights(model)
+    depth = len(find_layers(encoder))
     return AttachedAdapter(model, encoder, encoder, first_layer=depth, max_length=max_length, stored_as="head")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_combo.encoder.architectures import architecture_of, first_of_top
+from peft_combo.encoder.architectures import find_architecture, first_top_layer
 
 CONFIG_FILE = "adapter_config.json"  # PEFT's own names, so that plain PEFT opens the folder
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -89,7 +89,7 @@ class AttachedAdapter:
     def after_step(self, step: int) -> None:
         """Do what the method does between the optimizer's step (number `step`, from 1) and clearing gradients."""
 
-    def settled(self, step: int) -> bool:
+    def is_final(self, step: int) -> bool:
         """Return whether weights after `step` may be kept as a result."""
         return True
 
@@ -129,7 +129,7 @@ class PeftAdapter(AttachedAdapter):
         self.wrapped = wrapped
 
     def save(self, folder: Path, base_name: str) -> None:
-        write_peft(folder, self.wrapped.peft_config[NAME], peft_state(self.wrapped), base_name)
+        write_peft(folder, self.wrapped.peft_config[NAME], read_peft_state(self.wrapped), base_name)
 
 
 class ReplacingAdapter(PeftAdapter):
@@ -139,7 +139,7 @@ class ReplacingAdapter(PeftAdapter):
         return [ParameterGroup(list(self.trainable().values()), 1.0, False)]
 
 
-def peft_state(wrapped: Any) -> dict[str, Tensor]:
+def read_peft_state(wrapped: Any) -> dict[str, Tensor]:
     """Return an adapter's tensors under PEFT's names, each once.
 
     RandLoRA's layers all hold the random matrices of the model, and PEFT lists them for every layer.
@@ -161,7 +161,7 @@ def write_peft(folder: Path, config: Any, state: Mapping[str, Tensor], base_name
 
 def find_first_layer(model: nn.Module, top_layers: int | None) -> int:
     """Return the lowest layer an adapter of the top layers touches; 0 where the stack cannot be cut."""
-    return first_of_top(model, top_layers) if architecture_of(model).splittable else 0
+    return first_top_layer(model, top_layers) if find_architecture(model).splittable else 0
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -186,7 +186,7 @@ _QUIET = threading.Lock()
 
 
 @contextmanager
-def peft_quiet() -> Iterator[None]:
+def silence_peft() -> Iterator[None]:
     """Silence PEFT's advice, which is for callers who choose names and targets by hand."""
     with _QUIET, warnings.catch_warnings():
         warnings.simplefilter("ignore")

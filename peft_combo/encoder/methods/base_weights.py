@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_combo.encoder.architectures import (
-    architecture_of,
-    first_of_top,
-    layers_of,
+    copy_sharing_weights,
+    find_architecture,
+    find_layers,
+    find_top_modules,
+    first_top_layer,
     model_type,
-    modules_of_top,
-    sharing_copy,
 )
 from peft_combo.encoder.methods.attached import AttachedAdapter, find_first_layer, set_parameter
 from peft_combo.errors import BackboneError, StoreError
@@ -23,7 +23,7 @@ from peft_combo.recipe.adapter import BitfitTuning, FullTuning, TopLayers
 TUNED_WEIGHTS_FILE = "tuned_weights.safetensors"
 
 
-class Weights(AttachedAdapter):
+class TunedWeights(AttachedAdapter):
     """Some weights of the encoder, trained; the file holds them and no others."""
 
     def __init__(self, base: nn.Module, encoder: nn.Module, *, first_layer: int, max_length: int) -> None:
@@ -34,24 +34,24 @@ class Weights(AttachedAdapter):
         save_file(tuned, folder / TUNED_WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def attach_weights(model: nn.Module, config: BitfitTuning | TopLayers | FullTuning, max_length: int) -> Weights:
+def attach_weights(model: nn.Module, config: BitfitTuning | TopLayers | FullTuning, max_length: int) -> TunedWeights:
     """Let weights of a copy of `model` learn.
 
     Raises:
         BackboneError: there are none of the kind, they are quantised, or there are fewer layers.
     """
-    encoder = sharing_copy(model)
+    encoder = copy_sharing_weights(model)
     first_layer = 0
     match config:
         case BitfitTuning():
             names = _biases(encoder, config.top_layers)
             first_layer = find_first_layer(encoder, config.top_layers)
         case TopLayers():
-            depth = len(layers_of(encoder))
+            depth = len(find_layers(encoder))
             if config.layers > depth:
                 raise BackboneError(f"adapter.layers: expected at most {depth}, found {config.layers}.")
-            path = architecture_of(encoder).layers
-            first = first_of_top(encoder, config.layers)
+            path = find_architecture(encoder).layers
+            first = first_top_layer(encoder, config.layers)
             names = [
                 name
                 for name, _ in encoder.named_parameters()
@@ -61,22 +61,22 @@ def attach_weights(model: nn.Module, config: BitfitTuning | TopLayers | FullTuni
         case FullTuning():
             names = [name for name, _ in encoder.named_parameters()]
     _own(encoder, names)
-    return Weights(model, encoder, first_layer=first_layer, max_length=max_length)
+    return TunedWeights(model, encoder, first_layer=first_layer, max_length=max_length)
 
 
-def load_weights(model: nn.Module, folder: Path, max_length: int) -> Weights:
+def load_weights(model: nn.Module, folder: Path, max_length: int) -> TunedWeights:
     """Read what `Weights.save` wrote into a copy of `model`.
 
     Raises:
         StoreError: a tensor has no place in the encoder.
     """
-    encoder = sharing_copy(model)
+    encoder = copy_sharing_weights(model)
     parameters = dict(encoder.named_parameters())
     for name, tensor in load_file(folder / TUNED_WEIGHTS_FILE).items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise StoreError(f"{folder / TUNED_WEIGHTS_FILE}: {name} does not fit the encoder.")
         set_parameter(encoder, name, nn.Parameter(tensor, requires_grad=False))
-    return Weights(model, encoder, first_layer=0, max_length=max_length)
+    return TunedWeights(model, encoder, first_layer=0, max_length=max_length)
 
 
 def _biases(model: nn.Module, top_layers: int | None) -> list[str]:
@@ -84,8 +84,8 @@ def _biases(model: nn.Module, top_layers: int | None) -> list[str]:
 
     Softmax is blind to that, so their gradient is rounding noise (the paper finds them without effect, section 3).
     """
-    keys = architecture_of(model).key_value[0]
-    reached = modules_of_top(model, top_layers)
+    keys = find_architecture(model).key_value[0]
+    reached = find_top_modules(model, top_layers)
     names = [
         f"{name}.bias"
         for name, module in reached.items()

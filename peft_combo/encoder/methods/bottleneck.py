@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_combo.encoder.architectures import architecture_of, sharing_copy, target_modules
+from peft_combo.encoder.architectures import copy_sharing_weights, find_architecture, find_target_modules
 from peft_combo.encoder.methods.attached import AttachedAdapter, find_first_layer, set_module
 from peft_combo.errors import StoreError
 from peft_combo.recipe.adapter import BottleneckAdapter
@@ -110,12 +110,12 @@ def attach_bottleneck(model: nn.Module, config: BottleneckAdapter, max_length: i
     Raises:
         BackboneError: the encoder has fewer layers.
     """
-    encoder = sharing_copy(model)
-    architecture = architecture_of(encoder)
+    encoder = copy_sharing_weights(model)
+    architecture = find_architecture(encoder)
     first, last = architecture.ffn[0], architecture.ffn[-1]
     if config.placement == "parallel":
-        entries = target_modules(encoder, [first], config.top_layers)
-        exits = target_modules(encoder, [last], config.top_layers)
+        entries = find_target_modules(encoder, [first], config.top_layers)
+        exits = find_target_modules(encoder, [last], config.top_layers)
         for entry, exit_ in zip(entries, exits, strict=True):
             seen = threading.local()  # an encoder serves several threads, each with a text of its own
             begin, end = encoder.get_submodule(entry), encoder.get_submodule(exit_)
@@ -126,7 +126,7 @@ def attach_bottleneck(model: nn.Module, config: BottleneckAdapter, max_length: i
             set_module(encoder, exit_, _Beside(end, narrow.to(_device(end)), seen))
     else:
         sublayers = [architecture.attention[-1], last] if config.placement == "houlsby" else [last]
-        for name in target_modules(encoder, sublayers, config.top_layers):
+        for name in find_target_modules(encoder, sublayers, config.top_layers):
             linear = encoder.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             narrow = _Narrow(linear.out_features, linear.out_features, config.size, config.scale)

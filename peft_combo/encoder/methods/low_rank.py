@@ -17,7 +17,7 @@ from peft.tuners import lora
 from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 
-from peft_combo.encoder.architectures import sharing_copy, target_modules
+from peft_combo.encoder.architectures import copy_sharing_weights, find_target_modules
 from peft_combo.encoder.methods.attached import (
     NAME,
     ParameterGroup,
@@ -66,10 +66,10 @@ def _fuse(model: nn.Module) -> None:
         if isinstance(module, lora.Linear | AdaLoraLayer) and type(module.get_base_layer()) is nn.Linear:
             if isinstance(module, lora.Linear) and (module.use_dora.get(NAME) or module.lora_variant):
                 continue
-            module.forward = functools.partial(_fused_forward, module, module.forward)
+            module.forward = functools.partial(_forward_fused, module, module.forward)
 
 
-def _fused_forward(module: Any, honest: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward_fused(module: Any, honest: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base: nn.Linear = module.get_base_layer()
     dropout = module.lora_dropout[NAME]
     drops = module.training and isinstance(dropout, nn.Dropout) and dropout.p > 0
@@ -87,12 +87,12 @@ def _fused_forward(module: Any, honest: Callable[..., Tensor], x: Tensor, *args:
         right, left = right.weight, left.weight
         sources = (right, left)
         left = left * module.scaling[NAME]
-    whole = _whole(module, base.weight, sources, left, right)
+    whole = _sum_weights(module, base.weight, sources, left, right)
     fused: Tensor = _LowRankLinear.apply(x, whole, base.bias, right, left)  # type: ignore[no-untyped-call]
     return fused
 
 
-def _whole(module: Any, weight: Tensor, sources: tuple[Tensor, ...], left: Tensor, right: Tensor) -> Tensor:
+def _sum_weights(module: Any, weight: Tensor, sources: tuple[Tensor, ...], left: Tensor, right: Tensor) -> Tensor:
     """Return W + B A; while training it is kept until the optimizer changes one of `sources`.
 
     Without gradients nothing is kept: an adapter that serves costs its own size and not that of the layers it sits on.
@@ -204,7 +204,7 @@ class Adalora(PeftAdapter):
     def after_step(self, step: int) -> None:
         self._tuner.update_and_allocate(step)
 
-    def settled(self, step: int) -> bool:
+    def is_final(self, step: int) -> bool:
         """Only once the budget is met: stopping or picking a best step earlier would keep ranks near the initial."""
         return bool(step >= self._config.total_step - self._config.tfinal)
 
@@ -265,8 +265,8 @@ def attach_lora(model: nn.Module, config: LoraAdapter, max_length: int) -> Lora:
     Raises:
         BackboneError: PiSSA over weights that are quantised, or DoRA over 8-bit ones.
     """
-    encoder = sharing_copy(model)
-    targets = target_modules(encoder, config.targets, config.top_layers)
+    encoder = copy_sharing_weights(model)
+    targets = find_target_modules(encoder, config.targets, config.top_layers)
     if config.pissa:
         if is_quantised(model):
             raise BackboneError(
@@ -314,7 +314,7 @@ def attach_adalora(model: nn.Module, config: AdaloraAdapter, max_length: int, to
             f"of warm-up and {final} at the end. Train for more epochs or lower adapter.warmup_fraction and "
             "adapter.final_fraction."
         )
-    encoder = sharing_copy(model)
+    encoder = copy_sharing_weights(model)
     wrapped = peft.get_peft_model(
         encoder,
         peft.AdaLoraConfig(
@@ -322,7 +322,7 @@ def attach_adalora(model: nn.Module, config: AdaloraAdapter, max_length: int, to
             lora_alpha=config.alpha, lora_dropout=config.dropout, tinit=warmup, tfinal=final,
             deltaT=config.allocate_every, beta1=config.beta1, beta2=config.beta2, total_step=total_steps,
             orth_reg_weight=config.orthogonal_weight,
-            target_modules=target_modules(encoder, config.targets, config.top_layers),
+            target_modules=find_target_modules(encoder, config.targets, config.top_layers),
         ),
     )  # fmt: skip
     first_layer = find_first_layer(encoder, config.top_layers)

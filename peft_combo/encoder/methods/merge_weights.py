@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-from peft_combo.encoder.architectures import sharing_copy
+from peft_combo.encoder.architectures import copy_sharing_weights
 from peft_combo.encoder.methods.attached import NAME, AttachedAdapter, is_quantised, set_parameter
 from peft_combo.errors import BackboneError
 
@@ -41,18 +41,19 @@ def delta_weights(attached: AttachedAdapter) -> dict[str, Tensor]:
         return {}
     if attached.stored_as not in _ADDITIVE:
         raise BackboneError(
-            f"{_named(attached)} changes {_instead(attached.stored_as)}, not the weights of linear layers."
+            f"{_describe_method(attached)} changes {_describe_change(attached.stored_as)}, not the weights of linear "
+            "layers."
         )
     deltas = {}
     for name, module in attached.inner.named_modules():
         if isinstance(module, BaseTunerLayer):
             frozen = _weight(attached.base.get_submodule(name))
-            deltas[name] = _merged_weight(module) - frozen
+            deltas[name] = _merge_weight(module) - frozen
     return deltas
 
 
 @torch.no_grad()
-def merged(attached: AttachedAdapter) -> nn.Module:
+def merge_into_base(attached: AttachedAdapter) -> nn.Module:
     """Return a plain encoder that does what the adapter does, with weights of its own where they differ.
 
     Raises:
@@ -60,9 +61,10 @@ def merged(attached: AttachedAdapter) -> nn.Module:
     """
     if attached.stored_as in ("prompt_tuning", "p_tuning", "prefix_tuning", "bottleneck"):
         raise BackboneError(
-            f"{_named(attached)} cannot be merged: it adds {_instead(attached.stored_as)}. Serve it as an adapter."
+            f"{_describe_method(attached)} cannot be merged: it adds {_describe_change(attached.stored_as)}. "
+            "Serve it as an adapter."
         )
-    plain = sharing_copy(attached.base)
+    plain = copy_sharing_weights(attached.base)
     if is_quantised(plain):
         raise BackboneError(
             "An adapter cannot be merged into quantised weights without losing bits. Load the encoder with "
@@ -79,7 +81,7 @@ def merged(attached: AttachedAdapter) -> nn.Module:
             case TrainableTokensLayer():
                 own[f"{name}.weight"] = module.get_merged_weights([NAME])
             case BaseTunerLayer():
-                own[f"{name}.weight"] = _merged_weight(module)
+                own[f"{name}.weight"] = _merge_weight(module)
                 bias = getattr(module.get_base_layer(), "bias", None)
                 if isinstance(module, IA3Layer) and not module.is_feedforward and bias is not None:
                     own[f"{name}.bias"] = bias * module.ia3_l[NAME].flatten()
@@ -90,7 +92,7 @@ def merged(attached: AttachedAdapter) -> nn.Module:
     return plain.eval()
 
 
-def _merged_weight(module: Any) -> Tensor:
+def _merge_weight(module: Any) -> Tensor:
     """Return the weight a linear layer would need to do what its tuner does, (O, I) float32."""
     weight = _weight(module.get_base_layer())
     wanted: Tensor
@@ -116,11 +118,11 @@ def _weight(linear: Any) -> Tensor:
     return weight.float()
 
 
-def _named(attached: AttachedAdapter) -> str:
+def _describe_method(attached: AttachedAdapter) -> str:
     return f"An adapter stored as {attached.stored_as}"
 
 
-def _instead(stored_as: str) -> str:
+def _describe_change(stored_as: str) -> str:
     return {
         "prompt_tuning": "positions before the text",
         "p_tuning": "positions before the text",

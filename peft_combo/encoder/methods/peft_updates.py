@@ -11,12 +11,12 @@ import peft
 from torch import nn
 
 from peft_combo.encoder.architectures import (
-    architecture_of,
-    first_of_top,
-    layers_of,
-    modules_of_top,
-    sharing_copy,
-    target_modules,
+    copy_sharing_weights,
+    find_architecture,
+    find_layers,
+    find_target_modules,
+    find_top_modules,
+    first_top_layer,
 )
 from peft_combo.encoder.methods.attached import PeftAdapter, ReplacingAdapter, find_first_layer
 from peft_combo.errors import BackboneError
@@ -41,7 +41,7 @@ def attach_update(model: nn.Module, config: Update, max_length: int, seed: int) 
     Raises:
         BackboneError: the method does not fit these weights.
     """
-    encoder = sharing_copy(model)
+    encoder = copy_sharing_weights(model)
     wrapped = peft.get_peft_model(encoder, _peft_config(encoder, config, seed))
     kind = ReplacingAdapter if isinstance(config, Ia3Adapter | LayerNormTuning) else PeftAdapter
     return kind(model, wrapped, first_layer=find_first_layer(encoder, config.top_layers), max_length=max_length)
@@ -56,11 +56,11 @@ def _peft_config(model: nn.Module, config: Update, seed: int) -> Any:
                 **common, target_modules=[*keys_and_values, *inside], feedforward_modules=inside
             )  # fmt: skip
         case LayerNormTuning():
-            reached = modules_of_top(model, config.top_layers)
+            reached = find_top_modules(model, config.top_layers)
             norms = [name for name, module in reached.items() if isinstance(module, nn.LayerNorm)]
             return peft.LNTuningConfig(**common, target_modules=norms)
         case _:
-            common["target_modules"] = target_modules(model, config.targets, config.top_layers)
+            common["target_modules"] = find_target_modules(model, config.targets, config.top_layers)
     match config:
         case VeraAdapter():
             return peft.VeraConfig(
@@ -88,8 +88,8 @@ def _peft_config(model: nn.Module, config: Update, seed: int) -> Any:
 
 def _ia3_modules(model: nn.Module, top_layers: int | None) -> tuple[list[str], list[str]]:
     """Return what makes keys and values, whose output is scaled, and what leads out of the FFN, whose input is."""
-    architecture = architecture_of(model)
-    places = range(first_of_top(model, top_layers), len(layers_of(model)))
+    architecture = find_architecture(model)
+    places = range(first_top_layer(model, top_layers), len(find_layers(model)))
     layers = [f"{architecture.layers}.{index}" for index in places]
     outputs = [f"{layer}.{name}" for layer in layers for name in architecture.key_value]
     return outputs, [f"{layer}.{architecture.ffn[-1]}" for layer in layers]

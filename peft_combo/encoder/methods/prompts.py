@@ -11,7 +11,7 @@ import peft
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from peft_combo.encoder.architectures import architecture_of, model_type, sharing_copy, usable_positions
+from peft_combo.encoder.architectures import copy_sharing_weights, count_usable_positions, find_architecture, model_type
 from peft_combo.encoder.methods.attached import NAME, PeftAdapter
 from peft_combo.errors import BackboneError
 from peft_combo.recipe.adapter import PrefixAdapter, PromptAdapter, PTuningAdapter
@@ -30,7 +30,7 @@ class _TextOnly(nn.Module):
         return BaseModelOutput(last_hidden_state=states[:, self.length :])  # (B, P + L, D) -> (B, L, D)
 
 
-def prompted(model: nn.Module, wrapped: Any, max_length: int) -> PeftAdapter:
+def is_prompt_method(model: nn.Module, wrapped: Any, max_length: int) -> PeftAdapter:
     """Return the adapter of a prompt-learning model that PEFT made or read.
 
     Raises:
@@ -38,7 +38,7 @@ def prompted(model: nn.Module, wrapped: Any, max_length: int) -> PeftAdapter:
     """
     config = wrapped.peft_config[NAME]
     length = config.num_virtual_tokens
-    room = usable_positions(model) - length  # virtual tokens take the first positions
+    room = count_usable_positions(model) - length  # virtual tokens take the first positions
     if room < 8:
         raise BackboneError(
             f"adapter.length: {length} virtual tokens leave {room} of the encoder's {length + room} positions for "
@@ -57,7 +57,7 @@ def attach_prompt(
     Raises:
         BackboneError: the architecture would ignore a prefix, or too few positions would be left.
     """
-    encoder = sharing_copy(model)
+    encoder = copy_sharing_weights(model)
     embedding: nn.Embedding = encoder.get_input_embeddings()  # type: ignore[operator]
     sizes: Any = encoder.config
     # Said in full, since PEFT looks for names that not every architecture's config has, and takes the width of the
@@ -79,7 +79,7 @@ def attach_prompt(
                 **shape, encoder_reparameterization_type=config.network.upper(), encoder_hidden_size=config.network_size
             )
         case PrefixAdapter():
-            if not architecture_of(encoder).prefix:
+            if not find_architecture(encoder).prefix:
                 raise BackboneError(
                     f'adapter.method: "prefix" does not work on {model_type(encoder)}: its attention takes no outside '
                     "keys and values, so the prefix would be ignored. Use prompt or lora."
@@ -88,4 +88,4 @@ def attach_prompt(
                 **(shape | {"token_dim": int(sizes.hidden_size)}),
                 prefix_projection=config.projection, encoder_hidden_size=config.projection_size,
             )  # fmt: skip
-    return prompted(model, peft.get_peft_model(encoder, made), max_length)
+    return is_prompt_method(model, peft.get_peft_model(encoder, made), max_length)

@@ -9,19 +9,19 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from peft_combo.encoder.architectures import sharing_copy
+from peft_combo.encoder.architectures import copy_sharing_weights
 from peft_combo.encoder.methods.attached import NAME, ReplacingAdapter
 from peft_combo.errors import BackboneError, did_you_mean
 from peft_combo.recipe.adapter import TokensAdapter
 
 
-class Tokens(ReplacingAdapter):
+class TrainableTokens(ReplacingAdapter):
     """Rows of the embedding table with values of their own; the table itself is shared and stays."""
 
     def __init__(self, base: nn.Module, wrapped: Any, *, max_length: int) -> None:
         super().__init__(base, wrapped, first_layer=0, max_length=max_length)
-        module = self.inner.get_submodule(_embedding_name(self.inner))
-        places = torch.full((base.get_submodule(_embedding_name(base)).num_embeddings,), -1)  # type: ignore[arg-type]
+        module = self.inner.get_submodule(_find_embedding(self.inner))
+        places = torch.full((base.get_submodule(_find_embedding(base)).num_embeddings,), -1)  # type: ignore[arg-type]
         chosen = module.token_indices[NAME]  # type: ignore[index]
         places[torch.tensor(chosen)] = torch.arange(len(chosen))
         module.forward = functools.partial(_with_chosen_rows, module, places)
@@ -34,7 +34,7 @@ def _with_chosen_rows(module: Any, places: Tensor, ids: Tensor) -> Tensor:
     return torch.where((place >= 0).unsqueeze(-1), own, module.base_layer(ids))
 
 
-def attach_tokens(model: nn.Module, config: TokensAdapter, max_length: int, tokenizer: Any) -> Tokens:
+def attach_tokens(model: nn.Module, config: TokensAdapter, max_length: int, tokenizer: Any) -> TrainableTokens:
     """Let the embeddings of some words learn, in a copy of `model`.
 
     Args:
@@ -44,15 +44,15 @@ def attach_tokens(model: nn.Module, config: TokensAdapter, max_length: int, toke
     """
     if tokenizer is None:
         raise BackboneError("adapter.method: tokens needs the encoder's tokenizer to know what a word is.")
-    encoder = sharing_copy(model)
+    encoder = copy_sharing_weights(model)
     chosen = sorted({_token_of(word, tokenizer) for word in config.words})
     wrapped = peft.get_peft_model(
         encoder,
         peft.TrainableTokensConfig(
-            task_type="FEATURE_EXTRACTION", token_indices=chosen, target_modules=[_embedding_name(encoder)]
+            task_type="FEATURE_EXTRACTION", token_indices=chosen, target_modules=[_find_embedding(encoder)]
         ),
     )
-    return Tokens(model, wrapped, max_length=max_length)
+    return TrainableTokens(model, wrapped, max_length=max_length)
 
 
 def _token_of(word: str, tokenizer: Any) -> int:
@@ -75,7 +75,7 @@ def _token_of(word: str, tokenizer: Any) -> int:
     )
 
 
-def _embedding_name(model: nn.Module) -> str:
+def _find_embedding(model: nn.Module) -> str:
     table: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     return names[table]

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from peft_combo.data.queries import padded
-from peft_combo.encoder.heads.completion import CompletionHead, context_queries, step_scale, target_vectors
+from peft_combo.encoder.heads.completion import CompletionHead, encode_contexts, project_targets, step_scale
 from peft_combo.encoder.heads.sequence import SequenceHead
 
 Rows: TypeAlias = "NDArray[np.int64]"
@@ -127,12 +127,12 @@ def build_steps(head: CompletionHead, vectors: NDArray[np.float32]) -> Steps:
         head: in evaluation mode. That of the sequence task also judges what is complete, and begins from nothing.
         vectors: (N, D) item vectors of its encoder.
     """
-    targets = target_vectors(head, vectors)
+    targets = project_targets(head, vectors)
     scale = float(step_scale(head).detach())
 
     @torch.inference_mode()
     def steps(sets: Sequence[Rows]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        queries = context_queries(head, vectors, padded(sets))  # (S, D)
+        queries = encode_contexts(head, vectors, padded(sets))  # (S, D)
         ends = None
         if isinstance(head, SequenceHead):
             ends = head.completeness(queries, torch.tensor([len(rows) for rows in sets])).float().numpy()

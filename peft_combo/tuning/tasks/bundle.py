@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from peft_combo import metrics
-from peft_combo.data.augmentation.variants import brands_of
+from peft_combo.data.augmentation.variants import find_brands
 from peft_combo.data.model import Dataset
 from peft_combo.data.pseudo_bundles import Mined, mine
 from peft_combo.data.queries import Queries, padded
@@ -26,7 +26,13 @@ from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HEAD_FILE as HEAD_FILE
-from peft_combo.encoder.heads.completion import BundleHead, CompletionHead, completion_ranks, completion_row, step_scale
+from peft_combo.encoder.heads.completion import (
+    BundleHead,
+    CompletionHead,
+    build_completion_row,
+    rank_targets,
+    step_scale,
+)
 from peft_combo.metrics.report import Gain, PerQuestion, Table
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, CompletionTask
@@ -318,7 +324,7 @@ class Completion(Generic[CompletionHeadT]):
         self._dataset, self._parts = dataset, parts = read
         self.notes = [f"{dataset.name}: {note}" for note in dataset.notes]
         self.texts = dataset.catalog.texts(recipe.data.text)
-        self.brands = brands_of(dataset.catalog)
+        self.brands = find_brands(dataset.catalog)
         self.examples = {"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)}
         self.data = {
             "name": dataset.name,
@@ -340,8 +346,8 @@ class Completion(Generic[CompletionHeadT]):
     def evaluate(self, head: CompletionHeadT, encode: Encode, metric: str) -> Evaluation:
         vectors = encode(None)
         tried = {
-            share: metrics.ranking_metrics(completion_ranks(head.interpolated(share), vectors, self._sampled_queries))
-            for share in (self._strengths if head.learned() else (1.0,))
+            share: metrics.ranking_metrics(rank_targets(head.interpolated(share), vectors, self._sampled_queries))
+            for share in (self._strengths if head.step_weights() else (1.0,))
         }
         strength = max(tried, key=lambda share: tried[share][metric])
         return Evaluation(tried[strength], {"strength": strength})
@@ -350,7 +356,7 @@ class Completion(Generic[CompletionHeadT]):
         head.load_state_dict(head.interpolated(choice["strength"]).state_dict())
 
     def predict(self, head: CompletionHeadT, encode: Encode) -> NDArray[np.float64]:
-        return completion_ranks(head, encode(None), self._queries)
+        return rank_targets(head, encode(None), self._queries)
 
     def table(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Table:
         queries, clusters = self._queries, self._queries.groups
@@ -362,7 +368,7 @@ class Completion(Generic[CompletionHeadT]):
             "frozen backbone": before,
             "tuned": after,
         }
-        rows = tuple(completion_row(name, values, clusters) for name, values in ranks.items())
+        rows = tuple(build_completion_row(name, values, clusters) for name, values in ranks.items())
         old, new = metrics.per_query(before, "ndcg@10"), metrics.per_query(after, "ndcg@10")
         gain = Gain.between(old, new, clusters)
         groups = len(set(clusters.tolist()))

@@ -19,7 +19,7 @@ from peft_combo.data.labels.texts import split_texts
 from peft_combo.data.model import CATEGORY_SEPARATOR
 from peft_combo.data.task_data import labelled_of
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.heads.classification import ClassificationHead, _given, _likely
+from peft_combo.encoder.heads.classification import ClassificationHead, _choose_classes, _probabilities
 from peft_combo.errors import DataError
 from peft_combo.metrics.classification import (
     Counts,
@@ -140,7 +140,7 @@ class Classification:
         with torch.no_grad():
             head.linear.weight.copy_(torch.from_numpy(probe.weight))
             head.linear.bias.copy_(torch.from_numpy(probe.bias))
-        self.apply_choice(head, self._choice(_likely(probe.logits(valid), self.exclusive), "macro_f1")[1])
+        self.apply_choice(head, self._choice(_probabilities(probe.logits(valid), self.exclusive), "macro_f1")[1])
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> TextBatch:
         rows = self._epochs.share(step, part, parts)
@@ -199,8 +199,8 @@ class Classification:
     def _choice(self, probabilities: NDArray[np.float32], metric: str) -> tuple[dict[str, float], dict[str, float]]:
         """Return the validation metrics, at the threshold that is best for `metric` where there is one to choose."""
         if self.exclusive:
-            return self._values(_given(probabilities, True, 0.5), self._valid), {}
-        tried = {t: self._values(_given(probabilities, False, t), self._valid) for t in _THRESHOLDS}
+            return self._values(_choose_classes(probabilities, True, 0.5), self._valid), {}
+        tried = {t: self._values(_choose_classes(probabilities, False, t), self._valid) for t in _THRESHOLDS}
         threshold = max(tried, key=lambda one: tried[one][metric])
         return tried[threshold], {"threshold": threshold}
 
@@ -234,17 +234,17 @@ class Classification:
         """Say the same of every text: the most frequent class, with its share in training as the confidence."""
         share = self._right[self._train].mean(0).astype(np.float32)
         probabilities = np.repeat(share[None], len(self._test), axis=0)
-        return ClassificationPredictions(probabilities, _given(probabilities, True, 0.5))
+        return ClassificationPredictions(probabilities, _choose_classes(probabilities, True, 0.5))
 
     def _tfidf(self) -> ClassificationPredictions:
         train, valid, test = ([self.texts[row] for row in rows] for rows in (self._train, self._valid, self._test))
         words = Tfidf.fit(train, longest=2, sublinear=True)
         features = words.vectors(valid)
         model = fit_best_linear(words.vectors(train), self._targets, features, self._held)
-        _, choice = self._choice(_likely(model.logits(features), self.exclusive), "macro_f1")
-        probabilities = _likely(model.logits(words.vectors(test)), self.exclusive)
+        _, choice = self._choice(_probabilities(model.logits(features), self.exclusive), "macro_f1")
+        probabilities = _probabilities(model.logits(words.vectors(test)), self.exclusive)
         return ClassificationPredictions(
-            probabilities, _given(probabilities, self.exclusive, choice.get("threshold", 0.5))
+            probabilities, _choose_classes(probabilities, self.exclusive, choice.get("threshold", 0.5))
         )
 
     def _confusions(self, predictions: ClassificationPredictions) -> tuple[Detail, ...]:

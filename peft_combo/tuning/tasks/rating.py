@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from peft_combo import metrics
-from peft_combo.data.augmentation.variants import brands_of
+from peft_combo.data.augmentation.variants import find_brands
 from peft_combo.data.events import Events, split_events
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.task_data import needs_of
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.heads.completion import target_vectors
+from peft_combo.encoder.heads.completion import project_targets
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import DataError, PeftComboError
 from peft_combo.metrics.classification import calibration_error
@@ -144,7 +144,7 @@ class ItemRating:
         self._parts = parts = split_events(events, dataset.interactions.user_ids, recipe.data)
         self._user_ids = np.array(dataset.interactions.user_ids)
         self.texts = dataset.catalog.texts(recipe.data.text)
-        self.brands = brands_of(dataset.catalog)
+        self.brands = find_brands(dataset.catalog)
         self._shape = (len(self._user_ids), len(self.texts))
         self.notes = [f"{dataset.name}: {note}" for note in dataset.notes]
         self.notes.append(
@@ -429,7 +429,7 @@ class ItemRating:
         )  # fmt: skip
 
     def _build_scorer(self, head: RatingHead, vectors: NDArray[np.float32]) -> Logits:
-        targets = target_vectors(head.towers, vectors)
+        targets = project_targets(head.towers, vectors)
         return lambda histories: head.scores(vectors, histories, self._counted, targets)
 
     def _predict(self, queries: RatingQueries, model: Logits) -> RatingPredictions:

@@ -24,7 +24,7 @@ from peft_combo.data.labels.tags import OUTSIDE, TaggedText, entities
 from peft_combo.data.labels.texts import split_texts
 from peft_combo.data.task_data import tagged_of
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.heads.tagging import TaggingHead, first_pieces
+from peft_combo.encoder.heads.tagging import TaggingHead, find_first_pieces
 from peft_combo.errors import DataError
 from peft_combo.metrics.classification import (
     Counts,
@@ -109,7 +109,7 @@ class Tagging:
 
     def head(self, backbone: Backbone, max_length: int) -> TaggingHead:
         pieces = backbone.pieces(self.texts, max_length)
-        self._first = [first_pieces(one.words, own) for one, own in zip(self._texts, pieces, strict=True)]
+        self._first = [find_first_pieces(one.words, own) for one, own in zip(self._texts, pieces, strict=True)]
         self._sizes = np.array([len(own) for own in pieces], np.int64)
         return TaggingHead(backbone.dim, self._tags, self._config)
 
