@@ -33,7 +33,7 @@ from peft_combo.recipe.files import load_recipe
 from peft_combo.recipe.model import Recipe
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.versions import AdapterRecord
-from peft_combo.tuning.continual import pretrained_start
+from peft_combo.tuning.continual import start_pretrained
 from peft_combo.tuning.loop import tune
 from peft_combo.tuning.tasks import build_task
 
@@ -146,7 +146,7 @@ def tuned(recipe: Recipe, start: AdapterRecord | None, run_folder: Path) -> dict
     watch = Best(recipe.metric)
     task, began = None, {}
     if start is not None:
-        found = pretrained_start(recipe, start.reference)
+        found = start_pretrained(recipe, start.reference)
         assert found is not None
         recipe, task = found.recipe, found.task
         if recipe.task.kind == "bundle":

@@ -120,7 +120,7 @@ class StagedFolder:
 
 
 @contextmanager
-def staged_folder(
+def stage_folder(
     path: Path, *, replace: bool | Callable[[], bool] = False, missed: bool = True
 ) -> Iterator[StagedFolder]:
     """Give a temporary folder beside `path` that takes its name when the block ends, or goes where the block raises.

@@ -88,7 +88,7 @@ def test_pointing_where_it_points_already_is_no_move(four: AdapterStore) -> None
 
 def test_the_history_is_cut_at_its_oldest_end_and_rollback_still_works() -> None:
     moves = tuple(Move(version=1 + number % 9, at=datetime.now(UTC)) for number in range(1000))
-    alias = Alias(category="fashion", name="prod", moves=moves).moved(77)
+    alias = Alias(category="fashion", name="prod", moves=moves).move_to(77)
     assert (len(alias.moves), alias.moves[0], alias.before) == (1000, moves[1], moves[-1].version)
     taken_back = Alias(category="fashion", name="prod", moves=(Move(version=5, at=datetime.now(UTC), rollback=True),))
     assert (taken_back.version, taken_back.before) == (5, None)

@@ -141,8 +141,8 @@ def test_strength_goes_from_the_identity_to_what_was_learned() -> None:
     with torch.no_grad():
         head.target_projection.weight.copy_(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
     up = torch.tensor([[0.0, 1.0]])
-    torch.testing.assert_close(head.interpolated(0.5).target(up), torch.tensor([[0.5, 1.0]]) / math.sqrt(1.25))
-    torch.testing.assert_close(head.interpolated(1).target(up), head.target(up))
+    torch.testing.assert_close(head.interpolate(0.5).target(up), torch.tensor([[0.5, 1.0]]) / math.sqrt(1.25))
+    torch.testing.assert_close(head.interpolate(1).target(up), head.target(up))
 
 
 def test_a_sample_of_questions_is_part_of_them_and_always_the_same() -> None:

@@ -18,7 +18,7 @@ from peft_combo import metrics
 from peft_combo.callbacks import Watch
 from peft_combo.errors import PeftComboError, RecipeError
 from peft_combo.evaluation.comparison import worker as one
-from peft_combo.evaluation.comparison.result import Result, kept
+from peft_combo.evaluation.comparison.result import Result, read_result
 from peft_combo.evaluation.comparison.runs import compare
 from peft_combo.evaluation.comparison.table import Failed, comparison_of
 from peft_combo.evaluation.comparison.variants import Variant, over_of, variants_of
@@ -162,10 +162,10 @@ def test_ties_go_to_the_smaller_and_metrics_without_questions_say_no_p() -> None
 def test_a_result_that_does_not_read_counts_as_none(tmp_path: Path) -> None:
     whole = made([0.5, 1.0])
     (tmp_path / "result.json").write_text(whole.model_dump_json())
-    assert kept(tmp_path) == whole
+    assert read_result(tmp_path) == whole
     (tmp_path / "result.json").write_text(whole.model_dump_json()[:-9])
-    assert kept(tmp_path) is None
-    assert kept(tmp_path / "nowhere") is None
+    assert read_result(tmp_path) is None
+    assert read_result(tmp_path / "nowhere") is None
 
 
 # Running it.
@@ -199,7 +199,7 @@ def test_a_comparison_from_start_to_winner(
     # Each figure is that of the run it belongs to.
     assert {line.label for line in found.lines} == {"lora", "head"}
     for line in found.lines:
-        runs = [kept(home) for home in sorted(folder.glob(f"{line.label}-seed*"))]
+        runs = [read_result(home) for home in sorted(folder.glob(f"{line.label}-seed*"))]
         for run, value in zip(runs, line.by_seed, strict=True):
             assert run is not None
             record = AdapterStore(Path(run.adapter).parents[1]).open("tiny")

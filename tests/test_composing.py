@@ -507,7 +507,7 @@ def test_unknown_values_pass_a_ban_and_not_a_demand() -> None:
 
 def test_a_composer_knows_what_is_allowed_without_reading_the_catalogue_anew(small: Composer) -> None:
     for constraints in (Constraints(), Constraints(price_max=15, in_stock=True, include={"brand": "Ada"})):
-        assert np.flatnonzero(small.allowed_items(constraints)).tolist() == names_allowed(small.catalog, constraints)
+        assert np.flatnonzero(small.find_allowed(constraints)).tolist() == names_allowed(small.catalog, constraints)
 
 
 def test_other_rules_make_another_composer_and_leave_this_one_as_it_is(small: Composer) -> None:
@@ -668,7 +668,7 @@ def test_a_request_is_refused_exactly_where_no_set_of_items_keeps_to_it() -> Non
             if (np.bincount(slot_of[list(rows)], minlength=len(most)) <= most).all()
         ]
         allowed, cents = (
-            composer.allowed_items(constraints),
+            composer.find_allowed(constraints),
             np.rint(np.nan_to_num(composer.catalog.prices) * 100).astype(np.int64),
         )
         assert constraints.budget is not None

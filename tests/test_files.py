@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from peft_combo.errors import PeftComboError
-from peft_combo.files import atomic_file, staged_folder, write_text
+from peft_combo.files import atomic_file, stage_folder, write_text
 
 
 def test_a_file_takes_its_name_at_the_end_or_leaves_nothing(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_folder_appears_with_its_manifest_written_after_all_else(
     monkeypatch.setattr(
         os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))
     )
-    with staged_folder(tmp_path / "made" / "out") as staged:
+    with stage_folder(tmp_path / "made" / "out") as staged:
         (staged.path / "sub").mkdir()
         for name in ("b.txt", "sub/c.txt"):
             (staged.path / name).write_bytes(b"x")
@@ -69,10 +69,10 @@ def test_a_folder_appears_with_its_manifest_written_after_all_else(
 def test_a_folder_that_is_there_is_replaced_whole_or_stays(tmp_path: Path, replace: bool) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with staged_folder(out) as staged:  # an empty one is nobody's
+    with stage_folder(out) as staged:  # an empty one is nobody's
         (staged.path / "old").write_bytes(b"")
     try:
-        with staged_folder(out, replace=replace) as staged:
+        with stage_folder(out, replace=replace) as staged:
             (staged.path / "new").write_bytes(b"")
     except FileExistsError:
         assert not replace
@@ -85,7 +85,7 @@ def test_where_the_disk_refuses_the_old_folder_stays_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     out = tmp_path / "out"
-    with staged_folder(out) as staged:
+    with stage_folder(out) as staged:
         (staged.path / "old").write_bytes(b"")
     real = os.rename
     renamed: list[Any] = []
@@ -98,7 +98,7 @@ def test_where_the_disk_refuses_the_old_folder_stays_and_nothing_is_left(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync" if step == "fsync" else "rename", full)
-        with pytest.raises(OSError, match="No space left"), staged_folder(out, replace=True) as staged:
+        with pytest.raises(OSError, match="No space left"), stage_folder(out, replace=True) as staged:
             (staged.path / "new").write_bytes(b"")
     assert os.listdir(out) == ["old"]
     assert os.listdir(tmp_path) == ["out"]
@@ -113,7 +113,7 @@ def test_whether_a_folder_makes_room_is_asked_when_it_is_due(tmp_path: Path) -> 
         return False
 
     def write() -> None:
-        with staged_folder(out, replace=quicker_writer_is_whole):
+        with stage_folder(out, replace=quicker_writer_is_whole):
             assert asked == []
             out.mkdir()
             (out / "theirs").write_bytes(b"")

@@ -23,7 +23,7 @@ from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.parse import parse_recipe
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.versions import AdapterRecord
-from peft_combo.tuning.continual import pretrained_start
+from peft_combo.tuning.continual import start_pretrained
 from peft_combo.tuning.loop import TuneResult, tune
 from peft_combo.tuning.plan import plan
 from peft_combo.tuning.tasks import build_task
@@ -58,7 +58,7 @@ def supervised(tiny_recipe: MakeRecipe, store: str, **changes: Any) -> Recipe:
 
 
 def started(recipe: Recipe, tmp_path: Path) -> TuneResult:
-    found = pretrained_start(recipe, "tiny-text")
+    found = start_pretrained(recipe, "tiny-text")
     assert found is not None
     return tune(found.recipe, task=found.task, start=found.start, run_folder=tmp_path / "run")
 
@@ -104,11 +104,11 @@ def test_another_shape_is_refused_with_the_keys_to_set(
     store, _ = pretrained
     other = {"adapter": {"method": "lora", "rank": 8, "top_layers": 1}}
     with pytest.raises(TuningError, match=r"--set adapter.rank=4 --set adapter.top_layers=2"):
-        pretrained_start(supervised(tiny_recipe, store, **other), "tiny-text")
+        start_pretrained(supervised(tiny_recipe, store, **other), "tiny-text")
     with pytest.raises(TuningError, match=r"adapter.method: lora"):
-        pretrained_start(tiny_recipe("prefix", store=store), "tiny-text")
+        start_pretrained(tiny_recipe("prefix", store=store), "tiny-text")
     # An adapter of the task itself goes on as before.
-    assert pretrained_start(supervised(tiny_recipe, store, task={"kind": "masked"}), "tiny-text") is None
+    assert start_pretrained(supervised(tiny_recipe, store, task={"kind": "masked"}), "tiny-text") is None
 
 
 def test_the_command_starts_from_it_and_there_is_nothing_to_promote(

@@ -106,11 +106,11 @@ def test_strength_goes_from_the_cosine_to_what_was_learned() -> None:
     head, contexts = trained(), torch.tensor([[0, 1, 2]])
     plain = BundleHead(DIM, BundleTask()).query(items(), contexts)
     apart = [
-        float((head.interpolated(share).query(items(), contexts) - plain).norm()) for share in (1e-6, 0.1, 0.5, 1.0)
+        float((head.interpolate(share).query(items(), contexts) - plain).norm()) for share in (1e-6, 0.1, 0.5, 1.0)
     ]
     assert apart[0] < 1e-4
     assert apart == sorted(apart)
-    torch.testing.assert_close(head.interpolated(1.0).query(items(), contexts), head.query(items(), contexts))
+    torch.testing.assert_close(head.interpolate(1.0).query(items(), contexts), head.query(items(), contexts))
 
 
 def test_a_stored_head_is_rebuilt_and_drops_nothing_out() -> None:

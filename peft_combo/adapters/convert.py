@@ -20,7 +20,7 @@ from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.methods.attached import CONFIG_FILE
 from peft_combo.errors import BackboneError, Fault, PeftComboError
 from peft_combo.store.adapter_store import AdapterStore
-from peft_combo.store.manifest import installed_versions
+from peft_combo.store.manifest import list_versions
 from peft_combo.store.versions import AdapterRecord
 
 MAX_ERROR = 1e-5
@@ -132,7 +132,7 @@ def convert(
                 },
             },
             "metrics": manifest.metrics if exact else {},  # equal vectors, equal figures
-            "versions": installed_versions(),
+            "versions": list_versions(),
         }  # fmt: skip
         if manifest.imported is not None:
             fields["imported"] = manifest.imported

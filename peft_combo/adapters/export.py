@@ -42,7 +42,7 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.methods.merge_weights import merge_into_base
 from peft_combo.errors import BackboneError
-from peft_combo.files import StagedFolder, staged_folder
+from peft_combo.files import StagedFolder, stage_folder
 
 __all__ = ["AGREEMENT", "Export", "ExportError", "Format", "choose_scheme", "export"]
 
@@ -196,7 +196,7 @@ def _stage_export(folder: Path) -> Iterator[StagedFolder]:
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise _refuse_taken(folder)
-        with staged_folder(folder) as staged:
+        with stage_folder(folder) as staged:
             yield staged
     except FileExistsError as error:
         raise _refuse_taken(folder) from error

@@ -21,7 +21,7 @@ from peft_combo.adapters.parity import BATCHES, NEIGHBOURS, ParityRow
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.heads.base import HEAD_FILE
-from peft_combo.store.manifest import installed_versions
+from peft_combo.store.manifest import list_versions
 
 Format = Literal["merged", "onnx", "onnx-int8"]
 
@@ -135,7 +135,7 @@ def build_manifest(folder: Path, done: Export, live: LiveAdapter, graph: Graph |
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
-    versions = installed_versions()
+    versions = list_versions()
     if graph is not None:
         versions |= {name: metadata.version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
     manifest = {

@@ -33,7 +33,7 @@ from peft_combo.recipe.adapter import LoraAdapter, PrefixAdapter
 from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.task import BundleTask
 from peft_combo.store.adapter_store import AdapterStore
-from peft_combo.store.manifest import UNKNOWN_DATA, ImportStamp, installed_versions, parse_json_object
+from peft_combo.store.manifest import UNKNOWN_DATA, ImportStamp, list_versions, parse_json_object
 from peft_combo.store.versions import AdapterRecord
 
 _CONFIG_LIMIT = 2**20  # bytes; a real one has some kB
@@ -119,7 +119,7 @@ def import_adapter(folder: str | Path, category: str, backbone: Backbone, store:
                 "recipe": {},
                 "data": UNKNOWN_DATA,
                 "metrics": {},
-                "versions": installed_versions(),
+                "versions": list_versions(),
                 "imported": ImportStamp(
                     folder=shorten(folder.resolve().name) or "/",
                     sha256=sha256,

@@ -22,7 +22,7 @@ from peft_combo.errors import BackboneError, Fault, PeftComboError
 from peft_combo.metrics.report import Gain, Row
 from peft_combo.recipe.task import BundleTask
 from peft_combo.store.adapter_store import AdapterStore
-from peft_combo.store.manifest import installed_versions
+from peft_combo.store.manifest import list_versions
 from peft_combo.store.versions import AdapterRecord
 
 TIES_DENSITY = 0.2
@@ -150,7 +150,7 @@ def merge(
                     },
                 },
                 "metrics": {} if validation is None or gain is None else _build_metrics(rows, gain, validation, notes),
-                "versions": installed_versions(),
+                "versions": list_versions(),
             }
         )  # fmt: skip
     return Merge(record, method, named, density, ranks, truncation, rows, gain, notes)

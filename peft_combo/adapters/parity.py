@@ -116,7 +116,7 @@ class ParityCheck:
         self._watch.stage(name, len(self.texts))
         theirs = np.empty((len(self.texts), self._dim), np.float32)
         for chunk in chunk_by_length(self._tokens.lengths):
-            theirs[chunk] = run(*self._padded(chunk))
+            theirs[chunk] = run(*self._pad(chunk))
             self._watch.advance(len(chunk))
         # In float64: 1 - cosine of float32 products ends at 1e-7, and may fall below 0.
         ours, other = self._ours.astype(np.float64), theirs.astype(np.float64)
@@ -125,8 +125,8 @@ class ParityCheck:
         near = self._neighbours(theirs)
         agreement = np.mean([len(set(a) & set(b)) / NEIGHBOURS for a, b in zip(self._near, near, strict=True)])
         some = np.arange(min(32, len(self.texts)))
-        together = run(*self._padded(some))
-        alone = np.concatenate([run(*self._padded(some[row : row + 1])) for row in some])
+        together = run(*self._pad(some))
+        alone = np.concatenate([run(*self._pad(some[row : row + 1])) for row in some])
         row = ParityRow(
             name, float(distance.max()), float(distance.mean()), float(agreement), self._ndcg(theirs),
             float(np.abs(together - alone).max()), nbytes, {},
@@ -143,7 +143,7 @@ class ParityCheck:
             self._watch.stage(f"Timing batches of {size}", _ROUNDS[size])
             spent[size] = [[] for _ in self._runs]
             for turn in range(-1, _ROUNDS[size]):  # the first is to warm up
-                batch = self._padded(rng.choice(len(self.texts), size))
+                batch = self._pad(rng.choice(len(self.texts), size))
                 for times, run in zip(spent[size], self._runs, strict=True):
                     start = time.perf_counter()
                     run(*batch)
@@ -155,7 +155,7 @@ class ParityCheck:
             for place, row in enumerate(self.rows)
         )
 
-    def _padded(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _pad(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         ids, mask = self._tokens.pad(rows, self._pad_id)
         return ids.numpy(), mask.numpy()
 

@@ -156,9 +156,9 @@ def _pretrained(
     if start is None:
         return None
     from peft_combo.errors import PeftComboError
-    from peft_combo.tuning.continual import pretrained_start
+    from peft_combo.tuning.continual import start_pretrained
 
-    found = pretrained_start(recipe, start)
+    found = start_pretrained(recipe, start)
     if found is not None and (options["new_data"] is not None or promote is not None):
         raise PeftComboError(
             f"{found.start.reference} was pretrained on texts: there is no old data to join and no earlier version of "

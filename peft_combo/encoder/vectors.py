@@ -34,7 +34,7 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import StoreError
-from peft_combo.files import DRAFT, TRASH, discard, measure_size, move_aside, staged_folder
+from peft_combo.files import DRAFT, TRASH, discard, measure_size, move_aside, stage_folder
 
 _VECTORS, _TEXTS, _MANIFEST = "vectors.f32", "texts.sha256", "manifest.json"
 _MANIFEST_LIMIT = 2**16  # bytes; a real one has some 500
@@ -196,7 +196,7 @@ class VectorCache:
         try:
             # First of all the folder: where we may not write, nothing is encoded in vain. What is there under this name
             # is damaged, or another writer was quicker with the same texts.
-            with staged_folder(target, replace=lambda: self._open(encoder, name) is None, missed=False) as staged:
+            with stage_folder(target, replace=lambda: self._open(encoder, name) is None, missed=False) as staged:
                 sources = [shelf.vectors for shelf in shelves]
                 if fresh:
                     sources.append(self._encode(encoder, fresh, staged.path / "encoded.f32", progress))

@@ -112,7 +112,7 @@ def evaluate(
     composition = None
     if compose:
         if side is None and frozen is not None:
-            side = FittedHead.untuned(frozen)
+            side = FittedHead.of_frozen(frozen)
         composition = compare_compositions(dataset, parts, known, asks, fusion, side, valid, test, seed, advance)
     return Report(
         dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, _count(dataset, parts, valid, test), lines, fusion,

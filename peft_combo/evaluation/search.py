@@ -174,14 +174,14 @@ def search(
     for end in _ends(axes):
         load_recipe(recipe, (*overrides, *end), data)
     file = folder / f"{base.name}.jsonl"
-    study = _opened(file, _study_name(base, axes, seed))
-    if before := len(_finished(study)):
+    study = _open_study(file, _study_name(base, axes, seed))
+    if before := len(_list_finished(study)):
         watch.note(f"Going on after {before} trials of {file}.")
-    while (done := len(_finished(study))) < trials:
+    while (done := len(_list_finished(study))) < trials:
         # A sampler of its own for each trial: a study that is resumed draws what an unbroken one would have drawn.
         study.sampler = optuna.samplers.TPESampler(seed=seed * 1_000_003 + done)
         trial = study.ask()
-        settings = tuple(_proposed(trial, axis) for axis in axes)
+        settings = tuple(_propose(trial, axis) for axis in axes)
         trial.set_user_attr("settings", settings)
         try:
             told = _run(load_recipe(recipe, (*overrides, *settings), data), study, trial, watch)
@@ -194,7 +194,7 @@ def search(
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             told = f"failed: {error}"
         watch.note(f"trial {trial.number}, {' '.join(settings)}: {told}")
-    found = tuple(_trial_of(one) for one in _finished(study))
+    found = tuple(_trial_of(one) for one in _list_finished(study))
     completed = [one for one in found if one.state == "complete" and one.value is not None]
     best = max(completed, key=lambda one: one.value or 0.0, default=None)
     return Search(
@@ -235,7 +235,7 @@ def _setting(span: Span, value: float) -> str:
     return f"{span.key}={int(value) if span.whole else repr(value)}"
 
 
-def _proposed(trial: Any, axis: Axis) -> str:
+def _propose(trial: Any, axis: Axis) -> str:
     match axis:
         case Over():
             return f"{axis.key}={trial.suggest_categorical(axis.key, axis.values)}"
@@ -254,7 +254,7 @@ def _study_name(base: Recipe, axes: Sequence[Axis], seed: int) -> str:
     return f"{base.name}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
 
 
-def _opened(file: Path, name: str) -> Any:
+def _open_study(file: Path, name: str) -> Any:
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
@@ -284,7 +284,7 @@ def _drop_half_a_line(file: Path) -> None:
             stream.truncate(content.rfind(b"\n") + 1)
 
 
-def _finished(study: Any) -> list[Any]:
+def _list_finished(study: Any) -> list[Any]:
     # A trial whose process was killed stays "running" for ever; it is none of these.
     return [one for one in study.get_trials(deepcopy=False) if one.state.is_finished()]
 
@@ -334,7 +334,7 @@ def _importance(study: Any) -> dict[str, float]:
     """
     import optuna
 
-    values = {one.value for one in _finished(study) if one.value is not None}
+    values = {one.value for one in _list_finished(study) if one.value is not None}
     if len(values) < 2:
         return {}
     with warnings.catch_warnings():

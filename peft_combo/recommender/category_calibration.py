@@ -147,7 +147,7 @@ class Calibration:
         free = [(None, None) if kind == "offset" else (0.0, None) for kind, _ in terms]
         matrix, precision = np.stack(cells), np.full(len(terms), _SPREAD**-2.0)
 
-        def solved(chosen: NDArray[np.bool_]) -> Calibration:
+        def solve(chosen: NDArray[np.bool_]) -> Calibration:
             theta = fit_conditional_logit(matrix, sampled, chosen, precision, free, centre)
             found: dict[str, dict[str, float]] = {"own": {}, "shared": {}, "offset": {}}
             for (kind, name), value in zip(terms, theta, strict=True):
@@ -159,9 +159,9 @@ class Calibration:
         crossed = np.empty((len(targets), len(coverage.of_item)), np.float32)
         for fold in np.unique(fold_of):
             held = fold_of == fold
-            one = solved(~held) if (~held).any() else solved(held)
+            one = solve(~held) if (~held).any() else solve(held)
             crossed[held] = one.combine({name: part[held] for name, part in scores.items()}, coverage)
-        return solved(np.ones(len(targets), bool)), crossed
+        return solve(np.ones(len(targets), bool)), crossed
 
     def combine(self, scores: Scores[str], coverage: CategoryCoverage) -> NDArray[np.float32]:
         """Return (Q, N) scores on one scale; NaN for items that no adapter is for."""

@@ -153,11 +153,11 @@ def encode_catalog(
         dataset.catalog, {one.reference: one.record.manifest.recipe for one in live if one.reference in heads}
     )
 
-    def encoded(reference: str | None) -> NDArray[np.float32]:
+    def encode(reference: str | None) -> NDArray[np.float32]:
         if cache is None:
             return bank.encode(texts, reference)
         return cache.vectors(bank, texts, reference, progress)
 
-    frozen = encoded(None)
-    rated = {name: (encoded(name), head) for name, head in raters.items()}
-    return TextSide(live, frozen, {name: (encoded(name), head) for name, head in heads.items()}, rated, coverage)
+    frozen = encode(None)
+    rated = {name: (encode(name), head) for name, head in raters.items()}
+    return TextSide(live, frozen, {name: (encode(name), head) for name, head in heads.items()}, rated, coverage)

@@ -99,7 +99,7 @@ def fit_scorers(
     fusion = Fusion.fit(scores, valid.targets, known.evidence(valid), valid.groups, seed=seed)
     scores.clear()
     text_scorer = select_text_scorer(selected)
-    text_side = selected[text_scorer].fitted if text_scorer else FittedHead.untuned(side.frozen)
+    text_side = selected[text_scorer].fitted if text_scorer else FittedHead.of_frozen(side.frozen)
     templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
     relevance = fuse_scorers(fusion, {scorer: one.fitted for scorer, one in selected.items()}, known)
     weights = fit_weights(Composer(dataset.catalog, templates), valid, relevance, text_side, seed=seed)

@@ -64,7 +64,7 @@ class FittedHead:
         return cls(vectors, head, project_targets(head, vectors))
 
     @classmethod
-    def untuned(cls, vectors: NDArray[np.float32]) -> FittedHead:
+    def of_frozen(cls, vectors: NDArray[np.float32]) -> FittedHead:
         """Return what the frozen encoder says, the cosine with the mean: (N, D) its vectors."""
         return cls.of(vectors, BundleHead(vectors.shape[1], BundleTask()).eval())
 

@@ -146,7 +146,7 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
             _Choice("nearest to any", TextCosine("max"), known.history, items),
         ]
 
-    def closed_form(label: str, items: ItemVectors) -> list[Setting]:
+    def list_linear(label: str, items: ItemVectors) -> list[Setting]:
         grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
         return [
             _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}", CEASE(l2, alpha), known.history, items)
@@ -162,7 +162,7 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
         ScorerId("EASE"): [choice for l2 in (1.0, 10.0, 100.0) for choice in counting(EASE(l2), f"l2 {l2:g}")],
         ScorerId("ALS"): counting(ALS(seed=seed)),
         ScorerId("TF-IDF title"): cosine(known.words),
-        PEER: closed_form("words", known.words) + closed_form("words and pairs", tfidf_vectors(known.texts, longest=2)),
+        PEER: list_linear("words", known.words) + list_linear("words and pairs", tfidf_vectors(known.texts, longest=2)),
     }
     met = bool(owners & set(known.user_rows))
     if met:
@@ -170,7 +170,7 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
         found[ALIKE] = [_Past(known, neighbours=True)]
     # CEASE may read the category path as well: a peer should know what we know.
     if known.categorised is not None:
-        found[PEER] += closed_form("words and category", known.categorised)
+        found[PEER] += list_linear("words and category", known.categorised)
     if known.frozen is not None:
         found[FROZEN] = cosine(known.frozen)
     dense: dict[str, NDArray[np.float32]] = {}
@@ -189,12 +189,12 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
     if dense:
         found[CEASE_BERT] = []
     for name, targets in dense.items():
-        found[CEASE_BERT] += closed_form(name, targets)
+        found[CEASE_BERT] += list_linear(name, targets)
         for label, words in (("words", known.words), ("words and category", known.categorised)):
             if words is not None:
                 # Rows are scaled to length 1 there, so each side has half the weight.
                 beside: Any = sparse.hstack([words, sparse.csr_array(targets)], format="csr", dtype=np.float32)
-                found[CEASE_BERT] += closed_form(f"{name} beside {label}", sparse.csr_array(beside))
+                found[CEASE_BERT] += list_linear(f"{name} beside {label}", sparse.csr_array(beside))
     return found
 
 

@@ -29,7 +29,7 @@ from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
-from peft_combo.files import staged_folder
+from peft_combo.files import stage_folder
 from peft_combo.recommender.category_calibration import Calibration
 from peft_combo.recommender.composing.options import ObjectiveWeights
 from peft_combo.recommender.fit_data import FitData, encode_catalog
@@ -99,7 +99,7 @@ def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None
     if folder.exists() and not (folder / _MANIFEST).is_file():
         raise DataError(f"{folder} is there and holds no recommender. Name another folder.")
     try:
-        with staged_folder(folder, replace=True) as staged:
+        with stage_folder(folder, replace=True) as staged:
             files: dict[str, _ScorerFile] = {}
             for scorer, fitted in recommender.state.serving.items():
                 if isinstance(fitted, FittedScorer):
@@ -261,7 +261,7 @@ def _rebuild(
     fusion = Fusion.from_state(manifest.fusion, _parse_label)
     serving = {scorer: rebuild_scorer(scorer) for scorer in fusion.needs}
     text_scorer = _parse_label(manifest.text_side) if manifest.text_side else None
-    text_side: Fitted = FittedHead.untuned(side.frozen)
+    text_side: Fitted = FittedHead.of_frozen(side.frozen)
     if text_scorer is not None:
         text_side = serving[text_scorer] if text_scorer in serving else rebuild_scorer(text_scorer)
     neighbours = None if manifest.weighed_past or not known.user_rows else build_past(known, neighbours=True)

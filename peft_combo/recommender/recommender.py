@@ -119,7 +119,7 @@ class BundleRecommender:
         given = self._find_rows(items)
         context = given if len(given) else self._find_recent(user)
         fused = self._score_all(context, user)
-        allowed = self._composer.allowed_items(constraints or Constraints()) & np.isfinite(fused.scores)
+        allowed = self._composer.find_allowed(constraints or Constraints()) & np.isfinite(fused.scores)
         allowed[given] = False
         candidates = np.flatnonzero(allowed)
         first = candidates[select_largest(fused.scores[candidates], k)].tolist()

@@ -279,7 +279,7 @@ class AdapterStore:
             alias = self._lookup.read_alias(category, name)
             if alias is not None and alias.version == version:
                 return alias
-            alias = make_alias(category, name, version) if alias is None else alias.moved(version)
+            alias = make_alias(category, name, version) if alias is None else alias.move_to(version)
             self._aliases.write(alias)
         return alias
 
@@ -303,7 +303,7 @@ class AdapterStore:
                     f"Stored: {stored}. {set_it}"
                 )
             self.open(f"{alias.category}@v{before}")
-            alias = alias.moved(before, rollback=True)
+            alias = alias.move_to(before, rollback=True)
             self._aliases.write(alias)
         return alias
 

@@ -78,7 +78,7 @@ class Alias(_AliasModel):
                 standing.append(move.version)
         return standing[-2] if len(standing) > 1 else None
 
-    def moved(self, version: int, rollback: bool = False) -> Alias:
+    def move_to(self, version: int, rollback: bool = False) -> Alias:
         """Return the alias after one more move, now."""
         return self.model_copy(update={"moves": (*self.moves, _make_move(version, rollback))[-_MOVES:]})
 

@@ -215,7 +215,7 @@ def check_fields(fields: Mapping[str, Any], category: str, faults: list[Fault]) 
     return said
 
 
-def installed_versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that what an adapter computes depends on."""
     found = {"python": platform.python_version()}
     for package in ("peft-combo", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors"):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_combo.errors import TuningError
-from peft_combo.files import DRAFT, TRASH, discard, staged_folder
+from peft_combo.files import DRAFT, TRASH, discard, stage_folder
 
 _STATE = "state.json"  # written last: a folder without it is not a checkpoint
 _PREFIX = "step-"
@@ -45,7 +45,7 @@ class Checkpoint:
         target = folder / f"{_PREFIX}{self.step:08d}"
         state = {"step": self.step, "groups": sorted(self.tensors), "values": self.values}
         try:
-            with staged_folder(target, replace=True) as staged:
+            with stage_folder(target, replace=True) as staged:
                 for group, tensors in self.tensors.items():
                     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
                     save_file(plain, staged.path / f"{group}.safetensors")

@@ -129,7 +129,7 @@ class Pretrained:
     task: AnyTask
 
 
-def pretrained_start(recipe: Recipe, reference: str) -> Pretrained | None:
+def start_pretrained(recipe: Recipe, reference: str) -> Pretrained | None:
     """Return what `tuning.tune` needs to start a task from a pretrained adapter; None where it was not pretrained.
 
     What comes out is one adapter like any other: nothing is stacked on anything, and serving loads it alone.

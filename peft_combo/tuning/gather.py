@@ -50,12 +50,12 @@ def gather_shares(share: Tensor, sizes: NDArray[np.int64], process: int, process
     for p in range(processes):
         own = sizes[p::processes]
         starts[p::processes] = p * longest + np.cumsum(own) - own
-    source = torch.from_numpy(_ragged(starts, sizes)).to(share.device)
+    source = torch.from_numpy(_concatenate_ranges(starts, sizes)).to(share.device)
     gathered: Tensor = _GatherShares.apply(share, source, longest, process, processes)  # type: ignore[no-untyped-call]
     return gathered
 
 
-def _ragged(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def _concatenate_ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return ``starts[0], starts[0] + 1, ...`` of `sizes[0]` numbers, then the same for the next, as one array."""
     ends = np.cumsum(sizes)
     return np.repeat(starts - ends + sizes, sizes) + np.arange(int(sizes.sum()))

@@ -20,7 +20,7 @@ from peft_combo.encoder.architectures import lower_view, upper_view
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, chunk_by_length
-from peft_combo.tuning.gather import _ragged, gather_shares
+from peft_combo.tuning.gather import _concatenate_ranges, gather_shares
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ class ItemEncoder:
         encoded = encoded[: int(self._sizes[own[:share]].sum())]
         sizes = self._sizes[texts]
         whole = gather_shares(encoded, sizes, self.process, self.processes)
-        rows = _ragged((np.cumsum(sizes) - sizes)[place], sizes[place])
+        rows = _concatenate_ranges((np.cumsum(sizes) - sizes)[place], sizes[place])
         return whole[torch.from_numpy(rows).to(whole.device)]
 
     @torch.no_grad()
@@ -194,14 +194,14 @@ class ItemEncoder:
         begin = np.cumsum(lengths) - lengths  # where each text's tokens begin among those of `texts`
         for chunk in chunks:
             rows = texts[chunk]
-            shown = None if tokens is None else tokens[_ragged(begin[chunk], lengths[chunk])]
+            shown = None if tokens is None else tokens[_concatenate_ranges(begin[chunk], lengths[chunk])]
             if self._cache is None and added is None:
                 ids, mask = self._ids(rows, shown)
                 hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             else:
                 states, mask = self._entering(rows, shown)
                 if added is not None:
-                    own = torch.from_numpy(_ragged(begin[chunk], lengths[chunk])).to(states.device)
+                    own = torch.from_numpy(_concatenate_ranges(begin[chunk], lengths[chunk])).to(states.device)
                     states = states.masked_scatter(mask.bool()[..., None], states[mask.bool()] + added[own])
                 hidden = encoder(inputs_embeds=states, attention_mask=mask).last_hidden_state
             encoded.append(hidden[mask.bool()].float() if self.per_token else self._backbone.pool(hidden, mask))
@@ -210,7 +210,7 @@ class ItemEncoder:
         order, sizes = np.concatenate(chunks), self._sizes[texts]
         starts = np.empty(len(order), np.int64)
         starts[order] = np.cumsum(sizes[order]) - sizes[order]
-        return torch.cat(encoded)[torch.from_numpy(_ragged(starts, sizes)).to(encoded[0].device)]
+        return torch.cat(encoded)[torch.from_numpy(_concatenate_ranges(starts, sizes)).to(encoded[0].device)]
 
     def _ids(self, rows: NDArray[np.int64], tokens: NDArray[np.int64] | None) -> tuple[Tensor, Tensor]:
         """Return ids and mask of texts, both (B, L); `tokens` in place of their own where there are some."""

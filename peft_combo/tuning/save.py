@@ -17,7 +17,7 @@ from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.errors import TuningError
 from peft_combo.metrics.report import Row, Table
 from peft_combo.store.adapter_store import AdapterStore
-from peft_combo.store.manifest import installed_versions
+from peft_combo.store.manifest import list_versions
 from peft_combo.store.versions import AdapterRecord
 from peft_combo.tuning.setup import Setup
 
@@ -63,7 +63,7 @@ def store_adapter(store: AdapterStore, setup: Setup, table: Table, chosen: Mappi
                     "protocol": task.protocol,
                     **chosen,
                 },
-                "versions": installed_versions(),
+                "versions": list_versions(),
             }
         )
 

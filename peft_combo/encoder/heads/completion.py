@@ -67,7 +67,7 @@ class CompletionHead(TaskHead):
         """Return the weights that are the way from plain cosine: at 0 the head is untrained."""
         return [layer.weight for layer in (self.query_projection, self.target_projection) if layer is not None]
 
-    def interpolated(self, alpha: float) -> Self:
+    def interpolate(self, alpha: float) -> Self:
         """Return a copy that goes only the share `alpha` of the way from plain cosine to what was learned.
 
         Source: Wortsman et al. 2022, "Robust fine-tuning of zero-shot models" (WiSE-FT), eq. 1, applied to the head.

@@ -47,7 +47,7 @@ class Result(BaseModel):
     adapter: str
 
 
-def kept(folder: Path) -> Result | None:
+def read_result(folder: Path) -> Result | None:
     """Return the result in a folder; None where there is none that reads."""
     try:
         return Result.model_validate_json((folder / RESULT).read_bytes())

@@ -22,7 +22,7 @@ import numpy as np
 from peft_combo import __version__
 from peft_combo.callbacks import Watch
 from peft_combo.errors import PeftComboError
-from peft_combo.evaluation.comparison.result import BATCHES, FAILED, LOG, RECIPE, SAMPLE, Result, kept
+from peft_combo.evaluation.comparison.result import BATCHES, FAILED, LOG, RECIPE, SAMPLE, Result, read_result
 from peft_combo.evaluation.comparison.table import Comparison, Failed, comparison_of
 from peft_combo.evaluation.comparison.variants import Variant
 from peft_combo.files import write_text
@@ -55,7 +55,7 @@ def compare(variants: Sequence[Variant], seeds: Sequence[int], folder: Path, wat
         Stopped: Ctrl-C; the same call goes on.
     """
     watch = watch or Watch()
-    asked = _asked(variants)
+    asked = _read_queries(variants)
     watch.stage("Comparing", len(variants) * len(seeds))
     results: dict[str, list[Result]] = {variant.label: [] for variant in variants}
     failed: dict[str, Failed] = {}
@@ -76,7 +76,7 @@ def compare(variants: Sequence[Variant], seeds: Sequence[int], folder: Path, wat
     return comparison_of(whole, results, tuple(failed.values()), tuple(seeds))
 
 
-def _asked(variants: Sequence[Variant]) -> list[_Asked]:
+def _read_queries(variants: Sequence[Variant]) -> list[_Asked]:
     """Read the data of each variant, once where it is the same."""
     known: dict[str, _Asked] = {}
     found = []
@@ -102,7 +102,7 @@ def _asked(variants: Sequence[Variant]) -> list[_Asked]:
 def _run(variant: Variant, seed: int, asked: _Asked, folder: Path, watch: Watch) -> Result | Failed:
     home = folder / _name(variant, seed, asked)
     told = f"{variant.label}, seed {seed}"
-    if (found := kept(home)) is not None:
+    if (found := read_result(home)) is not None:
         watch.note(f"{told}: {found.metric} {found.value:.4f}, kept from before")
         return found
     shutil.rmtree(home, ignore_errors=True)  # what a run that died left; its time would count from the middle
@@ -123,7 +123,7 @@ def _run(variant: Variant, seed: int, asked: _Asked, folder: Path, watch: Watch)
         finally:
             process.stdin.close()  # type: ignore[union-attr]  # whatever happens here, the run does not outlive it
             process.wait()
-    if (found := kept(home)) is not None:
+    if (found := read_result(home)) is not None:
         watch.note(f"{told}: {found.metric} {found.value:.4f} after {found.seconds:.0f} s")
         return found
     reason = _reason(home, code)

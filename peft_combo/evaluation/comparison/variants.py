@@ -85,7 +85,7 @@ def variants_of(
         words += [method] if method is not None else []
         label = ", ".join((*words, *settings)) or name
         try:
-            made = _made(name, method, (*overrides, *settings), data)
+            made = _make_recipe(name, method, (*overrides, *settings), data)
             if name != recipe:
                 made = _with_budget_of(load_recipe(recipe, (*overrides, *settings), data), made)
         except RecipeError as error:
@@ -95,7 +95,7 @@ def variants_of(
     return tuple(found)
 
 
-def _made(name: str, method: str | None, overrides: Sequence[str], data: str | None) -> Recipe:
+def _make_recipe(name: str, method: str | None, overrides: Sequence[str], data: str | None) -> Recipe:
     base = load_recipe(name, (), data)
     return load_recipe(name, (*_instead(base, method), *overrides), data)
 

@@ -97,7 +97,7 @@ class Composer:
         other._evidence = replace(self._evidence, slotted=other._slotted)
         return other
 
-    def allowed_items(self, constraints: Constraints) -> NDArray[np.bool_]:
+    def find_allowed(self, constraints: Constraints) -> NDArray[np.bool_]:
         """Which items may be added, (N,).
 
         Raises:

@@ -140,7 +140,7 @@ class Candidates:
         own = np.unique(np.concatenate(bundles))
         return np.concatenate([own, self._extra(own, rng)])
 
-    def barred(self, items: NDArray[np.int64], queries: Sequence[CompletionQuery]) -> NDArray[np.bool_]:
+    def find_barred(self, items: NDArray[np.int64], queries: Sequence[CompletionQuery]) -> NDArray[np.bool_]:
         """Return (Q, M), True where an item offered is neither the target nor a fair negative."""
         position = {int(row): place for place, row in enumerate(items)}
         mask = np.zeros((len(queries), len(items)), bool)
@@ -226,7 +226,7 @@ class BundleBatches:
         position = {int(row): place for place, row in enumerate(items)}
         places = padded([np.array([position[int(row)] for row in context]) for context in contexts])
         targets = np.array([position[query.target] for query in queries])
-        barred = self._candidates.barred(items, queries)
+        barred = self._candidates.find_barred(items, queries)
         of_bundle = np.repeat(self._of_bundle[self._candidates.rows(step, part, parts)], list(map(len, bundles)))
         weights = of_bundle * self._of_target[items[targets]]
         return BundleBatch(items, *map(torch.from_numpy, (places, targets, barred, weights)))
@@ -346,14 +346,14 @@ class Completion(Generic[CompletionHeadT]):
     def evaluate(self, head: CompletionHeadT, encode: Encode, metric: str) -> Evaluation:
         vectors = encode(None)
         tried = {
-            share: metrics.ranking_metrics(rank_targets(head.interpolated(share), vectors, self._sampled_queries))
+            share: metrics.ranking_metrics(rank_targets(head.interpolate(share), vectors, self._sampled_queries))
             for share in (self._strengths if head.step_weights() else (1.0,))
         }
         strength = max(tried, key=lambda share: tried[share][metric])
         return Evaluation(tried[strength], {"strength": strength})
 
     def apply_choice(self, head: CompletionHeadT, choice: Mapping[str, float]) -> None:
-        head.load_state_dict(head.interpolated(choice["strength"]).state_dict())
+        head.load_state_dict(head.interpolate(choice["strength"]).state_dict())
 
     def predict(self, head: CompletionHeadT, encode: Encode) -> NDArray[np.float64]:
         return rank_targets(head, encode(None), self._queries)

@@ -253,7 +253,7 @@ class Classification:
         right, said = self._right[self._test].argmax(1), predictions.given.argmax(1)
         pairs = Counter((int(r), int(s)) for r, s in zip(right, said, strict=True) if r != s)
         of = Counter(right.tolist())
-        names = _shown(self._classes)
+        names = _shorten_classes(self._classes)
         rows = tuple((names[r], names[s], count, of[r]) for (r, s), count in pairs.most_common(_SHOWN_CONFUSIONS))
         if not rows:
             return ()
@@ -264,7 +264,7 @@ class Classification:
         precision, recall, f1 = precision_recall_f1(after)
         order = np.argsort(-after[:, 2], kind="stable")[:_SHOWN_CLASSES]
         more = len(self._classes) - len(order)
-        names = _shown(self._classes)
+        names = _shorten_classes(self._classes)
         return Detail(
             "Class by class" + (f", the {len(order)} most frequent of {len(self._classes)}" if more else ""),
             ("", "texts", "F1 before", "F1", "precision", "recall"),
@@ -276,7 +276,7 @@ class Classification:
         )  # fmt: skip
 
 
-def _shown(classes: Sequence[str]) -> list[str]:
+def _shorten_classes(classes: Sequence[str]) -> list[str]:
     """Drop the part of the category path that all classes share."""
     paths = [name.split(CATEGORY_SEPARATOR) for name in classes]
     while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):

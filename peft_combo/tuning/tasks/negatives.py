@@ -39,7 +39,7 @@ class Negatives:
         while len(open_):
             drawn = np.minimum(np.searchsorted(self._upto, rng.random(len(open_)), "right"), self._n - 1)
             items[open_] = drawn
-            open_ = open_[self._taken(users[open_], drawn)]
+            open_ = open_[self._find_taken(users[open_], drawn)]
         return items
 
     def correction(self, users: NDArray[np.int64], items: NDArray[np.int64], each: int) -> NDArray[np.float32]:
@@ -52,7 +52,7 @@ class Negatives:
         corrected: NDArray[np.float32] = -np.log(each * self._free[users] * drawn).astype(np.float32)
         return corrected
 
-    def _taken(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def _find_taken(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
         cells = users * self._n + items
         if not len(self._cells):
             return np.zeros(len(cells), bool)

@@ -345,16 +345,16 @@ class ItemRating:
             "user-kNN": (UserKNN(), UserKNN(k=300)),
             "ALS": (ALS(seed=self._recipe.seed),),
         }
-        predictions = {"popularity": self._calibrated(popularity)}
+        predictions = {"popularity": self._calibrate(popularity)}
         for name, scorers in settings.items():
             try:
                 models = [score_with(scorer.fit(self._liked)) for scorer in scorers]
             except PeftComboError:  # ALS without its package
                 continue
             valid = [self._values(self._valid, self._predict(self._valid, model))[metric] for model in models]
-            predictions[name] = self._calibrated(models[int(np.argmax(valid))])
+            predictions[name] = self._calibrate(models[int(np.argmax(valid))])
         if self._apart is not None:
-            predictions[_COUNTING] = self._calibrated(self._fit_counting())
+            predictions[_COUNTING] = self._calibrate(self._fit_counting())
         return predictions
 
     def _fit_counting(self) -> Logits:
@@ -446,7 +446,7 @@ class ItemRating:
             ranks[own] = metrics.midranks(scores[liked], queries.items[start:stop][liked], excluded)
         return RatingPredictions(ranks, logits)
 
-    def _calibrated(self, model: Logits) -> RatingPredictions:
+    def _calibrate(self, model: Logits) -> RatingPredictions:
         """Answer as a model without probabilities does after Platt scaling on the validation pairs."""
         slope, constant = platt(self._predict(self._valid, model).logits, self._valid.targets)
         found = self._predict(self._test, model)

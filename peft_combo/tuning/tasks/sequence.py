@@ -94,7 +94,7 @@ class SequenceBatches:
         for rows in orders:
             next_queries = [CompletionQuery(rows[:place], int(target), rows) for place, target in enumerate(rows)]
             # Whether a bundle is complete is asked apart from which item would be next, so nothing is barred there.
-            barred += [self._candidates.barred(items, next_queries), np.zeros((1, len(items)), bool)]
+            barred += [self._candidates.find_barred(items, next_queries), np.zeros((1, len(items)), bool)]
         return SequenceBatch(items, torch.from_numpy(sequences), torch.from_numpy(np.concatenate(barred)))
 
 

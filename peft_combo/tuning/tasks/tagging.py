@@ -249,11 +249,13 @@ def _per_type(types: Sequence[str], before: NDArray[np.float64], after: NDArray[
 
 def _unseen(train: Iterable[TaggedText], test: Sequence[TaggedText]) -> list[tuple[int, tuple[str, int, int]]]:
     """Return the test entities (text, entity) whose words together name no entity of training."""
-    known = {words for one in train for words, _ in _named(one)}
-    return [(place, entity) for place, one in enumerate(test) for words, entity in _named(one) if words not in known]
+    known = {words for one in train for words, _ in _list_entities(one)}
+    return [
+        (place, entity) for place, one in enumerate(test) for words, entity in _list_entities(one) if words not in known
+    ]
 
 
-def _named(one: TaggedText) -> list[tuple[Tags, tuple[str, int, int]]]:
+def _list_entities(one: TaggedText) -> list[tuple[Tags, tuple[str, int, int]]]:
     words = tuple(token.casefold() for token in one.tokens)
     return [(words[entity[1] : entity[2]], entity) for entity in entities(one.tags)]
 
@@ -275,7 +277,7 @@ class Dictionary:
         """Collect the entities of some texts."""
         named: dict[Tags, Counter[str]] = {}
         for one in texts:
-            for words, (kind, _, _) in _named(one):
+            for words, (kind, _, _) in _list_entities(one):
                 named.setdefault(words, Counter())[kind] += 1
         longest = max((len(words) for words in named), default=0)
         occurs: Counter[Tags] = Counter()
