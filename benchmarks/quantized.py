@@ -42,7 +42,7 @@ recipe = parse_recipe(json.loads(raw))
 texts = list(dict.fromkeys(open_dataset(recipe.data).texts))
 backbone = Backbone.load(recipe.backbone.model, max_length=recipe.backbone.max_length, quantization=bits)
 attached = backbone.attach(AdapterStore(recipe.store).open(recipe.category)) if adapter == "tuned" else None
-with autocast_of("cpu", precision):
+with build_autocast("cpu", precision):
     backbone.encode(texts[:64], attached)
     clock = time.perf_counter()
     encoded = backbone.encode(texts, attached)
