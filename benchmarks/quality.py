@@ -138,7 +138,7 @@ def one_split(
         results = {short: tune(run, run_folder=Path(scratch) / short) for short, run in runs.items()}
         tuned_in = time.perf_counter() - clock
         backbone = Backbone.of(recipe.backbone)
-        texts = dataset.catalog.texts(recipe.data.text)
+        texts = dataset.texts
         tuned = {
             short: (
                 backbone.encode(texts, backbone.attach(result.record)),

@@ -39,7 +39,7 @@ from peft_combo.tuning.resources import peak_mib
 from peft_combo.tuning.plan import autocast_of
 raw, bits, precision, adapter, vectors = sys.argv[1:]
 recipe = parse_recipe(json.loads(raw))
-texts = list(dict.fromkeys(open_dataset(recipe.data).catalog.texts(recipe.data.text)))
+texts = list(dict.fromkeys(open_dataset(recipe.data).texts))
 backbone = Backbone.load(recipe.backbone.model, max_length=recipe.backbone.max_length, quantization=bits)
 attached = backbone.attach(AdapterStore(recipe.store).open(recipe.category)) if adapter == "tuned" else None
 with autocast_of("cpu", precision):

@@ -71,7 +71,7 @@ def main() -> None:
 
 def compare(recipe: Recipe, top_layers: int, rounds: int, batch: int, pad_to: int) -> None:
     """Time all ways in turn and print the table; the first two pad every text to `pad_to` tokens."""
-    texts = list(dict.fromkeys(open_dataset(recipe.data).catalog.texts(recipe.data.text)))
+    texts = list(dict.fromkeys(open_dataset(recipe.data).texts))
     backbone = Backbone.of(recipe.backbone)
     adapter = LoraAdapter(rank=8, top_layers=top_layers)
     tokens = backbone.tokenize(texts).lengths

@@ -307,3 +307,14 @@ def test_a_basket_that_nobody_bought_is_a_fault(tmp_path: Path) -> None:
     meta = [{**META[0], "basket_id": "7"}, META[1] | {"basket_id": ""}]
     with pytest.raises(DataError, match=r"bundle_meta\.csv:2: basket_id '7' is not in interactions"):
         open_dataset(write_folder(tmp_path, bundle_meta=meta))
+
+
+def test_a_dataset_knows_the_text_of_its_items_and_the_digest_does_not(tmp_path: Path) -> None:
+    config = write_folder(tmp_path)
+    plain, branded = open_dataset(config), open_dataset(config.model_copy(update={"text": "{brand} {title}"}))
+    assert plain.texts[:2] == ("Linen shirt", "Chinos, navy")
+    assert branded.texts[:2] == ("Norvale Linen shirt", "Chinos, navy")
+    assert branded.texts is branded.texts
+    assert branded.digest == plain.digest
+    with pytest.raises(DataError, match="names 'brnd'"):
+        _ = open_dataset(config.model_copy(update={"text": "{brnd} {title}"})).texts

@@ -86,7 +86,7 @@ def test_the_catalogue_labels_its_items(tmp_path: Path) -> None:
     dataset = open_dataset(shop(tmp_path, rows))
 
     def labels(column: str, depth: int | None = None, several: bool = False) -> dict[str, tuple[str, ...]]:
-        found = labels_of_catalogue(dataset, "{title}", column, depth, several)
+        found = labels_of_catalogue(dataset, column, depth, several)
         return dict(zip(found.texts, found.labels, strict=True))
 
     assert labels("category") == {"red top": ("A > B > C",), "mug": ("A",), "hat": ("A > D",)}
@@ -101,9 +101,9 @@ def test_the_catalogue_labels_its_items(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("template", "column"), [("{title} {leaf}", "category"), ("{title} {mood}", "mood")])
 def test_a_text_that_names_its_label_is_refused(template: str, column: str, tmp_path: Path) -> None:
-    dataset = open_dataset(shop(tmp_path, ["i0,a,A,top,calm", "i1,b,B,top,calm"]))
+    data = shop(tmp_path, ["i0,a,A,top,calm", "i1,b,B,top,calm"]).model_copy(update={"text": template})
     with pytest.raises(DataError, match=r"gives task\.labels"):
-        labels_of_catalogue(dataset, template, column, None, False)
+        labels_of_catalogue(open_dataset(data), column, None, False)
 
 
 def test_no_text_is_in_two_parts_and_new_ones_move_none() -> None:

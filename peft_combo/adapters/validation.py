@@ -5,6 +5,7 @@ Owns the files of a LoRA that was computed and not tuned, and what is asked of i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Exam:
     dataset: Dataset
     parts: Split
     config: DataConfig
-    texts: list[str]
+    texts: Sequence[str]
     questions: Questions
 
     @classmethod
@@ -55,9 +56,7 @@ class Exam:
         parts = split_as(dataset, config)
         if not len(parts.valid):
             raise DataError(f"{dataset.name}: expected validation bundles, found none. Raise data.valid_fraction.")
-        return cls(
-            dataset, parts, config, dataset.catalog.texts(config.text), Questions.of(dataset.bundles, parts.valid)
-        )  # fmt: skip
+        return cls(dataset, parts, config, dataset.texts, Questions.of(dataset.bundles, parts.valid))
 
     @property
     def protocol(self) -> str:

@@ -144,7 +144,7 @@ def adapters_convert(
             compared = lines_of(texts)
         else:
             source = (loaded or recipe_for(record.manifest, None, (), None)).ready().data
-            compared = open_dataset(source).catalog.texts(source.text)
+            compared = list(open_dataset(source).texts)
         backbone = _backbone([record.manifest], loaded)
         done = convert(
             AdapterBank(backbone, opened).get(record.reference), backbone, opened,

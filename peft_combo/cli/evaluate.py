@@ -67,7 +67,7 @@ def evaluate(
         bank, kept, texts = (
             AdapterBank(Backbone.of(loaded.backbone), opened),
             VectorCache(cache),
-            dataset.catalog.texts(config.text),
+            dataset.texts,
         )
         live = {reference: bank.get(reference) for reference in adapters or ()}
         # Any other head is refused before anything is encoded.

@@ -63,7 +63,7 @@ def adapters_export(
             measured = lines_of(texts)
         else:
             dataset = open_dataset(loaded.ready().data)
-            measured = dataset.catalog.texts(loaded.data.text)
+            measured = list(dataset.texts)
             questions = Questions.of(dataset.bundles, split_as(dataset, loaded.data).valid)
         # In full precision whatever the adapter was tuned on: an export starts from there.
         encoder = loaded.backbone.model_copy(update={"quantization": "none", "pooling": manifest.backbone.pooling})

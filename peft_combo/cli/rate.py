@@ -51,7 +51,7 @@ def rate(
             source = "bundlerec" if config.source == "bundlerec" else "folder"
             config = config.model_copy(update={"source": source, "path": str(data)})
         dataset = open_dataset(config, "interactions")
-        texts = dataset.catalog.texts(config.text)
+        texts = dataset.texts
         watch.stage("Encoding the catalogue", len(texts))
         vectors = VectorCache(cache).vectors(bank, texts, adapter, watch.advance)
         rater = Rater.of(vectors, head, dataset.interactions)

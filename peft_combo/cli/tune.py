@@ -276,7 +276,7 @@ def embed(
         from peft_combo.encoder.vectors import embed as run
         from peft_combo.store.adapter_store import AdapterStore
 
-        texts = open_dataset(loaded.data).catalog.texts(loaded.data.text)
+        texts = open_dataset(loaded.data).texts
         backbone = Backbone.of(loaded.backbone)
         process, processes = rank(), int(os.environ.get("WORLD_SIZE", "1"))
         watch.stage("Encoding the catalogue", len(set(texts)) // processes)

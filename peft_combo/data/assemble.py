@@ -71,7 +71,7 @@ def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
         )
     from_baskets = config.bundles_from == "baskets" or (config.bundles_from == "auto" and found.bundles is None)
     if needs != "bundles" and not (_has_baskets(found) if from_baskets else found.bundles is not None):
-        return Dataset.build(found.name, found.catalog, found.interactions, Bundles.build([], []), notes)
+        return Dataset.build(found.name, found.catalog, found.interactions, Bundles.build([], []), notes, config.text)
     if from_baskets:
         if config.min_item_support > 1:
             rows = _supported(found, config.min_item_support)
@@ -97,7 +97,7 @@ def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
             + (f"Also: {'; '.join(notes)}. " if notes else "")
             + "Change data.min_bundle_size or data.max_bundle_size, or loosen the filters."
         )
-    return Dataset.build(found.name, found.catalog, found.interactions, bundles, notes)
+    return Dataset.build(found.name, found.catalog, found.interactions, bundles, notes, config.text)
 
 
 def _rows_under(catalog: Catalog, category_filter: str) -> NDArray[np.int64]:

@@ -46,7 +46,8 @@ def joined(old: Dataset, new: Dataset) -> tuple[Dataset, int]:
     notes = [*old.notes, *(f"{new.name}: {note}" for note in new.notes)]
     if changed:
         notes.append(f"{changed:,} bundles of {new.name} have other items than before under the same id; they stay")
-    return Dataset.build(f"{old.name} and {new.name}", catalog, None, bundles, notes), len(old.bundles)
+    name = f"{old.name} and {new.name}"
+    return Dataset.build(name, catalog, None, bundles, notes, old.text_template), len(old.bundles)
 
 
 def _items(old: Catalog, new: Catalog) -> Catalog:

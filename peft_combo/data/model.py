@@ -358,8 +358,9 @@ class Dataset:
 
     Attributes:
         name: what it is called in reports.
-        digest: sha256 over everything but the name and the notes: equal digests mean equal data.
+        digest: sha256 over everything but name, notes and text template: equal digests mean equal data.
         notes: what was dropped or derived while reading, with counts.
+        text_template: what makes the text of an item, see `Catalog.texts`; no part of the digest.
     """
 
     name: str
@@ -368,6 +369,7 @@ class Dataset:
     bundles: Bundles
     digest: str
     notes: tuple[str, ...] = ()
+    text_template: str = "{title}"
 
     @classmethod
     def build(
@@ -377,9 +379,23 @@ class Dataset:
         interactions: Interactions | None,
         bundles: Bundles,
         notes: Iterable[str] = (),
+        text: str = "{title}",
     ) -> Self:
-        """Make a dataset and compute its digest."""
-        return cls(name, catalog, interactions, bundles, _digest(catalog, interactions, bundles), tuple(notes))
+        """Make a dataset and compute its digest.
+
+        Args:
+            text: template of the items' texts, see `Catalog.texts`.
+        """
+        return cls(name, catalog, interactions, bundles, _digest(catalog, interactions, bundles), tuple(notes), text)
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each item.
+
+        Raises:
+            DataError: the template names a field that no item has, or cannot be read.
+        """
+        return tuple(self.catalog.texts(self.text_template))
 
 
 def _digest(catalog: Catalog, interactions: Interactions | None, bundles: Bundles) -> str:

@@ -15,14 +15,10 @@ from numpy.typing import NDArray
 from peft_combo.data.model import CATEGORY_SEPARATOR, Dataset
 
 
-def describe(dataset: Dataset, template: str = "{title}") -> dict[str, Any]:
-    """Return the figures of a dataset as plain values that go into JSON.
-
-    Args:
-        template: the text template whose lengths and repeats are counted.
-    """
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """Return the figures of a dataset as plain values that go into JSON."""
     catalog, interactions, bundles = dataset.catalog, dataset.interactions, dataset.bundles
-    texts = catalog.texts(template)
+    texts = dataset.texts
     words = np.array([len(text.split()) for text in texts])
     n_items = len(catalog)
     bundled = np.bincount(np.concatenate([np.empty(0, np.int32), *bundles.items]), minlength=n_items)

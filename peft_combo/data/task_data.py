@@ -59,7 +59,7 @@ def labelled_of(data: DataConfig, task: ClassificationTask) -> LabelledTexts:
     if task.labels == "table":
         return read_labels(data, task.multi_label)
     dataset = open_dataset(data, needs_of(task))
-    return labels_of_catalogue(dataset, data.text, task.labels, task.depth, task.multi_label)
+    return labels_of_catalogue(dataset, task.labels, task.depth, task.multi_label)
 
 
 def tagged_of(data: DataConfig, task: TaggingTask) -> TaggedTexts:
@@ -79,7 +79,7 @@ def texts_of(data: DataConfig, task: MaskedTask) -> PlainTexts:
     Raises:
         DataError: there is no catalogue, or it has faults.
     """
-    return PlainTexts.of_catalogue(open_dataset(data, needs_of(task)), data.text)
+    return PlainTexts.of_catalogue(open_dataset(data, needs_of(task)))
 
 
 def check_data(data: DataConfig, task: TaskConfig | None = None) -> list[Fault]:
@@ -150,7 +150,7 @@ def _kinds_in(data: DataConfig) -> list[str]:
 def _figures(found: _Data, data: DataConfig) -> dict[str, Any]:
     match found:
         case Dataset():
-            return {**describe(found, data.text), **_split(lambda: split_as(found, data), {"by": data.split})}
+            return {**describe(found), **_split(lambda: split_as(found, data), {"by": data.split})}
         case LabelledTexts():
             counts = Counter(label for own in found.labels for label in own)
             texts = list(found.texts)

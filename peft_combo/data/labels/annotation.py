@@ -58,7 +58,7 @@ def unlabelled_texts(data: DataConfig, task: ClassificationTask | TaggingTask) -
     if not _from_table(task) or folder is None or _holds(folder, "items", SUFFIXES):
         dataset = open_dataset(data, "items")
         name = dataset.name
-        found += zip(dataset.catalog.texts(data.text), _has_label(dataset.catalog, task), strict=True)
+        found += zip(dataset.texts, _has_label(dataset.catalog, task), strict=True)
     labelled = {text_key(text) for text, has in found if has}
     waiting: dict[str, str] = {}
     for text, _ in found:

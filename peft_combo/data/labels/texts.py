@@ -167,13 +167,10 @@ def table_file(config: DataConfig, name: str, suffixes: Sequence[str]) -> Path:
     return found[0]
 
 
-def labels_of_catalogue(
-    dataset: Dataset, template: str, labels: str, depth: int | None, multi_label: bool
-) -> LabelledTexts:
+def labels_of_catalogue(dataset: Dataset, labels: str, depth: int | None, multi_label: bool) -> LabelledTexts:
     """Label the text of every item by what the catalogue says of it.
 
     Args:
-        template: of the text, as `Catalog.texts` takes it.
         labels: category, leaf, slot or an attribute.
         depth: levels of the category path that make the class; items of a shorter path are left out.
         multi_label: every name of the path is a label; other columns are parted at "|".
@@ -187,6 +184,7 @@ def labels_of_catalogue(
             f"task.labels: the items of {dataset.name} have no {labels!r}; expected one of {', '.join(columns)}. "
             f"{did_you_mean(labels, columns)}".rstrip()
         )
+    template = dataset.text_template
     telling = {"category", "leaf"} if labels in ("category", "leaf") else {labels}
     if given_away := [name for name in sorted(telling) if f"{{{name}}}" in template]:
         raise DataError(
@@ -205,4 +203,4 @@ def labels_of_catalogue(
         parted = [(cell or "").split(SEVERAL) if multi_label else [cell or ""] for cell in cells]
         found = [tuple(name for part in parts if (name := part.strip())) for parts in parted]
     notes = [f"{dataset.name}: {note}" for note in dataset.notes]
-    return LabelledTexts.build(dataset.name, catalog.texts(template), found, multi_label, notes)
+    return LabelledTexts.build(dataset.name, dataset.texts, found, multi_label, notes)

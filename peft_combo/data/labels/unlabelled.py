@@ -33,15 +33,13 @@ class PlainTexts:
     notes: tuple[str, ...]
 
     @classmethod
-    def of_catalogue(cls, dataset: Dataset, template: str) -> Self:
+    def of_catalogue(cls, dataset: Dataset) -> Self:
         """Take the texts of all items; of equal ones (but for case and spaces) the first.
 
-        Args:
-            template: of a text, as `Catalog.texts` takes it.
         Raises:
             DataError: no text has two words.
         """
-        texts = dataset.catalog.texts(template)
+        texts = dataset.texts
         first: dict[str, str] = {}
         for text in texts:
             first.setdefault(text_key(text), text)

@@ -315,7 +315,7 @@ class Completion(Generic[CompletionHeadT]):
             read = found, split_as(found, recipe.data)
         self._dataset, self._parts = dataset, parts = read
         self.notes = [f"{dataset.name}: {note}" for note in dataset.notes]
-        self.texts = dataset.catalog.texts(recipe.data.text)
+        self.texts = dataset.texts
         self.brands = brands_of(dataset.catalog)
         self.examples = {"train": len(parts.train), "valid": len(parts.valid), "test": len(parts.test)}
         self.data = {

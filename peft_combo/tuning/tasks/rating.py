@@ -193,7 +193,7 @@ class Rating:
         self._events = events = Events.of(dataset.interactions, config)
         self._parts = parts = split_events(events, dataset.interactions.user_ids, recipe.data)
         self._user_ids = np.array(dataset.interactions.user_ids)
-        self.texts = dataset.catalog.texts(recipe.data.text)
+        self.texts = dataset.texts
         self.brands = brands_of(dataset.catalog)
         self._shape = (len(self._user_ids), len(self.texts))
         self.notes = [f"{dataset.name}: {note}" for note in dataset.notes]
