@@ -15,9 +15,11 @@ from peft_combo.cli.tag import adapter_tagger
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
+    from peft_combo.data.labels.tags import Tagger
     from peft_combo.recipe.model import Recipe
     from peft_combo.recommender.query import QueryItem
     from peft_combo.recommender.recommender import BundleRecommender
+    from peft_combo.recommender.requests import Request
     from peft_combo.recommender.results import Recommendation, Suggestion
 
 
@@ -37,16 +39,18 @@ def recommend(
     ] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="No adapter: the frozen encoder.")] = False,
     single: Annotated[bool, typer.Option("--single", help="Single items that complete, instead of bundles.")] = False,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many.")] = 5,
+    k: Annotated[int | None, typer.Option("-k", help="How many; default 5.")] = None,
     slots: Annotated[str | None, typer.Option("--slots", help="Slots every bundle must have: top,shoes.")] = None,
     without_slots: Annotated[str | None, typer.Option("--without-slots", help="Slots no new item may have.")] = None,
-    budget: Annotated[float | None, typer.Option("--budget", min=0, help="Most a bundle may cost.")] = None,
-    max_price: Annotated[float | None, typer.Option("--max-price", min=0, help="Most a new item may cost.")] = None,
+    budget: Annotated[float | None, typer.Option("--budget", help="Most a bundle may cost.")] = None,
+    max_price: Annotated[float | None, typer.Option("--max-price", help="Most a new item may cost.")] = None,
     season: Annotated[str | None, typer.Option("--season", help="Season of new items.")] = None,
     category: Annotated[list[str] | None, typer.Option("--category", help='Only under this path: "A > B".')] = None,
-    size: Annotated[int | None, typer.Option("--size", min=1, help="Items in a bundle.")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Items in a bundle.")] = None,
     in_stock: Annotated[bool, typer.Option("--in-stock", help="Only items of which some are left.")] = False,
-    diversity: Annotated[float, typer.Option("--diversity", min=0, max=1, help="0 the best, 1 the most varied.")] = 0.3,
+    diversity: Annotated[
+        float | None, typer.Option("--diversity", help="0 the best, 1 the most varied; default 0.3.")
+    ] = None,
     substitute: Annotated[bool, typer.Option("--substitute", help="Replace like by like, not complete.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say from what evidence.")] = False,
     source: Annotated[
@@ -64,45 +68,28 @@ def recommend(
 ) -> None:
     """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
     from peft_combo.recipe.files import load_recipe
+    from peft_combo.recommender.requests import parse_request
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     if (source is None) != (target is None):
         raise DataError("--from FILE and --to FILE go together: requests and where their answers go.")
     if tagger is not None and query is None and source is None:
         raise DataError("--tagger takes a query apart, and there is none. Add --query, or --from with queries.")
-    asked = {
-        "items": list(words(items) or ()), "user": user, "query": query, "single": single, "k": k,
-        "slots": _listed(slots), "without_slots": _listed(without_slots), "budget": budget, "max_price": max_price,
-        "season": season, "categories": list(category or ()), "size": size, "in_stock": in_stock,
-        "diversity": diversity, "substitute": substitute, "explain": explain,
+    given = {
+        "items": words(items), "user": user, "query": query, "single": single, "k": k, "slots": words(slots),
+        "without_slots": words(without_slots), "budget": budget, "max_price": max_price, "season": season,
+        "categories": category, "size": size, "in_stock": in_stock, "diversity": diversity, "substitute": substitute,
+        "explain": explain,
     }  # fmt: skip
+    request = parse_request({name: value for name, value in given.items() if value is not None})
     with console_watch() as watch:
         references = [] if frozen else adapters or [loaded.category]
-        names = None if tagger is None else adapter_tagger(tagger, store)
-        fitted = _recommender(loaded, references, store, cache, fitted_folder, watch)
-        from peft_combo.recommender.query import parse_query
-        from peft_combo.recommender.requests import Request, answer, answer_file, count_requests
-
+        find_entities = None if tagger is None else adapter_tagger(tagger, store)
+        fitted = _fit_recommender(loaded, references, store, cache, fitted_folder, watch)
         if source is not None and target is not None:
-            watch.stage("Answering", count_requests(source))
-            done = answer_file(fitted, source, target, asked, watch.advance, names)
-        else:
-            parsed = None
-            if query is not None and names is not None:
-                parsed = parse_query(query, names)
-                watch.note(f"Understood: {parsed}")
-            found = answer(fitted, Request.model_validate(asked), names)
-            if parsed is not None and (missing := _unanswered(parsed.items, found)):
-                watch.note(f"Nothing in the catalogue answers: {', '.join(missing)}")
-    if source is not None:
-        print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
-        if done.errors:
-            line, error = next(iter(done.errors.items()))
-            raise DataError(
-                f"{len(done.errors):,} of {done.requests:,} requests have no answer; {target} says why beside each. "
-                f"The first, line {line}: {error}"
-            )
-        return
+            _answer_file(fitted, source, target, request, find_entities, watch)
+            return
+        found = _answer_request(fitted, request, find_entities, watch)
     if as_json:
         print_json([asdict(one) for one in found])
     elif single:
@@ -111,19 +98,50 @@ def recommend(
         _print_bundles(cast("list[Recommendation]", found), explain)
 
 
-def _unanswered(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:
+def _answer_request(
+    recommender: BundleRecommender, request: Request, tagger: Tagger | None, watch: ConsoleWatch
+) -> list[Suggestion] | list[Recommendation]:
+    """Answer a request; note what was understood of its query, and what of it nothing answers."""
+    from peft_combo.recommender.query import parse_query
+    from peft_combo.recommender.requests import answer
+
+    parsed = None
+    if request.query is not None and tagger is not None:
+        parsed = parse_query(request.query, tagger)
+        watch.note(f"Understood: {parsed}")
+    found = answer(recommender, request, tagger)
+    if parsed is not None and (missing := _find_missing(parsed.items, found)):
+        watch.note(f"Nothing in the catalogue answers: {', '.join(missing)}")
+    return found
+
+
+def _answer_file(
+    recommender: BundleRecommender, source: Path, target: Path, defaults: Request, tagger: Tagger | None,
+    watch: ConsoleWatch,
+) -> None:  # fmt: skip
+    """Answer a file of requests and print how many were; fail where one has no answer."""
+    from peft_combo.recommender.requests import answer_file, count_requests
+
+    watch.stage("Answering", count_requests(source))
+    done = answer_file(recommender, source, target, defaults, watch.advance, tagger)
+    watch.close()
+    print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
+    if done.errors:
+        line, error = next(iter(done.errors.items()))
+        raise DataError(
+            f"{len(done.errors):,} of {done.requests:,} requests have no answer; {target} says why beside each. "
+            f"The first, line {line}: {error}"
+        )
+
+
+def _find_missing(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:
     """Return the names of query items that no item of any bundle answers."""
     evidence = [entry for one in found for entry in getattr(one, "evidence", ())]
     answered = {told["wish"] for entry in evidence for told in entry.get("answers", ())}
     return [item.name for item in items if item.name not in answered]
 
 
-def _listed(text: str | None) -> list[str] | None:
-    found = words(text)
-    return None if found is None else list(found)
-
-
-def _recommender(
+def _fit_recommender(
     recipe: Recipe, adapters: Sequence[str], store: Path, cache: Path, folder: Path, watch: ConsoleWatch
 ) -> BundleRecommender:
     from peft_combo.data.sources import open_dataset
