@@ -174,12 +174,10 @@ def adapters_transfer(
     with console_watch() as watch:
         from peft_combo.adapters.transfer import transfer
         from peft_combo.adapters.validation import ValidationQueries
-        from peft_combo.encoder.backbone import Backbone
-        from peft_combo.store.adapter_store import AdapterStore
+        from peft_combo.recommender.workspace import Workspace
 
-        found = transfer(
-            ValidationQueries.of(loaded), Backbone.of(loaded.backbone), AdapterStore(store), adapters or None, watch
-        )
+        space = Workspace.of(loaded, adapters=adapters or (), store=store)
+        found = transfer(ValidationQueries.of(loaded), space.backbone, space.store, adapters or None, watch)
     if as_json:
         print_json(found.to_json())
     else:

@@ -46,31 +46,26 @@ def adapters_export(
     """Write an adapter as a merged encoder or an ONNX graph, and measure what of it was kept."""
     from peft_combo.store.adapter_store import AdapterStore
 
-    opened = AdapterStore(store)
-    record = opened.open(adapter)
+    record = AdapterStore(store).open(adapter)
     manifest = record.manifest
     loaded = recipe_for(manifest, recipe, tuple(overrides or ()), data)
     with console_watch() as watch:
         from peft_combo.adapters.export import export as run
         from peft_combo.data.queries import Queries
-        from peft_combo.data.sources import open_dataset
-        from peft_combo.data.splits import split_as
-        from peft_combo.encoder.backbone import Backbone
-        from peft_combo.encoder.bank import AdapterBank
+        from peft_combo.recommender.workspace import Workspace
 
+        # In full precision whatever the adapter was tuned on: an export starts from there.
+        encoder = loaded.backbone.model_copy(update={"quantization": "none", "pooling": manifest.backbone.pooling})
+        space = Workspace.of(loaded.model_copy(update={"backbone": encoder}), store=store)
         questions = None
         if texts is not None:
             measured = lines_of(texts)
         else:
-            dataset = open_dataset(loaded.ready().data)
-            measured = dataset.catalog.texts(loaded.data.text)
-            questions = Queries.of(dataset.bundles, split_as(dataset, loaded.data).valid)
-        # In full precision whatever the adapter was tuned on: an export starts from there.
-        encoder = loaded.backbone.model_copy(update={"quantization": "none", "pooling": manifest.backbone.pooling})
-        backbone = Backbone.of(encoder)
-        live = AdapterBank(backbone, opened).get(record.reference)
+            loaded.ready()
+            measured = space.texts
+            questions = Queries.of(space.dataset.bundles, space.split.valid)
         done = run(
-            live, backbone, to, format,
+            space.bank.get(record.reference), space.backbone, to, format,
             texts=measured, questions=questions, min_agreement=min_agreement, watch=watch,
         )  # fmt: skip
     if as_json:

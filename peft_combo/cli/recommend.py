@@ -16,11 +16,11 @@ from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
     from peft_combo.data.labels.tags import Tagger
-    from peft_combo.recipe.model import Recipe
     from peft_combo.recommender.query import QueryItem
     from peft_combo.recommender.recommender import BundleRecommender
     from peft_combo.recommender.requests import Request
     from peft_combo.recommender.results import Recommendation, Suggestion
+    from peft_combo.recommender.workspace import Workspace
 
 
 @app.command()
@@ -69,6 +69,7 @@ def recommend(
     """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
     from peft_combo.recipe.files import load_recipe
     from peft_combo.recommender.requests import parse_request
+    from peft_combo.recommender.workspace import Workspace
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     if (source is None) != (target is None):
@@ -84,8 +85,9 @@ def recommend(
     request = parse_request({name: value for name, value in given.items() if value is not None})
     with console_watch() as watch:
         references = [] if frozen else adapters or [loaded.category]
+        space = Workspace.of(loaded, adapters=references, store=store, cache=cache)
         find_entities = None if tagger is None else adapter_tagger(tagger, store)
-        fitted = _fit_recommender(loaded, references, store, cache, fitted_folder, watch)
+        fitted = _fit_recommender(space, references, fitted_folder, watch)
         if source is not None and target is not None:
             _answer_file(fitted, source, target, request, find_entities, watch)
             return
@@ -141,28 +143,15 @@ def _find_missing(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequ
     return [item.name for item in items if item.name not in answered]
 
 
-def _fit_recommender(
-    recipe: Recipe, adapters: Sequence[str], store: Path, cache: Path, folder: Path, watch: ConsoleWatch
-) -> BundleRecommender:
-    from peft_combo.data.sources import open_dataset
-    from peft_combo.data.splits import split_as
-    from peft_combo.encoder.backbone import Backbone
-    from peft_combo.encoder.bank import AdapterBank
-    from peft_combo.encoder.vectors import VectorCache
+def _fit_recommender(space: Workspace, adapters: Sequence[str], folder: Path, watch: ConsoleWatch) -> BundleRecommender:
+    """Return the fitted recommender kept in `folder`, or fit one; note what it was fitted without."""
     from peft_combo.recommender.persistence import fitted_recommender
-    from peft_combo.store.adapter_store import AdapterStore
 
-    opened = AdapterStore(store)
-    for reference in adapters:
-        opened.open(reference)  # a name that is not stored is better told before anything is loaded
-    config = recipe.data
-    dataset = open_dataset(config)
-    parts = split_as(dataset, config)
-    bank = AdapterBank(Backbone.of(recipe.backbone), opened)
-    watch.stage("Encoding the catalogue", len(dataset.catalog) * (1 + len(adapters)))
+    config = space.recipe.data
+    watch.stage("Encoding the catalogue", len(space.dataset.catalog) * (1 + len(adapters)))
     made = fitted_recommender(
-        folder, dataset, parts, bank, adapters, text=config.text, seed=recipe.seed, cache=VectorCache(cache),
-        progress=watch.advance, done=lambda name: watch.note(f"fitted {name}"),
+        folder, space.dataset, space.split, space.bank, adapters, text=config.text, seed=space.recipe.seed,
+        cache=space.cache, progress=watch.advance, done=lambda name: watch.note(f"fitted {name}"),
     )  # fmt: skip
     for note in made.state.notes:
         watch.note(f"Note: {note}")

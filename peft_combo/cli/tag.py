@@ -63,9 +63,10 @@ def tag(
 
 def adapter_tagger(reference: str, store: Path) -> Tagger:
     """Load a tagging adapter over the encoder that its own recipe names."""
+    bank, live = _loaded(reference, store)
+
     from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead
 
-    bank, live = _loaded(reference, store)
     return AdapterTagger(bank.backbone, live.attached, live.head_as(TaggingHead))
 
 
@@ -111,9 +112,10 @@ def classify(
     as_json: JsonOption = False,
 ) -> None:
     """Tell the class of texts with a classification adapter, and how likely it is."""
+    bank, live = _loaded(adapter, store)
+
     from peft_combo.encoder.heads.classification import ClassificationHead
 
-    bank, live = _loaded(adapter, store)
     head = live.head_as(ClassificationHead)
     likely = head.probabilities(bank.backbone.encode(texts, live.attached))
     given = head.classes(likely)
@@ -139,14 +141,9 @@ def classify(
 
 def _loaded(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
     """Load an adapter over the encoder that its own recipe names."""
-    from peft_combo.encoder.backbone import Backbone
-    from peft_combo.encoder.bank import AdapterBank
-    from peft_combo.recipe.parse import parse_recipe
-    from peft_combo.store.adapter_store import AdapterStore
+    from peft_combo.recommender.workspace import Workspace
 
-    adapters = AdapterStore(store)
-    recipe = parse_recipe(adapters.open(reference).manifest.recipe, f"The recipe of {reference} cannot be read:")
-    bank = AdapterBank(Backbone.of(recipe.backbone), adapters)
+    bank = Workspace.of_adapter(reference, store=store).bank
     return bank, bank.get(reference)
 
 

@@ -270,20 +270,16 @@ def embed(
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     with console_watch() as watch:
-        from peft_combo.data.sources import open_dataset
-        from peft_combo.encoder.backbone import Backbone
-        from peft_combo.encoder.bank import AdapterBank
-        from peft_combo.encoder.vectors import embed as run
-        from peft_combo.store.adapter_store import AdapterStore
+        from peft_combo.recommender.workspace import Workspace
 
-        texts = open_dataset(loaded.data).catalog.texts(loaded.data.text)
-        backbone = Backbone.of(loaded.backbone)
+        space = Workspace.of(loaded, adapters=[] if adapter is None else [adapter], store=store, cache=cache)
+
+        from peft_combo.encoder.vectors import embed as run
+
+        texts, bank = space.texts, space.bank
         process, processes = rank(), int(os.environ.get("WORLD_SIZE", "1"))
         watch.stage("Encoding the catalogue", len(set(texts)) // processes)
-        count = run(
-            AdapterBank(backbone, AdapterStore(store)), texts, adapter, cache,
-            process=process, processes=processes, progress=watch.advance,
-        )  # fmt: skip
+        count = run(bank, texts, adapter, cache, process=process, processes=processes, progress=watch.advance)
     if watch.main:
         whose = adapter or "the frozen encoder"
         print(f"{len(texts):,} items of {loaded.name} in {cache} for {whose}; {count:,} encoded now")
