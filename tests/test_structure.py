@@ -48,9 +48,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
 MOST_LINES, MOST_FUNCTION_LINES = 500, 80
 # What is longer today. Entries go, none may come: split the file or function instead.
 LONG_FILES = {}
-LONG_FUNCTIONS: dict[str, int] = {
-    "cli/tune.py:tune": 117,
-}
+LONG_FUNCTIONS: dict[str, int] = {}
 
 
 def files() -> list[Path]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
-from peft_combo.cli.output import console_watch, metric_name, print_json, print_table, rank
+from peft_combo.cli.output import ConsoleWatch, console_watch, metric_name, print_json, print_table, rank
 
 if TYPE_CHECKING:
     from peft_combo.metrics.report import Row
@@ -18,6 +18,42 @@ if TYPE_CHECKING:
     from peft_combo.tuning.continual import Continuation, Continued, Pretrained
     from peft_combo.tuning.figures import Plan
     from peft_combo.tuning.loop import TuneResult
+
+MaxMemoryOption = Annotated[
+    float | None, typer.Option("--max-memory-gib", min=0, help="With --dry-run: the most memory it may take.")
+]
+MaxMinutesOption = Annotated[
+    float | None, typer.Option("--max-minutes", min=0, help="With --dry-run: the most time it may take.")
+]
+GateGainOption = Annotated[
+    float | None, typer.Option("--gate-gain", help="Gate: NDCG@10 to win on new questions, more than this; 0.")
+]
+GatePOption = Annotated[
+    float | None, typer.Option("--gate-p", help="Gate: the gain's paired test has to be below this; 0.05.")
+]
+GateForgettingOption = Annotated[
+    float | None,
+    typer.Option("--gate-forgetting", help="Gate: NDCG@10 that may be lost on the old questions; 0.01."),
+]
+StartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Go on from a stored adapter (fashion@prod): same method and shapes, a new version. Or start any task "
+        "from one that read texts alone (fashion-text).",
+    ),
+]
+NewDataOption = Annotated[
+    Path | None, typer.Option("--new-data", help="With --from: folder of later data, joined with the old by ids.")
+]
+ReplayOption = Annotated[
+    float | None,
+    typer.Option("--replay", help="With --new-data: share of the training bundles drawn from the old ones; 0.3."),
+]
+PromoteOption = Annotated[
+    str | None,
+    typer.Option("--promote", help="With --from: alias that moves to the new version if it passes the gate."),
+]
 
 
 @app.command()
@@ -32,41 +68,15 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what the run would do and need; exit code 3 if it does not fit.")
     ] = False,
-    max_memory_gib: Annotated[
-        float | None, typer.Option("--max-memory-gib", min=0, help="With --dry-run: the most memory it may take.")
-    ] = None,
-    max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", min=0, help="With --dry-run: the most time it may take.")
-    ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            help="Go on from a stored adapter (fashion@prod): same method and shapes, a new version. Or start any task "
-            "from one that read texts alone (fashion-text).",
-        ),
-    ] = None,
-    new_data: Annotated[
-        Path | None, typer.Option("--new-data", help="With --from: folder of later data, joined with the old by ids.")
-    ] = None,
-    replay: Annotated[
-        float | None,
-        typer.Option("--replay", help="With --new-data: share of the training bundles drawn from the old ones; 0.3."),
-    ] = None,
-    promote: Annotated[
-        str | None,
-        typer.Option("--promote", help="With --from: alias that moves to the new version if it passes the gate."),
-    ] = None,
-    gate_gain: Annotated[
-        float | None, typer.Option("--gate-gain", help="Gate: NDCG@10 to win on new questions, more than this; 0.")
-    ] = None,
-    gate_p: Annotated[
-        float | None, typer.Option("--gate-p", help="Gate: the gain's paired test has to be below this; 0.05.")
-    ] = None,
-    gate_forgetting: Annotated[
-        float | None,
-        typer.Option("--gate-forgetting", help="Gate: NDCG@10 that may be lost on the old questions; 0.01."),
-    ] = None,
+    max_memory_gib: MaxMemoryOption = None,
+    max_minutes: MaxMinutesOption = None,
+    start: StartOption = None,
+    new_data: NewDataOption = None,
+    replay: ReplayOption = None,
+    promote: PromoteOption = None,
+    gate_gain: GateGainOption = None,
+    gate_p: GatePOption = None,
+    gate_forgetting: GateForgettingOption = None,
     fail_on_no_promotion: Annotated[
         bool, typer.Option("--fail-on-no-promotion", help="Exit code 4 where --promote left the alias where it was.")
     ] = False,
@@ -80,15 +90,11 @@ def tune(
     """
     from peft_combo.recipe.files import load_recipe
 
-    asked = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
-    gate = {name: value for name, value in asked.items() if value is not None}
+    limits = max_memory_gib is not None or max_minutes is not None
+    bounds = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
+    gate = {name: value for name, value in bounds.items() if value is not None}
     _refuse_alone(
-        (
-            "--max-memory-gib or --max-minutes",
-            max_memory_gib is not None or max_minutes is not None,
-            "--dry-run",
-            dry_run,
-        ),
+        ("--max-memory-gib or --max-minutes", limits, "--dry-run", dry_run),
         ("--new-data", new_data is not None, "--from", start is not None),
         ("--replay", replay is not None, "--new-data", new_data is not None),
         ("--promote", promote is not None, "--from", start is not None),
@@ -97,37 +103,11 @@ def tune(
     )
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
-    continued = None
     with console_watch() as watch:
         if dry_run:
             fits = _dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
             raise typer.Exit(0 if fits else 3)
-        watch.note(f"Loading {loaded.backbone.model} ...")
-        from peft_combo.tuning.loop import Interrupted
-        from peft_combo.tuning.loop import tune as run
-
-        try:
-            pretrained = _pretrained(loaded, start, options, promote)
-            if start is None:
-                result = run(loaded, resume=resume, run_folder=run_folder, watch=watch)
-            elif pretrained is not None:
-                result = run(
-                    pretrained.recipe, resume=resume, run_folder=run_folder, watch=watch, task=pretrained.task,
-                    start=pretrained.start,
-                )  # fmt: skip
-            else:
-                from peft_combo.tuning.continual import Gate, continue_tuning
-
-                continued = continue_tuning(
-                    loaded, start, **options, promote=promote, gate=Gate(**gate), resume=resume, run_folder=run_folder,
-                    watch=watch,
-                )  # fmt: skip
-                result = continued.result
-        except Interrupted as error:
-            watch.close()
-            if watch.main:
-                print(error, file=sys.stderr)
-            raise typer.Exit(130) from None
+        result, continued = _run(loaded, start, options, promote, gate, resume, run_folder, watch)
     if not watch.main:
         return
     if as_json:
@@ -140,6 +120,45 @@ def tune(
         raise typer.Exit(4)
 
 
+def _run(
+    recipe: Recipe, start: str | None, options: dict[str, Any], promote: str | None, gate: dict[str, float],
+    resume: bool, run_folder: Path | None, watch: ConsoleWatch,
+) -> tuple[TuneResult, Continued | None]:  # fmt: skip
+    """Tune a recipe, from the start or from a stored adapter; say so and end where it is interrupted.
+
+    Args:
+        options: of `continue_tuning`: new data and their replay.
+        gate: bounds of the gate that are not the usual ones.
+    Returns:
+        What was tuned; and how it compares with where it went on from, where that was an adapter of the same task.
+    """
+    watch.note(f"Loading {recipe.backbone.model} ...")
+    from peft_combo.tuning.loop import Interrupted, tune
+
+    try:
+        if start is None:
+            return tune(recipe, resume=resume, run_folder=run_folder, watch=watch), None
+        pretrained = _find_pretrained(recipe, start, options, promote)
+        if pretrained is not None:
+            tuned = tune(
+                pretrained.recipe, resume=resume, run_folder=run_folder, watch=watch, task=pretrained.task,
+                start=pretrained.start,
+            )  # fmt: skip
+            return tuned, None
+        from peft_combo.tuning.continual import Gate, continue_tuning
+
+        continued = continue_tuning(
+            recipe, start, **options, promote=promote, gate=Gate(**gate), resume=resume, run_folder=run_folder,
+            watch=watch,
+        )  # fmt: skip
+        return continued.result, continued
+    except Interrupted as error:
+        watch.close()
+        if watch.main:
+            print(error, file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
     """Refuse options that mean nothing without another one."""
     from peft_combo.errors import PeftComboError
@@ -149,12 +168,10 @@ def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
             raise PeftComboError(f"{option} means nothing without {needed}. Add {needed}, or drop it.")
 
 
-def _pretrained(
-    recipe: Recipe, start: str | None, options: dict[str, Any], promote: str | None = None
+def _find_pretrained(
+    recipe: Recipe, start: str, options: dict[str, Any], promote: str | None = None
 ) -> Pretrained | None:
-    """Return the start of a task from a pretrained adapter; None where --from names none, or an adapter of the task."""
-    if start is None:
-        return None
+    """Return the start of a task from a pretrained adapter; None where --from names an adapter of the task."""
     from peft_combo.errors import PeftComboError
     from peft_combo.tuning.continual import pretrained_start
 
@@ -175,12 +192,11 @@ def _dry_run(
     from peft_combo.tuning.plan import plan
 
     task = None
-    run: Pretrained | Continuation | None = _pretrained(recipe, start, options)
-    if start is not None and run is None:
+    if start is not None:
         from peft_combo.tuning.continual import continuation
 
-        run = continuation(recipe, start, **options)
-    if run is not None:
+        run: Pretrained | Continuation
+        run = _find_pretrained(recipe, start, options) or continuation(recipe, start, **options)
         recipe, task = run.recipe, run.task
     found = plan(recipe, task)
     short = found.shortfalls(recipe, run_folder or Path("runs") / recipe.name, max_memory_gib, max_minutes)
