@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from peft_combo.store.manifest import Manifest
 
 
-AdapterArgument = Annotated[str, typer.Argument(help="fashion (its latest version), fashion@v2 or fashion@prod.")]
-OptionalRecipe = Annotated[str | None, typer.Option("--recipe", "-r", help="Backbone and data to measure on.")]
-TextsOption = Annotated[Path | None, typer.Option("--texts", help="Compare on this file's lines, one text a line.")]
+AdapterArgument = Annotated[
+    str, typer.Argument(help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod.")
+]
+OptionalRecipe = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="Recipe of the backbone and the data to measure on.")
+]
+TextsOption = Annotated[Path | None, typer.Option("--texts", help="File of texts to compare on, one a line.")]
 
 
 @adapters_app.command("diff")
@@ -67,22 +71,26 @@ def adapters_diff(
 
 @adapters_app.command("merge")
 def adapters_merge(
-    adapters: Annotated[list[str], typer.Argument(help="Two or more: fashion home@v2 ...")],
+    adapters: Annotated[list[str], typer.Argument(help="Two adapters or more: fashion home@v2.")],
     into: Annotated[str, typer.Option("--into", help="Category to store it under.")],
     method: Annotated[
         Literal["average", "svd", "ties", "dare"],
-        typer.Option("--method", help="average: the mean, whole; svd: the mean at --rank; ties, dare: less conflict."),
+        typer.Option(
+            "--method",
+            help="Merging method: average (the mean, whole), svd (the mean at --rank), ties or dare (less conflict).",
+        ),
     ] = "average",
-    weights: Annotated[str | None, typer.Option("--weights", help="One an adapter, as in 2,1; default all alike.")] = (
-        None
-    ),
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Weights of the adapters, as in 2,1; default all alike.")
+    ] = (None),
     density: Annotated[
-        float | None, typer.Option("--density", help="Share of values kept; default 0.2 for ties, 0.5 for dare.")
+        float | None,
+        typer.Option("--density", help="Density, the share of values kept; default 0.2 for ties, 0.5 for dare."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", help="Most that an update may have; default that of the widest adapter.")
+        int | None, typer.Option("--rank", help="Maximum rank of an update; default that of the widest adapter.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what dare drops.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of what dare drops.")] = 0,
     recipe: OptionalRecipe = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -117,10 +125,10 @@ def adapters_merge(
 @adapters_app.command("convert")
 def adapters_convert(
     adapter: AdapterArgument,
-    rank: Annotated[int | None, typer.Option("--rank", help="Refuse an update that needs a higher rank.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Maximum rank of an update; default any.")] = None,
     max_error: Annotated[
         float | None,
-        typer.Option("--max-error", help="Share of an update's norm that may be left out; default 1e-5, exact."),
+        typer.Option("--max-error", help="Maximum share of an update's norm left out; default 1e-5, exact."),
     ] = None,
     texts: TextsOption = None,
     recipe: OptionalRecipe = None,

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from peft_combo.evaluation.search import Search
 
 
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a chart: .html, or .png with [plot].")]
-ToOption = Annotated[Path | None, typer.Option("--to", help="Write the best one as a recipe: winner.yaml.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")]
+ToOption = Annotated[Path | None, typer.Option("--to", help="File to write the best one to as a recipe: winner.yaml.")]
 
 
 @app.command()
@@ -30,15 +30,15 @@ def compare(
         list[str] | None, typer.Option("--method", help="Method in place of the recipe's own; may be repeated.")
     ] = None,
     over: Annotated[
-        list[str] | None, typer.Option("--over", help="Values of a key: --over adapter.rank=4,8,16. May be repeated.")
+        list[str] | None, typer.Option("--over", help="Values of a key, as in adapter.rank=4,8,16; may be repeated.")
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Seeds every variant is tuned under.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds of every variant, with commas between.")] = "0,1,2",
     data: DataOption = None,
     overrides: SetOption = None,
     plot: PlotOption = None,
     to: ToOption = None,
     folder: Annotated[
-        Path, typer.Option("--folder", help="Keeps results and adapters; the same command goes on there.")
+        Path, typer.Option("--folder", help="Folder of results and adapters, where the same command goes on.")
     ] = Path("runs/compare"),
     as_json: JsonOption = False,
 ) -> None:
@@ -88,14 +88,16 @@ def search(
     recipe: RecipeOption,
     over: Annotated[
         list[str],
-        typer.Option("--over", help="A key and its values: 4,8,16 or a span, 1..3 or 1e-4..1e-2:log. May be repeated."),
+        typer.Option("--over", help="Values of a key: 4,8,16, or a span, 1..3 or 1e-4..1e-2:log; may be repeated."),
     ],
-    trials: Annotated[int, typer.Option("--trials", min=1, max=10_000, help="Trials in all, earlier ones too.")] = 20,
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, max=10_000, help="Number of trials, with earlier ones.")
+    ] = 20,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the proposals.")] = 0,
     data: DataOption = None,
     overrides: SetOption = None,
     to: ToOption = None,
-    folder: Annotated[Path, typer.Option("--folder", help="Keeps the study; the same command goes on there.")] = Path(
+    folder: Annotated[Path, typer.Option("--folder", help="Folder of the study, where it goes on.")] = Path(
         "runs/search"
     ),
     as_json: JsonOption = False,
@@ -137,7 +139,7 @@ def lr_range(
     recipe: RecipeOption,
     low: Annotated[float, typer.Option("--from", min=1e-12, max=1, help="Learning rate of the first step.")] = 1e-6,
     high: Annotated[float, typer.Option("--to", min=1e-12, max=100, help="Learning rate of the last step.")] = 1.0,
-    steps: Annotated[int, typer.Option("--steps", min=10, max=1000, help="Steps between them.")] = 100,
+    steps: Annotated[int, typer.Option("--steps", min=10, max=1000, help="Number of steps between them.")] = 100,
     data: DataOption = None,
     overrides: SetOption = None,
     plot: PlotOption = None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TaskOption = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", help="Recipe whose task is to learn from it; without, every table there is."),
+    typer.Option("--recipe", "-r", help="Recipe whose task is to learn from it; default every table there is."),
 ]
 
 
@@ -72,8 +72,8 @@ def _asked(recipe: str | None, data: Path | None, overrides: list[str] | None) -
 
 @data_app.command("copy")
 def data_copy(
-    name: Annotated[str, typer.Argument(help="demo, the source that comes with the package")],
-    folder: Annotated[Path, typer.Argument(help="An empty or new folder, for its CSV files.")],
+    name: Annotated[str, typer.Argument(help="Name of the source, demo.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for its CSV files, new or empty.")],
 ) -> None:
     """Write the demo out as CSV files: an example of the folder format to look at, change and tune on."""
     from peft_combo.data.readers.demo import copy_demo
@@ -87,8 +87,8 @@ def data_copy(
 
 @data_app.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="A downloadable source; see: peft-combo data list")],
-    folder: Annotated[Path, typer.Option("--to", help="Where downloads are kept.")] = Path("data"),
+    name: Annotated[str, typer.Argument(help="Name of a downloadable source, of peft-combo data list.")],
+    folder: Annotated[Path, typer.Option("--to", help="Folder of downloads.")] = Path("data"),
 ) -> None:
     """Download a public data set (checksum, cache) and print its folder."""
     from peft_combo.data.readers.download import get

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 def evaluate(
     recipe: RecipeOption,
     adapters: Annotated[
-        list[str] | None, typer.Option("--adapter", help="fashion or fashion@v2; may be repeated.")
+        list[str] | None,
+        typer.Option("--adapter", help="Adapter to measure, as in fashion or fashion@v2; may be repeated."),
     ] = None,
     compose: Annotated[
-        bool, typer.Option("--compose", help="Also compose whole test bundles of one item: composer, beam, top-k.")
+        bool,
+        typer.Option("--compose", help="Composition of whole test bundles from one item too: composer, beam, top-k."),
     ] = False,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a chart: .html, or .png with [plot].")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
     store: StoreOption = Path("adapters"),

@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 @adapters_app.command("export")
 def adapters_export(
-    adapter: Annotated[str, typer.Argument(help="fashion (its latest version), fashion@v2 or fashion@prod.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write; must not be there, or be empty.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write, new or empty.")],
     format: Annotated[
         Literal["merged", "onnx", "onnx-int8"],
-        typer.Option("--format", help="merged: for transformers. onnx, onnx-int8: one graph, with [onnx]."),
+        typer.Option("--format", help="Format: merged for transformers; onnx, onnx-int8 for one graph, with [onnx]."),
     ] = "merged",
     min_agreement: Annotated[
         float | None,
         typer.Option(
             "--min-agreement", min=0, max=1,
-            help="Write nothing if fewer of the ten nearest neighbours stay; default 0.99, for onnx-int8 0.95.",
+            help="Minimum share of the ten nearest neighbours kept, else no export; default 0.99, for onnx-int8 0.95.",
         ),
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option("--texts", help="Measure on this file's lines instead of the recipe's catalogue.")
+        Path | None, typer.Option("--texts", help="File of texts to measure on; default the recipe's catalogue.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Backbone and data, instead of the adapter's own recipe.")
+        str | None, typer.Option("--recipe", "-r", help="Recipe of backbone and data; default the adapter's own.")
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 @data_app.command("suggest")
 def data_suggest(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Recipe of the data and the task to label for.")],
-    adapter: Annotated[str, typer.Option("--adapter", help="What is unsure: a stored adapter of that task.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Adapter of that task whose uncertainty decides.")],
     data: DataOption = None,
     what: Annotated[
-        Literal["bundles", "titles"] | None, typer.Option("--what", help="What to label; the adapter's task says it.")
+        Literal["bundles", "titles"] | None,
+        typer.Option("--what", help="Kind of what to label; default that of the adapter's task."),
     ] = None,
-    count: Annotated[int, typer.Option("-n", min=1, max=100_000, help="How many.")] = 20,
+    count: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Number of suggestions.")] = 20,
     target: Annotated[
         Path | None, typer.Option("--to", help="File to label them in: .csv or .jsonl (tags: .jsonl).")
     ] = None,

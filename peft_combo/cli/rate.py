@@ -14,17 +14,17 @@ from peft_combo.cli.output import console_watch, print_json, print_table
 
 @app.command()
 def rate(
-    adapter: Annotated[str, typer.Option("--adapter", help="A rating adapter: home-rating or home-rating@v2.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Rating adapter, as in home-rating or home-rating@v2.")],
     items: Annotated[
         list[str] | None,
-        typer.Argument(help="Ids or titles of what is rated; the likeliest items without any.", show_default=False),
+        typer.Argument(help="Ids or titles of items to rate; default the likeliest of all.", show_default=False),
     ] = None,
-    user: Annotated[str | None, typer.Option("--user", help="User id; what is known of them counts.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="Id of the user whose history counts.")] = None,
     liked: Annotated[
         list[str] | None,
-        typer.Option("--liked", help="Id or title of what they liked, the latest first; may be repeated."),
+        typer.Option("--liked", help="Id or title of an item they liked, the latest first; may be repeated."),
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many, where no items are given.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Number of items, where none are given.")] = 10,
     data: DataOption = None,
     store: StoreOption = Path("adapters"),
     cache: CacheOption = Path("vectors"),

@@ -26,44 +26,44 @@ if TYPE_CHECKING:
 @app.command()
 def recommend(
     recipe: RecipeOption,
-    items: Annotated[str | None, typer.Option("--items", help="Item ids every bundle holds: F1,F7.")] = None,
-    user: Annotated[str | None, typer.Option("--user", help="User id; with it the bundles suit that user.")] = None,
-    query: Annotated[str | None, typer.Option("--query", help="What is looked for, in words.")] = None,
+    items: Annotated[str | None, typer.Option("--items", help="Ids of items that every bundle holds: F1,F7.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="Id of the user to personalise for.")] = None,
+    query: Annotated[str | None, typer.Option("--query", help="Query in words.")] = None,
     tagger: Annotated[
-        str | None,
-        typer.Option("--tagger", help="Tagging adapter that takes the query apart: an item for each thing it names."),
+        str | None, typer.Option("--tagger", help="Tagging adapter that parses the query, an item for each thing.")
     ] = None,
     adapters: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="fashion or fashion@v2, may be repeated; default: the recipe's category."),
+        typer.Option("--adapter", help="Adapter, as in fashion@v2, may be repeated; default the recipe's category."),
     ] = None,
-    frozen: Annotated[bool, typer.Option("--frozen", help="No adapter: the frozen encoder.")] = False,
-    single: Annotated[bool, typer.Option("--single", help="Single items that complete, instead of bundles.")] = False,
-    k: Annotated[int | None, typer.Option("-k", help="How many; default 5.")] = None,
-    slots: Annotated[str | None, typer.Option("--slots", help="Slots every bundle must have: top,shoes.")] = None,
-    without_slots: Annotated[str | None, typer.Option("--without-slots", help="Slots no new item may have.")] = None,
-    budget: Annotated[float | None, typer.Option("--budget", help="Most a bundle may cost.")] = None,
-    max_price: Annotated[float | None, typer.Option("--max-price", help="Most a new item may cost.")] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Frozen encoder, without any adapter.")] = False,
+    single: Annotated[bool, typer.Option("--single", help="Single items that complete, in place of bundles.")] = False,
+    k: Annotated[int | None, typer.Option("-k", help="Number of bundles or items; default 5.")] = None,
+    slots: Annotated[str | None, typer.Option("--slots", help="Required slots of a bundle, as in top,shoes.")] = None,
+    without_slots: Annotated[str | None, typer.Option("--without-slots", help="Forbidden slots of new items.")] = None,
+    budget: Annotated[float | None, typer.Option("--budget", help="Maximum price of the bundle.")] = None,
+    max_price: Annotated[float | None, typer.Option("--max-price", help="Maximum price of a new item.")] = None,
     season: Annotated[str | None, typer.Option("--season", help="Season of new items.")] = None,
-    category: Annotated[list[str] | None, typer.Option("--category", help='Only under this path: "A > B".')] = None,
-    size: Annotated[int | None, typer.Option("--size", help="Items in a bundle.")] = None,
-    in_stock: Annotated[bool, typer.Option("--in-stock", help="Only items of which some are left.")] = False,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", help='Category path of new items, as in "A > B"; may be repeated.')
+    ] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Number of items in a bundle; default as usual.")] = None,
+    in_stock: Annotated[bool, typer.Option("--in-stock", help="New items in stock only.")] = False,
     diversity: Annotated[
-        float | None, typer.Option("--diversity", help="0 the best, 1 the most varied; default 0.3.")
+        float | None,
+        typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.3."),
     ] = None,
-    substitute: Annotated[bool, typer.Option("--substitute", help="Replace like by like, not complete.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Say from what evidence.")] = False,
+    substitute: Annotated[bool, typer.Option("--substitute", help="Substitutes, in place of complements.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Explanation of every item: scores and evidence.")] = False,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Answer a file: a request as a JSON object on each line.")
+        Path | None, typer.Option("--from", help="File of requests to answer, a JSON object on each line.")
     ] = None,
-    target: Annotated[Path | None, typer.Option("--to", help="With --from: .jsonl or .parquet for answers.")] = None,
+    target: Annotated[Path | None, typer.Option("--to", help="With --from: answers, .jsonl or .parquet.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
     store: StoreOption = Path("adapters"),
     cache: CacheOption = Path("vectors"),
-    fitted_folder: Annotated[Path, typer.Option("--fitted", help="Folder that keeps fitted recommenders.")] = Path(
-        "fitted"
-    ),
+    fitted_folder: Annotated[Path, typer.Option("--fitted", help="Folder of fitted recommenders.")] = Path("fitted"),
     as_json: JsonOption = False,
 ) -> None:
     """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""

@@ -27,10 +27,10 @@ def tag(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts, each in quotes.", show_default=False)] = None,
     adapter: Annotated[
         str | None,
-        typer.Option("--adapter", help="A tagging adapter: fashion-tags@v2. Without, a list of fashion nouns."),
+        typer.Option("--adapter", help="Tagging adapter, as in fashion-tags@v2; default a list of fashion nouns."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Tag the titles of a catalogue instead: the folder of its items.")
+        Path | None, typer.Option("--data", help="Folder of a catalogue whose titles are tagged, in place of texts.")
     ] = None,
     target: Annotated[
         Path | None, typer.Option("--to", help="With --data: items.csv to write, with slot and entity of every item.")
@@ -107,7 +107,7 @@ def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) ->
 @app.command()
 def classify(
     texts: TextsArgument,
-    adapter: Annotated[str, typer.Option("--adapter", help="A classification adapter: intents or intents@v2.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Classification adapter, as in intents or intents@v2.")],
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:

@@ -20,27 +20,30 @@ if TYPE_CHECKING:
     from peft_combo.tuning.loop import TuneResult
 
 MaxMemoryOption = Annotated[
-    float | None, typer.Option("--max-memory-gib", min=0, help="With --dry-run: the most memory it may take.")
+    float | None,
+    typer.Option("--max-memory-gib", min=0, help="With --dry-run: maximum memory in GiB; default no limit."),
 ]
 MaxMinutesOption = Annotated[
-    float | None, typer.Option("--max-minutes", min=0, help="With --dry-run: the most time it may take.")
+    float | None,
+    typer.Option("--max-minutes", min=0, help="With --dry-run: maximum time in minutes; default no limit."),
 ]
 GateGainOption = Annotated[
-    float | None, typer.Option("--gate-gain", help="Gate: NDCG@10 to win on new questions, more than this; 0.")
+    float | None,
+    typer.Option("--gate-gain", help="Gate: minimum gain in NDCG@10 on new queries, exclusive; default 0."),
 ]
 GatePOption = Annotated[
-    float | None, typer.Option("--gate-p", help="Gate: the gain's paired test has to be below this; 0.05.")
+    float | None, typer.Option("--gate-p", help="Gate: maximum p of the gain's paired test, exclusive; default 0.05.")
 ]
 GateForgettingOption = Annotated[
     float | None,
-    typer.Option("--gate-forgetting", help="Gate: NDCG@10 that may be lost on the old questions; 0.01."),
+    typer.Option("--gate-forgetting", help="Gate: maximum loss of NDCG@10 on old queries; default 0.01."),
 ]
 StartOption = Annotated[
     str | None,
     typer.Option(
         "--from",
-        help="Go on from a stored adapter (fashion@prod): same method and shapes, a new version. Or start any task "
-        "from one that read texts alone (fashion-text).",
+        help="Adapter to go on from (fashion@prod): same method and shapes, a new version; or, for any task, one that "
+        "read texts alone (fashion-text).",
     ),
 ]
 NewDataOption = Annotated[
@@ -48,11 +51,11 @@ NewDataOption = Annotated[
 ]
 ReplayOption = Annotated[
     float | None,
-    typer.Option("--replay", help="With --new-data: share of the training bundles drawn from the old ones; 0.3."),
+    typer.Option("--replay", help="With --new-data: share of training bundles drawn from the old ones; default 0.3."),
 ]
 PromoteOption = Annotated[
     str | None,
-    typer.Option("--promote", help="With --from: alias that moves to the new version if it passes the gate."),
+    typer.Option("--promote", help="With --from: alias to move to the new version if it passes the gate."),
 ]
 
 
@@ -61,12 +64,12 @@ def tune(
     recipe: RecipeOption,
     data: DataOption = None,
     overrides: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this recipe.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continuation from the last checkpoint.")] = False,
     run_folder: Annotated[
-        Path | None, typer.Option("--run-folder", help="Checkpoints and loss log; default runs/<recipe>.")
+        Path | None, typer.Option("--run-folder", help="Folder of checkpoints and loss log; default runs/<recipe>.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what the run would do and need; exit code 3 if it does not fit.")
+        bool, typer.Option("--dry-run", help="Plan only: steps, memory and time; exit code 3 if it does not fit.")
     ] = False,
     max_memory_gib: MaxMemoryOption = None,
     max_minutes: MaxMinutesOption = None,
@@ -272,7 +275,7 @@ def _print_continued(continued: Continued) -> None:
 def embed(
     recipe: RecipeOption,
     adapter: Annotated[
-        str | None, typer.Option("--adapter", help="fashion or fashion@v2; without it the frozen encoder.")
+        str | None, typer.Option("--adapter", help="Adapter, as in fashion or fashion@v2; default the frozen encoder.")
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,
