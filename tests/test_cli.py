@@ -364,7 +364,7 @@ def test_a_query_is_taken_apart_and_what_was_understood_is_said(
     code, out, err = run(*ask, "--items", "i0", "--tagger", "tiny")
     assert (code, out) == (1, "")
     assert "--tagger takes a query apart" in err
-    monkeypatch.setattr("peft_combo.cli.recommend.adapter_tagger", lambda reference, store: by_last_word)
+    monkeypatch.setattr("peft_combo.cli.recommend.load_tagger", lambda reference, store: by_last_word)
     query = ("--query", "w10 w121 with w124", "--tagger", "words")
     code, out, err = run(*ask, *query, "--explain")
     assert code == 0, err

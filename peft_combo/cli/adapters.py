@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, adapters_app
-from peft_combo.cli.output import metric, print_faults, print_json, print_table
+from peft_combo.cli.output import format_metric, print_faults, print_json, print_table
 from peft_combo.errors import StoreError
 
 
@@ -32,12 +32,12 @@ def adapters_list(store: StoreOption = Path("adapters"), as_json: JsonOption = F
     rows = []
     for record in records:
         manifest = record.manifest
-        before, after = (metric(manifest.metrics, when, "ndcg@10") for when in ("before", "after"))
+        before, after = (format_metric(manifest.metrics, when, "ndcg@10") for when in ("before", "after"))
         size = sum(entry.bytes for entry in manifest.files.values())
         rows.append(
             (
                 record.reference, ", ".join(names.get(record.reference, ())), manifest.method, manifest.backbone.model,
-                manifest.data.name, f"{before} -> {after}" if manifest.metrics else "not measured", _mebibytes(size),
+                manifest.data.name, f"{before} -> {after}" if manifest.metrics else "not measured", _format_mib(size),
                 f"{manifest.created:%Y-%m-%d %H:%M}",
             )
         )  # fmt: skip
@@ -225,10 +225,10 @@ def adapters_gc(
         print_json([garbage._asdict() for garbage in gone])
         return
     for garbage in gone:
-        print(f"{'would remove' if dry_run else 'removed'} {garbage.name} ({_mebibytes(garbage.bytes)})")
-    total = _mebibytes(sum(garbage.bytes for garbage in gone))
+        print(f"{'would remove' if dry_run else 'removed'} {garbage.name} ({_format_mib(garbage.bytes)})")
+    total = _format_mib(sum(garbage.bytes for garbage in gone))
     print(f"{total} {'would be freed' if dry_run else 'freed'}" if gone else "Nothing to remove.")
 
 
-def _mebibytes(count: int) -> str:
+def _format_mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"

@@ -32,7 +32,7 @@ CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of the vector
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
 
 
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         print(f"peft-combo {__version__}")
         raise typer.Exit
@@ -42,7 +42,7 @@ def _version(asked: bool) -> None:
 def _main(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Version of peft-combo, and nothing else."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Version, and nothing else."),
     ] = False,
 ) -> None:
     pass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app
-from peft_combo.cli.output import console_watch, metric_name, print_json, print_table
+from peft_combo.cli.output import console_watch, format_metric_name, print_json, print_table
 from peft_combo.errors import PeftComboError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def compare(
     from peft_combo.metrics.charts import check_ending, draw
     from peft_combo.recipe.files import check_destination, write_recipe
 
-    numbers = _seeds(seeds)
+    numbers = _parse_seeds(seeds)
     if plot is not None:
         check_ending(plot)
     if to is not None:
@@ -70,7 +70,8 @@ def compare(
     if plot is not None:
         draw(chart(found), plot)
     if to is not None:
-        told = f"{metric_name(found.metric)} {found.best.value:.4f} on validation, seeds {', '.join(map(str, numbers))}"
+        quality = f"{format_metric_name(found.metric)} {found.best.value:.4f} on validation"
+        told = f"{quality}, seeds {', '.join(map(str, numbers))}"
         write_recipe(
             found.recipes[found.best.label],
             to,
@@ -125,7 +126,7 @@ def search(
         reason = found.trials[-1].reason or "all were cut off"
         raise PeftComboError(f"None of the {len(found.trials)} trials came to an end; the last: {reason}")
     if to is not None:
-        told = f"{metric_name(found.metric)} {found.best.value:.4f} on validation"
+        told = f"{format_metric_name(found.metric)} {found.best.value:.4f} on validation"
         what = f"The best of {len(found.trials)} trials over {recipe}: {' '.join(found.best.settings)} ({told})."
         write_recipe(found.recipe, to, (what, "", f"Run:  peft-combo tune --recipe {to}"))
     if as_json:
@@ -178,7 +179,7 @@ def lr_range(
     print(f"The recipe has {loaded.training.learning_rate:g}. Change it with: --set training.learning_rate=RATE")
 
 
-def _seeds(text: str) -> list[int]:
+def _parse_seeds(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and int(word) < 2**32 for word in words) or len({*words}) < len(words):
         raise PeftComboError(f"--seeds: expected different whole numbers from 0, as in 0,1,2; found {text}.")
@@ -191,7 +192,7 @@ def _print_comparison(found: Comparison) -> None:
     seeds = ", ".join(map(str, found.seeds))
     print(f"{found.asked}; seed{'s' if len(found.seeds) > 1 else ''} {seeds}")
     print_table(
-        ("", metric_name(found.metric), "95 % interval", "spread", "gain", "p: best", "parameters", "stored MiB",
+        ("", format_metric_name(found.metric), "95 % interval", "spread", "gain", "p: best", "parameters", "stored MiB",
          "minutes", "peak MiB", "1 text ms", "32 texts ms", "load ms"),
         [line.cells() for line in found.lines],
         numbers=True,
@@ -212,7 +213,7 @@ def _print_search(found: Search) -> None:
     assert found.best is not None
     keys = [setting.partition("=")[0] for setting in found.best.settings]
     print_table(
-        ("trial", *keys, metric_name(found.metric), "evaluations", "seconds", ""),
+        ("trial", *keys, format_metric_name(found.metric), "evaluations", "seconds", ""),
         [
             (
                 str(trial.number),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, SetOption, data_app
-from peft_combo.cli.output import figure, print_faults, print_json, print_table
+from peft_combo.cli.output import format_figure, print_faults, print_json, print_table
 
 if TYPE_CHECKING:
     from peft_combo.recipe.model import DataConfig
@@ -38,7 +38,7 @@ def data_check(recipe: TaskOption = None, data: DataOption = None, overrides: Se
     """Say everything that is wrong with a dataset, labels or tags: every fault with file, line and remedy."""
     from peft_combo.data.task_data import check_data
 
-    config, task = _asked(recipe, data, overrides)
+    config, task = _load_task(recipe, data, overrides)
     print_faults("", check_data(config, task), fine="The data can be read; nothing is wrong with it.")
 
 
@@ -52,17 +52,21 @@ def data_stats(
     """Describe a dataset, labels or tags in figures, and how they would be split."""
     from peft_combo.data.task_data import describe_data
 
-    found = describe_data(*_asked(recipe, data, overrides))
+    found = describe_data(*_load_task(recipe, data, overrides))
     if as_json:
         print_json(found[0] if len(found) == 1 else found)
         return
     for place, figures in enumerate(found):
         if place:
             print()
-        print_table(("figure", "value"), [(name.replace("_", " "), figure(value)) for name, value in figures.items()])
+        print_table(
+            ("figure", "value"), [(name.replace("_", " "), format_figure(value)) for name, value in figures.items()]
+        )
 
 
-def _asked(recipe: str | None, data: Path | None, overrides: list[str] | None) -> tuple[DataConfig, TaskConfig | None]:
+def _load_task(
+    recipe: str | None, data: Path | None, overrides: list[str] | None
+) -> tuple[DataConfig, TaskConfig | None]:
     """Return the data of a recipe and its task; of no recipe the demo or --data, whatever task it is for."""
     from peft_combo.recipe.files import load_recipe
 

@@ -48,7 +48,7 @@ def adapters_export(
 
     record = AdapterStore(store).open(adapter)
     manifest = record.manifest
-    loaded = recipe_for(manifest, recipe, tuple(overrides or ()), data)
+    loaded = load_recipe_of(manifest, recipe, tuple(overrides or ()), data)
     with console_watch() as watch:
         from peft_combo.adapters.export import export as run
         from peft_combo.data.queries import Queries
@@ -59,7 +59,7 @@ def adapters_export(
         space = Workspace.of(loaded.model_copy(update={"backbone": encoder}), store=store)
         questions = None
         if texts is not None:
-            measured = lines_of(texts)
+            measured = read_lines(texts)
         else:
             loaded.ready()
             measured = space.texts
@@ -74,7 +74,7 @@ def adapters_export(
         _print_export(done)
 
 
-def recipe_for(manifest: Manifest, name: str | None, overrides: tuple[str, ...], data: Path | None) -> Recipe:
+def load_recipe_of(manifest: Manifest, name: str | None, overrides: tuple[str, ...], data: Path | None) -> Recipe:
     from peft_combo.recipe.files import load_recipe
     from peft_combo.recipe.parse import parse_recipe
 
@@ -92,7 +92,7 @@ def recipe_for(manifest: Manifest, name: str | None, overrides: tuple[str, ...],
     return parse_recipe(manifest.recipe, title=f"The recipe of {manifest.reference} does not hold together:")
 
 
-def lines_of(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -53,7 +53,7 @@ def data_suggest(
         remedy = f"Leave --what out, or set it to {fitting}." if fitting else "Use a bundle, class or tag adapter."
         raise DataError(f"An adapter for {kind} cannot say which {what or 'texts'} to label. {remedy}")
     with console_watch() as watch:
-        choose = _bundles if fitting == "bundles" else _titles
+        choose = _suggest_bundles if fitting == "bundles" else _suggest_titles
         found = choose(space, space.bank.get(adapter), count, watch)
     rows = [row for one in found for row in one.rows]
     if target is not None:
@@ -80,7 +80,7 @@ _HOW = {
 }
 
 
-def _titles(space: Workspace, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[LabelSuggestion]:
+def _suggest_titles(space: Workspace, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[LabelSuggestion]:
     from peft_combo.data.labels.annotation import unlabelled_texts
     from peft_combo.recipe.task import ClassificationTask, TaggingTask
     from peft_combo.tuning.active_learning import suggest_texts
@@ -93,7 +93,7 @@ def _titles(space: Workspace, live: LiveAdapter, count: int, watch: ConsoleWatch
     return suggest_texts(space.backbone, live, pool.texts, count, recipe.seed, watch.advance)
 
 
-def _bundles(space: Workspace, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[LabelSuggestion]:
+def _suggest_bundles(space: Workspace, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[LabelSuggestion]:
     from peft_combo.data.pseudo_bundles import Mined, mine
     from peft_combo.recipe.task import BundleTask, PseudoBundles
     from peft_combo.tuning.active_learning import suggest_bundles

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
-from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table, words
-from peft_combo.cli.tag import adapter_tagger
+from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table, split_words
+from peft_combo.cli.tag import load_tagger
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
@@ -77,16 +77,16 @@ def recommend(
     if tagger is not None and query is None and source is None:
         raise DataError("--tagger takes a query apart, and there is none. Add --query, or --from with queries.")
     given = {
-        "items": words(items), "user": user, "query": query, "single": single, "k": k, "slots": words(slots),
-        "without_slots": words(without_slots), "budget": budget, "max_price": max_price, "season": season,
-        "categories": category, "size": size, "in_stock": in_stock, "diversity": diversity, "substitute": substitute,
-        "explain": explain,
+        "items": split_words(items), "user": user, "query": query, "single": single, "k": k,
+        "slots": split_words(slots), "without_slots": split_words(without_slots), "budget": budget,
+        "max_price": max_price, "season": season, "categories": category, "size": size, "in_stock": in_stock,
+        "diversity": diversity, "substitute": substitute, "explain": explain,
     }  # fmt: skip
     request = parse_request({name: value for name, value in given.items() if value is not None})
     with console_watch() as watch:
         references = [] if frozen else adapters or [loaded.category]
         space = Workspace.of(loaded, adapters=references, store=store, cache=cache)
-        find_entities = None if tagger is None else adapter_tagger(tagger, store)
+        find_entities = None if tagger is None else load_tagger(tagger, store)
         fitted = _fit_recommender(space, references, fitted_folder, watch)
         if source is not None and target is not None:
             _answer_file(fitted, source, target, request, find_entities, watch)
@@ -182,10 +182,10 @@ def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
         for item, title, slot in zip(bundle.items, bundle.titles, bundle.slots, strict=True):
             print(f"   {'+' if item in bundle.added else ' '} {slot:12} {item:12} {title}")
             if explain and item in why:
-                print(f"     {' ' * 25}{_reasons(why[item])}")
+                print(f"     {' ' * 25}{_format_reasons(why[item])}")
 
 
-def _reasons(entry: Mapping[str, Any]) -> str:
+def _format_reasons(entry: Mapping[str, Any]) -> str:
     reasons = [f"relevance {entry['relevance']:+.2f}, compatibility {entry['compatibility']:+.2f}"]
     if "answers" in entry:
         told = [one["wish"] + ("" if one["named"] else f", as another {one['type']}") for one in entry["answers"]]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
-from peft_combo.cli.output import figure, print_json, print_table
+from peft_combo.cli.output import format_figure, print_json, print_table
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def tag(
 
     if bool(texts) == (data is not None) or (data is None) != (target is None):
         raise DataError("Expected texts to tag, or --data FOLDER with --to items.csv for a whole catalogue.")
-    tagger = noun_entities if adapter is None else adapter_tagger(adapter, store)
+    tagger = noun_entities if adapter is None else load_tagger(adapter, store)
     if data is not None and target is not None:
         _tag_catalogue(data, target, tagger, as_json)
         return
@@ -61,9 +61,9 @@ def tag(
             )
 
 
-def adapter_tagger(reference: str, store: Path) -> Tagger:
+def load_tagger(reference: str, store: Path) -> Tagger:
     """Load a tagging adapter over the encoder that its own recipe names."""
-    bank, live = _loaded(reference, store)
+    bank, live = _load_adapter(reference, store)
 
     from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead
 
@@ -98,7 +98,7 @@ def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) ->
         print_json({"file": str(target), **told})
         return
     print(
-        f"{given.total():,} of {len(tagged):,} items got a slot ({figure(told['slots_given']) or 'none'}); "
+        f"{given.total():,} of {len(tagged):,} items got a slot ({format_figure(told['slots_given']) or 'none'}); "
         f"{told['slots_before']:,} had one, {told['without_slot']:,} have none."
     )
     print(f"Written to {target}. With the other tables beside it, as items.csv, it is a folder for --data.")
@@ -112,7 +112,7 @@ def classify(
     as_json: JsonOption = False,
 ) -> None:
     """Tell the class of texts with a classification adapter, and how likely it is."""
-    bank, live = _loaded(adapter, store)
+    bank, live = _load_adapter(adapter, store)
 
     from peft_combo.encoder.heads.classification import ClassificationHead
 
@@ -139,7 +139,7 @@ def classify(
     print_table(("text", "class", "most likely"), rows)
 
 
-def _loaded(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
+def _load_adapter(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
     """Load an adapter over the encoder that its own recipe names."""
     from peft_combo.recommender.workspace import Workspace
 

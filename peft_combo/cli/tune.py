@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
-from peft_combo.cli.output import ConsoleWatch, console_watch, metric_name, print_json, print_table, rank
+from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, get_rank, print_json, print_table
 
 if TYPE_CHECKING:
     from peft_combo.metrics.report import Row
@@ -108,13 +108,13 @@ def tune(
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
     with console_watch() as watch:
         if dry_run:
-            fits = _dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
+            fits = _print_dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
             raise typer.Exit(0 if fits else 3)
-        result, continued = _run(loaded, start, options, promote, gate, resume, run_folder, watch)
+        result, continued = _run_tuning(loaded, start, options, promote, gate, resume, run_folder, watch)
     if not watch.main:
         return
     if as_json:
-        print_json(_tune_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
+        print_json(_build_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
     else:
         _print_tuned(result, loaded)
         if continued is not None:
@@ -123,7 +123,7 @@ def tune(
         raise typer.Exit(4)
 
 
-def _run(
+def _run_tuning(
     recipe: Recipe, start: str | None, options: dict[str, Any], promote: str | None, gate: dict[str, float],
     resume: bool, run_folder: Path | None, watch: ConsoleWatch,
 ) -> tuple[TuneResult, Continued | None]:  # fmt: skip
@@ -187,7 +187,7 @@ def _find_pretrained(
     return found
 
 
-def _dry_run(
+def _print_dry_run(
     recipe: Recipe, start: str | None, options: dict[str, Any], run_folder: Path | None, max_memory_gib: float | None,
     max_minutes: float | None, as_json: bool,
 ) -> bool:  # fmt: skip
@@ -227,23 +227,24 @@ def _print_plan(plan: Plan) -> None:
         ("data", f"{plan.items:,}", f"texts; {plan.unit}: {examples}"),
         ("steps", f"{plan.steps:,}", f"in {plan.epochs} epochs, the first {plan.warmup_steps:,} of them warm-up, then "
          f"{plan.schedule}; {plan.evaluations:,} evaluations by {plan.metric}"),
-        ("memory", _mib(memory.host), "at the peak, of which:"),
-        ("  libraries and data", _mib(memory.base), ""),
-        ("  frozen weights", _mib(memory.frozen), f"{_mib(memory.loading)} while they load"),
-        ("  what learns", _mib(memory.trained), "adapter and head, gradients, optimizer state, best copy"),
-        ("  one step", _mib(memory.step), "activations of the heaviest micro-batch, at the lengths of its texts"),
-        ("  lower layers", _mib(memory.cached), "states kept below the adapter"),
-        ("  allocator", _mib(memory.allocator), "what passes through the encoder take beyond that and keep"),
-        ("  catalogue", _mib(memory.vectors), "vectors; not at the same time as a step"),
-        ("  evaluation", _mib(memory.evaluation), "block of scores; not at the same time as a step"),
+        ("memory", _format_mib(memory.host), "at the peak, of which:"),
+        ("  libraries and data", _format_mib(memory.base), ""),
+        ("  frozen weights", _format_mib(memory.frozen), f"{_format_mib(memory.loading)} while they load"),
+        ("  what learns", _format_mib(memory.trained), "adapter and head, gradients, optimizer state, best copy"),
+        ("  one step", _format_mib(memory.step), "activations of the heaviest micro-batch, "
+         "at the lengths of its texts"),
+        ("  lower layers", _format_mib(memory.cached), "states kept below the adapter"),
+        ("  allocator", _format_mib(memory.allocator), "what passes through the encoder take beyond that and keep"),
+        ("  catalogue", _format_mib(memory.vectors), "vectors; not at the same time as a step"),
+        ("  evaluation", _format_mib(memory.evaluation), "block of scores; not at the same time as a step"),
     ]  # fmt: skip
     if memory.gpu:
-        rows.insert(6, ("  on the GPU", _mib(memory.device), "weights, what learns, one step"))
+        rows.insert(6, ("  on the GPU", _format_mib(memory.device), "weights, what learns, one step"))
     rows += [
-        ("disk", _mib(disk.checkpoints), "checkpoints while it runs"),
-        ("", _mib(disk.adapter), "the adapter"),
-        ("", _mib(disk.scratch), "lower layers that do not fit into training.cache_limit_mib"),
-        ("", _mib(disk.vectors), "vectors, once the catalogue is encoded with it"),
+        ("disk", _format_mib(disk.checkpoints), "checkpoints while it runs"),
+        ("", _format_mib(disk.adapter), "the adapter"),
+        ("", _format_mib(disk.scratch), "lower layers that do not fit into training.cache_limit_mib"),
+        ("", _format_mib(disk.vectors), "vectors, once the catalogue is encoded with it"),
         ("time", duration(plan.seconds), f"on {plan.device}, without early stopping"),
     ]
     print(f"{plan.recipe}: {plan.method} for {plan.category}")
@@ -252,7 +253,7 @@ def _print_plan(plan: Plan) -> None:
         print(f"Advice: {advice}")
 
 
-def _mib(size: float) -> str:
+def _format_mib(size: float) -> str:
     return f"{size / 1024:,.2f} GiB" if size >= 1024 else f"{size:,.1f} MiB"
 
 
@@ -296,7 +297,7 @@ def embed(
         from peft_combo.encoder.vectors import embed as run
 
         texts, bank = space.texts, space.bank
-        process, processes = rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        process, processes = get_rank(), int(os.environ.get("WORLD_SIZE", "1"))
         watch.stage("Encoding the catalogue", len(set(texts)) // processes)
         count = run(bank, texts, adapter, cache, process=process, processes=processes, progress=watch.advance)
     if watch.main:
@@ -311,19 +312,22 @@ def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
     print(f"{recipe.category} by {recipe.adapter.method}: {table.asked}")
     columns = list(table.after.values)
     print_table(
-        ("", *(told for name in columns for told in _headings(name, table.metric))),
-        [(row.name, *(told for name in columns for told in _figures(row, name, table.metric))) for row in table.rows],
+        ("", *(told for name in columns for told in _format_headings(name, table.metric))),
+        [
+            (row.name, *(told for name in columns for told in _format_values(row, name, table.metric)))
+            for row in table.rows
+        ],
         numbers=True,
     )
     for detail in table.details:
         print(f"\n{detail.title}")
-        print_table(detail.header, [[_cell(value) for value in row] for row in detail.rows], numbers=True)
+        print_table(detail.header, [[_format_cell(value) for value in row] for row in detail.rows], numbers=True)
     gain = table.gain
     verdict = (
         "better than" if gain.interval[0] > 0 else "not clearly better than" if gain.value > 0 else "no better than"
     )
     print(
-        f"The tuned encoder is {verdict} the frozen one: {metric_name(table.metric)} {gain.value:+.4f} "
+        f"The tuned encoder is {verdict} the frozen one: {format_metric_name(table.metric)} {gain.value:+.4f} "
         f"[{gain.interval[0]:+.4f}, {gain.interval[1]:+.4f}], paired by group, p = {gain.p:.4f}."
     )
     print(table.caveat)
@@ -335,20 +339,20 @@ def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
     print(f"Loss log: {result.run_folder / 'log.jsonl'}")
 
 
-def _headings(name: str, interval_of: str) -> tuple[str, ...]:
-    return (metric_name(name), "95 % interval") if name == interval_of else (metric_name(name),)
+def _format_headings(name: str, interval_of: str) -> tuple[str, ...]:
+    return (format_metric_name(name), "95 % interval") if name == interval_of else (format_metric_name(name),)
 
 
-def _figures(row: Row, name: str, interval_of: str) -> tuple[str, ...]:
-    told = _cell(row.values.get(name, ""))
+def _format_values(row: Row, name: str, interval_of: str) -> tuple[str, ...]:
+    told = _format_cell(row.values.get(name, ""))
     return (told, f"{row.interval[0]:.3f} to {row.interval[1]:.3f}") if name == interval_of else (told,)
 
 
-def _cell(value: str | float) -> str:
+def _format_cell(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _tune_json(result: TuneResult) -> dict[str, Any]:
+def _build_json(result: TuneResult) -> dict[str, Any]:
     table = result.table
     return {
         "adapter": result.record.reference,
