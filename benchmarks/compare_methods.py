@@ -15,7 +15,7 @@ from pathlib import Path
 
 from _smoke import add_smoke, make_tiny
 
-from peft_combo.cli.output import ConsoleWatch, metric_name
+from peft_combo.cli.output import ConsoleWatch, format_metric_name
 from peft_combo.evaluation.comparison.runs import compare
 from peft_combo.evaluation.comparison.table import PROTOCOL, SIGNIFICANT, Comparison, Line
 from peft_combo.evaluation.comparison.variants import variants_of
@@ -109,7 +109,7 @@ def paragraph(line: Line, found: Comparison) -> str:
     epochs = found.recipes[line.label].training.epochs
     return (
         f"{MARK}\nMeasured on BundleRec clothing by `{RECIPE}`, at most {epochs} epochs, on validation:\n"
-        f"{metric_name(found.metric)} {line.value:.4f}{over}, with {line.adapter_parameters:,} parameters.\n"
+        f"{format_metric_name(found.metric)} {line.value:.4f}{over}, with {line.adapter_parameters:,} parameters.\n"
         "See [the comparison](../comparison.md) for the others and what they cost."
     )
 

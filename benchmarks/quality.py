@@ -31,15 +31,13 @@ from _smoke import add_smoke, make_tiny
 from safetensors.torch import load_file
 
 from peft_combo import metrics
-from peft_combo.data.sources import open_dataset
-from peft_combo.data.splits import split_as
-from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.evaluation.canary import run_canary
 from peft_combo.evaluation.completion import evaluate
 from peft_combo.evaluation.report import Report
 from peft_combo.recipe.files import load_recipe
+from peft_combo.recommender import Workspace
 from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.scorer_id import BY_CATEGORY, FROZEN, FUSION, PEER, ScorerId
 from peft_combo.tuning.loop import tune
@@ -132,8 +130,8 @@ def one_split(
     with tempfile.TemporaryDirectory() as scratch:
         changes = (*changes, f"data.split_seed={seed}", f"store={scratch}/adapters")
         recipe = load_recipe(recipe_name, changes, data=folder)
-        dataset = open_dataset(recipe.data)
-        parts = split_as(dataset, recipe.data)
+        space = Workspace.of(recipe)
+        dataset, parts = space.dataset, space.split
         narrowed = {path.split(" > ")[-1].split(",")[0].lower(): path for path in case.categories}
         runs = {"all" if narrowed else recipe.adapter.method: recipe}
         for short, path in narrowed.items():
@@ -141,8 +139,7 @@ def one_split(
             runs[short] = load_recipe(recipe_name, only, data=folder)
         results = {short: tune(run, run_folder=Path(scratch) / short) for short, run in runs.items()}
         tuned_in = time.perf_counter() - clock
-        backbone = Backbone.of(recipe.backbone)
-        texts = dataset.texts
+        backbone, texts = space.backbone, space.dataset.texts
         tuned = {
             short: (
                 backbone.encode(texts, backbone.attach(result.record)),

@@ -31,17 +31,16 @@ ENCODE = """
 import json, sys, time, warnings
 warnings.simplefilter("ignore")
 import numpy as np
-from peft_combo.store.adapter_store import AdapterStore
-from peft_combo.encoder.backbone import Backbone
-from peft_combo.data.sources import open_dataset
 from peft_combo.recipe.parse import parse_recipe
+from peft_combo.recommender import Workspace
 from peft_combo.tuning.resources import peak_mib
 from peft_combo.tuning.plan import build_autocast
 raw, bits, precision, adapter, vectors = sys.argv[1:]
 recipe = parse_recipe(json.loads(raw))
-texts = list(dict.fromkeys(open_dataset(recipe.data).texts))
-backbone = Backbone.load(recipe.backbone.model, max_length=recipe.backbone.max_length, quantization=bits)
-attached = backbone.attach(AdapterStore(recipe.store).open(recipe.category)) if adapter == "tuned" else None
+encoder = recipe.backbone.model_copy(update={"quantization": bits})
+space = Workspace.of(recipe.model_copy(update={"backbone": encoder}))
+texts, backbone = list(dict.fromkeys(space.dataset.texts)), space.backbone
+attached = backbone.attach(space.store.open(recipe.category)) if adapter == "tuned" else None
 with build_autocast("cpu", precision):
     backbone.encode(texts[:64], attached)
     clock = time.perf_counter()

@@ -36,7 +36,6 @@ import torch
 from _smoke import add_smoke, make_tiny
 from torch import nn
 
-from peft_combo.data.sources import open_dataset
 from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import find_layers, find_target_modules, set_dropout, set_training
 from peft_combo.encoder.backbone import Backbone
@@ -44,6 +43,7 @@ from peft_combo.encoder.tokens import chunk_by_length
 from peft_combo.recipe.adapter import LoraAdapter
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recipe.model import Recipe
+from peft_combo.recommender import Workspace
 from peft_combo.tuning.item_encoder import ItemEncoder
 
 BATCH = 192  # distinct items in a batch of lora-fashion: 32 bundles and 64 extra negatives
@@ -71,8 +71,8 @@ def main() -> None:
 
 def compare(recipe: Recipe, top_layers: int, rounds: int, batch: int, pad_to: int) -> None:
     """Time all ways in turn and print the table; the first two pad every text to `pad_to` tokens."""
-    texts = list(dict.fromkeys(open_dataset(recipe.data).texts))
-    backbone = Backbone.of(recipe.backbone)
+    space = Workspace.of(recipe)
+    texts, backbone = list(dict.fromkeys(space.dataset.texts)), space.backbone
     adapter = LoraAdapter(rank=8, top_layers=top_layers)
     tokens = backbone.tokenize(texts).lengths
     print(

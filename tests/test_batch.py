@@ -17,8 +17,9 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.errors import DataError
 from peft_combo.recipe.model import Recipe
+from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.recommender import BundleRecommender
-from peft_combo.recommender.requests import Request, answer, answer_file, count_requests
+from peft_combo.recommender.requests import Request, answer, answer_file, count_requests, parse_request
 from peft_combo.store.adapter_store import AdapterStore
 
 
@@ -39,7 +40,7 @@ def test_answers_are_those_of_single_requests(shop: BundleRecommender, tmp_path:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(json.dumps(one) for one in asked) + "\n\n")
     seen: list[int] = []
-    done = answer_file(shop, source, target, {"k": 2}, seen.append)
+    done = answer_file(shop, source, target, Request(k=2), seen.append)
     assert done.requests == count_requests(source) == sum(seen) == 3
     assert done.errors == {}
     found = lines(target)
@@ -80,7 +81,7 @@ def test_a_bad_line_costs_its_own_answer_only(shop: BundleRecommender, tmp_path:
 def test_parquet_has_a_row_for_each_answer(shop: BundleRecommender, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.parquet"
     source.write_text('{"id": 7, "items": ["i0"]}\n{"items": ["nothing"]}\n{"items": ["i1"], "single": true}\n')
-    answer_file(shop, source, target, {"k": 2})
+    answer_file(shop, source, target, Request(k=2))
     rows = pq.read_table(target).to_pylist()
     assert [(row["line"], row["id"], row["rank"]) for row in rows] == [
         (1, "7", 1), (1, "7", 2), (2, None, None), (3, None, 1), (3, None, 2),
@@ -102,3 +103,30 @@ def test_nothing_is_left_behind_where_a_file_cannot_be_had(shop: BundleRecommend
     with pytest.raises(DataError, match="cannot be written"):
         answer_file(shop, source, tmp_path / "none" / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))] == []
+
+
+def test_options_of_the_command_line_are_fields_of_a_request_and_their_help_has_its_defaults() -> None:
+    import typer
+
+    from peft_combo.cli import app
+
+    command = typer.main.get_command(app).commands["recommend"]  # type: ignore[attr-defined]
+    options = {option.name: option for option in command.params}
+    fields = {name: field for name, field in Request.model_fields.items() if name != "id"}
+    for name, field in fields.items():
+        option = options["category" if name == "categories" else name]
+        if field.default not in (None, False, []):
+            assert option.default is None
+            assert option.help.endswith(f"default {field.default}.")
+    assert (Options().k, Options().diversity) == (Request().k, Request().diversity)
+
+
+def test_a_value_no_request_may_have_is_refused_in_one_line() -> None:
+    for values, expected in (
+        ({"size": 0}, "size: Input should be greater than or equal to 1, found 0"),
+        ({"k": 1001}, "k: Input should be less than or equal to 1000, found 1001"),
+        ({"diversity": 1.5}, "diversity: "),
+        ({"budgets": 3.0}, 'no field "budgets". Did you mean "budget"'),
+    ):
+        with pytest.raises(DataError, match=expected):
+            parse_request(values)

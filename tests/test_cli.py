@@ -67,6 +67,14 @@ def test_every_command_has_a_help_line_and_stands_in_the_readme(name: str) -> No
     assert any(f"`peft-combo {name}`" in line or f"`{verb}`" in line for line in lines)
 
 
+def test_every_option_and_argument_has_a_help_text_that_is_a_sentence() -> None:
+    for name, command in commands():
+        for parameter in command.params:
+            text = getattr(parameter, "help", None)
+            assert text, f"{name} {parameter.opts} has no help text"
+            assert text.endswith("."), f"{name} {parameter.opts}: no full stop after {text!r}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "heavy"),
     [
@@ -356,7 +364,7 @@ def test_a_query_is_taken_apart_and_what_was_understood_is_said(
     code, out, err = run(*ask, "--items", "i0", "--tagger", "tiny")
     assert (code, out) == (1, "")
     assert "--tagger takes a query apart" in err
-    monkeypatch.setattr("peft_combo.cli.recommend.adapter_tagger", lambda reference, store: by_last_word)
+    monkeypatch.setattr("peft_combo.cli.recommend.load_tagger", lambda reference, store: by_last_word)
     query = ("--query", "w10 w121 with w124", "--tagger", "words")
     code, out, err = run(*ask, *query, "--explain")
     assert code == 0, err

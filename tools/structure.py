@@ -34,10 +34,7 @@ MOST_ROOMS, MOST_FLOORS, MOST_LINES, MOST_FUNCTION_LINES = 20, 9, 500, 80
 
 # What is longer today. Entries go, none may come: split the file or function instead.
 LONG_FILES: dict[str, int] = {}
-LONG_FUNCTIONS: dict[str, int] = {
-    "cli/tune.py:tune": 117,
-    "cli/recommend.py:recommend": 87,
-}
+LONG_FUNCTIONS: dict[str, int] = {}
 
 # Words that end in "ed" and are verbs all the same, and participles that do not.
 _VERBS = {"embed", "feed", "need", "seed", "proceed", "speed"}

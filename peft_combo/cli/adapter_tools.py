@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, StoreOption, adapters_app
-from peft_combo.cli.export import lines_of, recipe_for
-from peft_combo.cli.output import console_watch, print_json, print_table, words
+from peft_combo.cli.export import load_recipe_of, read_lines
+from peft_combo.cli.output import console_watch, print_json, print_table, split_words
 from peft_combo.errors import PeftComboError, RecipeError
 
 if TYPE_CHECKING:
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from peft_combo.store.manifest import Manifest
 
 
-AdapterArgument = Annotated[str, typer.Argument(help="fashion (its latest version), fashion@v2 or fashion@prod.")]
-OptionalRecipe = Annotated[str | None, typer.Option("--recipe", "-r", help="Backbone and data to measure on.")]
-TextsOption = Annotated[Path | None, typer.Option("--texts", help="Compare on this file's lines, one text a line.")]
+AdapterArgument = Annotated[
+    str, typer.Argument(help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod.")
+]
+OptionalRecipe = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="Recipe of the backbone and the data to measure on.")
+]
+TextsOption = Annotated[Path | None, typer.Option("--texts", help="File of texts to compare on, one a line.")]
 
 
 @adapters_app.command("diff")
@@ -45,15 +49,15 @@ def adapters_diff(
 
     opened = AdapterStore(store)
     records = [opened.open(reference) for reference in (a, b)]
-    loaded = _named(recipe, overrides, data)
+    loaded = _load_named_recipe(recipe, overrides, data)
     with console_watch() as watch:
         from peft_combo.adapters.diff import diff
         from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.encoder.bank import AdapterBank
 
         validation = None if loaded is None or texts is not None else ValidationQueries.of(loaded)
-        compared = validation.texts if validation is not None else None if texts is None else lines_of(texts)
-        backbone = _backbone([record.manifest for record in records], loaded)
+        compared = validation.texts if validation is not None else None if texts is None else read_lines(texts)
+        backbone = _load_backbone([record.manifest for record in records], loaded)
         bank = AdapterBank(backbone, opened)
         found = diff(
             bank.get(records[0].reference), bank.get(records[1].reference), backbone,
@@ -67,22 +71,26 @@ def adapters_diff(
 
 @adapters_app.command("merge")
 def adapters_merge(
-    adapters: Annotated[list[str], typer.Argument(help="Two or more: fashion home@v2 ...")],
+    adapters: Annotated[list[str], typer.Argument(help="Two adapters or more: fashion home@v2.")],
     into: Annotated[str, typer.Option("--into", help="Category to store it under.")],
     method: Annotated[
         Literal["average", "svd", "ties", "dare"],
-        typer.Option("--method", help="average: the mean, whole; svd: the mean at --rank; ties, dare: less conflict."),
+        typer.Option(
+            "--method",
+            help="Merging method: average (the mean, whole), svd (the mean at --rank), ties or dare (less conflict).",
+        ),
     ] = "average",
-    weights: Annotated[str | None, typer.Option("--weights", help="One an adapter, as in 2,1; default all alike.")] = (
-        None
-    ),
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Weights of the adapters, as in 2,1; default all alike.")
+    ] = (None),
     density: Annotated[
-        float | None, typer.Option("--density", help="Share of values kept; default 0.2 for ties, 0.5 for dare.")
+        float | None,
+        typer.Option("--density", help="Density, the share of values kept; default 0.2 for ties, 0.5 for dare."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", help="Most that an update may have; default that of the widest adapter.")
+        int | None, typer.Option("--rank", help="Maximum rank of an update; default that of the widest adapter.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of what dare drops.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of what dare drops.")] = 0,
     recipe: OptionalRecipe = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -94,15 +102,15 @@ def adapters_merge(
 
     opened = AdapterStore(store)
     records = [opened.open(reference) for reference in adapters]
-    shares = _numbers(weights)
-    loaded = _named(recipe, overrides, data)
+    shares = _parse_weights(weights)
+    loaded = _load_named_recipe(recipe, overrides, data)
     with console_watch() as watch:
         from peft_combo.adapters.merge import merge
         from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.encoder.bank import AdapterBank
 
         validation = None if loaded is None else ValidationQueries.of(loaded)
-        backbone = _backbone([record.manifest for record in records], loaded)
+        backbone = _load_backbone([record.manifest for record in records], loaded)
         bank = AdapterBank(backbone, opened)
         done = merge(
             [bank.get(record.reference) for record in records], backbone, opened, into,
@@ -117,10 +125,10 @@ def adapters_merge(
 @adapters_app.command("convert")
 def adapters_convert(
     adapter: AdapterArgument,
-    rank: Annotated[int | None, typer.Option("--rank", help="Refuse an update that needs a higher rank.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Maximum rank of an update; default any.")] = None,
     max_error: Annotated[
         float | None,
-        typer.Option("--max-error", help="Share of an update's norm that may be left out; default 1e-5, exact."),
+        typer.Option("--max-error", help="Maximum share of an update's norm left out; default 1e-5, exact."),
     ] = None,
     texts: TextsOption = None,
     recipe: OptionalRecipe = None,
@@ -134,18 +142,18 @@ def adapters_convert(
 
     opened = AdapterStore(store)
     record = opened.open(adapter)
-    loaded = _named(recipe, overrides, data)
+    loaded = _load_named_recipe(recipe, overrides, data)
     with console_watch() as watch:
         from peft_combo.adapters.convert import MAX_ERROR, convert
         from peft_combo.data.sources import open_dataset
         from peft_combo.encoder.bank import AdapterBank
 
         if texts is not None:
-            compared = lines_of(texts)
+            compared = read_lines(texts)
         else:
-            source = (loaded or recipe_for(record.manifest, None, (), None)).ready().data
+            source = (loaded or load_recipe_of(record.manifest, None, (), None)).ready().data
             compared = list(open_dataset(source).texts)
-        backbone = _backbone([record.manifest], loaded)
+        backbone = _load_backbone([record.manifest], loaded)
         done = convert(
             AdapterBank(backbone, opened).get(record.reference), backbone, opened,
             texts=compared, rank=rank, max_error=MAX_ERROR if max_error is None else max_error, watch=watch,
@@ -174,12 +182,10 @@ def adapters_transfer(
     with console_watch() as watch:
         from peft_combo.adapters.transfer import transfer
         from peft_combo.adapters.validation import ValidationQueries
-        from peft_combo.encoder.backbone import Backbone
-        from peft_combo.store.adapter_store import AdapterStore
+        from peft_combo.recommender.workspace import Workspace
 
-        found = transfer(
-            ValidationQueries.of(loaded), Backbone.of(loaded.backbone), AdapterStore(store), adapters or None, watch
-        )
+        space = Workspace.of(loaded, adapters=adapters or (), store=store)
+        found = transfer(ValidationQueries.of(loaded), space.backbone, space.store, adapters or None, watch)
     if as_json:
         print_json(found.to_json())
     else:
@@ -189,7 +195,7 @@ def adapters_transfer(
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 
-def _named(name: str | None, overrides: list[str] | None, data: Path | None) -> Recipe | None:
+def _load_named_recipe(name: str | None, overrides: list[str] | None, data: Path | None) -> Recipe | None:
     from peft_combo.recipe.files import load_recipe
 
     if name is not None:
@@ -199,20 +205,20 @@ def _named(name: str | None, overrides: list[str] | None, data: Path | None) -> 
     return None
 
 
-def _backbone(manifests: Sequence[Manifest], recipe: Recipe | None) -> Backbone:
+def _load_backbone(manifests: Sequence[Manifest], recipe: Recipe | None) -> Backbone:
     """Load the encoder the adapters were tuned on, in full precision: arithmetic on weights needs all their bits."""
     from peft_combo.encoder.backbone import Backbone
 
     stamp = manifests[0].backbone
-    own = recipe or next((recipe_for(manifest, None, (), None) for manifest in manifests if manifest.recipe), None)
+    own = recipe or next((load_recipe_of(manifest, None, (), None) for manifest in manifests if manifest.recipe), None)
     model = stamp.model if own is None else own.backbone.model
     pooling: Literal["mean", "cls"] = "cls" if stamp.pooling == "cls" else "mean"
     return Backbone.load(model, pooling=pooling, max_length=stamp.max_length)
 
 
-def _numbers(text: str | None) -> list[float] | None:
+def _parse_weights(text: str | None) -> list[float] | None:
     try:
-        return None if text is None else [float(word) for word in words(text) or ()]
+        return None if text is None else [float(word) for word in split_words(text) or ()]
     except ValueError as error:
         raise PeftComboError(f'--weights: expected numbers with commas between them, as in 2,1; found "{text}".') from (
             error
@@ -226,7 +232,7 @@ def _print_difference(found: Difference) -> None:
     for title, changes in (("by layer", found.layers), ("by weight", found.modules), ("head", found.head)):
         if changes:
             print_table(
-                (title, found.a, found.b, "cosine", "subspace", "of"), list(map(_change, changes)), numbers=True
+                (title, found.a, found.b, "cosine", "subspace", "of"), list(map(_format_change, changes)), numbers=True
             )
             print()
     if found.layers:
@@ -252,7 +258,7 @@ def _print_difference(found: Difference) -> None:
         print(f"Note: {note}")
 
 
-def _change(change: Change) -> tuple[str, ...]:
+def _format_change(change: Change) -> tuple[str, ...]:
     overlap = () if change.overlap is None else (f"{change.overlap:.2f}", str(change.directions))
     cosine = "" if change.cosine is None else f"{change.cosine:+.3f}"
     return (change.name, f"{change.a:.4f}", f"{change.b:.4f}", cosine, *(overlap or ("", "")))
@@ -262,7 +268,7 @@ def _print_merge(done: Merge) -> None:
     if done.rows:
         _print_rows(done.rows)
     if done.gain is not None:
-        print(f"Over the frozen encoder: {_gain(done.gain)}. The test bundles were not looked at.")
+        print(f"Over the frozen encoder: {_format_gain(done.gain)}. The test bundles were not looked at.")
     told = ", ".join(f"{name} ({weight:.2f})" for name, weight in done.parents)
     ranks = sorted(done.ranks.values())
     wide = (
@@ -292,10 +298,12 @@ def _print_conversion(done: Conversion) -> None:
 
 
 def _print_transfer(found: Transfer, recipe: str) -> None:
-    rows = [("frozen backbone", "identity", *_figures(found.frozen), "", "", f"{found.frozen_alignment:.3f}", "")]
+    rows = [
+        ("frozen backbone", "identity", *_format_metrics(found.frozen), "", "", f"{found.frozen_alignment:.3f}", "")
+    ]
     rows += [
         (
-            start.adapter, start.head, *_figures(start.row), f"{start.gain.value:+.4f}", f"{start.gain.p:.4f}",
+            start.adapter, start.head, *_format_metrics(start.row), f"{start.gain.value:+.4f}", f"{start.gain.p:.4f}",
             f"{start.alignment:.3f}", start.caveat,
         )
         for start in found.starts
@@ -313,15 +321,15 @@ def _print_transfer(found: Transfer, recipe: str) -> None:
 
 def _print_rows(rows: Sequence[Row]) -> None:
     print_table(
-        ("", "R@10", "NDCG@10", "95 % interval"), [(row.name, *_figures(row)) for row in rows], numbers=True
+        ("", "R@10", "NDCG@10", "95 % interval"), [(row.name, *_format_metrics(row)) for row in rows], numbers=True
     )  # fmt: skip
 
 
-def _figures(row: Row) -> tuple[str, str, str]:
+def _format_metrics(row: Row) -> tuple[str, str, str]:
     low, high = row.interval
     return f"{row.values['r@10']:.3f}", f"{row.values['ndcg@10']:.3f}", f"{low:.3f} to {high:.3f}"
 
 
-def _gain(gain: Gain) -> str:
+def _format_gain(gain: Gain) -> str:
     low, high = gain.interval
     return f"NDCG@10 {gain.value:+.4f} [{low:+.4f}, {high:+.4f}], paired by group, p = {gain.p:.4f}"

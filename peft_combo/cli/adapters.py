@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, adapters_app
-from peft_combo.cli.output import metric, print_faults, print_json, print_table
+from peft_combo.cli.output import format_metric, print_faults, print_json, print_table
 from peft_combo.errors import StoreError
 
 
@@ -32,12 +32,12 @@ def adapters_list(store: StoreOption = Path("adapters"), as_json: JsonOption = F
     rows = []
     for record in records:
         manifest = record.manifest
-        before, after = (metric(manifest.metrics, when, "ndcg@10") for when in ("before", "after"))
+        before, after = (format_metric(manifest.metrics, when, "ndcg@10") for when in ("before", "after"))
         size = sum(entry.bytes for entry in manifest.files.values())
         rows.append(
             (
                 record.reference, ", ".join(names.get(record.reference, ())), manifest.method, manifest.backbone.model,
-                manifest.data.name, f"{before} -> {after}" if manifest.metrics else "not measured", _mebibytes(size),
+                manifest.data.name, f"{before} -> {after}" if manifest.metrics else "not measured", _format_mib(size),
                 f"{manifest.created:%Y-%m-%d %H:%M}",
             )
         )  # fmt: skip
@@ -49,7 +49,7 @@ def adapters_list(store: StoreOption = Path("adapters"), as_json: JsonOption = F
 
 @adapters_app.command("show")
 def adapters_show(
-    adapter: Annotated[str, typer.Argument(help="fashion (its latest version), fashion@v2 or fashion@prod.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod.")],
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
@@ -66,7 +66,7 @@ def adapters_show(
 @adapters_app.command("verify")
 def adapters_verify(
     adapter: Annotated[
-        str | None, typer.Argument(help="fashion, fashion@v2, fashion@prod, or nothing for the whole store.")
+        str | None, typer.Argument(help="Adapter: fashion, fashion@v2 or fashion@prod; default the whole store.")
     ] = None,
     store: StoreOption = Path("adapters"),
 ) -> None:
@@ -82,15 +82,15 @@ def adapters_verify(
 
 @adapters_app.command("import")
 def adapters_import(
-    folder: Annotated[Path, typer.Argument(help="What PEFT's save_pretrained() wrote: a LoRA or a prefix.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained() wrote: a LoRA or a prefix.")],
     category: Annotated[str, typer.Option("--category", help="Category to store it under.")],
     backbone: Annotated[
-        str, typer.Option("--backbone", help="The encoder it was tuned on: embedded, a hub id or a folder.")
+        str, typer.Option("--backbone", help="Encoder it was tuned on: embedded, a hub id or a folder.")
     ] = "embedded",
     pooling: Annotated[
-        Literal["mean", "cls"], typer.Option("--pooling", help="How a text becomes one vector.")
+        Literal["mean", "cls"], typer.Option("--pooling", help="Pooling of token vectors into one vector per text.")
     ] = "mean",
-    max_length: Annotated[int, typer.Option("--max-length", min=4, help="Tokens per text.")] = 64,
+    max_length: Annotated[int, typer.Option("--max-length", min=4, help="Maximum length of a text in tokens.")] = 64,
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Check a PEFT adapter from elsewhere and store it. PEFT opens what is stored: there is no export."""
@@ -107,9 +107,9 @@ def adapters_import(
 @adapters_app.command("alias")
 def adapters_alias(
     adapter: Annotated[
-        str, typer.Argument(help="fashion@v3; fashion for its latest; fashion@staging for its version.")
+        str, typer.Argument(help="Adapter: fashion@v3, fashion for its latest, fashion@staging for its version.")
     ],
-    name: Annotated[str, typer.Argument(help="A word such as prod.")],
+    name: Annotated[str, typer.Argument(help="Name of the alias, as in prod.")],
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Let an alias point to a version; fashion@prod then stands for it everywhere."""
@@ -121,7 +121,9 @@ def adapters_alias(
 
 @adapters_app.command("aliases")
 def adapters_aliases(
-    of: Annotated[str | None, typer.Argument(help="A category, or fashion@prod for its whole history.")] = None,
+    of: Annotated[
+        str | None, typer.Argument(help="Category, or fashion@prod for its whole history; default all.")
+    ] = None,
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
@@ -163,7 +165,7 @@ def adapters_aliases(
 
 @adapters_app.command("rollback")
 def adapters_rollback(
-    alias: Annotated[str, typer.Argument(help="fashion@prod.")], store: StoreOption = Path("adapters")
+    alias: Annotated[str, typer.Argument(help="Alias, as in fashion@prod.")], store: StoreOption = Path("adapters")
 ) -> None:
     """Let an alias point to what it pointed to before."""
     from peft_combo.store.adapter_store import AdapterStore
@@ -174,7 +176,7 @@ def adapters_rollback(
 
 @adapters_app.command("unalias")
 def adapters_unalias(
-    alias: Annotated[str, typer.Argument(help="fashion@prod.")], store: StoreOption = Path("adapters")
+    alias: Annotated[str, typer.Argument(help="Alias, as in fashion@prod.")], store: StoreOption = Path("adapters")
 ) -> None:
     """Remove an alias; the version it points to stays."""
     from peft_combo.store.adapter_store import AdapterStore
@@ -185,8 +187,10 @@ def adapters_unalias(
 
 @adapters_app.command("remove")
 def adapters_remove(
-    adapter: Annotated[str, typer.Argument(help="fashion@v2; or fashion with --all. Not while an alias points to it.")],
-    everything: Annotated[bool, typer.Option("--all", help="Remove every version of the category.")] = False,
+    adapter: Annotated[
+        str, typer.Argument(help="Adapter: fashion@v2, or fashion with --all; not while an alias points to it.")
+    ],
+    everything: Annotated[bool, typer.Option("--all", help="Every version of the category.")] = False,
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Remove a version, or with --all a whole category."""
@@ -199,12 +203,12 @@ def adapters_remove(
 @adapters_app.command("gc")
 def adapters_gc(
     keep: Annotated[
-        int | None, typer.Option("--keep", help="Newest versions to keep of each category; default 3.")
+        int | None, typer.Option("--keep", help="Number of newest versions kept of each category; default 3.")
     ] = None,
     older_than: Annotated[
-        float | None, typer.Option("--older-than", help="Only versions made more than so many days ago.")
+        float | None, typer.Option("--older-than", help="Minimum age of what is removed, in days; default any.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List of what would go, and no change.")] = False,
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
@@ -221,10 +225,10 @@ def adapters_gc(
         print_json([garbage._asdict() for garbage in gone])
         return
     for garbage in gone:
-        print(f"{'would remove' if dry_run else 'removed'} {garbage.name} ({_mebibytes(garbage.bytes)})")
-    total = _mebibytes(sum(garbage.bytes for garbage in gone))
+        print(f"{'would remove' if dry_run else 'removed'} {garbage.name} ({_format_mib(garbage.bytes)})")
+    total = _format_mib(sum(garbage.bytes for garbage in gone))
     print(f"{total} {'would be freed' if dry_run else 'freed'}" if gone else "Nothing to remove.")
 
 
-def _mebibytes(count: int) -> str:
+def _format_mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"

@@ -24,15 +24,15 @@ app.add_typer(data_app, name="data")
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override one key: --set training.epochs=2. May be repeated.")
+    list[str] | None, typer.Option("--set", help="Override of one key, as in training.epochs=2; may be repeated.")
 ]
-DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with your data, instead of the recipe's.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of your data, in place of the recipe's.")]
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the adapter store.")]
-CacheOption = Annotated[Path, typer.Option("--cache", help="Folder that keeps encoded catalogues.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of the vector cache.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
 
 
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         print(f"peft-combo {__version__}")
         raise typer.Exit
@@ -41,7 +41,8 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Version, and nothing else."),
     ] = False,
 ) -> None:
     pass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app
-from peft_combo.cli.output import console_watch, metric_name, print_json, print_table
+from peft_combo.cli.output import console_watch, format_metric_name, print_json, print_table
 from peft_combo.errors import PeftComboError
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from peft_combo.evaluation.search import Search
 
 
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Write a chart: .html, or .png with [plot].")]
-ToOption = Annotated[Path | None, typer.Option("--to", help="Write the best one as a recipe: winner.yaml.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")]
+ToOption = Annotated[Path | None, typer.Option("--to", help="File to write the best one to as a recipe: winner.yaml.")]
 
 
 @app.command()
@@ -30,15 +30,15 @@ def compare(
         list[str] | None, typer.Option("--method", help="Method in place of the recipe's own; may be repeated.")
     ] = None,
     over: Annotated[
-        list[str] | None, typer.Option("--over", help="Values of a key: --over adapter.rank=4,8,16. May be repeated.")
+        list[str] | None, typer.Option("--over", help="Values of a key, as in adapter.rank=4,8,16; may be repeated.")
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="Seeds every variant is tuned under.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds of every variant, with commas between.")] = "0,1,2",
     data: DataOption = None,
     overrides: SetOption = None,
     plot: PlotOption = None,
     to: ToOption = None,
     folder: Annotated[
-        Path, typer.Option("--folder", help="Keeps results and adapters; the same command goes on there.")
+        Path, typer.Option("--folder", help="Folder of results and adapters, where the same command goes on.")
     ] = Path("runs/compare"),
     as_json: JsonOption = False,
 ) -> None:
@@ -46,7 +46,7 @@ def compare(
     from peft_combo.metrics.charts import check_ending, draw
     from peft_combo.recipe.files import check_destination, write_recipe
 
-    numbers = _seeds(seeds)
+    numbers = _parse_seeds(seeds)
     if plot is not None:
         check_ending(plot)
     if to is not None:
@@ -70,7 +70,8 @@ def compare(
     if plot is not None:
         draw(chart(found), plot)
     if to is not None:
-        told = f"{metric_name(found.metric)} {found.best.value:.4f} on validation, seeds {', '.join(map(str, numbers))}"
+        quality = f"{format_metric_name(found.metric)} {found.best.value:.4f} on validation"
+        told = f"{quality}, seeds {', '.join(map(str, numbers))}"
         write_recipe(
             found.recipes[found.best.label],
             to,
@@ -88,14 +89,16 @@ def search(
     recipe: RecipeOption,
     over: Annotated[
         list[str],
-        typer.Option("--over", help="A key and its values: 4,8,16 or a span, 1..3 or 1e-4..1e-2:log. May be repeated."),
+        typer.Option("--over", help="Values of a key: 4,8,16, or a span, 1..3 or 1e-4..1e-2:log; may be repeated."),
     ],
-    trials: Annotated[int, typer.Option("--trials", min=1, max=10_000, help="Trials in all, earlier ones too.")] = 20,
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, max=10_000, help="Number of trials, with earlier ones.")
+    ] = 20,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the proposals.")] = 0,
     data: DataOption = None,
     overrides: SetOption = None,
     to: ToOption = None,
-    folder: Annotated[Path, typer.Option("--folder", help="Keeps the study; the same command goes on there.")] = Path(
+    folder: Annotated[Path, typer.Option("--folder", help="Folder of the study, where it goes on.")] = Path(
         "runs/search"
     ),
     as_json: JsonOption = False,
@@ -123,7 +126,7 @@ def search(
         reason = found.trials[-1].reason or "all were cut off"
         raise PeftComboError(f"None of the {len(found.trials)} trials came to an end; the last: {reason}")
     if to is not None:
-        told = f"{metric_name(found.metric)} {found.best.value:.4f} on validation"
+        told = f"{format_metric_name(found.metric)} {found.best.value:.4f} on validation"
         what = f"The best of {len(found.trials)} trials over {recipe}: {' '.join(found.best.settings)} ({told})."
         write_recipe(found.recipe, to, (what, "", f"Run:  peft-combo tune --recipe {to}"))
     if as_json:
@@ -137,7 +140,7 @@ def lr_range(
     recipe: RecipeOption,
     low: Annotated[float, typer.Option("--from", min=1e-12, max=1, help="Learning rate of the first step.")] = 1e-6,
     high: Annotated[float, typer.Option("--to", min=1e-12, max=100, help="Learning rate of the last step.")] = 1.0,
-    steps: Annotated[int, typer.Option("--steps", min=10, max=1000, help="Steps between them.")] = 100,
+    steps: Annotated[int, typer.Option("--steps", min=10, max=1000, help="Number of steps between them.")] = 100,
     data: DataOption = None,
     overrides: SetOption = None,
     plot: PlotOption = None,
@@ -176,7 +179,7 @@ def lr_range(
     print(f"The recipe has {loaded.training.learning_rate:g}. Change it with: --set training.learning_rate=RATE")
 
 
-def _seeds(text: str) -> list[int]:
+def _parse_seeds(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and int(word) < 2**32 for word in words) or len({*words}) < len(words):
         raise PeftComboError(f"--seeds: expected different whole numbers from 0, as in 0,1,2; found {text}.")
@@ -189,7 +192,7 @@ def _print_comparison(found: Comparison) -> None:
     seeds = ", ".join(map(str, found.seeds))
     print(f"{found.asked}; seed{'s' if len(found.seeds) > 1 else ''} {seeds}")
     print_table(
-        ("", metric_name(found.metric), "95 % interval", "spread", "gain", "p: best", "parameters", "stored MiB",
+        ("", format_metric_name(found.metric), "95 % interval", "spread", "gain", "p: best", "parameters", "stored MiB",
          "minutes", "peak MiB", "1 text ms", "32 texts ms", "load ms"),
         [line.cells() for line in found.lines],
         numbers=True,
@@ -210,7 +213,7 @@ def _print_search(found: Search) -> None:
     assert found.best is not None
     keys = [setting.partition("=")[0] for setting in found.best.settings]
     print_table(
-        ("trial", *keys, metric_name(found.metric), "evaluations", "seconds", ""),
+        ("trial", *keys, format_metric_name(found.metric), "evaluations", "seconds", ""),
         [
             (
                 str(trial.number),

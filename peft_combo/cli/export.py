@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 @adapters_app.command("export")
 def adapters_export(
-    adapter: Annotated[str, typer.Argument(help="fashion (its latest version), fashion@v2 or fashion@prod.")],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write; must not be there, or be empty.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod.")],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write, new or empty.")],
     format: Annotated[
         Literal["merged", "onnx", "onnx-int8"],
-        typer.Option("--format", help="merged: for transformers. onnx, onnx-int8: one graph, with [onnx]."),
+        typer.Option("--format", help="Format: merged for transformers; onnx, onnx-int8 for one graph, with [onnx]."),
     ] = "merged",
     min_agreement: Annotated[
         float | None,
         typer.Option(
             "--min-agreement", min=0, max=1,
-            help="Write nothing if fewer of the ten nearest neighbours stay; default 0.99, for onnx-int8 0.95.",
+            help="Minimum share of the ten nearest neighbours kept, else no export; default 0.99, for onnx-int8 0.95.",
         ),
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option("--texts", help="Measure on this file's lines instead of the recipe's catalogue.")
+        Path | None, typer.Option("--texts", help="File of texts to measure on; default the recipe's catalogue.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Backbone and data, instead of the adapter's own recipe.")
+        str | None, typer.Option("--recipe", "-r", help="Recipe of backbone and data; default the adapter's own.")
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -46,31 +46,26 @@ def adapters_export(
     """Write an adapter as a merged encoder or an ONNX graph, and measure what of it was kept."""
     from peft_combo.store.adapter_store import AdapterStore
 
-    opened = AdapterStore(store)
-    record = opened.open(adapter)
+    record = AdapterStore(store).open(adapter)
     manifest = record.manifest
-    loaded = recipe_for(manifest, recipe, tuple(overrides or ()), data)
+    loaded = load_recipe_of(manifest, recipe, tuple(overrides or ()), data)
     with console_watch() as watch:
         from peft_combo.adapters.export import export as run
         from peft_combo.data.queries import Queries
-        from peft_combo.data.sources import open_dataset
-        from peft_combo.data.splits import split_as
-        from peft_combo.encoder.backbone import Backbone
-        from peft_combo.encoder.bank import AdapterBank
+        from peft_combo.recommender.workspace import Workspace
 
-        questions = None
-        if texts is not None:
-            measured = lines_of(texts)
-        else:
-            dataset = open_dataset(loaded.ready().data)
-            measured = list(dataset.texts)
-            questions = Queries.of(dataset.bundles, split_as(dataset, loaded.data).valid)
         # In full precision whatever the adapter was tuned on: an export starts from there.
         encoder = loaded.backbone.model_copy(update={"quantization": "none", "pooling": manifest.backbone.pooling})
-        backbone = Backbone.of(encoder)
-        live = AdapterBank(backbone, opened).get(record.reference)
+        space = Workspace.of(loaded.model_copy(update={"backbone": encoder}), store=store)
+        questions = None
+        if texts is not None:
+            measured = read_lines(texts)
+        else:
+            loaded.ready()
+            measured = list(space.dataset.texts)
+            questions = Queries.of(space.dataset.bundles, space.split.valid)
         done = run(
-            live, backbone, to, format,
+            space.bank.get(record.reference), space.backbone, to, format,
             texts=measured, questions=questions, min_agreement=min_agreement, watch=watch,
         )  # fmt: skip
     if as_json:
@@ -79,7 +74,7 @@ def adapters_export(
         _print_export(done)
 
 
-def recipe_for(manifest: Manifest, name: str | None, overrides: tuple[str, ...], data: Path | None) -> Recipe:
+def load_recipe_of(manifest: Manifest, name: str | None, overrides: tuple[str, ...], data: Path | None) -> Recipe:
     from peft_combo.recipe.files import load_recipe
     from peft_combo.recipe.parse import parse_recipe
 
@@ -97,7 +92,7 @@ def recipe_for(manifest: Manifest, name: str | None, overrides: tuple[str, ...],
     return parse_recipe(manifest.recipe, title=f"The recipe of {manifest.reference} does not hold together:")
 
 
-def lines_of(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

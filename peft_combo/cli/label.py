@@ -13,21 +13,21 @@ from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print
 from peft_combo.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from peft_combo.encoder.backbone import Backbone
     from peft_combo.encoder.bank import LiveAdapter
-    from peft_combo.recipe.model import Recipe
+    from peft_combo.recommender.workspace import Workspace
     from peft_combo.tuning.active_learning import LabelSuggestion
 
 
 @data_app.command("suggest")
 def data_suggest(
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Recipe of the data and the task to label for.")],
-    adapter: Annotated[str, typer.Option("--adapter", help="What is unsure: a stored adapter of that task.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Adapter of that task whose uncertainty decides.")],
     data: DataOption = None,
     what: Annotated[
-        Literal["bundles", "titles"] | None, typer.Option("--what", help="What to label; the adapter's task says it.")
+        Literal["bundles", "titles"] | None,
+        typer.Option("--what", help="Kind of what to label; default that of the adapter's task."),
     ] = None,
-    count: Annotated[int, typer.Option("-n", min=1, max=100_000, help="How many.")] = 20,
+    count: Annotated[int, typer.Option("-n", min=1, max=100_000, help="Number of suggestions.")] = 20,
     target: Annotated[
         Path | None, typer.Option("--to", help="File to label them in: .csv or .jsonl (tags: .jsonl).")
     ] = None,
@@ -37,14 +37,12 @@ def data_suggest(
 ) -> None:
     """Suggest what is most worth labelling: where an adapter is least sure, and nothing twice."""
     from peft_combo.data.labels.annotation import write_to_label
-    from peft_combo.encoder.backbone import Backbone
-    from peft_combo.encoder.bank import AdapterBank
     from peft_combo.recipe.files import load_recipe
-    from peft_combo.store.adapter_store import AdapterStore
+    from peft_combo.recommender.workspace import Workspace
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
-    opened = AdapterStore(store)
-    kind = str(opened.open(adapter).manifest.task.get("kind"))
+    space = Workspace.of(loaded, adapters=[adapter], store=store, needs="items")
+    kind = str(space.records[0].manifest.task.get("kind"))
     if kind != loaded.task.kind:
         raise RecipeError(
             f'Adapter {adapter} was tuned for {kind}, recipe "{loaded.name}" is for {loaded.task.kind}; expected one '
@@ -54,10 +52,9 @@ def data_suggest(
     if fitting is None or what not in (None, fitting):
         remedy = f"Leave --what out, or set it to {fitting}." if fitting else "Use a bundle, class or tag adapter."
         raise DataError(f"An adapter for {kind} cannot say which {what or 'texts'} to label. {remedy}")
-    bank = AdapterBank(Backbone.of(loaded.backbone), opened)
     with console_watch() as watch:
-        choose = _bundles if fitting == "bundles" else _titles
-        found = choose(loaded, bank.backbone, bank.get(adapter), count, watch)
+        choose = _suggest_bundles if fitting == "bundles" else _suggest_titles
+        found = choose(space, space.bank.get(adapter), count, watch)
     rows = [row for one in found for row in one.rows]
     if target is not None:
         write_to_label(target, rows)
@@ -83,35 +80,30 @@ _HOW = {
 }
 
 
-def _titles(
-    recipe: Recipe, backbone: Backbone, live: LiveAdapter, count: int, watch: ConsoleWatch
-) -> list[LabelSuggestion]:
+def _suggest_titles(space: Workspace, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[LabelSuggestion]:
     from peft_combo.data.labels.annotation import unlabelled_texts
     from peft_combo.recipe.task import ClassificationTask, TaggingTask
     from peft_combo.tuning.active_learning import suggest_texts
 
+    recipe = space.recipe
     assert isinstance(recipe.task, ClassificationTask | TaggingTask)
     pool = unlabelled_texts(recipe.data, recipe.task)
     watch.note(f"{pool.name}: {len(pool.texts):,} texts wait for a label, {pool.labelled:,} have one")
     watch.stage("Reading", len(pool.texts))
-    return suggest_texts(backbone, live, pool.texts, count, recipe.seed, watch.advance)
+    return suggest_texts(space.backbone, live, pool.texts, count, recipe.seed, watch.advance)
 
 
-def _bundles(
-    recipe: Recipe, backbone: Backbone, live: LiveAdapter, count: int, watch: ConsoleWatch
-) -> list[LabelSuggestion]:
+def _suggest_bundles(space: Workspace, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[LabelSuggestion]:
     from peft_combo.data.pseudo_bundles import Mined, mine
-    from peft_combo.data.sources import open_dataset
-    from peft_combo.data.splits import split_as
     from peft_combo.recipe.task import BundleTask, PseudoBundles
     from peft_combo.tuning.active_learning import suggest_bundles
 
+    recipe, dataset = space.recipe, space.dataset
     assert isinstance(recipe.task, BundleTask)
-    dataset = open_dataset(recipe.data, "items")
     mined: Mined | None = None
     if dataset.interactions is not None:
         try:
-            parts = split_as(dataset, recipe.data)
+            parts = space.split
         except DataError:  # without enough bundles to divide, the adapter's own pairs are what there is
             watch.note("too few bundles to divide: what was bought together is not looked at")
         else:
@@ -119,4 +111,4 @@ def _bundles(
             watch.note(mined.notes[0])
     watch.stage("Encoding", len(dataset.catalog))
     sets = () if mined is None else mined.items
-    return suggest_bundles(backbone, live, dataset, recipe.data.text, sets, count, recipe.seed, watch.advance)
+    return suggest_bundles(space.backbone, live, dataset, recipe.data.text, sets, count, recipe.seed, watch.advance)

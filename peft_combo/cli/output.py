@@ -21,7 +21,7 @@ class ConsoleWatch(Watch):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.main = rank() == 0
+        self.main = get_rank() == 0
         self._console = Console(stderr=True, quiet=not self.main, soft_wrap=True, highlight=False)
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -54,7 +54,7 @@ class ConsoleWatch(Watch):
         self._bar.update(self._task, advance=1, told="  ".join(filter(None, self._told.values())))
 
     def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
-        self._told["valid"] = f"valid {metric_name(self._metric)} {values[self._metric]:.4f}"
+        self._told["valid"] = f"valid {format_metric_name(self._metric)} {values[self._metric]:.4f}"
         self.note(f"step {step}: {self._told['loss']}, {self._told['valid']}{' *' if best else ''}")
 
     def close(self) -> None:
@@ -70,31 +70,31 @@ def console_watch() -> Iterator[ConsoleWatch]:
         watch.close()
 
 
-def rank() -> int:
+def get_rank() -> int:
     import os
 
     return int(os.environ.get("RANK", "0"))
 
 
-def metric(metrics: Mapping[str, Any], when: str, name: str) -> str:
+def format_metric(metrics: Mapping[str, Any], when: str, name: str) -> str:
     values = metrics.get(when)
     value = values.get(name) if isinstance(values, Mapping) else None
     value = value.get("value") if isinstance(value, Mapping) else value
     return f"{value:.3f}" if isinstance(value, int | float) else "?"
 
 
-def metric_name(name: str) -> str:
+def format_metric_name(name: str) -> str:
     """Write a metric as people do: NDCG@10, macro F1."""
     return name.upper() if "@" in name or name == "mrr" else name.replace("_", " ").replace("f1", "F1")
 
 
-def figure(value: Any) -> str:
+def format_figure(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {figure(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key} {format_figure(inner)}" for key, inner in value.items())
     if isinstance(value, float):
         return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, list | tuple):
-        return "; ".join(map(figure, value))
+        return "; ".join(map(format_figure, value))
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -114,10 +114,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: b
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=_to_plain))
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if hasattr(value, "_asdict"):
         return value._asdict()
     return str(value)
@@ -130,5 +130,5 @@ def print_faults(prefix: str, faults: Sequence[Fault], fine: str) -> None:
     raise PeftComboError.from_faults(f"{prefix}{len(faults)} fault{'s' if len(faults) > 1 else ''}:", faults)
 
 
-def words(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())
+def split_words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]

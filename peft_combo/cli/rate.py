@@ -14,17 +14,17 @@ from peft_combo.cli.output import console_watch, print_json, print_table
 
 @app.command()
 def rate(
-    adapter: Annotated[str, typer.Option("--adapter", help="A rating adapter: home-rating or home-rating@v2.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Rating adapter, as in home-rating or home-rating@v2.")],
     items: Annotated[
         list[str] | None,
-        typer.Argument(help="Ids or titles of what is rated; the likeliest items without any.", show_default=False),
+        typer.Argument(help="Ids or titles of items to rate; default the likeliest of all.", show_default=False),
     ] = None,
-    user: Annotated[str | None, typer.Option("--user", help="User id; what is known of them counts.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="Id of the user whose history counts.")] = None,
     liked: Annotated[
         list[str] | None,
-        typer.Option("--liked", help="Id or title of what they liked, the latest first; may be repeated."),
+        typer.Option("--liked", help="Id or title of an item they liked, the latest first; may be repeated."),
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many, where no items are given.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Number of items, where none are given.")] = 10,
     data: DataOption = None,
     store: StoreOption = Path("adapters"),
     cache: CacheOption = Path("vectors"),
@@ -32,30 +32,20 @@ def rate(
 ) -> None:
     """Tell how likely a customer is to take items, by what they took before, with a rating adapter."""
     with console_watch() as watch:
-        from peft_combo.data.sources import open_dataset
-        from peft_combo.encoder.backbone import Backbone
-        from peft_combo.encoder.bank import AdapterBank
-        from peft_combo.encoder.heads.rating import RatingHead
-        from peft_combo.encoder.vectors import VectorCache
-        from peft_combo.recipe.parse import parse_recipe
-        from peft_combo.recommender.rating import Rater
-        from peft_combo.recommender.rating import rate as told_by
-        from peft_combo.store.adapter_store import AdapterStore
+        from peft_combo.recommender.workspace import Workspace
 
-        opened = AdapterStore(store)
-        recipe = parse_recipe(opened.open(adapter).manifest.recipe, f"The recipe of {adapter} cannot be read:")
-        bank = AdapterBank(Backbone.of(recipe.backbone), opened)
-        head = bank.get(adapter).head_as(RatingHead)
-        config = recipe.data
-        if data is not None:
-            source = "bundlerec" if config.source == "bundlerec" else "folder"
-            config = config.model_copy(update={"source": source, "path": str(data)})
-        dataset = open_dataset(config, "interactions")
-        texts = dataset.texts
-        watch.stage("Encoding the catalogue", len(texts))
-        vectors = VectorCache(cache).vectors(bank, texts, adapter, watch.advance)
+        space = Workspace.of_adapter(adapter, data=data, store=store, cache=cache, needs="interactions")
+
+        from peft_combo.encoder.heads.rating import RatingHead
+        from peft_combo.recommender.rating import Rater
+        from peft_combo.recommender.rating import rate as run
+
+        head = space.bank.get(adapter).head_as(RatingHead)
+        dataset = space.dataset
+        watch.stage("Encoding the catalogue", len(space.dataset.texts))
+        vectors = space.encode_catalog(adapter, watch.advance)
         rater = Rater.of(vectors, head, dataset.interactions)
-    found = told_by(rater, dataset, liked=liked or (), user=user, items=items or (), k=k)
+    found = run(rater, dataset, liked=liked or (), user=user, items=items or (), k=k)
     if as_json:
         print_json([asdict(one) for one in found])
         return

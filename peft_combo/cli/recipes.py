@@ -27,7 +27,7 @@ def recipes_list(as_json: JsonOption = False) -> None:
 def recipes_show(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
     resolved: Annotated[
-        bool, typer.Option("--resolved", help="With parents merged and every default filled in, as JSON.")
+        bool, typer.Option("--resolved", help="Recipe with parents merged and defaults filled in, as JSON.")
     ] = False,
     overrides: SetOption = None,
 ) -> None:
@@ -43,8 +43,8 @@ def recipes_show(
 @recipes_app.command("copy")
 def recipes_copy(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
-    destination: Annotated[Path, typer.Argument(help="File or folder to copy it to.")] = Path(),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    destination: Annotated[Path, typer.Argument(help="File or folder of the copy.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Replacement of what is there.")] = False,
 ) -> None:
     """Copy a recipe, to make it your own."""
     from peft_combo.recipe.files import copy_recipe

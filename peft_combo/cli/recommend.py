@@ -10,99 +10,88 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
-from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table, words
-from peft_combo.cli.tag import adapter_tagger
+from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table, split_words
+from peft_combo.cli.tag import load_tagger
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
-    from peft_combo.recipe.model import Recipe
+    from peft_combo.data.labels.tags import Tagger
     from peft_combo.recommender.query import QueryItem
     from peft_combo.recommender.recommender import BundleRecommender
+    from peft_combo.recommender.requests import Request
     from peft_combo.recommender.results import Recommendation, Suggestion
+    from peft_combo.recommender.workspace import Workspace
 
 
 @app.command()
 def recommend(
     recipe: RecipeOption,
-    items: Annotated[str | None, typer.Option("--items", help="Item ids every bundle holds: F1,F7.")] = None,
-    user: Annotated[str | None, typer.Option("--user", help="User id; with it the bundles suit that user.")] = None,
-    query: Annotated[str | None, typer.Option("--query", help="What is looked for, in words.")] = None,
+    items: Annotated[str | None, typer.Option("--items", help="Ids of items that every bundle holds: F1,F7.")] = None,
+    user: Annotated[str | None, typer.Option("--user", help="Id of the user to personalise for.")] = None,
+    query: Annotated[str | None, typer.Option("--query", help="Query in words.")] = None,
     tagger: Annotated[
-        str | None,
-        typer.Option("--tagger", help="Tagging adapter that takes the query apart: an item for each thing it names."),
+        str | None, typer.Option("--tagger", help="Tagging adapter that parses the query, an item for each thing.")
     ] = None,
     adapters: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="fashion or fashion@v2, may be repeated; default: the recipe's category."),
+        typer.Option("--adapter", help="Adapter, as in fashion@v2, may be repeated; default the recipe's category."),
     ] = None,
-    frozen: Annotated[bool, typer.Option("--frozen", help="No adapter: the frozen encoder.")] = False,
-    single: Annotated[bool, typer.Option("--single", help="Single items that complete, instead of bundles.")] = False,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="How many.")] = 5,
-    slots: Annotated[str | None, typer.Option("--slots", help="Slots every bundle must have: top,shoes.")] = None,
-    without_slots: Annotated[str | None, typer.Option("--without-slots", help="Slots no new item may have.")] = None,
-    budget: Annotated[float | None, typer.Option("--budget", min=0, help="Most a bundle may cost.")] = None,
-    max_price: Annotated[float | None, typer.Option("--max-price", min=0, help="Most a new item may cost.")] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Frozen encoder, without any adapter.")] = False,
+    single: Annotated[bool, typer.Option("--single", help="Single items that complete, in place of bundles.")] = False,
+    k: Annotated[int | None, typer.Option("-k", help="Number of bundles or items; default 5.")] = None,
+    slots: Annotated[str | None, typer.Option("--slots", help="Required slots of a bundle, as in top,shoes.")] = None,
+    without_slots: Annotated[str | None, typer.Option("--without-slots", help="Forbidden slots of new items.")] = None,
+    budget: Annotated[float | None, typer.Option("--budget", help="Maximum price of the bundle.")] = None,
+    max_price: Annotated[float | None, typer.Option("--max-price", help="Maximum price of a new item.")] = None,
     season: Annotated[str | None, typer.Option("--season", help="Season of new items.")] = None,
-    category: Annotated[list[str] | None, typer.Option("--category", help='Only under this path: "A > B".')] = None,
-    size: Annotated[int | None, typer.Option("--size", min=1, help="Items in a bundle.")] = None,
-    in_stock: Annotated[bool, typer.Option("--in-stock", help="Only items of which some are left.")] = False,
-    diversity: Annotated[float, typer.Option("--diversity", min=0, max=1, help="0 the best, 1 the most varied.")] = 0.3,
-    substitute: Annotated[bool, typer.Option("--substitute", help="Replace like by like, not complete.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Say from what evidence.")] = False,
-    source: Annotated[
-        Path | None, typer.Option("--from", help="Answer a file: a request as a JSON object on each line.")
+    category: Annotated[
+        list[str] | None, typer.Option("--category", help='Category path of new items, as in "A > B"; may be repeated.')
     ] = None,
-    target: Annotated[Path | None, typer.Option("--to", help="With --from: .jsonl or .parquet for answers.")] = None,
+    size: Annotated[int | None, typer.Option("--size", help="Number of items in a bundle; default as usual.")] = None,
+    in_stock: Annotated[bool, typer.Option("--in-stock", help="New items in stock only.")] = False,
+    diversity: Annotated[
+        float | None,
+        typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.3."),
+    ] = None,
+    substitute: Annotated[bool, typer.Option("--substitute", help="Substitutes, in place of complements.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Explanation of every item: scores and evidence.")] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="File of requests to answer, a JSON object on each line.")
+    ] = None,
+    target: Annotated[Path | None, typer.Option("--to", help="With --from: answers, .jsonl or .parquet.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
     store: StoreOption = Path("adapters"),
     cache: CacheOption = Path("vectors"),
-    fitted_folder: Annotated[Path, typer.Option("--fitted", help="Folder that keeps fitted recommenders.")] = Path(
-        "fitted"
-    ),
+    fitted_folder: Annotated[Path, typer.Option("--fitted", help="Folder of fitted recommenders.")] = Path("fitted"),
     as_json: JsonOption = False,
 ) -> None:
     """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
     from peft_combo.recipe.files import load_recipe
+    from peft_combo.recommender.requests import parse_request
+    from peft_combo.recommender.workspace import Workspace
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     if (source is None) != (target is None):
         raise DataError("--from FILE and --to FILE go together: requests and where their answers go.")
     if tagger is not None and query is None and source is None:
         raise DataError("--tagger takes a query apart, and there is none. Add --query, or --from with queries.")
-    asked = {
-        "items": list(words(items) or ()), "user": user, "query": query, "single": single, "k": k,
-        "slots": _listed(slots), "without_slots": _listed(without_slots), "budget": budget, "max_price": max_price,
-        "season": season, "categories": list(category or ()), "size": size, "in_stock": in_stock,
+    given = {
+        "items": split_words(items), "user": user, "query": query, "single": single, "k": k,
+        "slots": split_words(slots), "without_slots": split_words(without_slots), "budget": budget,
+        "max_price": max_price, "season": season, "categories": category, "size": size, "in_stock": in_stock,
         "diversity": diversity, "substitute": substitute, "explain": explain,
     }  # fmt: skip
+    request = parse_request({name: value for name, value in given.items() if value is not None})
     with console_watch() as watch:
         references = [] if frozen else adapters or [loaded.category]
-        names = None if tagger is None else adapter_tagger(tagger, store)
-        fitted = _recommender(loaded, references, store, cache, fitted_folder, watch)
-        from peft_combo.recommender.query import parse_query
-        from peft_combo.recommender.requests import Request, answer, answer_file, count_requests
-
+        space = Workspace.of(loaded, adapters=references, store=store, cache=cache)
+        find_entities = None if tagger is None else load_tagger(tagger, store)
+        fitted = _fit_recommender(space, references, fitted_folder, watch)
         if source is not None and target is not None:
-            watch.stage("Answering", count_requests(source))
-            done = answer_file(fitted, source, target, asked, watch.advance, names)
-        else:
-            parsed = None
-            if query is not None and names is not None:
-                parsed = parse_query(query, names)
-                watch.note(f"Understood: {parsed}")
-            found = answer(fitted, Request.model_validate(asked), names)
-            if parsed is not None and (missing := _unanswered(parsed.items, found)):
-                watch.note(f"Nothing in the catalogue answers: {', '.join(missing)}")
-    if source is not None:
-        print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
-        if done.errors:
-            line, error = next(iter(done.errors.items()))
-            raise DataError(
-                f"{len(done.errors):,} of {done.requests:,} requests have no answer; {target} says why beside each. "
-                f"The first, line {line}: {error}"
-            )
-        return
+            _answer_file(fitted, source, target, request, find_entities, watch)
+            return
+        found = _answer_request(fitted, request, find_entities, watch)
     if as_json:
         print_json([asdict(one) for one in found])
     elif single:
@@ -111,40 +100,58 @@ def recommend(
         _print_bundles(cast("list[Recommendation]", found), explain)
 
 
-def _unanswered(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:
+def _answer_request(
+    recommender: BundleRecommender, request: Request, tagger: Tagger | None, watch: ConsoleWatch
+) -> list[Suggestion] | list[Recommendation]:
+    """Answer a request; note what was understood of its query, and what of it nothing answers."""
+    from peft_combo.recommender.query import parse_query
+    from peft_combo.recommender.requests import answer
+
+    parsed = None
+    if request.query is not None and tagger is not None:
+        parsed = parse_query(request.query, tagger)
+        watch.note(f"Understood: {parsed}")
+    found = answer(recommender, request, tagger)
+    if parsed is not None and (missing := _find_missing(parsed.items, found)):
+        watch.note(f"Nothing in the catalogue answers: {', '.join(missing)}")
+    return found
+
+
+def _answer_file(
+    recommender: BundleRecommender, source: Path, target: Path, defaults: Request, tagger: Tagger | None,
+    watch: ConsoleWatch,
+) -> None:  # fmt: skip
+    """Answer a file of requests and print how many were; fail where one has no answer."""
+    from peft_combo.recommender.requests import answer_file, count_requests
+
+    watch.stage("Answering", count_requests(source))
+    done = answer_file(recommender, source, target, defaults, watch.advance, tagger)
+    watch.close()
+    print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
+    if done.errors:
+        line, error = next(iter(done.errors.items()))
+        raise DataError(
+            f"{len(done.errors):,} of {done.requests:,} requests have no answer; {target} says why beside each. "
+            f"The first, line {line}: {error}"
+        )
+
+
+def _find_missing(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:
     """Return the names of query items that no item of any bundle answers."""
     evidence = [entry for one in found for entry in getattr(one, "evidence", ())]
     answered = {told["wish"] for entry in evidence for told in entry.get("answers", ())}
     return [item.name for item in items if item.name not in answered]
 
 
-def _listed(text: str | None) -> list[str] | None:
-    found = words(text)
-    return None if found is None else list(found)
-
-
-def _recommender(
-    recipe: Recipe, adapters: Sequence[str], store: Path, cache: Path, folder: Path, watch: ConsoleWatch
-) -> BundleRecommender:
-    from peft_combo.data.sources import open_dataset
-    from peft_combo.data.splits import split_as
-    from peft_combo.encoder.backbone import Backbone
-    from peft_combo.encoder.bank import AdapterBank
-    from peft_combo.encoder.vectors import VectorCache
+def _fit_recommender(space: Workspace, adapters: Sequence[str], folder: Path, watch: ConsoleWatch) -> BundleRecommender:
+    """Return the fitted recommender kept in `folder`, or fit one; note what it was fitted without."""
     from peft_combo.recommender.persistence import load_or_fit
-    from peft_combo.store.adapter_store import AdapterStore
 
-    opened = AdapterStore(store)
-    for reference in adapters:
-        opened.open(reference)  # a name that is not stored is better told before anything is loaded
-    config = recipe.data
-    dataset = open_dataset(config)
-    parts = split_as(dataset, config)
-    bank = AdapterBank(Backbone.of(recipe.backbone), opened)
-    watch.stage("Encoding the catalogue", len(dataset.catalog) * (1 + len(adapters)))
+    config = space.recipe.data
+    watch.stage("Encoding the catalogue", len(space.dataset.catalog) * (1 + len(adapters)))
     made = load_or_fit(
-        folder, dataset, parts, bank, adapters, text=config.text, seed=recipe.seed, cache=VectorCache(cache),
-        progress=watch.advance, done=lambda name: watch.note(f"fitted {name}"),
+        folder, space.dataset, space.split, space.bank, adapters, text=config.text, seed=space.recipe.seed,
+        cache=space.cache, progress=watch.advance, done=lambda name: watch.note(f"fitted {name}"),
     )  # fmt: skip
     for note in made.state.notes:
         watch.note(f"Note: {note}")
@@ -175,10 +182,10 @@ def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
         for item, title, slot in zip(bundle.items, bundle.titles, bundle.slots, strict=True):
             print(f"   {'+' if item in bundle.added else ' '} {slot:12} {item:12} {title}")
             if explain and item in why:
-                print(f"     {' ' * 25}{_reasons(why[item])}")
+                print(f"     {' ' * 25}{_format_reasons(why[item])}")
 
 
-def _reasons(entry: Mapping[str, Any]) -> str:
+def _format_reasons(entry: Mapping[str, Any]) -> str:
     reasons = [f"relevance {entry['relevance']:+.2f}, compatibility {entry['compatibility']:+.2f}"]
     if "answers" in entry:
         told = [one["wish"] + ("" if one["named"] else f", as another {one['type']}") for one in entry["answers"]]

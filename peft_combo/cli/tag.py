@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
-from peft_combo.cli.output import figure, print_json, print_table
+from peft_combo.cli.output import format_figure, print_json, print_table
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ def tag(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts, each in quotes.", show_default=False)] = None,
     adapter: Annotated[
         str | None,
-        typer.Option("--adapter", help="A tagging adapter: fashion-tags@v2. Without, a list of fashion nouns."),
+        typer.Option("--adapter", help="Tagging adapter, as in fashion-tags@v2; default a list of fashion nouns."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Tag the titles of a catalogue instead: the folder of its items.")
+        Path | None, typer.Option("--data", help="Folder of a catalogue whose titles are tagged, in place of texts.")
     ] = None,
     target: Annotated[
         Path | None, typer.Option("--to", help="With --data: items.csv to write, with slot and entity of every item.")
@@ -43,7 +43,7 @@ def tag(
 
     if bool(texts) == (data is not None) or (data is None) != (target is None):
         raise DataError("Expected texts to tag, or --data FOLDER with --to items.csv for a whole catalogue.")
-    tagger = noun_entities if adapter is None else adapter_tagger(adapter, store)
+    tagger = noun_entities if adapter is None else load_tagger(adapter, store)
     if data is not None and target is not None:
         _tag_catalogue(data, target, tagger, as_json)
         return
@@ -61,11 +61,12 @@ def tag(
             )
 
 
-def adapter_tagger(reference: str, store: Path) -> Tagger:
+def load_tagger(reference: str, store: Path) -> Tagger:
     """Load a tagging adapter over the encoder that its own recipe names."""
+    bank, live = _load_adapter(reference, store)
+
     from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead
 
-    bank, live = _loaded(reference, store)
     return AdapterTagger(bank.backbone, live.attached, live.head_as(TaggingHead))
 
 
@@ -97,7 +98,7 @@ def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) ->
         print_json({"file": str(target), **told})
         return
     print(
-        f"{given.total():,} of {len(tagged):,} items got a slot ({figure(told['slots_given']) or 'none'}); "
+        f"{given.total():,} of {len(tagged):,} items got a slot ({format_figure(told['slots_given']) or 'none'}); "
         f"{told['slots_before']:,} had one, {told['without_slot']:,} have none."
     )
     print(f"Written to {target}. With the other tables beside it, as items.csv, it is a folder for --data.")
@@ -106,14 +107,15 @@ def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) ->
 @app.command()
 def classify(
     texts: TextsArgument,
-    adapter: Annotated[str, typer.Option("--adapter", help="A classification adapter: intents or intents@v2.")],
+    adapter: Annotated[str, typer.Option("--adapter", help="Classification adapter, as in intents or intents@v2.")],
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
     """Tell the class of texts with a classification adapter, and how likely it is."""
+    bank, live = _load_adapter(adapter, store)
+
     from peft_combo.encoder.heads.classification import ClassificationHead
 
-    bank, live = _loaded(adapter, store)
     head = live.head_as(ClassificationHead)
     likely = head.probabilities(bank.backbone.encode(texts, live.attached))
     given = head.classes(likely)
@@ -137,16 +139,11 @@ def classify(
     print_table(("text", "class", "most likely"), rows)
 
 
-def _loaded(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
+def _load_adapter(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
     """Load an adapter over the encoder that its own recipe names."""
-    from peft_combo.encoder.backbone import Backbone
-    from peft_combo.encoder.bank import AdapterBank
-    from peft_combo.recipe.parse import parse_recipe
-    from peft_combo.store.adapter_store import AdapterStore
+    from peft_combo.recommender.workspace import Workspace
 
-    adapters = AdapterStore(store)
-    recipe = parse_recipe(adapters.open(reference).manifest.recipe, f"The recipe of {reference} cannot be read:")
-    bank = AdapterBank(Backbone.of(recipe.backbone), adapters)
+    bank = Workspace.of_adapter(reference, store=store).bank
     return bank, bank.get(reference)
 
 

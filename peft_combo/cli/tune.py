@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
-from peft_combo.cli.output import console_watch, metric_name, print_json, print_table, rank
+from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, get_rank, print_json, print_table
 
 if TYPE_CHECKING:
     from peft_combo.metrics.report import Row
@@ -19,54 +19,67 @@ if TYPE_CHECKING:
     from peft_combo.tuning.figures import Plan
     from peft_combo.tuning.loop import TuneResult
 
+MaxMemoryOption = Annotated[
+    float | None,
+    typer.Option("--max-memory-gib", min=0, help="With --dry-run: maximum memory in GiB; default no limit."),
+]
+MaxMinutesOption = Annotated[
+    float | None,
+    typer.Option("--max-minutes", min=0, help="With --dry-run: maximum time in minutes; default no limit."),
+]
+GateGainOption = Annotated[
+    float | None,
+    typer.Option("--gate-gain", help="Gate: minimum gain in NDCG@10 on new queries, exclusive; default 0."),
+]
+GatePOption = Annotated[
+    float | None, typer.Option("--gate-p", help="Gate: maximum p of the gain's paired test, exclusive; default 0.05.")
+]
+GateForgettingOption = Annotated[
+    float | None,
+    typer.Option("--gate-forgetting", help="Gate: maximum loss of NDCG@10 on old queries; default 0.01."),
+]
+StartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Adapter to go on from (fashion@prod): same method and shapes, a new version; or, for any task, one that "
+        "read texts alone (fashion-text).",
+    ),
+]
+NewDataOption = Annotated[
+    Path | None, typer.Option("--new-data", help="With --from: folder of later data, joined with the old by ids.")
+]
+ReplayOption = Annotated[
+    float | None,
+    typer.Option("--replay", help="With --new-data: share of training bundles drawn from the old ones; default 0.3."),
+]
+PromoteOption = Annotated[
+    str | None,
+    typer.Option("--promote", help="With --from: alias to move to the new version if it passes the gate."),
+]
+
 
 @app.command()
 def tune(
     recipe: RecipeOption,
     data: DataOption = None,
     overrides: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this recipe.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continuation from the last checkpoint.")] = False,
     run_folder: Annotated[
-        Path | None, typer.Option("--run-folder", help="Checkpoints and loss log; default runs/<recipe>.")
+        Path | None, typer.Option("--run-folder", help="Folder of checkpoints and loss log; default runs/<recipe>.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what the run would do and need; exit code 3 if it does not fit.")
+        bool, typer.Option("--dry-run", help="Plan only: steps, memory and time; exit code 3 if it does not fit.")
     ] = False,
-    max_memory_gib: Annotated[
-        float | None, typer.Option("--max-memory-gib", min=0, help="With --dry-run: the most memory it may take.")
-    ] = None,
-    max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", min=0, help="With --dry-run: the most time it may take.")
-    ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            help="Go on from a stored adapter (fashion@prod): same method and shapes, a new version. Or start any task "
-            "from one that read texts alone (fashion-text).",
-        ),
-    ] = None,
-    new_data: Annotated[
-        Path | None, typer.Option("--new-data", help="With --from: folder of later data, joined with the old by ids.")
-    ] = None,
-    replay: Annotated[
-        float | None,
-        typer.Option("--replay", help="With --new-data: share of the training bundles drawn from the old ones; 0.3."),
-    ] = None,
-    promote: Annotated[
-        str | None,
-        typer.Option("--promote", help="With --from: alias that moves to the new version if it passes the gate."),
-    ] = None,
-    gate_gain: Annotated[
-        float | None, typer.Option("--gate-gain", help="Gate: NDCG@10 to win on new questions, more than this; 0.")
-    ] = None,
-    gate_p: Annotated[
-        float | None, typer.Option("--gate-p", help="Gate: the gain's paired test has to be below this; 0.05.")
-    ] = None,
-    gate_forgetting: Annotated[
-        float | None,
-        typer.Option("--gate-forgetting", help="Gate: NDCG@10 that may be lost on the old questions; 0.01."),
-    ] = None,
+    max_memory_gib: MaxMemoryOption = None,
+    max_minutes: MaxMinutesOption = None,
+    start: StartOption = None,
+    new_data: NewDataOption = None,
+    replay: ReplayOption = None,
+    promote: PromoteOption = None,
+    gate_gain: GateGainOption = None,
+    gate_p: GatePOption = None,
+    gate_forgetting: GateForgettingOption = None,
     fail_on_no_promotion: Annotated[
         bool, typer.Option("--fail-on-no-promotion", help="Exit code 4 where --promote left the alias where it was.")
     ] = False,
@@ -80,15 +93,11 @@ def tune(
     """
     from peft_combo.recipe.files import load_recipe
 
-    asked = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
-    gate = {name: value for name, value in asked.items() if value is not None}
+    limits = max_memory_gib is not None or max_minutes is not None
+    bounds = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
+    gate = {name: value for name, value in bounds.items() if value is not None}
     _refuse_alone(
-        (
-            "--max-memory-gib or --max-minutes",
-            max_memory_gib is not None or max_minutes is not None,
-            "--dry-run",
-            dry_run,
-        ),
+        ("--max-memory-gib or --max-minutes", limits, "--dry-run", dry_run),
         ("--new-data", new_data is not None, "--from", start is not None),
         ("--replay", replay is not None, "--new-data", new_data is not None),
         ("--promote", promote is not None, "--from", start is not None),
@@ -97,47 +106,60 @@ def tune(
     )
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
-    continued = None
     with console_watch() as watch:
         if dry_run:
-            fits = _dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
+            fits = _print_dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
             raise typer.Exit(0 if fits else 3)
-        watch.note(f"Loading {loaded.backbone.model} ...")
-        from peft_combo.tuning.loop import Interrupted
-        from peft_combo.tuning.loop import tune as run
-
-        try:
-            pretrained = _pretrained(loaded, start, options, promote)
-            if start is None:
-                result = run(loaded, resume=resume, run_folder=run_folder, watch=watch)
-            elif pretrained is not None:
-                result = run(
-                    pretrained.recipe, resume=resume, run_folder=run_folder, watch=watch, task=pretrained.task,
-                    start=pretrained.start,
-                )  # fmt: skip
-            else:
-                from peft_combo.tuning.continual import Gate, continue_tuning
-
-                continued = continue_tuning(
-                    loaded, start, **options, promote=promote, gate=Gate(**gate), resume=resume, run_folder=run_folder,
-                    watch=watch,
-                )  # fmt: skip
-                result = continued.result
-        except Interrupted as error:
-            watch.close()
-            if watch.main:
-                print(error, file=sys.stderr)
-            raise typer.Exit(130) from None
+        result, continued = _run_tuning(loaded, start, options, promote, gate, resume, run_folder, watch)
     if not watch.main:
         return
     if as_json:
-        print_json(_tune_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
+        print_json(_build_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
     else:
         _print_tuned(result, loaded)
         if continued is not None:
             _print_continued(continued)
     if fail_on_no_promotion and continued is not None and not continued.promoted:
         raise typer.Exit(4)
+
+
+def _run_tuning(
+    recipe: Recipe, start: str | None, options: dict[str, Any], promote: str | None, gate: dict[str, float],
+    resume: bool, run_folder: Path | None, watch: ConsoleWatch,
+) -> tuple[TuneResult, Continued | None]:  # fmt: skip
+    """Tune a recipe, from the start or from a stored adapter; say so and end where it is interrupted.
+
+    Args:
+        options: of `continue_tuning`: new data and their replay.
+        gate: bounds of the gate that are not the usual ones.
+    Returns:
+        What was tuned; and how it compares with where it went on from, where that was an adapter of the same task.
+    """
+    watch.note(f"Loading {recipe.backbone.model} ...")
+    from peft_combo.tuning.loop import Interrupted, tune
+
+    try:
+        if start is None:
+            return tune(recipe, resume=resume, run_folder=run_folder, watch=watch), None
+        pretrained = _find_pretrained(recipe, start, options, promote)
+        if pretrained is not None:
+            tuned = tune(
+                pretrained.recipe, resume=resume, run_folder=run_folder, watch=watch, task=pretrained.task,
+                start=pretrained.start,
+            )  # fmt: skip
+            return tuned, None
+        from peft_combo.tuning.continual import Gate, continue_tuning
+
+        continued = continue_tuning(
+            recipe, start, **options, promote=promote, gate=Gate(**gate), resume=resume, run_folder=run_folder,
+            watch=watch,
+        )  # fmt: skip
+        return continued.result, continued
+    except Interrupted as error:
+        watch.close()
+        if watch.main:
+            print(error, file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
@@ -149,12 +171,10 @@ def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
             raise PeftComboError(f"{option} means nothing without {needed}. Add {needed}, or drop it.")
 
 
-def _pretrained(
-    recipe: Recipe, start: str | None, options: dict[str, Any], promote: str | None = None
+def _find_pretrained(
+    recipe: Recipe, start: str, options: dict[str, Any], promote: str | None = None
 ) -> Pretrained | None:
-    """Return the start of a task from a pretrained adapter; None where --from names none, or an adapter of the task."""
-    if start is None:
-        return None
+    """Return the start of a task from a pretrained adapter; None where --from names an adapter of the task."""
     from peft_combo.errors import PeftComboError
     from peft_combo.tuning.continual import start_pretrained
 
@@ -167,7 +187,7 @@ def _pretrained(
     return found
 
 
-def _dry_run(
+def _print_dry_run(
     recipe: Recipe, start: str | None, options: dict[str, Any], run_folder: Path | None, max_memory_gib: float | None,
     max_minutes: float | None, as_json: bool,
 ) -> bool:  # fmt: skip
@@ -175,12 +195,11 @@ def _dry_run(
     from peft_combo.tuning.plan import plan
 
     task = None
-    run: Pretrained | Continuation | None = _pretrained(recipe, start, options)
-    if start is not None and run is None:
+    if start is not None:
         from peft_combo.tuning.continual import continuation
 
-        run = continuation(recipe, start, **options)
-    if run is not None:
+        run: Pretrained | Continuation
+        run = _find_pretrained(recipe, start, options) or continuation(recipe, start, **options)
         recipe, task = run.recipe, run.task
     found = plan(recipe, task)
     short = found.shortfalls(recipe, run_folder or Path("runs") / recipe.name, max_memory_gib, max_minutes)
@@ -208,23 +227,24 @@ def _print_plan(plan: Plan) -> None:
         ("data", f"{plan.items:,}", f"texts; {plan.unit}: {examples}"),
         ("steps", f"{plan.steps:,}", f"in {plan.epochs} epochs, the first {plan.warmup_steps:,} of them warm-up, then "
          f"{plan.schedule}; {plan.evaluations:,} evaluations by {plan.metric}"),
-        ("memory", _mib(memory.host), "at the peak, of which:"),
-        ("  libraries and data", _mib(memory.base), ""),
-        ("  frozen weights", _mib(memory.frozen), f"{_mib(memory.loading)} while they load"),
-        ("  what learns", _mib(memory.trained), "adapter and head, gradients, optimizer state, best copy"),
-        ("  one step", _mib(memory.step), "activations of the heaviest micro-batch, at the lengths of its texts"),
-        ("  lower layers", _mib(memory.cached), "states kept below the adapter"),
-        ("  allocator", _mib(memory.allocator), "what passes through the encoder take beyond that and keep"),
-        ("  catalogue", _mib(memory.vectors), "vectors; not at the same time as a step"),
-        ("  evaluation", _mib(memory.evaluation), "block of scores; not at the same time as a step"),
+        ("memory", _format_mib(memory.host), "at the peak, of which:"),
+        ("  libraries and data", _format_mib(memory.base), ""),
+        ("  frozen weights", _format_mib(memory.frozen), f"{_format_mib(memory.loading)} while they load"),
+        ("  what learns", _format_mib(memory.trained), "adapter and head, gradients, optimizer state, best copy"),
+        ("  one step", _format_mib(memory.step), "activations of the heaviest micro-batch, "
+         "at the lengths of its texts"),
+        ("  lower layers", _format_mib(memory.cached), "states kept below the adapter"),
+        ("  allocator", _format_mib(memory.allocator), "what passes through the encoder take beyond that and keep"),
+        ("  catalogue", _format_mib(memory.vectors), "vectors; not at the same time as a step"),
+        ("  evaluation", _format_mib(memory.evaluation), "block of scores; not at the same time as a step"),
     ]  # fmt: skip
     if memory.gpu:
-        rows.insert(6, ("  on the GPU", _mib(memory.device), "weights, what learns, one step"))
+        rows.insert(6, ("  on the GPU", _format_mib(memory.device), "weights, what learns, one step"))
     rows += [
-        ("disk", _mib(disk.checkpoints), "checkpoints while it runs"),
-        ("", _mib(disk.adapter), "the adapter"),
-        ("", _mib(disk.scratch), "lower layers that do not fit into training.cache_limit_mib"),
-        ("", _mib(disk.vectors), "vectors, once the catalogue is encoded with it"),
+        ("disk", _format_mib(disk.checkpoints), "checkpoints while it runs"),
+        ("", _format_mib(disk.adapter), "the adapter"),
+        ("", _format_mib(disk.scratch), "lower layers that do not fit into training.cache_limit_mib"),
+        ("", _format_mib(disk.vectors), "vectors, once the catalogue is encoded with it"),
         ("time", duration(plan.seconds), f"on {plan.device}, without early stopping"),
     ]
     print(f"{plan.recipe}: {plan.method} for {plan.category}")
@@ -233,7 +253,7 @@ def _print_plan(plan: Plan) -> None:
         print(f"Advice: {advice}")
 
 
-def _mib(size: float) -> str:
+def _format_mib(size: float) -> str:
     return f"{size / 1024:,.2f} GiB" if size >= 1024 else f"{size:,.1f} MiB"
 
 
@@ -256,7 +276,7 @@ def _print_continued(continued: Continued) -> None:
 def embed(
     recipe: RecipeOption,
     adapter: Annotated[
-        str | None, typer.Option("--adapter", help="fashion or fashion@v2; without it the frozen encoder.")
+        str | None, typer.Option("--adapter", help="Adapter, as in fashion or fashion@v2; default the frozen encoder.")
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -270,20 +290,16 @@ def embed(
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     with console_watch() as watch:
-        from peft_combo.data.sources import open_dataset
-        from peft_combo.encoder.backbone import Backbone
-        from peft_combo.encoder.bank import AdapterBank
-        from peft_combo.encoder.vectors import embed as run
-        from peft_combo.store.adapter_store import AdapterStore
+        from peft_combo.recommender.workspace import Workspace
 
-        texts = open_dataset(loaded.data).texts
-        backbone = Backbone.of(loaded.backbone)
-        process, processes = rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        space = Workspace.of(loaded, adapters=[] if adapter is None else [adapter], store=store, cache=cache)
+
+        from peft_combo.encoder.vectors import embed as run
+
+        texts, bank = space.dataset.texts, space.bank
+        process, processes = get_rank(), int(os.environ.get("WORLD_SIZE", "1"))
         watch.stage("Encoding the catalogue", len(set(texts)) // processes)
-        count = run(
-            AdapterBank(backbone, AdapterStore(store)), texts, adapter, cache,
-            process=process, processes=processes, progress=watch.advance,
-        )  # fmt: skip
+        count = run(bank, texts, adapter, cache, process=process, processes=processes, progress=watch.advance)
     if watch.main:
         whose = adapter or "the frozen encoder"
         print(f"{len(texts):,} items of {loaded.name} in {cache} for {whose}; {count:,} encoded now")
@@ -296,19 +312,22 @@ def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
     print(f"{recipe.category} by {recipe.adapter.method}: {table.asked}")
     columns = list(table.after.values)
     print_table(
-        ("", *(told for name in columns for told in _headings(name, table.metric))),
-        [(row.name, *(told for name in columns for told in _figures(row, name, table.metric))) for row in table.rows],
+        ("", *(told for name in columns for told in _format_headings(name, table.metric))),
+        [
+            (row.name, *(told for name in columns for told in _format_values(row, name, table.metric)))
+            for row in table.rows
+        ],
         numbers=True,
     )
     for detail in table.details:
         print(f"\n{detail.title}")
-        print_table(detail.header, [[_cell(value) for value in row] for row in detail.rows], numbers=True)
+        print_table(detail.header, [[_format_cell(value) for value in row] for row in detail.rows], numbers=True)
     gain = table.gain
     verdict = (
         "better than" if gain.interval[0] > 0 else "not clearly better than" if gain.value > 0 else "no better than"
     )
     print(
-        f"The tuned encoder is {verdict} the frozen one: {metric_name(table.metric)} {gain.value:+.4f} "
+        f"The tuned encoder is {verdict} the frozen one: {format_metric_name(table.metric)} {gain.value:+.4f} "
         f"[{gain.interval[0]:+.4f}, {gain.interval[1]:+.4f}], paired by group, p = {gain.p:.4f}."
     )
     print(table.caveat)
@@ -320,20 +339,20 @@ def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
     print(f"Loss log: {result.run_folder / 'log.jsonl'}")
 
 
-def _headings(name: str, interval_of: str) -> tuple[str, ...]:
-    return (metric_name(name), "95 % interval") if name == interval_of else (metric_name(name),)
+def _format_headings(name: str, interval_of: str) -> tuple[str, ...]:
+    return (format_metric_name(name), "95 % interval") if name == interval_of else (format_metric_name(name),)
 
 
-def _figures(row: Row, name: str, interval_of: str) -> tuple[str, ...]:
-    told = _cell(row.values.get(name, ""))
+def _format_values(row: Row, name: str, interval_of: str) -> tuple[str, ...]:
+    told = _format_cell(row.values.get(name, ""))
     return (told, f"{row.interval[0]:.3f} to {row.interval[1]:.3f}") if name == interval_of else (told,)
 
 
-def _cell(value: str | float) -> str:
+def _format_cell(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _tune_json(result: TuneResult) -> dict[str, Any]:
+def _build_json(result: TuneResult) -> dict[str, Any]:
     table = result.table
     return {
         "adapter": result.record.reference,

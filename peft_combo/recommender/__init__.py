@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peft_combo.recommender.recommender import BundleRecommender
     from peft_combo.recommender.requests import Request, answer
     from peft_combo.recommender.results import Recommendation, Suggestion
+    from peft_combo.recommender.workspace import Workspace
 
 _HOMES = {
     "Constraints": "peft_combo.recommender.composing.constraints",
@@ -27,6 +28,7 @@ _HOMES = {
     "answer": "peft_combo.recommender.requests",
     "Recommendation": "peft_combo.recommender.results",
     "Suggestion": "peft_combo.recommender.results",
+    "Workspace": "peft_combo.recommender.workspace",
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Recommendation",
     "Request",
     "Suggestion",
+    "Workspace",
     "answer",
     "load_recommender",
     "save_recommender",

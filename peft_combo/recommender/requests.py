@@ -1,6 +1,7 @@
 """Requests to a recommender as data: one from the command line, or a batch file of them.
 
-Owns what a request may say, how a file of them is read and how answers are written. Knows nothing of scores.
+Owns what a request may say with its defaults, how a file of them is read and how answers are written. Knows nothing of
+scores.
 """
 
 from __future__ import annotations
@@ -10,44 +11,66 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peft_combo.data.labels.tags import Tagger
 from peft_combo.errors import DataError, PeftComboError, did_you_mean
 from peft_combo.files import atomic_file
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
-from peft_combo.recommender.recommender import BundleRecommender
-from peft_combo.recommender.results import Recommendation, Suggestion
+
+if TYPE_CHECKING:  # a request is checked before an encoder is there, so without loading torch
+    from peft_combo.data.labels.tags import Tagger
+    from peft_combo.recommender.recommender import BundleRecommender
+    from peft_combo.recommender.results import Recommendation, Suggestion
 
 _LINE_LIMIT = 1 << 20  # bytes; a longer line is no request
 _ROWS = 1024  # answers written to Parquet at a time
 
 
 class Request(BaseModel):
-    """What is asked of a recommender; see `BundleRecommender.compose` and `complete`."""
+    """What is asked of a recommender; see `BundleRecommender.compose` and `complete`.
+
+    The one statement of fields, bounds and defaults: options of the command line and lines of a file become this.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    id: str | int | None = Field(default=None, description="Comes back with the answer.")
-    items: list[str] = Field(default=[], max_length=1000, description="Ids every bundle holds.")
-    user: str | None = Field(default=None, description="Id of the user it is for.")
-    query: str | None = Field(default=None, max_length=10_000, description="What is looked for, in words.")
-    single: bool = Field(default=False, description="Single items that complete, instead of bundles.")
-    k: int = Field(default=5, ge=1, le=1000, description="How many.")
-    slots: list[str] | None = Field(default=None, description="Slots every bundle must have.")
-    without_slots: list[str] | None = Field(default=None, description="Slots no new item may have.")
-    budget: float | None = Field(default=None, ge=0, description="Most a bundle may cost.")
-    max_price: float | None = Field(default=None, ge=0, description="Most a new item may cost.")
+    id: str | int | None = Field(default=None, description="Id that comes back with the answer.")
+    items: list[str] = Field(default=[], max_length=1000, description="Ids of items that every bundle holds.")
+    user: str | None = Field(default=None, description="Id of the user to personalise for.")
+    query: str | None = Field(default=None, max_length=10_000, description="Query in words.")
+    single: bool = Field(default=False, description="Single items that complete, in place of bundles.")
+    k: int = Field(default=Options.k, ge=1, le=1000, description="Number of bundles or items.")
+    slots: list[str] | None = Field(default=None, description="Required slots of a bundle.")
+    without_slots: list[str] | None = Field(default=None, description="Forbidden slots of new items.")
+    budget: float | None = Field(default=None, ge=0, description="Maximum price of the bundle.")
+    max_price: float | None = Field(default=None, ge=0, description="Maximum price of a new item.")
     season: str | None = Field(default=None, description="Season of new items.")
-    categories: list[str] = Field(default=[], description='Only under these paths: "A > B".')
-    size: int | None = Field(default=None, ge=1, le=1000, description="Items in a bundle.")
-    in_stock: bool = Field(default=False, description="Only items of which some are left.")
-    diversity: float = Field(default=0.3, ge=0, le=1, description="0 the best, 1 the most varied.")
-    substitute: bool = Field(default=False, description="Replace like by like, not complete.")
-    explain: bool = Field(default=False, description="Say what each item adds.")
+    categories: list[str] = Field(default=[], description='Category paths of new items, as in "A > B".')
+    size: int | None = Field(default=None, ge=1, le=1000, description="Number of items in a bundle.")
+    in_stock: bool = Field(default=False, description="New items in stock only.")
+    diversity: float = Field(default=Options.diversity, ge=0, le=1, description="Diversity of the list, 1 most varied.")
+    substitute: bool = Field(default=False, description="Substitutes, in place of complements.")
+    explain: bool = Field(default=False, description="Explanation of every item: scores and evidence.")
+
+
+def parse_request(values: Mapping[str, Any]) -> Request:
+    """Check the fields of a request; those that are not given have their defaults.
+
+    Raises:
+        DataError: a field is unknown, or a value is none it may have.
+    """
+    try:
+        return Request.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            hint = did_you_mean(name, Request.model_fields) or f"Fields: {', '.join(Request.model_fields)}."
+            raise DataError(f'A request has no field "{name}". {hint}') from error
+        raise DataError(f"{name}: {first['msg']}, found {first['input']!r}.") from error
 
 
 def answer(
@@ -92,7 +115,7 @@ def answer_file(
     recommender: BundleRecommender,
     source: Path,
     target: Path,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Request | None = None,
     advance: Callable[[int], None] | None = None,
     tagger: Tagger | None = None,
 ) -> AnswerCounts:
@@ -101,20 +124,21 @@ def answer_file(
     Args:
         target: ``.jsonl``, an object for each request with its answers; or ``.parquet``, a row for each answer. It
             appears when it is whole.
-        defaults: fields of every request that does not say otherwise.
+        defaults: what every request asks for that does not say otherwise.
         advance: told 1 after each request.
         tagger: as for `answer`.
     Raises:
         DataError: a file cannot be read or written, or the ending is another.
     """
     errors: dict[int, str] = {}
+    given = {} if defaults is None else defaults.model_dump(exclude={"id"}, exclude_unset=True)
     count = 0
-    with _open_writer(target) as write:
+    with _open_target(target) as write:
         for number, line in _read_lines(source):
             count += 1
             told: dict[str, Any] = {"line": number, "id": None, "results": [], "error": None}
             try:
-                request = _parse_request(line, defaults or {})
+                request = _parse_line(line, given)
                 told["id"] = request.id
                 told["results"] = [asdict(one) for one in answer(recommender, request, tagger)]
             except PeftComboError as error:
@@ -148,7 +172,7 @@ def _read_lines(source: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"The requests in {source} cannot be read: {error.strerror or error}.") from error
 
 
-def _parse_request(line: bytes, defaults: Mapping[str, Any]) -> Request:
+def _parse_line(line: bytes, defaults: Mapping[str, Any]) -> Request:
     if len(line) > _LINE_LIMIT:
         raise DataError(f"A request has at most {_LINE_LIMIT:,} bytes.")
     try:
@@ -157,19 +181,11 @@ def _parse_request(line: bytes, defaults: Mapping[str, Any]) -> Request:
         raise DataError(f"Expected a JSON object: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise DataError(f'Expected a JSON object such as {{"items": ["F1"]}}, found {type(values).__name__}.')
-    try:
-        return Request.model_validate({**defaults, **values})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            hint = did_you_mean(name, Request.model_fields) or f"Fields: {', '.join(Request.model_fields)}."
-            raise DataError(f'A request has no field "{name}". {hint}') from error
-        raise DataError(f"{name}: {first['msg']}, found {first['input']!r}.") from error
+    return parse_request({**defaults, **values})
 
 
 @contextmanager
-def _open_writer(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _open_target(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Give a writer of answers by the file's ending; the file takes its place when all went well."""
     writers = {".jsonl": _write_jsonl, ".parquet": _write_parquet}
     kind = writers.get(target.suffix.lower())
@@ -210,7 +226,7 @@ def _write_parquet(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]
             rows.clear()
 
         def write(told: dict[str, Any]) -> None:
-            rows.extend(_flatten(told))
+            rows.extend(_build_rows(told))
             if len(rows) >= _ROWS:
                 flush()
 
@@ -218,7 +234,7 @@ def _write_parquet(file: IO[bytes]) -> Iterator[Callable[[dict[str, Any]], None]
         flush()
 
 
-def _flatten(told: dict[str, Any]) -> list[dict[str, Any]]:
+def _build_rows(told: dict[str, Any]) -> list[dict[str, Any]]:
     same = {"line": told["line"], "id": None if told["id"] is None else str(told["id"]), "error": told["error"]}
     if not told["results"]:
         return [same]

@@ -1,0 +1,142 @@
+"""What a recipe works on: store, data, split, encoder, bank of adapters and vector cache, each opened once.
+
+Owns the order in which they are opened: what costs nothing first. Knows nothing of what is then done with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from peft_combo.recipe.parse import parse_recipe
+from peft_combo.store.adapter_store import AdapterStore
+
+if TYPE_CHECKING:  # an adapter that is not stored is told before torch and the readers of data are loaded
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from peft_combo.data.assemble import Needs
+    from peft_combo.data.model import Dataset
+    from peft_combo.data.splits import Split
+    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.encoder.bank import AdapterBank
+    from peft_combo.encoder.vectors import VectorCache
+    from peft_combo.recipe.model import Recipe
+    from peft_combo.store.versions import AdapterRecord
+
+
+class Workspace:
+    """Opens what a recipe names on first use: ``Workspace.of(recipe).bank.encode(texts, "fashion")``.
+
+    Attributes:
+        recipe: what is worked on.
+        store: the adapters.
+        records: the adapters that were asked for, in order; their manifests are read, their weights are not.
+    """
+
+    def __init__(
+        self, recipe: Recipe, store: AdapterStore, records: tuple[AdapterRecord, ...], cache: Path, needs: Needs
+    ) -> None:
+        self.recipe, self.store, self.records = recipe, store, records
+        self._cache_folder, self._needs = cache, needs
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        *,
+        adapters: Iterable[str] = (),
+        store: str | Path | None = None,
+        cache: str | Path = "vectors",
+        needs: Needs = "bundles",
+    ) -> Self:
+        """Resolve adapters in the store; nothing else is opened yet.
+
+        Args:
+            adapters: ``"fashion"``, ``"fashion@v2"`` or ``"fashion@prod"``.
+            store: folder of the adapter store; None takes the recipe's.
+            cache: folder of the vector cache.
+            needs: what the data must hold beside items; see `open_dataset`.
+        Raises:
+            StoreError: an adapter is not stored, or its manifest cannot be read.
+        """
+        opened = AdapterStore(recipe.store if store is None else store)
+        return cls(recipe, opened, tuple(map(opened.open, adapters)), Path(cache), needs)
+
+    @classmethod
+    def of_adapter(
+        cls,
+        reference: str,
+        *,
+        store: str | Path,
+        data: Path | None = None,
+        cache: str | Path = "vectors",
+        needs: Needs = "bundles",
+    ) -> Self:
+        """Open the recipe that an adapter was tuned with.
+
+        Args:
+            data: folder of other data, in place of the recipe's.
+        Raises:
+            StoreError: the adapter is not stored.
+            RecipeError: it has no recipe, or one that cannot be read.
+        """
+        opened = AdapterStore(store)
+        record = opened.open(reference)
+        recipe = parse_recipe(record.manifest.recipe, f"The recipe of {reference} cannot be read:")
+        if data is not None:
+            source = "bundlerec" if recipe.data.source == "bundlerec" else "folder"
+            config = recipe.data.model_copy(update={"source": source, "path": str(data)})
+            recipe = recipe.model_copy(update={"data": config})
+        return cls(recipe, opened, (record,), Path(cache), needs)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """Items, and the bundles or interactions needed.
+
+        Raises:
+            DataError: see `open_dataset`.
+        """
+        from peft_combo.data.sources import open_dataset
+
+        return open_dataset(self.recipe.data, self._needs)
+
+    @cached_property
+    def split(self) -> Split:
+        """Training, validation and test bundles, as the recipe divides them."""
+        from peft_combo.data.splits import split_as
+
+        return split_as(self.dataset, self.recipe.data)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The frozen encoder that the recipe names."""
+        from peft_combo.encoder.backbone import Backbone
+
+        return Backbone.of(self.recipe.backbone)
+
+    @cached_property
+    def bank(self) -> AdapterBank:
+        """The encoder with every adapter of the store."""
+        from peft_combo.encoder.bank import AdapterBank
+
+        return AdapterBank(self.backbone, self.store)
+
+    @cached_property
+    def cache(self) -> VectorCache:
+        """Item vectors on disk."""
+        from peft_combo.encoder.vectors import VectorCache
+
+        return VectorCache(self._cache_folder)
+
+    def encode_catalog(
+        self, adapter: str | None = None, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Return the item vectors (N, D) under an adapter, or of the frozen encoder; from the cache where it has them.
+
+        Args:
+            progress: told how many texts were encoded.
+        """
+        return self.cache.vectors(self.bank, self.dataset.texts, adapter, progress)
