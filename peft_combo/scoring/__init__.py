@@ -42,7 +42,7 @@ _SCORERS = (Random, Popularity, CoOccurrence, ItemKNN, UserKNN, EASE, CEASE, Tex
 
 
 def load_scorer(arrays: Mapping[str, NDArray[np.generic]], params: Mapping[str, Any]) -> Scorer:
-    """Rebuild whichever scorer a saved state is of.
+    """Rebuild whichever scorer a saved state is of; the name it gives is looked up among the scorers here only.
 
     Raises:
         ValueError: no scorer has the name the state gives, or an array is missing.
