@@ -20,11 +20,11 @@ from scipy import sparse
 from peft_combo.errors import PeftComboError
 from peft_combo.machine import LIMITS
 from peft_combo.scoring import load_scorer
-from peft_combo.scoring.factors import ALS, BPR
+from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
-from peft_combo.scoring.text import TextCosine, Tfidf, bm25, bm25_vectors, tfidf_vectors
+from peft_combo.scoring.text import TextCosine, Tfidf, tfidf_vectors
 from peft_combo.testing import check_scorer
 
 NAN = float("nan")
@@ -44,7 +44,6 @@ COUNTING: dict[str, Make] = {
     "item-knn": ItemKNN,
     "item-knn-5": lambda: ItemKNN(k=5, shrinkage=2.0),
     "item-knn-tfidf": lambda: ItemKNN(k=5, similarity="tfidf"),
-    "item-knn-bm25": lambda: ItemKNN(k=5, similarity="bm25"),
     "user-knn": lambda: UserKNN(k=8),
     "user-knn-shrunk": lambda: UserKNN(k=8, shrinkage=3.0),
     "user-knn-pearson": lambda: UserKNN(k=8, similarity="pearson", feedback="explicit"),
@@ -57,7 +56,6 @@ WITH_TEXT: dict[str, Make] = {
 }
 FACTORS: dict[str, Make] = {
     "als": lambda: ALS(factors=8, iterations=10),
-    "bpr": lambda: BPR(factors=8, iterations=60),
 }
 ALL = COUNTING | WITH_TEXT | FACTORS | {"random": lambda: Random(seed=3)}
 
@@ -321,23 +319,11 @@ class TestItemKNN:
         scores = ItemKNN(similarity="tfidf").fit(rows([1, 1, 1], [1, 1, 1])).score_baskets(rows([1, 0, 0]))
         np.testing.assert_array_equal(scores, [[0, 0, 0]])
 
-    def test_bm25_agrees_with_a_dense_reckoning(self) -> None:
-        history = baskets(40, n_items=10, top=4)
-        weights = bm25(sparse.csr_array(history.T)).toarray()
-        expected = weights @ weights.T
-        np.fill_diagonal(expected, 0)
-        found = ItemKNN(k=10, similarity="bm25").fit(history).score_baskets(sparse.eye_array(10).tocsr())
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-
     def test_blocks_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = ItemKNN(k=4).fit(baskets()).score_baskets(baskets(6, seed=9))
         monkeypatch.setattr(LIMITS, "block_products", 50)
         monkeypatch.setattr(LIMITS, "block_cells", 30)
         np.testing.assert_array_equal(ItemKNN(k=4).fit(baskets()).score_baskets(baskets(6, seed=9)), whole)
-
-    def test_options_that_mean_nothing_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="bm25"):
-            ItemKNN(similarity="bm25", shrinkage=1)
 
 
 class TestUserKNN:
@@ -574,23 +560,9 @@ class TestWords:
         texts = ["red shirt", "blue shoe", "green hat"]
         assert Tfidf.fit(texts).terms == Tfidf.fit(texts[::-1]).terms
 
-    def test_bm25_by_hand(self) -> None:
-        # Lengths 1 and 3, mean 2. Term 0: df 2, idf ln(1 + .5/2.5). Row 0: tf 1, floor 1.2 (.25 + .75 / 2) = .75.
-        found = bm25(sparse.csr_array(np.array([[1, 0], [2, 1]], np.float32))).toarray()
-        common, rare = np.log(1 + 0.5 / 2.5), np.log(1 + 1.5 / 1.5)
-        floor = 1.2 * (0.25 + 0.75 * 1.5)
-        expected = [[common * 2.2 / 1.75, 0], [common * 2 * 2.2 / (2 + floor), rare * 2.2 / (1 + floor)]]
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
-
-    def test_bm25_vectors_of_texts(self) -> None:
-        found = bm25_vectors(["red shirt", "blue shirt", ""])
-        assert found.shape == (3, 3)
-        assert found[[0]].toarray()[0, 1] > found[[0]].toarray()[0, 2] > 0  # red is rarer than shirt
-
     def test_no_text_at_all_makes_no_terms(self) -> None:
         assert tfidf_vectors([]).shape == (0, 0)
         assert tfidf_vectors(["", "  "]).shape == (2, 0)
-        assert bm25_vectors([""]).shape == (1, 0)
 
 
 class TestFactors:
@@ -614,18 +586,10 @@ class TestFactors:
         seen = np.asarray(whole[60:].sum(axis=0)).ravel()[50:] > 0
         assert (~np.isnan(scorer.score_users([80])[0, 50:]) == seen).all()
 
-    @needs_implicit
-    def test_an_update_leaves_new_items_to_the_next_fit_of_bpr(self) -> None:
-        whole = baskets(90, n_items=60)
-        scorer = BPR(factors=8, iterations=5).fit(whole[:60, :50]).update(whole[60:])
-        seen = whole[:60].toarray().any(axis=0) & (np.arange(60) < 50)
-        assert (~np.isnan(scorer.score_users([80])[0]) == seen).all()
-
-    @pytest.mark.parametrize("make", [ALS, BPR])
-    def test_without_the_package_the_command_is_named(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_the_package_the_command_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "implicit", None)
         with pytest.raises(PeftComboError, match=r'pip install "peft-combo\[als\]"'):
-            make().fit(baskets())
+            ALS().fit(baskets())
 
 
 def test_a_saved_state_without_a_known_scorer_is_refused() -> None:
@@ -646,7 +610,7 @@ def test_a_saved_state_without_a_known_scorer_is_refused() -> None:
         (ItemKNN, {"similarity": "dice"}),
         (Random, {"seed": -1}),
         (ALS, {"factors": 0}),
-        (BPR, {"learning_rate": float("inf")}),
+        (ALS, {"regularization": float("inf")}),
         (TextCosine, {"context": "median"}),
     ],
 )
