@@ -12,19 +12,25 @@ from typing import get_args
 import numpy as np
 import pytest
 from conftest import make_tiny_recipe
+from scipy.sparse import csr_array
 
-from peft_combo.data.model import Dataset, Interactions
+from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
 from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import split
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads.rating import RatingHead
+from peft_combo.recipe.task import RatingTask
 from peft_combo.recommender import fit_state
-from peft_combo.recommender.fitted_scorers import Fitted, beside, build_past, fuse_scorers
+from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fitted_scorers import Fitted, FittedPast, beside, build_past, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.model_selection import Setting, list_scorers
 from peft_combo.recommender.persistence import load_recommender, save_recommender
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import ALIKE, BOUGHT, FUSION, RANDOM, Kind, ScorerId
+from peft_combo.scoring.neighbours import UserKNN
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
 
@@ -180,3 +186,31 @@ def test_some_items_score_as_they_do_among_all(kind: str, candidates: list[int],
     all_items = shop.scorers[kind](Queries(contexts, np.zeros(2, np.int64), np.array(["", ""]), np.zeros(2, np.int64)))
     found = beside(shop.scorers[kind], sets, rows)
     np.testing.assert_allclose(found, all_items[:, rows], rtol=1e-5, atol=1e-5)
+
+
+def test_users_alike_read_ratings_where_a_rating_adapter_says_that_there_are_some() -> None:
+    """The example of `UserKNN`, Aggarwal 2016, table 2.1: user 3 would rate items 1 and 6 with 3.35 and 0.86."""
+    table = [[7, 6, 7, 4, 5, 4], [6, 7, 0, 4, 3, 4], [0, 3, 3, 1, 1, 0], [1, 2, 2, 3, 3, 4], [1, 0, 1, 2, 3, 3]]
+    given = [(user, item, float(r)) for user, row in enumerate(table) for item, r in enumerate(row) if r]
+    given += [(0, 0, 8.0), (0, 0, 6.0)]  # rated again: the mean counts
+    users, items, ratings = zip(*given, strict=True)
+    catalog = Catalog.build([f"i{n}" for n in range(6)], [f"word{n}" for n in range(6)])
+    interactions = Interactions.build([f"u{n}" for n in range(1, 6)], users, items, ratings, range(len(given)))
+    dataset = Dataset.build("ratings", catalog, interactions, Bundles.build(["b"], [[0, 1]]))
+
+    def list_settings(task: RatingTask) -> list[Setting]:
+        rated = {"stars@v1": (np.zeros((6, 4), np.float32), RatingHead(4, task))}
+        known = Known.of(dataset, None, None, "{title}", None, {}, rated=rated)
+        return list_scorers(known, {"u3"}, seed=0)[ALIKE]
+
+    assert [one.setting for one in list_settings(RatingTask())] == [""]
+    taken, rated = list_settings(RatingTask(feedback="explicit", scale=(1, 7)))
+    query = Queries(np.array([[1]]), np.array([0]), np.array(["u3"]), np.array([0]))
+    alike = rated.fit()
+    assert isinstance(alike, FittedPast)
+    assert isinstance(alike.alike, UserKNN)
+    expected = UserKNN(similarity="pearson", feedback="explicit").fit(csr_array(np.array(table, np.float32)))
+    np.testing.assert_array_equal(alike(query), expected.score_users([2]))
+    alike = replace(alike, alike=replace(alike.alike, k=2).fit(csr_array(np.array(table, np.float32))))
+    assert alike(query)[0, [0, 5]] == pytest.approx([3.35, 0.86], abs=0.005)
+    assert not np.array_equal(taken.fit()(query), expected.score_users([2]))

@@ -248,7 +248,7 @@ def _rebuild(
             case ScorerId("rated", str(adapter)):
                 return build_rating(known, adapter, settings[scorer])
             case ScorerId("bought before" | "users alike"):
-                return build_past(known, neighbours=scorer.kind == "users alike")
+                return build_past(known, neighbours=scorer.kind == "users alike", setting=settings[scorer])
             case _:
                 return FittedScorer(_scorer(folder, files[scorer], len(dataset.catalog)))
 
