@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,8 @@ def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_shop(tmp_path_factory.mktemp("tiny-shop"))
 
 
-@pytest.fixture
-def tiny_recipe(tiny_bert: Path, tiny_shop: Path, tmp_path: Path) -> Callable[..., Any]:
-    """Make a recipe of the tiny encoder and shop: ``tiny_recipe("lora", **{"training.epochs": 2})``."""
+def make_tiny_recipe(encoder: Path, shop: Path, store: Path, method: str = "lora", **changes: Any) -> Any:
+    """Make a recipe of a tiny encoder and shop: ``make_tiny_recipe(..., "lora", **{"training.epochs": 2})``."""
     from peft_combo.recipe.parse import parse_recipe
 
     adapters: dict[str, dict[str, Any]] = {
@@ -73,23 +73,25 @@ def tiny_recipe(tiny_bert: Path, tiny_shop: Path, tmp_path: Path) -> Callable[..
         "top-layers": {"layers": 1},
         "full": {},
     }
+    raw: dict[str, Any] = {
+        "name": f"tiny-{method}",
+        "category": "tiny",
+        "store": str(store),
+        "backbone": {"model": str(encoder), "max_length": 16},
+        "data": {"source": "folder", "path": str(shop)},
+        "adapter": {"method": method, **adapters[method]},
+        "training": {"epochs": 4, "batch_size": 16, "learning_rate": 5e-3, "checkpoint_every": 3},
+    }
+    for path, value in changes.items():
+        *parents, leaf = path.split(".")
+        place = raw
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = value
+    return parse_recipe(raw)
 
-    def make(method: str = "lora", **changes: Any) -> Any:
-        raw: dict[str, Any] = {
-            "name": f"tiny-{method}",
-            "category": "tiny",
-            "store": str(tmp_path / "adapters"),
-            "backbone": {"model": str(tiny_bert), "max_length": 16},
-            "data": {"source": "folder", "path": str(tiny_shop)},
-            "adapter": {"method": method, **adapters[method]},
-            "training": {"epochs": 4, "batch_size": 16, "learning_rate": 5e-3, "checkpoint_every": 3},
-        }
-        for path, value in changes.items():
-            *parents, leaf = path.split(".")
-            place = raw
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[leaf] = value
-        return parse_recipe(raw)
 
-    return make
+@pytest.fixture
+def tiny_recipe(tiny_bert: Path, tiny_shop: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Make recipes of the tiny encoder and shop with a store of the test's own; see `make_tiny_recipe`."""
+    return partial(make_tiny_recipe, tiny_bert, tiny_shop, tmp_path / "adapters")

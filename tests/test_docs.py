@@ -26,7 +26,7 @@ def test_every_room_is_on_the_page_and_has_a_reference_page() -> None:
         assert f"`{room}`" in ARCHITECTURE or room.startswith("__")
     packages = {path.parent.name for path in structure.PACKAGE.glob("*/__init__.py")} - {"cli"}
     pages = {path.stem for path in (REPOSITORY / "docs" / "reference").glob("*.md")}
-    assert pages == packages | {"peft_combo"}
+    assert pages == packages | {"peft_combo", "testing"}
 
 
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:

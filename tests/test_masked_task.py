@@ -35,7 +35,6 @@ from peft_combo.tuning.tasks.masked import (
     MaskedBatch,
     MaskedWords,
     Masker,
-    Surroundings,
     estimate_frequencies,
     fit_head,
     predict_words,
@@ -217,30 +216,11 @@ def test_a_fitted_head_is_never_worse_on_what_is_held_out_and_learns_what_there_
     assert predict_words(noise, words, nothing[200:], answers[200:]).likelihood.mean() >= before
 
 
-def test_frequencies_and_neighbours_by_hand(backbone: Backbone) -> None:
+def test_frequencies_by_hand() -> None:
     counts = np.array([3, 1, 0, 0])
     # With a word that was never seen, the largest pseudo-count is the most probable; with seen ones, the smallest.
     assert estimate_frequencies(counts, np.array([2])).tolist() == pytest.approx([4 / 8, 2 / 8, 1 / 8, 1 / 8])
     assert estimate_frequencies(counts, np.array([0, 0, 0, 1])) == pytest.approx([0.75, 0.25, 0, 0], abs=1e-3)
-
-    masker = Masker.of(backbone, ["w1 w2 w3", "w1 w2 w4", "w1 w5 w3"], 16, whole_words=True)
-    w = {n: FIRST_WORD + n for n in range(9)}
-    alone = np.full(200, 1 / 200)
-    model = Surroundings.of(masker, np.arange(3), alone)
-
-    def probability(tokens: list[int], place: int, word: int) -> float:
-        asked = MaskedBatch(np.array([0]), np.array(tokens), np.array([place]), np.array([word]))
-        return float(np.exp(model.predict(asked).likelihood[0]))
-
-    # Behind w1 stands w2 in 2 of 3, before w3 in 1 of 2, between both in 1 of 2; all four parts weigh a quarter.
-    assert probability([2, w[1], MASK, w[3], 3], 2, w[2]) == pytest.approx((1 / 200 + 2 / 3 + 1 / 2 + 1 / 2) / 4)
-    # A masked neighbour says nothing of its own: what is left is the left side, and frequencies three times.
-    assert probability([2, w[1], MASK, MASK, 3], 2, w[2]) == pytest.approx((3 / 200 + 2 / 3) / 4)
-    sure = MaskedBatch(np.array([0]), np.array([2, w[1], MASK, w[4], 3]), np.array([2]), np.array([w[2]]))
-    weights = model.fit_mixture(sure).weights
-    assert weights.sum() == pytest.approx(1)
-    assert weights[2:].sum() > 0.99  # those that were certain of it
-    assert weights[0] < 1e-3
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -256,12 +236,13 @@ def test_it_learns_what_a_text_is_about_from_items_alone(recipe: MakeRecipe, tmp
     result = tune(made, run_folder=tmp_path / "run")
     table = result.table
     assert [row.name for row in table.rows] == [
-        "how often a word occurs", "words next to it, counted", "frozen backbone", "tuned",
-    ]  # fmt: skip
-    often, around, frozen, tuned = (row.values["log_likelihood"] for row in table.rows)
+        "how often a word occurs",
+        "frozen backbone",
+        "tuned",
+    ]
+    often, frozen, tuned = (row.values["log_likelihood"] for row in table.rows)
     assert often == pytest.approx(-np.log(24), abs=0.1)
-    assert around > often + 0.3  # a neighbour gives the style away, and with it half of the words
-    assert tuned > often + 0.1  # so do the states of the tuned encoder
+    assert tuned > often + 0.1  # the words around it give the style away, and with it half of the words
     assert table.gain.value == pytest.approx(tuned - frozen)
     assert table.gain.interval[0] > 0
     manifest = result.record.manifest

@@ -19,6 +19,7 @@ from made_up import build_encoder
 from torch import nn
 from transformers import AutoModel
 
+from peft_combo.adapters.deltas import read_changes
 from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import copy_sharing_weights, find_layers, lower_view, set_dropout, upper_view
 from peft_combo.encoder.backbone import Backbone
@@ -30,7 +31,6 @@ from peft_combo.recipe.adapter import (
     BottleneckAdapter,
     FullTuning,
     HeadOnly,
-    Ia3Adapter,
     LayerNormTuning,
     LohaAdapter,
     LokrAdapter,
@@ -49,8 +49,6 @@ PROMPTED = [name for name in METHODS if name.startswith(("prefix", "prompt", "p-
 WITHOUT_FILES_OF_PEFT = ["bottleneck: houlsby", "bottleneck: pfeiffer", "bottleneck: parallel", "bitfit", "head",
                          "top-layers", "full"]  # fmt: skip
 IN_TOP_LAYERS = [name for name, config in METHODS.items() if hasattr(config, "top_layers")]
-ADDITIVE = [name for name in METHODS if name.split(":")[0] in
-            ("lora", "adalora", "vera", "loha", "lokr", "randlora", "oft")]  # fmt: skip
 MERGED = [name for name in METHODS if name not in PROMPTED and not name.startswith("bottleneck")]
 
 
@@ -205,22 +203,6 @@ def test_merged_it_is_a_plain_encoder_that_does_the_same(
     assert bool(changed) == (method != "head")
 
 
-@pytest.mark.parametrize("method", ADDITIVE)
-def test_the_delta_added_to_the_frozen_weights_does_the_same(backbone: Backbone, method: str, tmp_path: Path) -> None:
-    attached = attach(backbone, method)
-    train(backbone, attached)
-    attached.save(tmp_path, "tiny")
-    loaded = methods.load(backbone.model, tmp_path, attached.stored_as, 16)
-    for adapter in (attached, loaded):
-        by_hand = copy_sharing_weights(backbone.model)
-        for name, delta in methods.delta_weights(adapter).items():
-            linear = by_hand.get_submodule(name)
-            assert delta.dtype == torch.float32
-            linear.weight = nn.Parameter(linear.weight + delta, requires_grad=False)
-        alone = methods.AttachedAdapter(by_hand, by_hand, by_hand, first_layer=0, max_length=16, stored_as="weights")
-        np.testing.assert_allclose(backbone.encode(TEXTS, alone), backbone.encode(TEXTS, attached), atol=5e-6)
-
-
 @pytest.mark.parametrize(
     ("method", "told"),
     [
@@ -233,30 +215,12 @@ def test_the_delta_added_to_the_frozen_weights_does_the_same(backbone: Backbone,
 def test_what_no_weight_can_stand_for_is_not_merged(backbone: Backbone, method: str, told: str) -> None:
     with pytest.raises(BackboneError, match=told):
         methods.merge_into_base(attach(backbone, method))
-    with pytest.raises(BackboneError, match="not the weights of linear layers"):
-        methods.delta_weights(attach(backbone, method))
 
 
-@pytest.mark.parametrize("method", ["layer-norm", "bitfit", "tokens", "full"])
-def test_what_changes_other_than_linear_weights_has_no_delta_but_merges(backbone: Backbone, method: str) -> None:
-    with pytest.raises(BackboneError, match="not the weights of linear layers"):
-        methods.delta_weights(attach(backbone, method))
-
-
-def test_deltas_over_quantised_weights_are_those_of_the_weights_they_stand_for(tmp_path: Path) -> None:
+def test_quantised_weights_are_not_merged_into(tmp_path: Path) -> None:
     folder = build_encoder(tmp_path, hidden_size=64, intermediate_size=128, num_hidden_layers=1)
-    for quantization, share in (("8bit", 0.01), ("4bit", 0.15)):
+    for quantization in ("8bit", "4bit"):
         backbone = Backbone.load(str(folder), max_length=16, quantization=quantization)  # type: ignore[arg-type]
-        whole = Backbone.load(str(folder), max_length=16)
-        for config in (Ia3Adapter(), OftAdapter(block_size=16)):
-            first, second = attach(backbone, config), attach(whole, config)
-            for attached in (first, second):
-                with torch.no_grad():
-                    for parameter in attached.trainable().values():
-                        parameter.add_(0.3)
-            exact = methods.delta_weights(second)
-            for name, delta in methods.delta_weights(first).items():
-                assert (delta - exact[name]).norm() < share * exact[name].norm()
         vectors = backbone.encode(TEXTS)
         with pytest.raises(BackboneError, match="cannot be merged into quantised weights"):
             methods.merge_into_base(attach(backbone, "lora"))
@@ -390,7 +354,7 @@ def test_pissa_moves_the_principal_part_into_a_copy_and_is_stored_as_plain_lora(
     whole = scale * (
         tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
     )
-    torch.testing.assert_close(whole, methods.delta_weights(attached)[name], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(whole, read_changes(attached).linear[name], atol=1e-6, rtol=1e-5)
 
 
 def test_dora_starts_from_the_lengths_of_the_rows(backbone: Backbone) -> None:
@@ -440,7 +404,7 @@ def trained_delta(backbone: Backbone, config: AdapterConfig) -> tuple[Any, torch
     attached = attach(backbone, config)
     train(backbone, attached)
     name = "encoder.layer.2.attention.self.query"
-    return layer(attached, name), methods.delta_weights(attached)[name]
+    return layer(attached, name), read_changes(attached).linear[name]
 
 
 def test_vera_scales_shared_matrices_by_two_vectors(backbone: Backbone) -> None:
@@ -673,7 +637,7 @@ def test_a_head_alone_trains_nothing_of_the_encoder(backbone: Backbone) -> None:
     assert attached.trainable() == {}
     assert attached.groups() == []
     assert attached.first_layer == 3
-    assert methods.delta_weights(attached) == {}
+    assert read_changes(attached).linear == {}
 
 
 def test_a_prefix_is_not_shortened_silently(backbone: Backbone) -> None:

@@ -25,7 +25,7 @@ ORDER = [
     ["data"],
     ["encoder"],
     ["tuning", "adapters", "recommender"],
-    ["evaluation"],
+    ["evaluation", "testing"],
     ["cli"],
     ["__init__", "__main__"],
 ]

@@ -50,7 +50,7 @@ _BAD: tuple[tuple[str, str, str, str], ...] = (
 
 # Extra -> the package it brings and what for.
 _EXTRAS: Mapping[str, tuple[str, str]] = {
-    "als": ("implicit", "the ALS and BPR scorers"),
+    "als": ("implicit", "the ALS scorer"),
     "faiss": ("faiss-cpu", "approximate search beyond about 200,000 items"),
     "onnx": ("onnxruntime", "exports to ONNX"),
     "plot": ("matplotlib", "charts as PNG"),

@@ -182,7 +182,8 @@ class Calibration:
 
     def state(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return {name: dict(value) for name, value in vars(self).items()}
+        scale = {name: list(pair) for name, pair in self.scale.items()}
+        return {**{name: dict(value) for name, value in vars(self).items()}, "scale": scale}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:

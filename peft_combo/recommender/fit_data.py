@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -105,6 +105,23 @@ class FitData:
     def categorised(self) -> sparse.csr_array[Any, tuple[int, int]] | None:
         """The same with the category path among the words; None where no item has one."""
         return tfidf_vectors(self.catalog.texts(self.text + " {category}")) if any(self.catalog.categories) else None
+
+    @property
+    def taken(self) -> sparse.csr_array[Any, tuple[int, int]]:
+        """(U, N) float32, 1 where a user took an item."""
+        return sparse.csr_array((np.ones_like(self.past.data), self.past.indices, self.past.indptr), self.past.shape)
+
+    @property
+    def has_ratings(self) -> bool:
+        """Whether the weights of interactions are ratings: a rating adapter was tuned on them as such."""
+        return any(head.config.feedback == "explicit" for _, head in self.rated.values())
+
+    @property
+    def ratings(self) -> sparse.csr_array[Any, tuple[int, int]]:
+        """(U, N) float32, the mean of what a user rated an item."""
+        assert self.interactions is not None
+        times = replace(self.interactions, weights=np.ones_like(self.interactions.weights)).to_csr(len(self.catalog))
+        return sparse.csr_array((self.past.data / times.data, self.past.indices, self.past.indptr), self.past.shape)
 
     @property
     def general(self) -> Tuned:

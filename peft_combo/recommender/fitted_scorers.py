@@ -31,6 +31,8 @@ from peft_combo.scoring.neighbours import UserKNN
 # Settings of the two: what a rating adapter tells from, and what is averaged over several adapters of bundles.
 _PAST, _BESIDE = "owner's past", "bundle and past"
 _SCORES, _VECTORS = "mean of scores", "mean of vectors"
+# The setting of users alike that reads ratings: a weighted sum over similar users of mean-centred ratings.
+_RATINGS = "mean-centred ratings"
 
 ItemVectors: TypeAlias = "NDArray[np.float32] | sparse.csr_array[Any, tuple[int, int]]"
 
@@ -166,11 +168,19 @@ def build_ensemble(known: FitData, setting: str) -> FittedEnsemble:
     return FittedEnsemble.of(heads, vectors=setting == _VECTORS)
 
 
-def build_past(known: FitData, *, neighbours: bool) -> FittedPast:
-    """Return what reads the past of the user of a query, or with `neighbours` that of users alike."""
-    past = known.past
-    taken = sparse.csr_array((np.ones_like(past.data), past.indices, past.indptr), past.shape)
-    return FittedPast(past, known.user_rows, UserKNN().fit(taken) if neighbours else None)
+def build_past(known: FitData, *, neighbours: bool, setting: str = "") -> FittedPast:
+    """Return what reads the past of the user of a query, or with `neighbours` that of users alike.
+
+    Args:
+        setting: of the neighbours: what they took (""), or what they rated above or below their mean.
+    """
+    if not neighbours:
+        return FittedPast(known.past, known.user_rows, None)
+    if setting == _RATINGS:
+        alike = UserKNN(similarity="pearson", feedback="explicit").fit(known.ratings)
+    else:
+        alike = UserKNN().fit(known.taken)
+    return FittedPast(known.past, known.user_rows, alike)
 
 
 def fuse_scorers(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], known: FitData) -> Fitted:

@@ -26,6 +26,7 @@ from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fitted_scorers import (
     _BESIDE,
     _PAST,
+    _RATINGS,
     _SCORES,
     _VECTORS,
     Fitted,
@@ -105,7 +106,7 @@ class _Past:
     setting: str = ""
 
     def fit(self) -> Fitted:
-        return build_past(self.known, neighbours=self.neighbours)
+        return build_past(self.known, neighbours=self.neighbours, setting=self.setting)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +169,8 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
     if met:
         found[BOUGHT] = [_Past(known, neighbours=False)]
         found[ALIKE] = [_Past(known, neighbours=True)]
+        if known.has_ratings:
+            found[ALIKE] += [_Past(known, neighbours=True, setting=_RATINGS)]
     # CEASE may read the category path as well: a peer should know what we know.
     if known.categorised is not None:
         found[PEER] += list_linear("words and category", known.categorised)

@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from peft_combo import scoring
 from peft_combo.data.model import Dataset
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
@@ -46,16 +45,11 @@ from peft_combo.recommender.fitted_scorers import (
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import Kind, ScorerId
-from peft_combo.scoring.base import Scorer
+from peft_combo.scoring import Scorer, load_scorer
 
 FORMAT = 2
 _MANIFEST = "recommender.json"
 _MANIFEST_LIMIT = 16 * 2**20
-# The scorers whose state may be read; the name in a file is looked up here and nowhere else.
-_SCORERS: dict[str, Any] = {
-    name: getattr(scoring, name)
-    for name in ("Popularity", "CoOccurrence", "ItemKNN", "UserKNN", "EASE", "CEASE", "TextCosine", "ALS", "BPR")
-}
 
 
 class _Stored(BaseModel):
@@ -254,7 +248,7 @@ def _rebuild(
             case ScorerId("rated", str(adapter)):
                 return build_rating(known, adapter, settings[scorer])
             case ScorerId("bought before" | "users alike"):
-                return build_past(known, neighbours=scorer.kind == "users alike")
+                return build_past(known, neighbours=scorer.kind == "users alike", setting=settings[scorer])
             case _:
                 return FittedScorer(_load_scorer(folder, files[scorer], len(dataset.catalog)))
 
@@ -275,8 +269,7 @@ def _load_scorer(folder: Path, stored: _ScorerFile, n_items: int) -> Scorer:
     path = folder / stored.file
     if path.is_symlink() or _sha256(path) != stored.sha256:
         raise ValueError(f"{stored.file} was altered since it was written")
-    kind = _SCORERS[str(stored.parameters.get("scorer"))]
-    scorer: Scorer = kind.from_state(load_file(path), stored.parameters)
+    scorer = load_scorer(load_file(path), stored.parameters)
     if len(scorer.support) != n_items:
         raise ValueError(f"{stored.file} knows {len(scorer.support)} items, the catalogue has {n_items}")
     return scorer

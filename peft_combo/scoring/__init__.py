@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.scoring.base import ItemFeatures, Scorer, State
-from peft_combo.scoring.factors import ALS, BPR
+from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
-from peft_combo.scoring.text import TextCosine, Tfidf, bm25_vectors, tfidf_vectors
+from peft_combo.scoring.text import TextCosine, Tfidf, tfidf_vectors
 
 __all__ = [
     "ALS",
-    "BPR",
     "CEASE",
     "EASE",
     "CoOccurrence",
@@ -33,16 +32,15 @@ __all__ = [
     "TextCosine",
     "Tfidf",
     "UserKNN",
-    "bm25_vectors",
     "load_scorer",
     "tfidf_vectors",
 ]
 
-_SCORERS = (Random, Popularity, CoOccurrence, ItemKNN, UserKNN, EASE, CEASE, TextCosine, ALS, BPR)
+_SCORERS = (Random, Popularity, CoOccurrence, ItemKNN, UserKNN, EASE, CEASE, TextCosine, ALS)
 
 
 def load_scorer(arrays: Mapping[str, NDArray[np.generic]], params: Mapping[str, Any]) -> Scorer:
-    """Rebuild whichever scorer a saved state is of.
+    """Rebuild whichever scorer a saved state is of; the name it gives is looked up among the scorers here only.
 
     Raises:
         ValueError: no scorer has the name the state gives, or an array is missing.

@@ -1,4 +1,4 @@
-"""Latent factors: ALS and BPR, trained by the optional package `implicit`.
+"""Latent factors: ALS, trained by the optional package `implicit`.
 
 Training needs the package; scoring, folding in and loading a saved state do not.
 """
@@ -23,11 +23,9 @@ from peft_combo.scoring.base import (
     Vectors,
     binary,
     positive,
-    scaled_rows,
     silenced,
     stacked,
     support_of,
-    with_data,
 )
 
 
@@ -37,8 +35,7 @@ class Factors(Learned):
     users: (R, F) float32, one row of factors per row of the history.
     items: (N, F) float32, zero for an item without factors.
     has_factors: (N,) bool.
-    square: (F, F) float64, what folding in needs beside the factors of the context's items: for ALS items' items, for
-        BPR the map from mean item factors to a row's.
+    square: (F, F) float64, the items' factors by themselves, which folding in needs.
     """
 
     users: NDArray[np.float32]
@@ -79,7 +76,7 @@ class ALS(HistoryScorer[Factors]):
             positive(name, getattr(self, name))
 
     def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Factors:
-        with _implicit("ALS"):
+        with _implicit():
             from implicit.cpu.als import AlternatingLeastSquares
 
             model = AlternatingLeastSquares(
@@ -126,77 +123,6 @@ class ALS(HistoryScorer[Factors]):
         return found
 
 
-@dataclass(eq=False)
-class BPR(HistoryScorer[Factors]):
-    """Factors learned by ranking pairs: what a row holds above what it does not, by stochastic gradient.
-
-    A row of the history is scored by its own factors. BPR has no closed form for a new context: its factors are
-    estimated from the mean of its items' factors by the linear map that does so best (ridge) for the rows trained on.
-    NaN: an item without factors; every item where that is so of the whole context.
-
-    An update estimates factors for the new rows and leaves the items' alone; new items stay NaN until the next fit.
-
-    Attributes:
-        factors, learning_rate, regularization, iterations: as in `implicit`.
-        seed: of the first factors and of the sampling; training runs on one thread so that it means something.
-
-    Raises:
-        PeftComboError: from fit, where `implicit` is not installed.
-    Source: Rendle et al. 2009, "BPR: Bayesian personalized ranking from implicit feedback".
-    """
-
-    factors: int = 64
-    learning_rate: float = 0.05
-    regularization: float = 0.01
-    iterations: int = 100
-    seed: int = 0
-    _learned_type: ClassVar[type[Learned]] = Factors
-
-    def __post_init__(self) -> None:
-        for name in ("factors", "learning_rate", "regularization", "iterations"):
-            positive(name, getattr(self, name))
-
-    def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Factors:
-        with _implicit("BPR"):
-            from implicit.cpu.bpr import BayesianPersonalizedRanking
-
-            model = BayesianPersonalizedRanking(
-                factors=self.factors,
-                learning_rate=self.learning_rate,
-                regularization=self.regularization,
-                iterations=self.iterations,
-                num_threads=1,
-                random_state=self.seed,
-            )
-            if history.nnz:
-                model.fit(sparse.csr_matrix(history), show_progress=False)
-        support = support_of(history)
-        users, vectors = _trained(model, history, self.factors + 1)  # the last column is the item's bias, 1 for a row
-        vectors[support == 0] = 0
-        means = _item_means(history, vectors, support > 0).astype(np.float64)
-        width = means.shape[1]
-        fold = np.linalg.solve(means.T @ means + 1e-3 * np.eye(width), means.T @ users).astype(np.float64)
-        return Factors(history, support, users, vectors, support > 0, fold)
-
-    def _extend(self, known: Factors, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Factors:
-        history = stacked(known.history, rows)
-        more = rows.shape[1] - len(known.items)
-        vectors = np.pad(known.items, ((0, more), (0, 0)))
-        has_factors = np.pad(known.has_factors, (0, more))
-        users = np.concatenate([known.users, _folded(rows, known.square, vectors, has_factors)])
-        return Factors(history, support_of(history), users, vectors, has_factors, known.square)
-
-    def _score(self, known: Factors, contexts: Csr) -> NDArray[np.float32]:
-        return self._products(known, contexts, _folded(contexts, known.square, known.items, known.has_factors))
-
-    def _score_known(self, known: Factors, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._products(known, known.history[rows], known.users[rows])
-
-    def _products(self, known: Factors, contexts: Csr, users: NDArray[np.float32]) -> NDArray[np.float32]:
-        familiar = binary(contexts) @ known.has_factors.astype(np.float32) > 0
-        return silenced(users @ known.items.T, familiar, known.has_factors)
-
-
 def _trained(model: Any, history: Csr, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Copy the factors of rows and items; zeros where there was nothing to train on."""
     if not history.nnz:
@@ -209,24 +135,8 @@ def _square(factors: NDArray[np.float32]) -> NDArray[np.float64]:
     return wide.T @ wide
 
 
-def _folded(
-    rows: Csr, fold: NDArray[np.float64], items: NDArray[np.float32], has_factors: NDArray[np.bool_]
-) -> NDArray[np.float32]:
-    return (_item_means(rows, items, has_factors) @ fold).astype(np.float32)
-
-
-def _item_means(rows: Csr, items: NDArray[np.float32], has_factors: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Mean factors of the items of each row that have some, and 1 in the last column: (Q, F)."""
-    inside = binary(rows)
-    inside = with_data(inside, has_factors[inside.indices].astype(np.float32))
-    count = np.asarray(inside.sum(axis=1), np.float32)
-    means: NDArray[np.float32] = scaled_rows(inside, 1 / np.maximum(count, 1)) @ items
-    means[:, -1] = 1
-    return means
-
-
 @contextmanager
-def _implicit(who: str) -> Iterator[None]:
+def _implicit() -> Iterator[None]:
     """Hold BLAS to one thread while `implicit` trains: it runs threads of its own and warns where BLAS does too."""
     try:
         import implicit  # noqa: F401
@@ -235,7 +145,7 @@ def _implicit(who: str) -> Iterator[None]:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as cause:
         raise PeftComboError(
-            f'{who} is trained by the package "implicit", which is not installed. '
+            'ALS is trained by the package "implicit", which is not installed. '
             'Install it with: pip install "peft-combo[als]"'
         ) from cause
     with threadpool_limits(1, "blas"):

@@ -32,7 +32,6 @@ from peft_combo.scoring.base import (
     widened,
     with_data,
 )
-from peft_combo.scoring.text import bm25
 
 
 @dataclass(frozen=True)
@@ -52,32 +51,29 @@ class ItemKNN(HistoryScorer[Similar]):
 
     - ``cosine``: dot / (|a| |b| + shrinkage).
     - ``tfidf``: the same after sqrt(x) * ln((1 + N) / (1 + items of the row)), so that a row of few items says more.
-    - ``bm25``: dot of BM25 weights with the item as document and the row as term; not bounded by 1.
 
     NaN: an item no row holds; every item where that is so of the whole context. 0 means seen, no near neighbour.
-    An update is exact. With cosine and tfidf it renews only items that share a row with those of the new rows; bm25
-    depends on the mean number of rows, and tfidf on that of items, so where these change all are renewed.
+    An update is exact. It renews only items that share a row with those of the new rows; tfidf depends on the number of
+    items, so where this changes all are renewed.
 
     Attributes:
         k: nearest others kept per item, >= 1.
         similarity: as above.
-        shrinkage: holds back similarity that rests on few rows, >= 0; not for bm25.
+        shrinkage: holds back similarity that rests on few rows, >= 0.
     Source: Sarwar et al. 2001; Deshpande and Karypis 2004 (k nearest per context item); shrinkage as in Ferrari Dacrema
     et al. 2019.
     """
 
     k: int = 100
-    similarity: Literal["cosine", "tfidf", "bm25"] = "cosine"
+    similarity: Literal["cosine", "tfidf"] = "cosine"
     shrinkage: float = 0.0
     _learned_type: ClassVar[type[Learned]] = Similar
 
     def __post_init__(self) -> None:
         positive("k", self.k)
         positive("shrinkage", self.shrinkage, zero=True)
-        if self.similarity not in ("cosine", "tfidf", "bm25"):
-            raise ValueError(f'similarity must be "cosine", "tfidf" or "bm25", found {self.similarity!r}.')
-        if self.similarity == "bm25" and self.shrinkage:
-            raise ValueError("shrinkage has no meaning for bm25, which divides by no norms; leave it 0.")
+        if self.similarity not in ("cosine", "tfidf"):
+            raise ValueError(f'similarity must be "cosine" or "tfidf", found {self.similarity!r}.')
 
     def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Similar:
         return Similar(history, support_of(history), self._nearest(history, np.arange(history.shape[1])))
@@ -85,7 +81,7 @@ class ItemKNN(HistoryScorer[Similar]):
     def _extend(self, known: Similar, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Similar:
         history = stacked(known.history, rows)
         grown = history.shape[1] > known.history.shape[1]
-        if self.similarity == "bm25" or (self.similarity == "tfidf" and grown):
+        if self.similarity == "tfidf" and grown:
             return self._learn(history, items, times)  # a number that is in every weight has changed
         # The norm of each item in the new rows changes, and with it its similarity to all that share a row with it.
         touched = np.zeros(history.shape[1], np.float32)
@@ -113,9 +109,7 @@ class ItemKNN(HistoryScorer[Similar]):
 
     def _nearest(self, history: Csr, wanted: NDArray[np.int64]) -> Csr:
         """The k nearest others of each wanted item: (len(wanted), N)."""
-        if self.similarity == "bm25":
-            by_item = bm25(history.T.tocsr())
-        elif self.similarity == "tfidf":
+        if self.similarity == "tfidf":
             length = np.diff(history.indptr)
             idf = np.log((1 + history.shape[1]) / (1 + length))
             by_item = scaled_rows(with_data(history, np.sqrt(np.abs(history.data)) * np.sign(history.data)), idf)
@@ -130,9 +124,8 @@ class ItemKNN(HistoryScorer[Similar]):
             chosen = wanted[block]
             product: Csr = (by_item[chosen] @ by_row).tocsr()  # (b, R) @ (R, N)
             own = np.repeat(chosen, np.diff(product.indptr))
-            if self.similarity != "bm25":
-                scale = norms[own] * norms[product.indices] + np.float32(self.shrinkage)
-                product.data = np.divide(product.data, scale, out=np.zeros_like(product.data), where=scale > 0)
+            scale = norms[own] * norms[product.indices] + np.float32(self.shrinkage)
+            product.data = np.divide(product.data, scale, out=np.zeros_like(product.data), where=scale > 0)
             product.data[own == product.indices] = 0
             parts.append(largest(product, self.k))
         return concatenated(parts, history.shape[1])

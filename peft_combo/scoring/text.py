@@ -1,6 +1,6 @@
 """Words as vectors, and the scorer that trusts them alone.
 
-Owns TF-IDF and BM25 weighting and the cosine between a context and every item. The vectors may as well come from an
+Owns TF-IDF weighting and the cosine between a context and every item. The vectors may as well come from an
 encoder: `TextCosine` does not ask.
 """
 
@@ -25,7 +25,6 @@ from peft_combo.scoring.base import (
     Vectors,
     binary,
     dense,
-    positive,
     silenced,
     stacked,
     support_of,
@@ -97,43 +96,6 @@ def tfidf_vectors(texts: Sequence[str], longest: int = 1, sublinear: bool = Fals
         (T, V) float32 CSR, rows of length 1, terms in sorted order.
     """
     return Tfidf.fit(texts, longest, sublinear, min_texts).vectors(texts)
-
-
-def bm25_vectors(texts: Sequence[str], longest: int = 1, k1: float = 1.2, b: float = 0.75) -> Csr:
-    """BM25 weights of each text's terms, for a cosine between texts.
-
-    Returns:
-        (T, V) float32 CSR, terms in sorted order; rows are not scaled.
-    """
-    terms = sorted({term for text in texts for term in _terms(text, longest)})
-    return bm25(term_counts(texts, {term: column for column, term in enumerate(terms)}, longest), k1, b)
-
-
-def bm25(counts: Csr, k1: float = 1.2, b: float = 0.75) -> Csr:
-    """Weigh counts by BM25: rows are documents, columns are terms.
-
-    weight = ln(1 + (n - df + 1/2) / (df + 1/2)) * count * (k1 + 1) / (count + k1 * (1 - b + b * length / mean length))
-
-    Args:
-        counts: (T, V), non-negative.
-        k1: where repetition saturates, > 0.
-        b: how much length is held against a document, in [0, 1].
-    Returns:
-        (T, V) float32, non-negative.
-    Raises:
-        ValueError: k1 or b is out of range.
-    Source: Robertson and Zaragoza 2009; the 1 + inside the logarithm (Lucene) keeps common terms from going negative.
-    """
-    positive("k1", k1)
-    if not 0 <= b <= 1:
-        raise ValueError(f"b must be in [0, 1], found {b}.")
-    length = np.asarray(counts.sum(axis=1), np.float64)
-    mean = length.mean() if length.any() else 1.0
-    number = np.bincount(counts.indices, minlength=counts.shape[1])
-    idf = np.log1p((counts.shape[0] - number + 0.5) / (number + 0.5))
-    floor = np.repeat(k1 * (1 - b + b * length / mean), np.diff(counts.indptr))
-    data = counts.data.astype(np.float64)
-    return with_data(counts, (idf[counts.indices] * data * (k1 + 1) / (data + floor)).astype(np.float32))
 
 
 def term_counts(texts: Sequence[str], columns: Mapping[str, int], longest: int) -> Csr:

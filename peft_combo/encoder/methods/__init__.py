@@ -35,7 +35,7 @@ from peft_combo.encoder.methods.attached import (
 from peft_combo.encoder.methods.base_weights import TUNED_WEIGHTS_FILE, attach_weights, load_weights
 from peft_combo.encoder.methods.bottleneck import attach_bottleneck, load_bottleneck
 from peft_combo.encoder.methods.low_rank import Lora, attach_adalora, attach_lora
-from peft_combo.encoder.methods.merge_weights import delta_weights, merge_into_base
+from peft_combo.encoder.methods.merge_weights import merge_into_base
 from peft_combo.encoder.methods.peft_updates import attach_update
 from peft_combo.encoder.methods.prompts import attach_prompt, is_prompt_method
 from peft_combo.encoder.methods.trainable_tokens import TrainableTokens, attach_tokens
@@ -69,7 +69,6 @@ __all__ = [
     "AttachedAdapter",
     "ParameterGroup",
     "attach",
-    "delta_weights",
     "load",
     "merge_into_base",
 ]

@@ -1,7 +1,6 @@
-"""What an adapter amounts to in the encoder's own weights, for those that amount to that.
+"""The plain encoder with an adapter merged into its weights, for methods that amount to that.
 
-Owns the change each method makes to linear weights, and the plain encoder with the change made. The frozen encoder is
-never written to.
+Owns the weight each method stands for. The frozen encoder is never written to.
 """
 
 from __future__ import annotations
@@ -15,41 +14,19 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from peft_combo.encoder.architectures import copy_sharing_weights
 from peft_combo.encoder.methods.attached import NAME, AttachedAdapter, is_quantised, set_parameter
 from peft_combo.errors import BackboneError
 
-_ADDITIVE = {"lora", "adalora", "vera", "loha", "lokr", "randlora", "oft", "ia3"}
-
-
-@torch.no_grad()
-def delta_weights(attached: AttachedAdapter) -> dict[str, Tensor]:
-    """Return what the adapter adds to the weights of linear layers.
-
-    For DoRA, OFT and (IA)^3 that is the merged weight less the frozen one. (IA)^3 also scales the biases of keys and
-    values, which is in `merged` and, being no weight, not here.
-
-    Returns:
-        by name of the linear module in the plain encoder, (out, in) float32; nothing for a head alone.
-    Raises:
-        BackboneError: the method's effect is no change of linear weights.
-    """
-    if attached.stored_as == "head":
-        return {}
-    if attached.stored_as not in _ADDITIVE:
-        raise BackboneError(
-            f"{_describe_method(attached)} changes {_describe_change(attached.stored_as)}, not the weights of linear "
-            "layers."
-        )
-    deltas = {}
-    for name, module in attached.inner.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            frozen = _weight(attached.base.get_submodule(name))
-            deltas[name] = _merge_weight(module) - frozen
-    return deltas
+# What a method adds that no weight can stand for, by how it is stored.
+_ADDED = {
+    "prompt_tuning": "positions before the text",
+    "p_tuning": "positions before the text",
+    "prefix_tuning": "keys and values before the text's own",
+    "bottleneck": "layers with a bend in them",
+}
 
 
 @torch.no_grad()
@@ -59,9 +36,9 @@ def merge_into_base(attached: AttachedAdapter) -> nn.Module:
     Raises:
         BackboneError: the method adds something no weight can stand for, or the weights are quantised.
     """
-    if attached.stored_as in ("prompt_tuning", "p_tuning", "prefix_tuning", "bottleneck"):
+    if attached.stored_as in _ADDED:
         raise BackboneError(
-            f"{_describe_method(attached)} cannot be merged: it adds {_describe_change(attached.stored_as)}. "
+            f"An adapter stored as {attached.stored_as} cannot be merged: it adds {_ADDED[attached.stored_as]}. "
             "Serve it as an adapter."
         )
     plain = copy_sharing_weights(attached.base)
@@ -94,7 +71,7 @@ def merge_into_base(attached: AttachedAdapter) -> nn.Module:
 
 def _merge_weight(module: Any) -> Tensor:
     """Return the weight a linear layer would need to do what its tuner does, (O, I) float32."""
-    weight = _weight(module.get_base_layer())
+    weight: Tensor = module.get_base_layer().weight.float()
     wanted: Tensor
     match module:
         case OFTLayer():
@@ -108,27 +85,3 @@ def _merge_weight(module: Any) -> Tensor:
         case _:
             wanted = weight + module.get_delta_weight(NAME).float()
     return wanted
-
-
-def _weight(linear: Any) -> Tensor:
-    """Return the frozen weight (O, I) in float32. PEFT's own way leaves an 8-bit layer on a CPU without its scales."""
-    weight: Tensor = linear.weight
-    if not weight.is_floating_point():
-        weight = dequantize_bnb_weight(linear.weight, state=getattr(linear, "state", None))
-    return weight.float()
-
-
-def _describe_method(attached: AttachedAdapter) -> str:
-    return f"An adapter stored as {attached.stored_as}"
-
-
-def _describe_change(stored_as: str) -> str:
-    return {
-        "prompt_tuning": "positions before the text",
-        "p_tuning": "positions before the text",
-        "prefix_tuning": "keys and values before the text's own",
-        "bottleneck": "layers with a bend in them",
-        "ln_tuning": "norms",
-        "trainable_tokens": "embeddings",
-        "weights": "weights of every kind",
-    }[stored_as]

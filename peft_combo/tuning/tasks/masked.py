@@ -10,14 +10,13 @@ Source: Devlin et al. 2019, "BERT", section 3.1 and appendix A.1, for the task, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
@@ -47,7 +46,6 @@ _FIRST_STEPS = 32
 _FIRST_LOOKS = 30
 _FIRST_RATE = 1e-3
 _PSEUDO_COUNTS = (1.0, 0.1, 0.01, 1e-3, 1e-4)
-_MIXING_STEPS = 50
 
 
 class EncodeTokens(Protocol):
@@ -265,12 +263,10 @@ class MaskedWords:
     def table(self, before: MaskedPredictions, after: MaskedPredictions) -> Table:
         valid, test = self._mask_words(self._valid, _VALID), self._mask_words(self._test, _TEST)
         often = self._frequencies(valid.targets)
-        around = Surroundings.of(self._masker, self._train, often).fit_mixture(valid)
         predictions = {
             "how often a word occurs": _rank_targets(
                 np.broadcast_to(np.log(often), (len(test.targets), len(often))), test.targets
             ),
-            "words next to it, counted": around.predict(test),
             "frozen backbone": before,
             "tuned": after,
         }
@@ -372,9 +368,6 @@ def _join_predictions(parts: Sequence[MaskedPredictions]) -> MaskedPredictions:
     )
 
 
-# --- whoever needs no encoder -----------------------------------------------------------------------------------------
-
-
 def estimate_frequencies(counts: NDArray[np.int64], held: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the probability of each word from how often it was seen, with the pseudo-count that suits `held` best.
 
@@ -383,82 +376,3 @@ def estimate_frequencies(counts: NDArray[np.int64], held: NDArray[np.int64]) -> 
     """
     tried = [(counts + more) / (counts.sum() + more * len(counts)) for more in _PSEUDO_COUNTS]
     return max(tried, key=lambda one: float(np.log(one[held]).sum()))
-
-
-@dataclass(frozen=True, eq=False)
-class Surroundings:
-    """What counting says of a word from the tokens on its left and right.
-
-    A mixture of how often words occur, and of how often they occurred behind this left, before this right, and between
-    both; the weights are those under which validation is most probable. A neighbour that was never seen, or is itself
-    masked, says what the mere frequencies say.
-
-    Source: Jelinek and Mercer 1980, interpolated estimation; the weights by expectation maximisation.
-
-    Attributes:
-        alone: (V,) how likely each word is by itself.
-        contexts: for left, right and both the keys of what was seen, ascending, and (K, V) how words divide there.
-        weights: (4,) of the four, `alone` first.
-    """
-
-    alone: NDArray[np.float64]
-    contexts: tuple[tuple[NDArray[np.int64], Any], ...]
-    weights: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, masker: Masker, rows: NDArray[np.int64], alone: NDArray[np.float64]) -> Self:
-        """Count in the texts `rows`; all four weigh alike."""
-        own = masker.places(rows)
-        ids = masker.tokens.ids[own].astype(np.int64)
-        places = np.flatnonzero(masker.unit[own] >= 0)
-        words = ids[places]
-        found = []
-        for keys in cls._keys(ids, places, len(alone)):
-            known, row = np.unique(keys, return_inverse=True)
-            counts = sparse.csr_array((np.ones(len(words)), (row, words)), shape=(len(known), len(alone)))
-            found.append((known, sparse.csr_array(counts.multiply(1 / counts.sum(axis=1)[:, None]))))
-        return cls(alone, tuple(found), np.full(4, 0.25))
-
-    def fit_mixture(self, queries: MaskedBatch) -> Self:
-        """Return the mixture whose weights suit these queries best."""
-        parts = np.concatenate([self._mix(queries, block)[1] for block in _blocks(len(queries.targets))])  # (Q, 4)
-        weights = self.weights
-        for _ in range(_MIXING_STEPS):
-            shares = parts * weights
-            weights = (shares / shares.sum(1, keepdims=True)).mean(0)
-        return type(self)(self.alone, self.contexts, weights)
-
-    def predict(self, queries: MaskedBatch) -> MaskedPredictions:
-        """Predict the masked words."""
-        return _join_predictions(
-            [
-                _rank_targets(np.log(self._mix(queries, block)[0]), queries.targets[block])
-                for block in _blocks(len(queries.targets))
-            ]
-        )
-
-    def _mix(self, queries: MaskedBatch, block: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return (Q, V) what the mixture says, and (Q, 4) what each part says of the right word."""
-        targets = queries.targets[block]
-        every = np.broadcast_to(self.alone, (len(targets), len(self.alone)))
-        mixture = self.weights[0] * every
-        right = [self.alone[targets]]
-        keys = self._keys(queries.tokens, queries.places[block], len(self.alone))
-        for own, (known, shares), weight in zip(keys, self.contexts, self.weights[1:], strict=True):
-            row = np.minimum(np.searchsorted(known, own), len(known) - 1)
-            seen = known[row] == own
-            said = np.where(seen[:, None], shares[row].toarray(), every)
-            mixture = mixture + weight * said
-            right.append(said[np.arange(len(targets)), targets])
-        return mixture, np.stack(right, 1)
-
-    @staticmethod
-    def _keys(tokens: NDArray[np.int64], places: NDArray[np.int64], vocabulary: int) -> list[NDArray[np.int64]]:
-        # A text stands between special tokens, so there is a token on either side; where a tokenizer adds none, it is
-        # the neighbouring text's.
-        left, right = tokens[np.maximum(places - 1, 0)], tokens[np.minimum(places + 1, len(tokens) - 1)]
-        return [left, right, left * vocabulary + right]
-
-
-def _blocks(count: int) -> Iterator[slice]:
-    return (slice(start, start + _QUERIES_AT_ONCE) for start in range(0, count, _QUERIES_AT_ONCE))

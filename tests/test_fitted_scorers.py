@@ -1,0 +1,216 @@
+"""Every fitted scorer of a recommender keeps the same promises, and answers alike after it was saved and loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from conftest import make_tiny_recipe
+from scipy.sparse import csr_array
+
+from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
+from peft_combo.data.queries import Queries
+from peft_combo.data.sources import open_dataset
+from peft_combo.data.splits import split
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads.rating import RatingHead
+from peft_combo.recipe.task import RatingTask
+from peft_combo.recommender import fit_state
+from peft_combo.recommender.fit_data import Known
+from peft_combo.recommender.fitted_scorers import Fitted, FittedPast, beside, build_past, fuse_scorers
+from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.model_selection import Setting, list_scorers
+from peft_combo.recommender.persistence import load_recommender, save_recommender
+from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.recommender.scorer_id import ALIKE, BOUGHT, FUSION, RANDOM, Kind, ScorerId
+from peft_combo.scoring.neighbours import UserKNN
+from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.loop import tune
+
+N_ITEMS = 60
+# What reads an adapter's head, which is asked with a context item at least.
+ADAPTERS = ("tuned BERT", "ensemble", "tuned by category", "fusion")
+
+needs_implicit = pytest.mark.skipif(
+    importlib.util.find_spec("implicit") is None, reason="the optional package implicit is not installed"
+)
+KINDS = [kind for kind in get_args(Kind) if kind != RANDOM.kind]
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=needs_implicit if kind == "ALS" else ()) for kind in KINDS]
+)
+
+
+class AllOfThem:
+    """In place of `Fusion` where one is fitted: every scorer is needed, so every one is served and kept."""
+
+    @staticmethod
+    def fit(scores: Mapping[ScorerId, object], *rest: object, **options: object) -> Fusion[ScorerId]:
+        return Fusion("z", {scorer: {"always": 1.0} for scorer in scores}, {}, "all")
+
+
+@dataclass(frozen=True)
+class Shop:
+    """Attributes:
+    scorers: one of each kind, as fitted. loaded: the same after save and load.
+    """
+
+    scorers: dict[str, Fitted]
+    loaded: dict[str, Fitted]
+
+
+def list_served(made: BundleRecommender) -> dict[str, Fitted]:
+    """Return the last fitted scorer of each kind, what reads the past of users, and the fusion of those served."""
+    state = made.state
+    assert state.neighbours is not None
+    return {
+        **{scorer.kind: fitted for scorer, fitted in state.serving.items()},
+        BOUGHT.kind: build_past(state.known, neighbours=False),
+        ALIKE.kind: state.neighbours,
+        FUSION.kind: fuse_scorers(state.fusion, state.serving, state.known),
+    }
+
+
+@pytest.fixture(scope="module")
+def shop(tiny_bert: Path, tiny_shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """The tiny shop, whose users bought the items of their bundles, with adapters for bundles, a category, ratings."""
+    folder = tmp_path_factory.mktemp("fitted")
+    bundles = open_dataset(make_tiny_recipe(tiny_bert, tiny_shop, folder).data)
+    users = sorted({owner for owner in bundles.bundles.owners if owner})
+    bought = [
+        (users.index(owner), row)
+        for owner, rows in zip(bundles.bundles.owners, bundles.bundles.items, strict=True)
+        if owner is not None
+        for row in rows
+    ]
+    interactions = Interactions.build(
+        users, [u for u, _ in bought], [r for _, r in bought], times=np.arange(len(bought))
+    )
+    dataset = Dataset.build("tiny", bundles.catalog, interactions, bundles.bundles)
+    with_times = shutil.copytree(tiny_shop, folder / "data")
+    lines = [f"{users[user]},i{item},{time}" for time, (user, item) in enumerate(bought)]
+    (with_times / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines]) + "\n")
+    recipes = {
+        "tiny": {},
+        "second": {"seed": 1},
+        "style1": {"data.category_filter": "Style 1"},
+        "rated": {"data.path": str(with_times), "task": {"kind": "rating", "neighbours": 5}},
+    }
+    for name, changes in recipes.items():
+        changes = {"category": name, "training.epochs": 1, **changes}
+        tune(make_tiny_recipe(tiny_bert, tiny_shop, folder / "store", "head", **changes), run_folder=folder / name)
+    bank = AdapterBank(Backbone.load(tiny_bert, max_length=16), AdapterStore(folder / "store"))
+    scorers: dict[str, Fitted] = {}
+    loaded: dict[str, Fitted] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_state, "Fusion", AllOfThem)
+        for adapters in (["tiny", "style1"], ["tiny", "second", "rated"]):
+            made = BundleRecommender.fit(dataset, split(dataset), bank, adapters)
+            save_recommender(made, folder / "kept")
+            scorers |= list_served(made)
+            loaded |= list_served(load_recommender(folder / "kept", dataset, bank))
+    return Shop(scorers, loaded)
+
+
+@pytest.fixture
+def queries() -> Queries:
+    """Four queries: of a user who is known twice, of a stranger, and of nobody."""
+    contexts = np.array([[0, 6, -1], [1, -1, -1], [2, 8, 14], [0, 6, -1]], np.int64)
+    return Queries(contexts, np.zeros(4, np.int64), np.array(["u3", "u3", "stranger", ""]), np.arange(4))
+
+
+def test_every_kind_of_scorer_is_here(shop: Shop) -> None:
+    assert {*shop.scorers, "ALS"} == shop.loaded.keys() | {"ALS"} == set(KINDS)
+
+
+@every_kind
+def test_scores_are_float32_and_finite_or_missing(kind: str, shop: Shop, queries: Queries) -> None:
+    scores = shop.scorers[kind](queries)
+    assert scores.shape == (4, N_ITEMS)
+    assert scores.dtype == np.float32
+    assert not np.isinf(scores).any()
+    assert not np.isnan(scores[0]).all()
+
+
+@every_kind
+def test_a_query_scores_alike_alone_and_beside_any_others(kind: str, shop: Shop, queries: Queries) -> None:
+    fitted = shop.scorers[kind]
+    batch = fitted(queries)
+    np.testing.assert_array_equal(fitted(queries), batch)
+    rounding = 1e-4 if kind == FUSION.kind else 1e-5  # it divides all of them by their deviations and adds them up
+    for rows in ([0], [1], [2], [3], [3, 2, 1, 0], [0, 2, 2]):
+        found = fitted(queries.take(np.array(rows)))
+        np.testing.assert_allclose(found, batch[rows], rtol=1e-5, atol=rounding)
+
+
+@every_kind
+def test_empty_places_of_a_context_make_no_difference(kind: str, shop: Shop, queries: Queries) -> None:
+    wider = np.concatenate([np.full((4, 2), -1), queries.contexts], axis=1)
+    found = shop.scorers[kind](replace(queries, contexts=wider))
+    np.testing.assert_allclose(found, shop.scorers[kind](queries), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ADAPTERS])
+def test_without_context_items_what_reads_them_cannot_say(kind: str, shop: Shop, queries: Queries) -> None:
+    """Of a user who is known, of the stranger, of nobody."""
+    scores = shop.scorers[kind](replace(queries, contexts=np.full((4, 3), -1)))
+    missing = np.isnan(scores).all(axis=1).tolist()
+    reads_past = kind in ("bought before", "users alike", "rated")
+    expected = {"popularity": [False] * 4}.get(kind, [False, False, True, True] if reads_past else [True] * 4)
+    assert missing == expected
+
+
+@pytest.mark.parametrize("kind", ["bought before", "users alike"])
+def test_what_reads_the_past_cannot_say_of_strangers(kind: str, shop: Shop, queries: Queries) -> None:
+    scores = shop.scorers[kind](queries)
+    assert np.isnan(scores).all(axis=1).tolist() == [False, False, True, True]
+    np.testing.assert_array_equal(scores[0], scores[1])  # the same user, whatever the context
+
+
+@every_kind
+def test_a_loaded_scorer_scores_as_the_saved_one(kind: str, shop: Shop, queries: Queries) -> None:
+    np.testing.assert_array_equal(shop.loaded[kind](queries), shop.scorers[kind](queries))
+
+
+@pytest.mark.parametrize("kind", ["popularity", "tuned BERT", "ensemble", "tuned by category", "fusion"])
+@pytest.mark.parametrize("candidates", [[5], [7, 0, 59], list(range(40))])
+def test_some_items_score_as_they_do_among_all(kind: str, candidates: list[int], shop: Shop) -> None:
+    sets, rows = [np.array([0, 6]), np.array([1])], np.array(candidates)
+    contexts = np.array([[0, 6], [1, -1]], np.int64)
+    all_items = shop.scorers[kind](Queries(contexts, np.zeros(2, np.int64), np.array(["", ""]), np.zeros(2, np.int64)))
+    found = beside(shop.scorers[kind], sets, rows)
+    np.testing.assert_allclose(found, all_items[:, rows], rtol=1e-5, atol=1e-5)
+
+
+def test_users_alike_read_ratings_where_a_rating_adapter_says_that_there_are_some() -> None:
+    """The example of `UserKNN`, Aggarwal 2016, table 2.1: user 3 would rate items 1 and 6 with 3.35 and 0.86."""
+    table = [[7, 6, 7, 4, 5, 4], [6, 7, 0, 4, 3, 4], [0, 3, 3, 1, 1, 0], [1, 2, 2, 3, 3, 4], [1, 0, 1, 2, 3, 3]]
+    given = [(user, item, float(r)) for user, row in enumerate(table) for item, r in enumerate(row) if r]
+    given += [(0, 0, 8.0), (0, 0, 6.0)]  # rated again: the mean counts
+    users, items, ratings = zip(*given, strict=True)
+    catalog = Catalog.build([f"i{n}" for n in range(6)], [f"word{n}" for n in range(6)])
+    interactions = Interactions.build([f"u{n}" for n in range(1, 6)], users, items, ratings, range(len(given)))
+    dataset = Dataset.build("ratings", catalog, interactions, Bundles.build(["b"], [[0, 1]]))
+
+    def list_settings(task: RatingTask) -> list[Setting]:
+        rated = {"stars@v1": (np.zeros((6, 4), np.float32), RatingHead(4, task))}
+        known = Known.of(dataset, None, None, "{title}", None, {}, rated=rated)
+        return list_scorers(known, {"u3"}, seed=0)[ALIKE]
+
+    assert [one.setting for one in list_settings(RatingTask())] == [""]
+    taken, rated = list_settings(RatingTask(feedback="explicit", scale=(1, 7)))
+    query = Queries(np.array([[1]]), np.array([0]), np.array(["u3"]), np.array([0]))
+    alike = rated.fit()
+    assert isinstance(alike, FittedPast)
+    assert isinstance(alike.alike, UserKNN)
+    expected = UserKNN(similarity="pearson", feedback="explicit").fit(csr_array(np.array(table, np.float32)))
+    np.testing.assert_array_equal(alike(query), expected.score_users([2]))
+    alike = replace(alike, alike=replace(alike.alike, k=2).fit(csr_array(np.array(table, np.float32))))
+    assert alike(query)[0, [0, 5]] == pytest.approx([3.35, 0.86], abs=0.005)
+    assert not np.array_equal(taken.fit()(query), expected.score_users([2]))
