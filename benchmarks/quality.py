@@ -151,8 +151,8 @@ def one_split(
     coverage = CategoryCoverage.of(
         dataset.catalog, {short: result.record.manifest.recipe for short, result in results.items()}
     )
-    report = evaluate(dataset, parts, frozen=frozen, tuned=tuned, coverage=coverage, text=recipe.data.text, seed=seed)
-    alive = run_canary(dataset, parts, frozen=frozen, tuned=tuned, text=recipe.data.text, seed=seed).alive
+    report = evaluate(dataset, parts, frozen=frozen, tuned=tuned, coverage=coverage, seed=seed)
+    alive = run_canary(dataset, parts, frozen=frozen, tuned=tuned, seed=seed).alive
     print(
         f"{name}, split {seed} ({parts.digest[:12]}): tuned in {tuned_in:.0f} s ("
         f"{', '.join(f'{short} {result.chosen}' for short, result in results.items())}), all in "

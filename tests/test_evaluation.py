@@ -300,7 +300,7 @@ def test_an_ensemble_is_the_mean_of_scores_or_of_vectors() -> None:
 def test_only_adapters_of_all_items_form_an_ensemble(dataset: Dataset, parts: Split) -> None:
     vectors, head = head_and_vectors(dataset)
     for names, there in ((["one"], False), (["one", "two"], True)):
-        known = FitData.of(dataset, parts.train, None, "{title}", vectors, dict.fromkeys(names, (vectors, head)))
+        known = FitData.of(dataset, parts.train, None, vectors, dict.fromkeys(names, (vectors, head)))
         assert (ENSEMBLE in list_scorers(known, set(), 0)) == there
 
 

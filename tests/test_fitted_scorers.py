@@ -23,8 +23,8 @@ from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.recipe.task import RatingTask
 from peft_combo.recommender import fit_state
-from peft_combo.recommender.fit_data import Known
-from peft_combo.recommender.fitted_scorers import Fitted, FittedPast, beside, build_past, fuse_scorers
+from peft_combo.recommender.fit_data import FitData
+from peft_combo.recommender.fitted_scorers import Fitted, FittedPast, build_past, fuse_scorers, score_beside
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import Setting, list_scorers
 from peft_combo.recommender.persistence import load_recommender, save_recommender
@@ -184,7 +184,7 @@ def test_some_items_score_as_they_do_among_all(kind: str, candidates: list[int],
     sets, rows = [np.array([0, 6]), np.array([1])], np.array(candidates)
     contexts = np.array([[0, 6], [1, -1]], np.int64)
     all_items = shop.scorers[kind](Queries(contexts, np.zeros(2, np.int64), np.array(["", ""]), np.zeros(2, np.int64)))
-    found = beside(shop.scorers[kind], sets, rows)
+    found = score_beside(shop.scorers[kind], sets, rows)
     np.testing.assert_allclose(found, all_items[:, rows], rtol=1e-5, atol=1e-5)
 
 
@@ -200,7 +200,7 @@ def test_users_alike_read_ratings_where_a_rating_adapter_says_that_there_are_som
 
     def list_settings(task: RatingTask) -> list[Setting]:
         rated = {"stars@v1": (np.zeros((6, 4), np.float32), RatingHead(4, task))}
-        known = Known.of(dataset, None, None, "{title}", None, {}, rated=rated)
+        known = FitData.of(dataset, None, None, None, {}, rated=rated)
         return list_scorers(known, {"u3"}, seed=0)[ALIKE]
 
     assert [one.setting for one in list_settings(RatingTask())] == [""]

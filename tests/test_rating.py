@@ -416,7 +416,7 @@ def test_users_fall_into_the_parts_that_their_bundles_fall_into(recipe: MakeReci
         met = {interactions.user_ids[user] for user in task._events.users[np.concatenate(rows)]}
         assert not owners & met
     # What the head was trained beside, and what it is served beside, is one count.
-    known = FitData.of(dataset, parts.train, parts.train_interactions, "{title}", None, {})
+    known = FitData.of(dataset, parts.train, parts.train_interactions, None, {})
     head = RatingHead(4, RatingTask(neighbours=9))
     rater = Rater.of(np.ones((len(task.texts), 4), np.float32), head, known.interactions)
     np.testing.assert_array_equal(rater.counted.log_popularity, task._counted.log_popularity)

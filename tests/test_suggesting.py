@@ -202,7 +202,7 @@ def test_suggested_tags_come_as_spans_to_put_right(tiny_recipe: MakeRecipe, tmp_
     data = DataConfig(source="folder", path=str(tmp_path / "todo"))
     assert check_data(data, recipe.task) == []
     with pytest.raises(StoreError, match="expected one tuned for bundle"):
-        suggest_bundles(bank.backbone, bank.get("tiny"), *(None, "{title}", [], 3))  # type: ignore[arg-type]
+        suggest_bundles(bank.backbone, bank.get("tiny"), *(None, [], 3))  # type: ignore[arg-type]
 
 
 def test_suggested_bundles_are_new_and_read_back(
@@ -233,5 +233,5 @@ def test_suggested_bundles_are_new_and_read_back(
     catalog = Catalog.build(["a", "b", "c", "d"], ["w10 w11"] * 4)  # copies, of which no pairs are made
     dataset = Dataset.build("d", catalog, None, Bundles.build(["x"], [[0, 1]]))
     sets = [np.array([1, 0], np.int32), np.array([0, 1, 2], np.int32)]
-    found = suggest_bundles(bank.backbone, bank.get("tiny"), dataset, "{title}", sets, 5)
+    found = suggest_bundles(bank.backbone, bank.get("tiny"), dataset, sets, 5)
     assert [[row["item_id"] for row in one.rows] for one in found] == [["a", "b", "c"]]

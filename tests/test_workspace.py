@@ -31,7 +31,7 @@ def test_each_thing_is_opened_once_and_on_first_use(tiny_recipe: Callable[..., A
     vectors = space.encode_catalog()
     np.testing.assert_allclose(vectors, space.backbone.encode(space.dataset.catalog.texts()), atol=1e-6)
     assert len(vectors) == len(space.dataset.texts)
-    for name in ("dataset", "split", "backbone", "bank", "cache", "texts"):
+    for name in ("dataset", "split", "backbone", "bank", "cache"):
         assert getattr(space, name) is getattr(space, name)
 
 

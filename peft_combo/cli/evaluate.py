@@ -75,7 +75,7 @@ def evaluate(
             dataset, parts, frozen=encode(None), tuned={name: (encode(name), head) for name, head in heads.items()},
             rated={name: (encode(name), head) for name, head in raters.items()},
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
-            text=config.text, seed=loaded.seed, compose=compose, advance=lambda name: watch.note(f"measured {name}"),
+            seed=loaded.seed, compose=compose, advance=lambda name: watch.note(f"measured {name}"),
         )  # fmt: skip
     if plot_file is not None:
         plot(report, plot_file)

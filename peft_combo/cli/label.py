@@ -111,4 +111,4 @@ def _suggest_bundles(space: Workspace, live: LiveAdapter, count: int, watch: Con
             watch.note(mined.notes[0])
     watch.stage("Encoding", len(dataset.catalog))
     sets = () if mined is None else mined.items
-    return suggest_bundles(space.backbone, live, dataset, recipe.data.text, sets, count, recipe.seed, watch.advance)
+    return suggest_bundles(space.backbone, live, dataset, sets, count, recipe.seed, watch.advance)

@@ -147,10 +147,9 @@ def _fit_recommender(space: Workspace, adapters: Sequence[str], folder: Path, wa
     """Return the fitted recommender kept in `folder`, or fit one; note what it was fitted without."""
     from peft_combo.recommender.persistence import load_or_fit
 
-    config = space.recipe.data
     watch.stage("Encoding the catalogue", len(space.dataset.catalog) * (1 + len(adapters)))
     made = load_or_fit(
-        folder, space.dataset, space.split, space.bank, adapters, text=config.text, seed=space.recipe.seed,
+        folder, space.dataset, space.split, space.bank, adapters, seed=space.recipe.seed,
         cache=space.cache, progress=watch.advance, done=lambda name: watch.note(f"fitted {name}"),
     )  # fmt: skip
     for note in made.state.notes:

@@ -40,7 +40,6 @@ def run_canary(
     *,
     frozen: NDArray[np.float32] | None = None,
     tuned: Tuned | None = None,
-    text: str = "{title}",
     seed: int = 0,
     max_queries: int = 5000,
 ) -> Canary:
@@ -52,7 +51,7 @@ def run_canary(
     test = make_queries(dataset, parts.test, max_queries, seed, "test", [])
     order = np.random.default_rng(seed).permutation(len(dataset.catalog))
     history = dataset.bundles.to_csr(len(dataset.catalog), parts.train)
-    vectors: dict[ScorerId, ItemVectors] = {ScorerId("TF-IDF title"): tfidf_vectors(dataset.catalog.texts(text))}
+    vectors: dict[ScorerId, ItemVectors] = {ScorerId("TF-IDF title"): tfidf_vectors(dataset.texts)}
     if frozen is not None:
         vectors[FROZEN] = frozen
     asks: dict[ScorerId, tuple[Fitted, Fitted]] = {}

@@ -47,7 +47,6 @@ def evaluate(
     tuned: Tuned | None = None,
     rated: Rated | None = None,
     coverage: CategoryCoverage | None = None,
-    text: str = "{title}",
     seed: int = 0,
     max_queries: int = 5000,
     compose: bool = False,
@@ -60,7 +59,6 @@ def evaluate(
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
         rated: the same of rating adapters, which must not have seen the users of test bundles: `rating_problem`.
         coverage: which of them is for which items, see `CategoryCoverage.of`; adds the row of all of them together.
-        text: template of what the word-based rows read.
         seed: of sampling, bootstrap and permutations.
         max_queries: more test queries than so many are sampled, whole bundles at a time.
         compose: also compose whole bundles, see `composition`; takes as long again or longer.
@@ -75,7 +73,7 @@ def evaluate(
         )
     advance = advance or (lambda name: None)
     notes: list[str] = []
-    known = FitData.of(dataset, parts.train, parts.train_interactions, text, frozen, tuned or {}, coverage, rated)
+    known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated)
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}

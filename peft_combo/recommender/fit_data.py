@@ -61,7 +61,6 @@ class FitData:
         dataset: Dataset,
         bundles: NDArray[Any] | None,
         interactions: NDArray[Any] | None,
-        text: str,
         frozen: NDArray[np.float32] | None,
         tuned: Tuned,
         coverage: CategoryCoverage | None = None,
@@ -71,7 +70,6 @@ class FitData:
 
         Args:
             bundles, interactions: rows that may be seen; None sees all.
-            text: template of what the word-based scorers read.
         """
         catalog = dataset.catalog
         history = dataset.bundles.to_csr(len(catalog), bundles)
@@ -88,7 +86,7 @@ class FitData:
         return cls(
             history, users, past, user_rows,
             np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
-            catalog.leaf_numbers, catalog, text, frozen, tuned, coverage, rated or {}, seen,
+            catalog.leaf_numbers, catalog, dataset.text_template, frozen, tuned, coverage, rated or {}, seen,
         )  # fmt: skip
 
     @cached_property
@@ -151,7 +149,7 @@ class TextSide:
 
 
 def encode_catalog(
-    dataset: Dataset, bank: AdapterBank, adapters: str | Sequence[str] | None, text: str,
+    dataset: Dataset, bank: AdapterBank, adapters: str | Sequence[str] | None,
     cache: VectorCache | None, progress: Callable[[int], None] | None,
 ) -> TextSide:  # fmt: skip
     """Encode a catalogue with and without adapters.
@@ -161,7 +159,7 @@ def encode_catalog(
         DataError: the adapters do not go together.
     """
     references = () if adapters is None else (adapters,) if isinstance(adapters, str) else tuple(adapters)
-    texts = dataset.catalog.texts(text)
+    texts = dataset.texts
     live = tuple(bank.get(reference) for reference in references)
     # Any other head is refused before anything is encoded.
     raters = {one.reference: one.task_head for one in live if isinstance(one.task_head, RatingHead)}

@@ -66,7 +66,6 @@ def fit_scorers(
     bank: AdapterBank,
     adapters: str | Sequence[str] | None,
     *,
-    text: str = "{title}",
     seed: int = 0,
     cache: VectorCache | None = None,
     progress: Callable[[int], None] | None = None,
@@ -82,12 +81,12 @@ def fit_scorers(
         raise DataError(
             f"{dataset.name!r} has no validation bundle to weigh the scorers on. Raise data.valid_fraction."
         )
-    side = encode_catalog(dataset, bank, adapters, text, cache, progress)
+    side = encode_catalog(dataset, bank, adapters, cache, progress)
     notes = _leakage_notes(side, dataset, parts)
 
     # Every scorer in every setting, fitted on training bundles; the best setting on validation stays.
     known = FitData.of(
-        dataset, parts.train, parts.train_interactions, text, side.frozen, side.tuned, side.coverage, side.rated
+        dataset, parts.train, parts.train_interactions, side.frozen, side.tuned, side.coverage, side.rated
     )
     valid = make_queries(dataset, parts.valid, _QUERIES, seed, "valid", notes)
     users = {dataset.bundles.groups[row] for row in parts.valid}
@@ -105,7 +104,7 @@ def fit_scorers(
     weights = fit_weights(Composer(dataset.catalog, templates), valid, relevance, text_side, seed=seed)
 
     # For serving, once more on every bundle there is.
-    everything = FitData.of(dataset, None, None, text, side.frozen, side.tuned, side.coverage, side.rated)
+    everything = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated)
     settings = {scorer: selected[scorer].setting for scorer in fusion.needs}
     serving = _refit(everything, settings, seed, {scorer: selected[scorer].fitted for scorer in settings})
     if text_scorer:

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
@@ -162,7 +162,6 @@ def load_or_fit(
     bank: AdapterBank,
     adapters: Sequence[str],
     *,
-    text: str = "{title}",
     seed: int = 0,
     cache: VectorCache | None = None,
     progress: Callable[[int], None] | None = None,
@@ -176,14 +175,12 @@ def load_or_fit(
         PeftComboError: see `BundleRecommender.fit`; the folder cannot be written.
     """
     digests = [bank.get(reference).digest for reference in adapters]
-    key = [FORMAT, dataset.digest, parts.digest, bank.backbone.fingerprint, text, seed, digests]
+    key = [FORMAT, dataset.digest, parts.digest, bank.backbone.fingerprint, dataset.text_template, seed, digests]
     own = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if (own / _MANIFEST).is_file():
         with suppress(DataError):  # damaged: fit it anew
             return load_recommender(own, dataset, bank, cache=cache, progress=progress)
-    made = BundleRecommender.fit(
-        dataset, parts, bank, adapters, text=text, seed=seed, cache=cache, progress=progress, done=done
-    )
+    made = BundleRecommender.fit(dataset, parts, bank, adapters, seed=seed, cache=cache, progress=progress, done=done)
     save_recommender(made, own)
     return made
 
@@ -229,8 +226,9 @@ def _rebuild(
     folder: Path, manifest: _RecommenderManifest, dataset: Dataset, bank: AdapterBank, cache: VectorCache | None,
     progress: Callable[[int], None] | None,
 ) -> FitState:  # fmt: skip
-    side = encode_catalog(dataset, bank, tuple(manifest.adapters), manifest.text, cache, progress)
-    known = FitData.of(dataset, None, None, manifest.text, side.frozen, side.tuned, side.coverage, side.rated)
+    dataset = replace(dataset, text_template=manifest.text)  # its scorers read texts as they did when fitted
+    side = encode_catalog(dataset, bank, tuple(manifest.adapters), cache, progress)
+    known = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated)
     heads = {name: FittedHead.of(vectors, head) for name, (vectors, head) in side.tuned.items()}
     settings = {_parse_label(label): setting for label, setting in manifest.settings.items()}
     files = {_parse_label(label): file for label, file in manifest.scorers.items()}

@@ -70,7 +70,6 @@ class BundleRecommender:
         bank: AdapterBank,
         adapters: str | Sequence[str] | None,
         *,
-        text: str = "{title}",
         seed: int = 0,
         cache: VectorCache | None = None,
         progress: Callable[[int], None] | None = None,
@@ -85,16 +84,13 @@ class BundleRecommender:
         Args:
             adapters: ``"fashion"`` or ``"fashion@v2"``, or several: adapters tuned on one category speak of its items,
                 one tuned on all categories speaks of all (see `category_calibration`). None for the frozen encoder.
-            text: template of the items' texts; that of the adapters' recipe.
             cache: keeps encoded catalogues on disk.
             progress: told how many texts were encoded. done: told the label of each scorer that is fitted.
         Raises:
             StoreError: an adapter cannot be had.
             DataError: no validation bundle to fit the fusion on, or the adapters do not go together.
         """
-        state = fit_scorers(
-            dataset, parts, bank, adapters, text=text, seed=seed, cache=cache, progress=progress, done=done
-        )
+        state = fit_scorers(dataset, parts, bank, adapters, seed=seed, cache=cache, progress=progress, done=done)
         return cls(dataset, bank, state)
 
     def complete(

@@ -111,7 +111,6 @@ def suggest_bundles(
     backbone: Backbone,
     live: LiveAdapter,
     dataset: Dataset,
-    template: str,
     sets: Iterable[NDArray[np.int32]],
     count: int,
     seed: int = 0,
@@ -123,7 +122,6 @@ def suggest_bundles(
     that the adapter thinks completes it best. What is a bundle already is none.
 
     Args:
-        template: of the items' texts, as `Catalog.texts` takes it.
         sets: rows of items that were bought together, see `data.pseudo.mine`.
     Returns:
         in the order they were chosen.
@@ -131,7 +129,7 @@ def suggest_bundles(
         StoreError: the adapter was tuned for something else.
     """
     head = live.head_as(BundleHead)
-    texts = dataset.catalog.texts(template)
+    texts = dataset.texts
     vectors = backbone.encode(texts, live.attached, progress=progress)
     targets = project_targets(head, vectors)
     known = {frozenset(rows.tolist()) for rows in dataset.bundles.items}
