@@ -12,7 +12,7 @@ from data_folders import BUNDLES, INTERACTIONS, ITEMS, META, WRITERS, write_fold
 
 from peft_combo.data.model import Catalog, Interactions
 from peft_combo.data.readers.demo import demo_dataset
-from peft_combo.data.sources import check_source, open_dataset
+from peft_combo.data.sources import open_dataset
 from peft_combo.data.stats import describe
 from peft_combo.errors import DataError
 
@@ -246,10 +246,6 @@ def test_describe_counts(tmp_path: Path) -> None:
     assert figures["price_known"] == 0.75
     assert figures["attributes"] == {"brand": 0.75}
     assert figures["time_range"] == ["2024-05-31T18:00:00+00:00", "2024-05-31T18:00:01+00:00"]
-
-
-def test_check_source_finds_nothing_wrong_with_good_data(tmp_path: Path) -> None:
-    assert check_source(write_folder(tmp_path)) == []
 
 
 def test_importing_data_stays_light() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from data_folders import BUNDLES, ITEMS, write_folder, write_text
 
-from peft_combo.data.sources import check_source, open_dataset
+from peft_combo.data.sources import open_dataset
 from peft_combo.errors import DataError
 from peft_combo.recipe.model import DataConfig
 
@@ -17,13 +17,10 @@ GOOD_BUNDLES = "bundle_id,item_id\n1,a\n1,b\n2,b\n2,c\n"
 
 
 def told(config: DataConfig) -> str:
-    """Return the message of the refusal, after checking that `check_source` says the same."""
+    """Return the message of the refusal, after checking that it lists faults."""
     with pytest.raises(DataError) as refusal:
         open_dataset(config)
-    faults = check_source(config)
-    assert faults
-    for fault in refusal.value.faults:
-        assert fault in faults
+    assert all(str(fault) in str(refusal.value) for fault in refusal.value.faults)
     return str(refusal.value)
 
 

@@ -8,7 +8,7 @@ from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset,
 from peft_combo.data.readers.demo import demo_dataset
 from peft_combo.data.readers.download import get
 from peft_combo.data.readers.folder import write_items
-from peft_combo.data.sources import Source, available, check_source, detect_layout, open_dataset
+from peft_combo.data.sources import Source, available, detect_layout, open_dataset
 from peft_combo.data.splits import Split, split, split_as
 from peft_combo.data.stats import describe
 
@@ -22,7 +22,6 @@ __all__ = [
     "Source",
     "Split",
     "available",
-    "check_source",
     "demo_dataset",
     "describe",
     "detect_layout",

@@ -47,17 +47,6 @@ def open_dataset(config: DataConfig, needs: Needs = "bundles") -> Dataset:
     return assemble(found, config, needs)
 
 
-def check_source(config: DataConfig, needs: Needs = "bundles") -> list[Fault]:
-    """Return everything that is wrong with the source of `config`; an empty list where `open_dataset` will work."""
-    try:
-        found, faults = _read(config, needs)
-        if found is not None and not faults:
-            assemble(found, config, needs)
-    except DataError as error:
-        return list(error.faults) or [Fault(config.path or config.source, str(error))]
-    return faults
-
-
 def detect_layout(path: str | Path) -> Layout:
     """Return the layout of a data folder.
 

@@ -134,14 +134,12 @@ class ItemKNN(HistoryScorer[Similar]):
 @dataclass(frozen=True)
 class Raters(Learned):
     """Attributes:
-    means: (R,) mean of what a row holds; 0 with implicit feedback.
-    centred: (R, N) history less its row means, zeros kept.
+    centred: (R, N) history less its row means, zeros kept; with implicit feedback these are taken as 0.
     by_item: (N, R) the history transposed.
     centred_by_item: (N, R) `centred` transposed.
     norms: (R,) Euclidean length of each row.
     """
 
-    means: NDArray[np.float32]
     centred: Csr
     by_item: Csr
     centred_by_item: Csr
@@ -191,10 +189,8 @@ class UserKNN(HistoryScorer[Raters]):
             raise ValueError('similarity "pearson" needs feedback "explicit": purchases are all alike, 0 / 0.')
 
     def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Raters:
-        means = self._means(history)
-        centred = _centred(history, means)
-        norms = lengths(history)
-        return Raters(history, support_of(history), means, centred, history.T.tocsr(), centred.T.tocsr(), norms)
+        centred = _centred(history, self._means(history))
+        return Raters(history, support_of(history), centred, history.T.tocsr(), centred.T.tocsr(), lengths(history))
 
     def _restored(self, arrays: Mapping[str, NDArray[Any]]) -> Raters:
         return self._learn(unpacked_history(arrays), None, None)

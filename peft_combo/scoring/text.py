@@ -21,7 +21,6 @@ from peft_combo.scoring.base import (
     Csr,
     HistoryScorer,
     Learned,
-    State,
     Vectors,
     binary,
     dense,
@@ -55,21 +54,21 @@ class Tfidf:
     sublinear: bool = False
 
     @classmethod
-    def fit(cls, texts: Iterable[str], longest: int = 1, sublinear: bool = False, min_texts: int = 1) -> Self:
-        """Collect the terms that occur in at least `min_texts` of the texts.
+    def fit(cls, texts: Iterable[str], longest: int = 1, sublinear: bool = False) -> Self:
+        """Collect the terms of the texts.
 
         Raises:
-            ValueError: `longest` or `min_texts` is below 1.
+            ValueError: `longest` is below 1.
         """
-        if longest < 1 or min_texts < 1:
-            raise ValueError(f"longest and min_texts must be >= 1, found {longest} and {min_texts}.")
+        if longest < 1:
+            raise ValueError(f"longest must be >= 1, found {longest}.")
         seen_in: dict[str, int] = {}
         count = 0
         for text in texts:
             count += 1
             for term in set(_terms(text, longest)):
                 seen_in[term] = seen_in.get(term, 0) + 1
-        terms = tuple(sorted(term for term, number in seen_in.items() if number >= min_texts))
+        terms = tuple(sorted(seen_in))
         number = np.array([seen_in[term] for term in terms], np.float64)
         return cls(terms, (np.log((1 + count) / (1 + number)) + 1).astype(np.float32), longest, sublinear)
 
@@ -79,23 +78,14 @@ class Tfidf:
         tf = 1 + np.log(counts.data) if self.sublinear else counts.data
         return cast(Csr, unit_rows(with_data(counts, (tf * self.idf[counts.indices]).astype(np.float32))))
 
-    def state(self) -> State:
-        """Give the idf and, as JSON, the terms."""
-        return {"idf": self.idf}, {"terms": list(self.terms), "longest": self.longest, "sublinear": self.sublinear}
 
-    @classmethod
-    def from_state(cls, arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]) -> Self:
-        """Rebuild from `state`."""
-        return cls(tuple(params["terms"]), arrays["idf"], params["longest"], params["sublinear"])
-
-
-def tfidf_vectors(texts: Sequence[str], longest: int = 1, sublinear: bool = False, min_texts: int = 1) -> Csr:
+def tfidf_vectors(texts: Sequence[str], longest: int = 1) -> Csr:
     """TF-IDF vectors of the very texts it is fitted on; see `Tfidf`.
 
     Returns:
         (T, V) float32 CSR, rows of length 1, terms in sorted order.
     """
-    return Tfidf.fit(texts, longest, sublinear, min_texts).vectors(texts)
+    return Tfidf.fit(texts, longest).vectors(texts)
 
 
 def term_counts(texts: Sequence[str], columns: Mapping[str, int], longest: int) -> Csr:

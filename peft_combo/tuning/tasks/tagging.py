@@ -43,9 +43,6 @@ from peft_combo.recipe.task import TaggingTask
 from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
 from peft_combo.tuning.tasks.linear import Targets, compute_linear_loss, fit_best_linear
 
-# The label of a piece that is asked nothing, by PyTorch's custom.
-IGNORED = -100
-
 Tags = tuple[str, ...]
 
 
