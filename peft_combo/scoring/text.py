@@ -7,7 +7,7 @@ encoder: `TextCosine` does not ask.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self, cast
@@ -28,7 +28,6 @@ from peft_combo.scoring.base import (
     stacked,
     support_of,
     unit_rows,
-    with_data,
 )
 
 _WORD = re.compile(r"\w+")
@@ -39,44 +38,43 @@ class Tfidf:
     """TF-IDF over words and, if wanted, runs of words, fitted on one set of texts and usable on another.
 
     weight = tf * (ln((1 + n) / (1 + df)) + 1), rows scaled to length 1; tf is the count, or 1 + ln(count) if sublinear.
+    On titles single words rank best alone, pairs help some models.
 
     Attributes:
         terms: the vocabulary in column order, sorted; words of a run have one space between.
-        idf: (V,) float32.
-        longest: words in the longest term. On titles single words rank best alone, pairs help some models.
-        sublinear: damp repeated words.
-    Source: Salton and Buckley 1988; the smoothed idf keeps a term that is in every text at weight 1.
+    Source: Salton and Buckley 1988; scikit-learn's TfidfVectorizer, whose smoothed idf keeps a term that is in every
+        text at weight 1.
     """
 
     terms: tuple[str, ...]
-    idf: NDArray[np.float32]
-    longest: int = 1
-    sublinear: bool = False
+    _vectorizer: Any
 
     @classmethod
     def fit(cls, texts: Iterable[str], longest: int = 1, sublinear: bool = False) -> Self:
-        """Collect the terms of the texts.
+        """Collect the terms of the texts: words, and runs of up to `longest` of them.
 
         Raises:
             ValueError: `longest` is below 1.
         """
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         if longest < 1:
             raise ValueError(f"longest must be >= 1, found {longest}.")
-        seen_in: dict[str, int] = {}
-        count = 0
-        for text in texts:
-            count += 1
-            for term in set(_terms(text, longest)):
-                seen_in[term] = seen_in.get(term, 0) + 1
-        terms = tuple(sorted(seen_in))
-        number = np.array([seen_in[term] for term in terms], np.float64)
-        return cls(terms, (np.log((1 + count) / (1 + number)) + 1).astype(np.float32), longest, sublinear)
+        vectorizer = TfidfVectorizer(
+            token_pattern=r"\w+", ngram_range=(1, longest), sublinear_tf=sublinear, dtype=np.float32
+        )
+        known = list(texts)
+        if not any(_WORD.search(text) for text in known):  # scikit-learn refuses an empty vocabulary
+            return cls((), None)
+        vectorizer.fit(known)
+        return cls(tuple(vectorizer.get_feature_names_out().tolist()), vectorizer)
 
     def vectors(self, texts: Sequence[str]) -> Csr:
         """Weigh the known terms of each text: (T, V) float32, rows of length 1; all zero where no term is known."""
-        counts = term_counts(texts, {term: column for column, term in enumerate(self.terms)}, self.longest)
-        tf = 1 + np.log(counts.data) if self.sublinear else counts.data
-        return cast(Csr, unit_rows(with_data(counts, (tf * self.idf[counts.indices]).astype(np.float32))))
+        if self._vectorizer is None or not texts:
+            return cast(Csr, sparse.csr_array((len(texts), len(self.terms)), dtype=np.float32))
+        weighed: Any = self._vectorizer.transform(texts)
+        return cast(Csr, sparse.csr_array(weighed))
 
 
 def tfidf_vectors(texts: Sequence[str], longest: int = 1) -> Csr:
@@ -86,20 +84,6 @@ def tfidf_vectors(texts: Sequence[str], longest: int = 1) -> Csr:
         (T, V) float32 CSR, rows of length 1, terms in sorted order.
     """
     return Tfidf.fit(texts, longest).vectors(texts)
-
-
-def term_counts(texts: Sequence[str], columns: Mapping[str, int], longest: int) -> Csr:
-    """Count the terms of `columns` in each text: (T, V) float32."""
-    indptr, indices = [0], []
-    for text in texts:
-        indices += [column for term in _terms(text, longest) if (column := columns.get(term)) is not None]
-        indptr.append(len(indices))
-    counts: Csr = sparse.csr_array(
-        (np.ones(len(indices), np.float32), np.array(indices, np.int64), np.array(indptr, np.int64)),
-        shape=(len(texts), len(columns)),
-    )
-    counts.sum_duplicates()
-    return counts
 
 
 @dataclass(frozen=True)
@@ -182,11 +166,3 @@ def has_vector(vectors: Vectors) -> NDArray[np.bool_]:
         return np.diff(vectors.indptr) > 0
     filled: NDArray[np.bool_] = np.any(vectors != 0, axis=1)
     return filled
-
-
-def _terms(text: str, longest: int) -> list[str]:
-    words = _WORD.findall(text.lower())
-    terms = list(words)
-    for size in range(2, longest + 1):
-        terms += [" ".join(words[start : start + size]) for start in range(len(words) - size + 1)]
-    return terms
