@@ -310,13 +310,21 @@ def test_a_plane_is_to_scale(tmp_path: Path) -> None:
     text = (tmp_path / "p.html").read_text()
     assert "&lt;a&gt; 0.2000" in text
     assert "t &amp; t" in text
-    circles = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', text)]
-    (bx, by), (cx, cy), (ax, ay) = circles  # from top to bottom
+    circles = re.findall(r'<path id="(\w+)" d="M 0 [^"]*C', text)  # markers with a bend: those of the points
+    marks = re.findall(rf'<use xlink:href="#(?:{"|".join(circles)})" x="([\d.]+)" y="([\d.]+)"', text)
+    (bx, by), (cx, cy), (ax, ay) = ((float(x), float(y)) for x, y in marks)  # from top to bottom
     assert by == cy < ay
     assert cx - ax == pytest.approx(bx - cx, abs=0.2)  # decades are equally far apart
-    names = [float(y) for y in re.findall(r'<text x="654" y="([\d.]+)">', text)]
-    assert min(np.diff(sorted(names))) >= 14.9  # names of equal heights do not cover each other
-    pytest.importorskip("matplotlib")
+    names = [float(y) for y in re.findall(r'y="([\d.]+)" transform="[^"]*">(?:&lt;a&gt;|b|c) 0\.', text)]
+    assert len(names) == 3
+    assert min(np.diff(sorted(names))) >= 12  # names of equal heights do not cover each other
     draw(Plane("t", "x", "y", points), tmp_path / "p.png")
     draw(Bars("t", [Bar("a", 1, 0.5, 2)]), tmp_path / "b.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_name_is_no_formula_and_no_markup(tmp_path: Path) -> None:
+    draw(Bars("5$ and $6 <b>", [Bar("$\\frac{1}{2}$ & \u793e", 1, 0.5, 2)], ("<i>",)), tmp_path / "b.html")
+    text = (tmp_path / "b.html").read_text()
+    for shown in ("5$ and $6 &lt;b&gt;", "$\\frac{1}{2}$ &amp; \u793e", "<p>&lt;i&gt;</p>"):
+        assert shown in text

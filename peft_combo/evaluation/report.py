@@ -148,7 +148,7 @@ class Report:
 
 
 def plot(report: Report, path: Path, metric: str = "ndcg@10") -> None:
-    """Draw the rows as bars with their intervals: ``.html`` (nothing needed) or ``.png`` (extra `plot`).
+    """Draw the rows as bars with their intervals: ``.html`` or ``.png``.
 
     Raises:
         PeftComboError: another ending, or a PNG without matplotlib.
