@@ -69,8 +69,8 @@ class Best(ConsoleWatch):
         self._metric = metric
         self.value = float("nan")
 
-    def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
-        super().evaluated(step, values, best)
+    def on_evaluate(self, step: int, values: Mapping[str, float], best: bool) -> None:
+        super().on_evaluate(step, values, best)
         if best:
             self.value = values[self._metric]
 
@@ -130,7 +130,7 @@ def kept(file: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def read(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    result = tune(recipe, run_folder=folder / "reading", watch=ConsoleWatch())
+    result = tune(recipe, run_folder=folder / "reading", callback=ConsoleWatch())
     gain = result.table.gain
     return {
         "rows": {row.name: row.values for row in result.table.rows},
@@ -143,7 +143,7 @@ def read(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 def tuned(recipe: Recipe, start: AdapterRecord | None, run_folder: Path) -> dict[str, Any]:
     """Tune one side, and for bundles also ask the encoder it starts from."""
-    watch = Best(recipe.metric)
+    callback = Best(recipe.metric)
     task, began = None, {}
     if start is not None:
         found = start_pretrained(recipe, start.reference)
@@ -151,8 +151,8 @@ def tuned(recipe: Recipe, start: AdapterRecord | None, run_folder: Path) -> dict
         recipe, task = found.recipe, found.task
         if recipe.task.kind == "bundle":
             began = {"began": untuned(recipe, start).tolist()}
-    result = tune(recipe, run_folder=run_folder, watch=watch, task=task, start=start)
-    told: dict[str, Any] = {"best": watch.value, "metric": recipe.metric, "examples": dict(result.plan.examples)}
+    result = tune(recipe, run_folder=run_folder, callback=callback, task=task, start=start)
+    told: dict[str, Any] = {"best": callback.value, "metric": recipe.metric, "examples": dict(result.plan.examples)}
     if (each := result.table.per_question) is not None:
         told |= {"frozen": each.before.tolist(), "values": each.after.tolist(), "clusters": each.clusters.tolist()}
     return told | began | {"seconds": result.seconds}

@@ -147,7 +147,7 @@ class Line:
     p95: float
     cpu: float
     bar: float | None = None
-    note: str = ""
+    on_note: str = ""
 
 
 @dataclass
@@ -334,7 +334,7 @@ def timed(call: Callable[[Any], Any], arguments: Sequence[Any], warm: int = 3) -
 def shown(line: Line) -> str:
     items = "" if line.items is None else f"{line.items:,}"
     bar = "" if line.bar is None else f"  under {line.bar:g}: {verdict(line)}"
-    note = f"  {line.note}" if line.note else ""
+    note = f"  {line.on_note}" if line.on_note else ""
     times = f"p50 {line.p50:8.3f}  p95 {line.p95:8.3f}  cpu {line.cpu:8.3f} ms"
     return f"{items:>9}  {line.name:34} {times}{bar}{note}"
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from peft_combo.data.labels.texts import split_texts
-from peft_combo.data.task_data import labelled_of
+from peft_combo.data.task_data import read_labelled
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.metrics.classification import macro_f1
 from peft_combo.recipe.files import load_recipe
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, recipe: Recipe) -> None:
     """Choose titles in every way, and print the table."""
     assert isinstance(recipe.task, ClassificationTask)
     assert not recipe.task.multi_label
-    found = labelled_of(recipe.data, recipe.task)
+    found = read_labelled(recipe.data, recipe.task)
     parts = split_texts(found.texts, recipe.data)
     counts = Counter(found.labels[row][0] for row in parts.train)
     classes = sorted(label for label, count in counts.items() if count >= recipe.task.min_texts)

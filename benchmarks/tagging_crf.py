@@ -21,7 +21,7 @@ from _smoke import add_smoke
 
 from peft_combo.data.labels.tags import TaggedText, entities
 from peft_combo.data.labels.texts import split_texts
-from peft_combo.data.task_data import tagged_of
+from peft_combo.data.task_data import read_tagged
 from peft_combo.metrics.classification import f1_values, interval, micro_f1, totals
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recipe.task import TaggingTask
@@ -37,7 +37,7 @@ def main() -> None:
     given = options.parse_args()
     recipe = load_recipe(given.recipe, given.overrides, given.data)
     assert isinstance(recipe.task, TaggingTask)
-    texts = tagged_of(recipe.data, recipe.task).texts
+    texts = read_tagged(recipe.data, recipe.task).texts
     weights = list(itertools.product((0.0, 0.01, 0.1, 1.0), (0.001, 0.01, 0.1)))
     if given.smoke:
         texts, weights = texts[:100], weights[4:5]

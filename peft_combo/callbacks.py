@@ -1,6 +1,6 @@
-"""What a long job tells while it goes on, so that a terminal, a notebook or a service can show it.
+"""Callbacks of a run: notes, stages, the plan, steps and validation metrics, for a terminal, a notebook or a service.
 
-Owns the words only; costs nothing to import.
+Owns the calls only, knows no plan and no task; costs nothing to import.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-class Watch:
-    """Told of a run while it goes on, on the main process only. This one keeps it to itself."""
+class RunCallback:
+    """Base callback of a run: called on the main process only, while it goes on. This one does nothing."""
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         """Take something worth a line."""
 
-    def stage(self, name: str, total: int) -> None:
+    def on_stage(self, name: str, total: int) -> None:
         """Take that a stretch of work of `total` units begins."""
 
-    def advance(self, units: int) -> None:
+    def on_advance(self, units: int) -> None:
         """Take that so many units of the stage are done."""
 
-    def planned(self, summary: str, metric: str) -> None:
-        """Take the plan in a line, and the metric that `evaluated` tells; the first step is next."""
+    def on_plan(self, summary: str, metric: str) -> None:
+        """Take the plan in a line, and the metric that `on_evaluate` gets; the first step is next."""
 
-    def stepped(self, step: int, loss: float) -> None:
+    def on_step_end(self, step: int, loss: float) -> None:
         """Take that optimizer step number `step` (from 1) is done; it counts as one unit of the stage."""
 
-    def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
+    def on_evaluate(self, step: int, values: Mapping[str, float], best: bool) -> None:
         """Take validation metrics after `step`; `best` if none before were better."""

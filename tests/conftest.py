@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from made_up import build_encoder, build_shop
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -38,13 +38,13 @@ def shared_data(name: str) -> Path:
     return folder
 
 
-class StopAt(Watch):
+class StopAt(RunCallback):
     """Raises after a step, like a kill between two checkpoints."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def stepped(self, step: int, loss: float) -> None:
+    def on_step_end(self, step: int, loss: float) -> None:
         if step == self.step:
             raise SystemExit
 

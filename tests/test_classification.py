@@ -108,7 +108,7 @@ def test_a_run_that_died_goes_on_to_the_same_end(recipe: MakeRecipe, tmp_path: P
     made = recipe(**{"training.epochs": 2, "task.head_dropout": 0.2})
     straight = run(made, tmp_path / "straight")
     with pytest.raises(SystemExit):
-        tune(made, run_folder=tmp_path / "run", watch=StopAt(7))
+        tune(made, run_folder=tmp_path / "run", callback=StopAt(7))
     resumed = run(made, tmp_path, resume=True)
     assert resumed.losses == straight.losses
     for name in ("head.safetensors", "adapter_model.safetensors"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from peft_combo import metrics
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.errors import PeftComboError, RecipeError
 from peft_combo.evaluation.comparison import worker as one
 from peft_combo.evaluation.comparison.result import Result, read_result
@@ -171,14 +171,14 @@ def test_a_result_that_does_not_read_counts_as_none(tmp_path: Path) -> None:
 # Running it.
 
 
-class Notes(Watch):
+class Notes(RunCallback):
     """Keeps what it is told; ends the program, as a kill would, after so many notes."""
 
     def __init__(self, stop: int = 99) -> None:
         self.told: list[str] = []
         self._stop = stop
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self.told.append(text)
         if len(self.told) == self._stop:
             raise SystemExit
@@ -193,9 +193,9 @@ def test_a_comparison_from_start_to_winner(
     folder = tmp_path / "runs"
     with pytest.raises(SystemExit):
         compare(variants, (0, 1), folder, Notes(stop=2))
-    watch = Notes()
-    found = compare(variants, (0, 1), folder, watch)
-    assert [note.endswith("kept from before") for note in watch.told] == [True, True, False, False]
+    callback = Notes()
+    found = compare(variants, (0, 1), folder, callback)
+    assert [note.endswith("kept from before") for note in callback.told] == [True, True, False, False]
     # Each figure is that of the run it belongs to.
     assert {line.label for line in found.lines} == {"lora", "head"}
     for line in found.lines:

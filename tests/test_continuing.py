@@ -20,15 +20,15 @@ import torch
 from conftest import REPOSITORY
 from safetensors.torch import load_file
 
-from peft_combo.callbacks import Watch
-from peft_combo.data.join import joined
+from peft_combo.callbacks import RunCallback
+from peft_combo.data.join import join_datasets
 from peft_combo.data.leakage import split_problem
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import split_as
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.errors import DataError, StoreError, TuningError
-from peft_combo.metrics.report import Gain, Row
+from peft_combo.metrics.report import Gain, ResultRow
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.parse import parse_recipe
 from peft_combo.store.adapter_store import AdapterStore
@@ -128,7 +128,7 @@ def test_two_datasets_are_joined_by_their_ids(tiny_recipe: MakeRecipe, later_sho
     config = tiny_recipe().data
     old = open_dataset(config)
     new = open_dataset(config.model_copy(update={"path": str(later_shop)}))
-    whole, known = joined(old, new)
+    whole, known = join_datasets(old, new)
     assert (known, len(whole.bundles), len(whole.catalog)) == (90, 180, 90)
     assert whole.catalog.item_ids[:60] == old.catalog.item_ids
     assert whole.catalog.titles[0] == "w10 w40 w199"  # the later title stands
@@ -196,7 +196,7 @@ def test_new_data_without_news_is_refused(tiny_recipe: MakeRecipe, tiny_shop: Pa
 
 
 def test_the_gate_says_all_that_speaks_against_a_version() -> None:
-    row = Row("x", {"ndcg@10": 0.5}, (0.4, 0.6))
+    row = ResultRow("x", {"ndcg@10": 0.5}, (0.4, 0.6))
 
     def compared(questions: str, gain: float, p: float) -> VersionComparison:
         return VersionComparison(questions, 10, 5, row, row, Gain(gain, (gain, gain), p))
@@ -271,8 +271,8 @@ def test_a_loss_stays_stored_and_the_alias_where_it_was(
 def test_a_checkpoint_of_another_continuation_is_refused(
     tiny_recipe: MakeRecipe, later_shop: Path, tmp_path: Path
 ) -> None:
-    class Stop(Watch):
-        def stepped(self, step: int, loss: float) -> None:
+    class Stop(RunCallback):
+        def on_step_end(self, step: int, loss: float) -> None:
             if step == 4:
                 raise KeyError
 
@@ -280,7 +280,7 @@ def test_a_checkpoint_of_another_continuation_is_refused(
     stored(recipe, tmp_path)
     stored(recipe, tmp_path)
     with pytest.raises(KeyError):
-        continue_tuning(recipe, "tiny@v1", run_folder=tmp_path / "run", watch=Stop())
+        continue_tuning(recipe, "tiny@v1", run_folder=tmp_path / "run", callback=Stop())
     with pytest.raises(TuningError, match="goes on from another adapter"):
         continue_tuning(recipe, "tiny@v2", run_folder=tmp_path / "run", resume=True)
     straight = continue_tuning(recipe, "tiny@v1", run_folder=tmp_path / "straight").result

@@ -15,7 +15,7 @@ from peft_combo.data.labels.texts import labels_of_catalogue, read_labels, split
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers.folder import write_items
 from peft_combo.data.sources import open_dataset
-from peft_combo.data.task_data import check_data, describe_data, labelled_of, tagged_of
+from peft_combo.data.task_data import check_data, describe_data, read_labelled, read_tagged
 from peft_combo.errors import DataError
 from peft_combo.recipe.model import DataConfig
 from peft_combo.recipe.task import ClassificationTask, TaggingTask, TaskConfig
@@ -128,10 +128,10 @@ def test_no_text_is_in_two_parts_and_new_ones_move_none() -> None:
 def test_what_a_task_does_not_need_may_be_missing(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text("item_id,title,slot\ni0,red dress,dress\ni1,blue boots,shoe\n")
     own = config(tmp_path)
-    named = labelled_of(own, ClassificationTask(labels="slot"))
+    named = read_labelled(own, ClassificationTask(labels="slot"))
     assert dict(zip(named.texts, named.labels, strict=True)) == {"red dress": ("dress",), "blue boots": ("shoe",)}
     types: dict[str, Any] = {"dress": "Clo", "shoe": "Shoe"}
-    assert [one.tags for one in tagged_of(own, TaggingTask(tags="slots", types=types)).texts] == [
+    assert [one.tags for one in read_tagged(own, TaggingTask(tags="slots", types=types)).texts] == [
         ("O", "B-Clo"), ("O", "B-Shoe"),
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"neither a bundles table .*; found items\.csv\. .*only tasks that learn from"):

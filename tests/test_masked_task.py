@@ -16,7 +16,7 @@ import torch
 from made_up import build_encoder
 from torch.nn import functional
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.data.task_data import check_data, describe_data
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
@@ -258,8 +258,8 @@ def test_it_learns_what_a_text_is_about_from_items_alone(recipe: MakeRecipe, tmp
     assert load_head(head.spec(), head.state_dict()).spec() == head.spec()
 
 
-class _Stopping(Watch):
-    def stepped(self, step: int, loss: float) -> None:
+class _Stopping(RunCallback):
+    def on_step_end(self, step: int, loss: float) -> None:
         if step == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -267,7 +267,7 @@ class _Stopping(Watch):
 def test_a_resumed_run_repeats_the_uninterrupted_one(recipe: MakeRecipe, tmp_path: Path) -> None:
     whole = tune(recipe(), run_folder=tmp_path / "whole")
     with pytest.raises(Interrupted):
-        tune(recipe(), run_folder=tmp_path / "halved", watch=_Stopping())
+        tune(recipe(), run_folder=tmp_path / "halved", callback=_Stopping())
     rest = tune(recipe(), run_folder=tmp_path / "halved", resume=True)
     assert rest.losses == whole.losses
     assert rest.table.after == whole.table.after

@@ -83,13 +83,13 @@ def test_the_interval_of_a_gain_draws_both_sides_alike() -> None:
 
 def test_the_paired_test_of_worked_cases() -> None:
     same = single([1, 0, 1, 0])
-    assert measures.paired_test(same, same, measures.micro_f1, n=99) == 1
+    assert measures.permute_pairs(same, same, measures.micro_f1, n=99) == 1
     # Three texts, all better: of the 8 exchanges 2 are as extreme, so p is near 1 / 4.
-    p = measures.paired_test(single([0] * 3), single([1] * 3), measures.micro_f1)
+    p = measures.permute_pairs(single([0] * 3), single([1] * 3), measures.micro_f1)
     assert p == pytest.approx(0.25, abs=0.02)
-    assert measures.paired_test(single([0] * 20), single([1] * 20), measures.micro_f1) < 0.001
+    assert measures.permute_pairs(single([0] * 20), single([1] * 20), measures.micro_f1) < 0.001
     # One of a hundred: exchanging it or not gives the same difference.
-    assert measures.paired_test(single([1] * 100), single([1] * 99 + [0]), measures.micro_f1) == 1
+    assert measures.permute_pairs(single([1] * 100), single([1] * 99 + [0]), measures.micro_f1) == 1
 
 
 def test_counts_lie_class_by_class() -> None:

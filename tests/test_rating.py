@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from scipy import sparse
 from scipy.special import expit
 
-from peft_combo.data.events import Events, rated, split_events
+from peft_combo.data.events import Events, read_rated, split_events
 from peft_combo.data.leakage import rating_problem
 from peft_combo.data.model import Interactions
 from peft_combo.data.queries import Queries
@@ -135,9 +135,9 @@ def test_every_user_weighs_the_same() -> None:
 
 def test_ratings_become_targets() -> None:
     stars = np.array([0, 1, 2, 5], np.float32)
-    assert rated(stars, RatingTask()).tolist() == [1, 1, 1, 1]
-    assert rated(stars, RatingTask(feedback="explicit")).tolist() == [0, 0, 0.25, 1]
-    assert rated(stars, RatingTask(feedback="explicit", like_from=2)).tolist() == [0, 0, 1, 1]
+    assert read_rated(stars, RatingTask()).tolist() == [1, 1, 1, 1]
+    assert read_rated(stars, RatingTask(feedback="explicit")).tolist() == [0, 0, 0.25, 1]
+    assert read_rated(stars, RatingTask(feedback="explicit", like_from=2)).tolist() == [0, 0, 1, 1]
 
 
 def test_a_history_is_strictly_earlier_latest_first_and_of_what_was_liked() -> None:
@@ -351,7 +351,7 @@ def test_a_run_that_died_goes_on_to_the_same_end(recipe: MakeRecipe, tmp_path: P
     made = recipe(**{"task.pooling": "attention", "training.accumulation": 2})
     straight = run(made, tmp_path / "straight")
     with pytest.raises(SystemExit):
-        tune(made, run_folder=tmp_path / "run", watch=StopAt(7))
+        tune(made, run_folder=tmp_path / "run", callback=StopAt(7))
     resumed = run(made, tmp_path, resume=True)
     assert resumed.losses == straight.losses
     for name in ("head.safetensors", "adapter_model.safetensors"):

@@ -15,7 +15,7 @@ from conftest import StopAt
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import set_training
 from peft_combo.encoder.backbone import Backbone
@@ -144,7 +144,7 @@ def test_who_waits_does_not_move(tiny_recipe: MakeRecipe, tmp_path: Path) -> Non
     )
     half = build_task(recipe).per_epoch * 2
     with pytest.raises(SystemExit):
-        tune(recipe, run_folder=tmp_path, watch=StopAt(half + 1))
+        tune(recipe, run_folder=tmp_path, callback=StopAt(half + 1))
     (folder,) = tmp_path.glob("step-*")
     adapter, head = (load_file(folder / f"{name}.safetensors") for name in ("adapter", "head"))
     assert all(not tensor.any() for name, tensor in adapter.items() if "lora_B" in name)  # as it was drawn
@@ -284,17 +284,17 @@ def test_the_mean_is_what_is_evaluated_and_stored(tiny_recipe: MakeRecipe, tmp_p
     folder = tmp_path / "run"
     per_epoch = build_task(recipe).per_epoch
 
-    class Keep(Watch):
-        def evaluated(self, step: int, values: Any, best: bool) -> None:
+    class Keep(RunCallback):
+        def on_evaluate(self, step: int, values: Any, best: bool) -> None:
             if step > per_epoch * 2:
                 states.append({})
 
-        def stepped(self, step: int, loss: float) -> None:
+        def on_step_end(self, step: int, loss: float) -> None:
             # The checkpoint of the step before is there by now.
             if (step - 1) % per_epoch == 0 and step - 1 >= 0.6 * 4 * per_epoch:
                 states[-1] = load_file(folder / f"step-{step - 1:08d}" / "head.safetensors")
 
-    result = tune(recipe, run_folder=folder, watch=Keep())
+    result = tune(recipe, run_folder=folder, callback=Keep())
     stored = load_file(result.record.path / "head.safetensors")["query_projection.weight"]
     third = states[0]["query_projection.weight"]
     # The mean of two points, the third epoch's and the last: twice the mean less the third is the last.
@@ -343,7 +343,7 @@ def test_a_run_with_every_switch_goes_on_exactly_after_it_died(tiny_recipe: Make
     )
     straight = tune(recipe, run_folder=tmp_path / "straight")
     with pytest.raises(SystemExit):
-        tune(recipe, run_folder=tmp_path / "run", watch=StopAt(8))
+        tune(recipe, run_folder=tmp_path / "run", callback=StopAt(8))
     resumed = tune(recipe, run_folder=tmp_path / "run", resume=True)
     assert resumed.losses == straight.losses
     assert resumed.table == straight.table
@@ -355,12 +355,12 @@ def test_a_run_with_every_switch_goes_on_exactly_after_it_died(tiny_recipe: Make
 def test_a_recipe_s_wordings_are_trained_on_and_told(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     notes: list[str] = []
 
-    class Listen(Watch):
-        def note(self, text: str) -> None:
+    class Listen(RunCallback):
+        def on_note(self, text: str) -> None:
             notes.append(text)
 
     recipe = tiny_recipe(**{"augmentation": {"word_drop": 0.4, "share": 1.0}, "training.epochs": 2})
-    altered = tune(recipe, run_folder=tmp_path / "altered", watch=Listen())
+    altered = tune(recipe, run_folder=tmp_path / "altered", callback=Listen())
     plain = tune(tiny_recipe(**{"training.epochs": 2}), run_folder=tmp_path / "plain")
     assert altered.losses != plain.losses
     assert altered.table.before == plain.table.before

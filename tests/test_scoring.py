@@ -148,7 +148,9 @@ class TestCheckScorer:
 
     def test_a_width_that_is_not_checked(self) -> None:
         def score_baskets(self: Popularity, contexts: Any) -> Any:
-            return self._score(self._known("score_baskets"), sparse.csr_array((contexts.shape[0], len(self.support))))
+            return self._score(
+                self._require_fitted("score_baskets"), sparse.csr_array((contexts.shape[0], len(self.support)))
+            )
 
         self._check("too few columns must raise ValueError, raised nothing", score_baskets=score_baskets)
 

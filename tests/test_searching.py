@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.errors import PeftComboError, RecipeError
 from peft_combo.evaluation.comparison.variants import Over
 from peft_combo.evaluation.lr_range import lr_range, read_range
@@ -156,20 +156,20 @@ def test_scatter_alone_is_no_divergence_and_no_number_is() -> None:
 def test_a_range_test_of_a_recipe_ends_where_it_runs_away_and_stores_nothing(
     file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Steps(Watch):
+    class Steps(RunCallback):
         count = 0
 
-        def stepped(self, step: int, loss: float) -> None:
+        def on_step_end(self, step: int, loss: float) -> None:
             self.count = step
 
-        def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
+        def on_evaluate(self, step: int, values: Mapping[str, float], best: bool) -> None:
             raise AssertionError("a range test measures nothing")
 
-    watch = Steps()
-    found = lr_range(load_recipe(file), low=1e-5, high=100.0, steps=60, watch=watch)
+    callback = Steps()
+    found = lr_range(load_recipe(file), low=1e-5, high=100.0, steps=60, callback=callback)
     assert found.diverged is not None
     assert 1e-3 < found.rates[found.diverged] < 100
-    assert watch.count == len(found.losses) < 60
+    assert callback.count == len(found.losses) < 60
     assert found.rates[1] / found.rates[0] == pytest.approx((1e7) ** (1 / 59))
     assert not (tmp_path / "adapters").exists()
     from peft_combo.__main__ import main

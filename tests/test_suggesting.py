@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from peft_combo import __main__
-from peft_combo.data.labels.annotation import unlabelled_texts, write_to_label
+from peft_combo.data.labels.annotation import find_unlabelled, write_to_label
 from peft_combo.data.model import Bundles, Catalog, Dataset
 from peft_combo.data.task_data import check_data
 from peft_combo.encoder.backbone import Backbone
@@ -81,30 +81,30 @@ def test_what_waits_for_a_label_is_what_has_none_anywhere(tmp_path: Path) -> Non
     data = DataConfig(source="folder", path=str(tmp_path))
     table = ClassificationTask(labels="table")
     items(tmp_path, ["Red tee", "Blue tee", "Red  TEE", "Hat"], category=["A > B", "", "A", ""], kind=["x", "", "", ""])
-    assert unlabelled_texts(data, table).texts == ("Red tee", "Blue tee", "Hat")
+    assert find_unlabelled(data, table).texts == ("Red tee", "Blue tee", "Hat")
     (tmp_path / "labels.csv").write_text("text,label\nhat,head\nsock,\nred tee,top\n")
-    found = unlabelled_texts(data, table)
+    found = find_unlabelled(data, table)
     assert (found.texts, found.labelled) == (("sock", "Blue tee"), 2)
     only = DataConfig(source="folder", path=str(tmp_path / "labels.csv"))
-    assert unlabelled_texts(only, table).texts == ("sock",)
+    assert find_unlabelled(only, table).texts == ("sock",)
     # By a column of the catalogue: two texts are one but for case, and one of them has a label.
-    assert unlabelled_texts(data, ClassificationTask(labels="category", depth=2)).texts == ("Blue tee", "Hat")
-    assert unlabelled_texts(data, ClassificationTask(labels="kind")).texts == ("Blue tee", "Hat")
-    assert len(unlabelled_texts(data, ClassificationTask(labels="nowhere")).texts) == 3
+    assert find_unlabelled(data, ClassificationTask(labels="category", depth=2)).texts == ("Blue tee", "Hat")
+    assert find_unlabelled(data, ClassificationTask(labels="kind")).texts == ("Blue tee", "Hat")
+    assert len(find_unlabelled(data, ClassificationTask(labels="nowhere")).texts) == 3
     (tmp_path / "tags.jsonl").write_text(json.dumps({"text": "Hat", "spans": [[0, 3, "Acc"]]}) + "\n")
-    assert unlabelled_texts(data, TaggingTask()).texts == ("Red tee", "Blue tee")
+    assert find_unlabelled(data, TaggingTask()).texts == ("Red tee", "Blue tee")
     # Tags made by a rule are no labels.
-    assert len(unlabelled_texts(data, TaggingTask(tags="slots", types={"hat": "Acc"})).texts) == 3
+    assert len(find_unlabelled(data, TaggingTask(tags="slots", types={"hat": "Acc"})).texts) == 3
 
 
 def test_where_everything_has_a_label_it_is_said(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("text,label\nhat,head\n")
     data = DataConfig(source="folder", path=str(tmp_path))
     with pytest.raises(DataError, match="waits for a label: 1 texts have one"):
-        unlabelled_texts(data, ClassificationTask(labels="table"))
+        find_unlabelled(data, ClassificationTask(labels="table"))
     (tmp_path / "labels.csv").write_text("txt,label\nhat,head\n")
     with pytest.raises(DataError, match=r"labels\.csv:1: has no column 'text'"):
-        unlabelled_texts(data, ClassificationTask(labels="table"))
+        find_unlabelled(data, ClassificationTask(labels="table"))
 
 
 def test_a_file_to_fill_in_has_a_form_we_read(tmp_path: Path) -> None:

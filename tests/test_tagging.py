@@ -210,7 +210,7 @@ def test_a_run_that_died_goes_on_to_the_same_end(recipe: MakeRecipe, tmp_path: P
     made = recipe(**{"training.epochs": 2, "training.accumulation": 2})
     straight = run(made, tmp_path / "straight")
     with pytest.raises(SystemExit):
-        tune(made, run_folder=tmp_path / "run", watch=StopAt(8))
+        tune(made, run_folder=tmp_path / "run", callback=StopAt(8))
     resumed = run(made, tmp_path, resume=True)
     assert resumed.losses == straight.losses
     theirs = load_file(straight.record.path / "head.safetensors")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from made_up import build_encoder
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.encoder.heads import load_head
 from peft_combo.errors import DataError
 from peft_combo.recipe.model import Recipe
@@ -73,7 +73,7 @@ def make(tiny_recipe: MakeRecipe, folders: dict[str, Path]) -> MakeRecipe:
 
 def build_setup(recipe: Recipe, folder: Path) -> Setup:
     """Put together what a run works on, its head fitted over the frozen encoder."""
-    return Setup.build(recipe, build_accelerator(recipe, folder), build_task(recipe), Watch())
+    return Setup.build(recipe, build_accelerator(recipe, folder), build_task(recipe), RunCallback())
 
 
 def nudge(setup: Setup) -> None:

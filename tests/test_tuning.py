@@ -19,7 +19,7 @@ import torch
 from conftest import REPOSITORY, StopAt
 from safetensors.torch import load_file
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
@@ -131,7 +131,7 @@ def test_a_run_that_died_goes_on_to_the_same_end(
     straight = run(recipe, tmp_path / "straight")
     for death in (4, 8):
         with pytest.raises(SystemExit):
-            tune(recipe, run_folder=tmp_path / "run", resume=death > 4, watch=StopAt(death))
+            tune(recipe, run_folder=tmp_path / "run", resume=death > 4, callback=StopAt(death))
     resumed = run(recipe, tmp_path, resume=True)
     assert resumed.losses == straight.losses
     theirs = weights_of(straight)
@@ -146,7 +146,7 @@ def test_a_run_that_died_goes_on_to_the_same_end(
 
 def test_checkpoints_hold_the_adapter_and_not_the_encoder(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        tune(tiny_recipe(**{"training.checkpoint_every": 2}), run_folder=tmp_path, watch=StopAt(5))
+        tune(tiny_recipe(**{"training.checkpoint_every": 2}), run_folder=tmp_path, callback=StopAt(5))
     (folder,) = tmp_path.glob("step-*")
     assert folder.name == "step-00000004"
     names = {name for file in folder.glob("*adapter.safetensors") for name in load_file(file)}
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(
     changes: Mapping[str, Any], expected: str, tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit):
-        tune(tiny_recipe(), run_folder=tmp_path, watch=StopAt(4))
+        tune(tiny_recipe(), run_folder=tmp_path, callback=StopAt(4))
     with pytest.raises(TuningError, match=expected):
         tune(tiny_recipe(**changes), run_folder=tmp_path, resume=True)
     (state,) = tmp_path.glob("step-*/state.json")
@@ -180,15 +180,15 @@ def test_resume_without_a_checkpoint_is_refused(tiny_recipe: MakeRecipe, tmp_pat
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    class Interrupt(Watch):
-        def stepped(self, step: int, loss: float) -> None:
+    class Interrupt(RunCallback):
+        def on_step_end(self, step: int, loss: float) -> None:
             if step == 5:
                 os.kill(os.getpid(), signal.SIGINT)
 
     recipe = tiny_recipe()
     straight = run(recipe, tmp_path / "straight")
     with pytest.raises(Interrupted, match=r"after step 5 of .*--resume"):
-        tune(recipe, run_folder=tmp_path / "run", watch=Interrupt())
+        tune(recipe, run_folder=tmp_path / "run", callback=Interrupt())
     assert run(recipe, tmp_path, resume=True).losses == straight.losses
 
 
@@ -278,8 +278,8 @@ def test_bf16_runs_and_comes_out_close(tiny_recipe: MakeRecipe, tmp_path: Path) 
 def test_early_stopping_keeps_the_best_step(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     seen: dict[int, float] = {}
 
-    class See(Watch):
-        def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
+    class See(RunCallback):
+        def on_evaluate(self, step: int, values: Mapping[str, float], best: bool) -> None:
             seen[step] = values["mrr"]
 
     recipe = tiny_recipe(
@@ -289,7 +289,7 @@ def test_early_stopping_keeps_the_best_step(tiny_recipe: MakeRecipe, tmp_path: P
             "training.early_stopping": {"metric": "mrr", "patience": 2},
         }
     )
-    result = run(recipe, tmp_path, watch=See())
+    result = run(recipe, tmp_path, callback=See())
     assert result.stopped_early
     after = result.table.after.values["mrr"]
     assert seen[result.chosen["best_step"]] == max(seen.values()) == pytest.approx(after, abs=1e-9)

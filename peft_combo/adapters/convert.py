@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peft_combo.adapters.deltas import Spectrum, read_changes, relative
 from peft_combo.adapters.lora_files import write_lora
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.methods.attached import CONFIG_FILE
@@ -78,7 +78,7 @@ def convert(
     texts: Sequence[str],
     rank: int | None = None,
     max_error: float = MAX_ERROR,
-    watch: Watch | None = None,
+    callback: RunCallback | None = None,
 ) -> Conversion:
     """Store an adapter as plain LoRA, as the next version of its category, and measure how near it is.
 
@@ -94,7 +94,7 @@ def convert(
         BackboneError: it is no change of weights.
         StoreError: the store cannot be written.
     """
-    watch = watch or Watch()
+    callback = callback or RunCallback()
     if not texts:
         raise ConvertError("Expected texts to measure the difference on, found none. Name a file with --texts.")
     if rank is not None and rank < 1:
@@ -103,14 +103,16 @@ def convert(
         raise ConvertError(f"max_error: expected a share above 0 and below 1, found {max_error:g}.")
     if is_plain_lora(live.record):
         raise ConvertError(f"{live.reference} is plain LoRA already: nothing to convert.")
-    factors, error = _factor(live, backbone, rank, max_error, watch)
+    factors, error = _factor(live, backbone, rank, max_error, callback)
 
     manifest = live.record.manifest
     with store.writing(manifest.category) as draft:
         attached = write_lora(draft.path, backbone, factors, live.head, manifest.backbone.max_length)
         distinct = list(dict.fromkeys(texts))
-        watch.stage("Comparing vectors", 2 * len(distinct))
-        ours, theirs = (backbone.encode(distinct, one, progress=watch.advance) for one in (live.attached, attached))
+        callback.on_stage("Comparing vectors", 2 * len(distinct))
+        ours, theirs = (
+            backbone.encode(distinct, one, progress=callback.on_advance) for one in (live.attached, attached)
+        )
         difference = float(np.abs(ours - theirs).max())
         exact = max_error <= MAX_ERROR
         if exact and not difference <= _SAME_VECTORS:
@@ -144,7 +146,7 @@ def convert(
 
 
 def _factor(
-    live: LiveAdapter, backbone: Backbone, rank: int | None, max_error: float, watch: Watch
+    live: LiveAdapter, backbone: Backbone, rank: int | None, max_error: float, callback: RunCallback
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """Return the factors of each update, and the largest share of a norm they leave out."""
     try:
@@ -161,7 +163,7 @@ def _factor(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     faults = []
     worst = 0.0
-    watch.stage("Factoring", len(changes.linear))
+    callback.on_stage("Factoring", len(changes.linear))
     for name, delta in changes.linear.items():
         weight = backbone.model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
@@ -173,7 +175,7 @@ def _factor(
         elif needed:
             factors[name] = spectrum.factors(needed)
             worst = max(worst, relative(spectrum.error(factors[name]), spectrum.norm))
-        watch.advance(1)
+        callback.on_advance(1)
     if faults:
         title = (
             f"{live.reference} is no LoRA of rank {rank} within an error of {max_error:g}. Raise --rank or --max-error:"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_combo import metrics
 from peft_combo.adapters.deltas import Changes, Spectrum, read_changes, relative
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.architectures import find_architecture
 from peft_combo.encoder.backbone import Backbone
@@ -105,7 +105,7 @@ def diff(
     *,
     texts: Sequence[str] | None = None,
     questions: Queries | None = None,
-    watch: Watch | None = None,
+    callback: RunCallback | None = None,
 ) -> Difference:
     """Compare two adapters of one encoder by their weights and, on `texts`, by what they answer.
 
@@ -117,7 +117,7 @@ def diff(
     Source: subspace similarity: Hu et al. 2021, LoRA, equation 4, of right singular vectors; churn: Milani Fard et al.
         2016, "Launch and iterate: reducing prediction churn", section 2.
     """
-    watch = watch or Watch()
+    callback = callback or RunCallback()
     notes = []
     layers: tuple[Change, ...] = ()
     modules: tuple[Change, ...] = ()
@@ -126,9 +126,9 @@ def diff(
     except BackboneError as error:
         notes.append(f"Weights were not compared. {error}")
     else:
-        layers, modules = _compare_weights(*changes, backbone.model, watch)
+        layers, modules = _compare_weights(*changes, backbone.model, callback)
     head, said = _compare_heads(a.head, b.head)
-    predictions = None if texts is None else _compare_predictions(a, b, backbone, texts, questions, watch)
+    predictions = None if texts is None else _compare_predictions(a, b, backbone, texts, questions, callback)
     scales = (math.exp(float(a.head.log_scale)), math.exp(float(b.head.log_scale)))
     return Difference(a.reference, b.reference, layers, modules, head, scales, predictions, (*notes, *said))
 
@@ -163,7 +163,7 @@ class _Sums:
 
 
 def _compare_weights(
-    a: Changes, b: Changes, model: nn.Module, watch: Watch
+    a: Changes, b: Changes, model: nn.Module, callback: RunCallback
 ) -> tuple[tuple[Change, ...], tuple[Change, ...]]:
     parameters = dict(model.named_parameters())
     place = f"{find_architecture(model).layers}."
@@ -173,7 +173,7 @@ def _compare_weights(
     touched = [
         name for name in parameters if _is_touched(name, a) or _is_touched(name, b)
     ]  # in the encoder's own order
-    watch.stage("Comparing weights", len(touched))
+    callback.on_stage("Comparing weights", len(touched))
     for name in touched:
         module, parameter = name.removesuffix(".weight"), parameters[name].detach().cpu().float()
         linear = module in a.linear or module in b.linear
@@ -185,7 +185,7 @@ def _compare_weights(
         layer = f"layer {name.removeprefix(place).split('.')[0]}" if inside else "outside the layers"
         layers.setdefault(layer, _Sums()).add(sums)
         total.add(sums)
-        watch.advance(1)
+        callback.on_advance(1)
     if not modules:
         return (), ()
     summed = [*(sums.change(name) for name, sums in layers.items()), total.change("all of these")]
@@ -231,15 +231,20 @@ def _compare_heads(a: BundleHead, b: BundleHead) -> tuple[tuple[Change, ...], li
 
 
 def _compare_predictions(
-    a: LiveAdapter, b: LiveAdapter, backbone: Backbone, texts: Sequence[str], questions: Queries | None, watch: Watch
+    a: LiveAdapter,
+    b: LiveAdapter,
+    backbone: Backbone,
+    texts: Sequence[str],
+    questions: Queries | None,
+    callback: RunCallback,
 ) -> Predictions:
     first: dict[str, int] = {}
     for row, text in enumerate(texts):
         first.setdefault(text, row)
     if len(first) < 2:
         raise DataError(f"Expected at least 2 different texts to compare on, found {len(first)}.")
-    watch.stage("Encoding the texts", 2 * len(first))
-    mine, theirs = (backbone.encode(texts, one.attached, progress=watch.advance) for one in (a, b))
+    callback.on_stage("Encoding the texts", 2 * len(first))
+    mine, theirs = (backbone.encode(texts, one.attached, progress=callback.on_advance) for one in (a, b))
     rows = np.fromiter(first.values(), np.int64)
     one, two = mine[rows], theirs[rows]
     asked = np.sort(np.random.default_rng(0).choice(len(rows), min(len(rows), _MOST_QUERIES), replace=False))

@@ -35,7 +35,7 @@ from peft_combo.adapters.export_folder import (
 )
 from peft_combo.adapters.onnx_graph import SCHEMES, Graph, Run
 from peft_combo.adapters.parity import NEIGHBOURS, ExportError, ParityCheck
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.architectures import count_bytes
 from peft_combo.encoder.backbone import Backbone
@@ -59,7 +59,7 @@ def export(
     texts: Sequence[str],
     questions: Queries | None = None,
     min_agreement: float | None = None,
-    watch: Watch | None = None,
+    callback: RunCallback | None = None,
 ) -> Export:
     """Write an adapter as a folder that runs without this package, and measure what of it was kept.
 
@@ -78,7 +78,7 @@ def export(
         BackboneError: the adapter cannot be merged, or the encoder not be written as a graph.
         OnnxMissing: the extra is not installed.
     """
-    watch = Watch() if watch is None else watch
+    callback = RunCallback() if callback is None else callback
     wanted = AGREEMENT[format] if min_agreement is None else min_agreement
     if not 0 <= wanted <= 1:
         raise ExportError(f"min_agreement: expected a share from 0 to 1, found {wanted}.")
@@ -95,7 +95,7 @@ def export(
         encoder = _choose_encoder(live, format)
         write_tokenizer(draft, live, backbone, graph=format != "merged")
         write_head(draft, live)
-        parity = ParityCheck(live, backbone, read_back(draft, live, backbone), texts, questions, watch)
+        parity = ParityCheck(live, backbone, read_back(draft, live, backbone), texts, questions, callback)
         attached = live.attached.encoder
         parity.measure("torch, adapter attached", run_torch(backbone, attached), count_bytes(attached))
         scheme, graph = _write_model(draft, format, encoder, live, backbone, parity, wanted)

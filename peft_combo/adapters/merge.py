@@ -13,13 +13,13 @@ from torch import Tensor
 from peft_combo.adapters.deltas import MergeMethod, Spectrum, combine_changes, read_changes, relative
 from peft_combo.adapters.lora_files import explain_unlike_backbones, write_lora
 from peft_combo.adapters.validation import ValidationQueries, format_figures
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import BackboneError, Fault, PeftComboError
-from peft_combo.metrics.report import Gain, Row
+from peft_combo.metrics.report import Gain, ResultRow
 from peft_combo.recipe.task import BundleTask
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.manifest import list_versions
@@ -54,7 +54,7 @@ class Merge:
     density: float | None
     ranks: dict[str, int]
     truncation: float
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     gain: Gain | None
     notes: tuple[str, ...]
 
@@ -87,7 +87,7 @@ def merge(
     rank: int | None = None,
     seed: int = 0,
     validation: ValidationQueries | None = None,
-    watch: Watch | None = None,
+    callback: RunCallback | None = None,
 ) -> Merge:
     """Store one adapter made of several, as the next version of the category `into`.
 
@@ -107,7 +107,7 @@ def merge(
         BackboneError: a parent is no change of weights.
         StoreError: the store cannot be written.
     """
-    watch = watch or Watch()
+    callback = callback or RunCallback()
     shares = _check_shares(weights, len(parents))
     density = _check_density(method, density)
     if rank is not None and method == "average":
@@ -117,13 +117,13 @@ def merge(
     _refuse_unlike(parents)
 
     with store.writing(into) as draft:
-        factors, truncation = _factor(parents, shares, method, density or 1.0, rank, seed, backbone, watch)
+        factors, truncation = _factor(parents, shares, method, density or 1.0, rank, seed, backbone, callback)
         head = _merge_head([one.head for one in parents], shares, method, density or 1.0, seed)
         manifests = [one.record.manifest for one in parents]
         attached = write_lora(draft.path, backbone, factors, head, manifests[0].backbone.max_length)
         ranks = {name: right.shape[0] for name, (_, right) in factors.items()}
         rows, gain = (
-            ((), None) if validation is None else _measure(parents, attached, head, backbone, validation, watch)
+            ((), None) if validation is None else _measure(parents, attached, head, backbone, validation, callback)
         )
         notes = () if validation is None else tuple(_list_caveats(parents, validation))
         named = tuple((one.reference, share) for one, share in zip(parents, shares, strict=True))
@@ -203,7 +203,7 @@ def _refuse_unlike(parents: Sequence[LiveAdapter]) -> None:
 
 def _factor(
     parents: Sequence[LiveAdapter], shares: Sequence[float], method: MergeMethod, density: float, rank: int | None,
-    seed: int, backbone: Backbone, watch: Watch,
+    seed: int, backbone: Backbone, callback: RunCallback,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:  # fmt: skip
     """Return the factors of the combined change, by module, and the share of its norm that they leave out."""
     deltas = []
@@ -222,7 +222,7 @@ def _factor(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     lost, whole = 0.0, 0.0
     result = combine_changes(deltas, shares, method, density, seed)
-    watch.stage("Factoring", len(result))
+    callback.on_stage("Factoring", len(result))
     for name, delta in result.items():
         weight = backbone.model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
@@ -235,7 +235,7 @@ def _factor(
         if kept:
             factors[name] = pair
         lost, whole = lost + spectrum.error(pair) ** 2, whole + spectrum.norm**2
-        watch.advance(1)
+        callback.on_advance(1)
     return factors, relative(math.sqrt(lost), math.sqrt(whole))
 
 
@@ -257,17 +257,19 @@ def _merge_head(
 
 def _measure(
     parents: Sequence[LiveAdapter], attached: AttachedAdapter, head: BundleHead, backbone: Backbone,
-    validation: ValidationQueries, watch: Watch,
-) -> tuple[tuple[Row, ...], Gain]:  # fmt: skip
-    watch.stage("Measuring", len(set(validation.texts)) * (2 + len(parents)))
+    validation: ValidationQueries, callback: RunCallback,
+) -> tuple[tuple[ResultRow, ...], Gain]:  # fmt: skip
+    callback.on_stage("Measuring", len(set(validation.texts)) * (2 + len(parents)))
     answered = {"frozen backbone": validation.ranks(
-        BundleHead(backbone.dim, BundleTask()), backbone.encode(validation.texts, progress=watch.advance)
+        BundleHead(backbone.dim, BundleTask()), backbone.encode(validation.texts, progress=callback.on_advance)
     )}  # fmt: skip
     contenders: dict[str, tuple[AttachedAdapter, BundleHead]] = {
         **{one.reference: (one.attached, one.head) for one in parents}, "merged": (attached, head),
     }  # fmt: skip
     for name, (encoder, its_head) in contenders.items():
-        answered[name] = validation.ranks(its_head, backbone.encode(validation.texts, encoder, progress=watch.advance))
+        answered[name] = validation.ranks(
+            its_head, backbone.encode(validation.texts, encoder, progress=callback.on_advance)
+        )
     rows = tuple(validation.row(name, ranks) for name, ranks in answered.items())
     return rows, validation.gain(answered["frozen backbone"], answered["merged"])
 
@@ -278,7 +280,7 @@ def _list_caveats(parents: Sequence[LiveAdapter], validation: ValidationQueries)
 
 
 def _build_metrics(
-    rows: Sequence[Row], gain: Gain, validation: ValidationQueries, notes: Sequence[str]
+    rows: Sequence[ResultRow], gain: Gain, validation: ValidationQueries, notes: Sequence[str]
 ) -> Mapping[str, Any]:
     frozen, *parents, result = rows
     return {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from peft_combo import metrics
 from peft_combo.adapters.onnx_graph import Run
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
@@ -74,7 +74,7 @@ class ParityCheck:
 
     def __init__(
         self, live: LiveAdapter, backbone: Backbone, reader: Backbone, texts: Sequence[str],
-        questions: Queries | None, watch: Watch,
+        questions: Queries | None, callback: RunCallback,
     ) -> None:  # fmt: skip
         distinct = list(dict.fromkeys(texts))
         if len(distinct) < _FEWEST_TEXTS:
@@ -94,11 +94,11 @@ class ParityCheck:
         self.threads = torch.get_num_threads()
         self._head = live.head
         self._dim, self._pad_id = backbone.dim, backbone.pad_id
-        self._watch = watch
+        self._watch = callback
         # What was written is asked with the tokenizer that was written; the reference is what users have today.
         self._tokens = reader.tokenize(distinct)
-        watch.stage(f"{live.reference} as it runs here", len(distinct))
-        self._ours = backbone.encode(distinct, live.attached, progress=watch.advance)
+        callback.on_stage(f"{live.reference} as it runs here", len(distinct))
+        self._ours = backbone.encode(distinct, live.attached, progress=callback.on_advance)
         rows = {text: row for row, text in enumerate(distinct)}
         self._catalogue = None if questions is None else np.array([rows[text] for text in texts], np.int64)
         rng = np.random.default_rng(1)
@@ -113,11 +113,11 @@ class ParityCheck:
 
     def measure(self, name: str, run: Run, nbytes: int) -> ParityRow:
         """Encode all texts with an engine and compare."""
-        self._watch.stage(name, len(self.texts))
+        self._watch.on_stage(name, len(self.texts))
         theirs = np.empty((len(self.texts), self._dim), np.float32)
         for chunk in chunk_by_length(self._tokens.lengths):
             theirs[chunk] = run(*self._pad(chunk))
-            self._watch.advance(len(chunk))
+            self._watch.on_advance(len(chunk))
         # In float64: 1 - cosine of float32 products ends at 1e-7, and may fall below 0.
         ours, other = self._ours.astype(np.float64), theirs.astype(np.float64)
         lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(other, axis=1)
@@ -140,7 +140,7 @@ class ParityCheck:
         spent: dict[int, list[list[float]]] = {}
         for size in BATCHES:
             rng = np.random.default_rng(2)
-            self._watch.stage(f"Timing batches of {size}", _ROUNDS[size])
+            self._watch.on_stage(f"Timing batches of {size}", _ROUNDS[size])
             spent[size] = [[] for _ in self._runs]
             for turn in range(-1, _ROUNDS[size]):  # the first is to warm up
                 batch = self._pad(rng.choice(len(self.texts), size))
@@ -149,7 +149,7 @@ class ParityCheck:
                     run(*batch)
                     if turn >= 0:
                         times.append(1000 * (time.perf_counter() - start))
-                self._watch.advance(int(turn >= 0))
+                self._watch.on_advance(int(turn >= 0))
         return tuple(
             replace(row, p50_ms={size: float(np.median(spent[size][place])) for size in BATCHES})
             for place, row in enumerate(self.rows)

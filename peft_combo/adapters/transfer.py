@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from peft_combo.adapters.validation import LEARNED, METRIC, ValidationQueries
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.errors import StoreError
-from peft_combo.metrics.report import Gain, Row
+from peft_combo.metrics.report import Gain, ResultRow
 from peft_combo.recipe.task import BundleTask
 from peft_combo.store.adapter_store import AdapterStore
 
@@ -37,7 +37,7 @@ class Start:
 
     adapter: str
     head: Literal["own", "identity"]
-    row: Row
+    row: ResultRow
     gain: Gain
     alignment: float
     caveat: str
@@ -55,7 +55,7 @@ class Transfer:
         notes: adapters that were left out, and why.
     """
 
-    frozen: Row
+    frozen: ResultRow
     frozen_alignment: float
     starts: tuple[Start, ...]
     advised: str | None
@@ -72,7 +72,7 @@ def transfer(
     backbone: Backbone,
     store: AdapterStore,
     references: Sequence[str] | None = None,
-    watch: Watch | None = None,
+    callback: RunCallback | None = None,
 ) -> Transfer:
     """Ask stored adapters the validation questions of a category that none of them was tuned for.
 
@@ -81,23 +81,23 @@ def transfer(
     Raises:
         StoreError: an adapter that was named cannot be had, or none is left to try.
     """
-    watch = watch or Watch()
+    callback = callback or RunCallback()
     notes: list[str] = []
     tried = _find_fitting(store, backbone, notes) if references is None else list(dict.fromkeys(references))
     if not tried:
         raise StoreError(" ".join((f"No adapter in {store.path}/ to start from.", *notes)))
     bank = AdapterBank(backbone, store)
     identity = BundleHead(backbone.dim, BundleTask()).eval()
-    watch.stage("Encoding the catalogue", len(set(validation.texts)) * (1 + len(tried)))
+    callback.on_stage("Encoding the catalogue", len(set(validation.texts)) * (1 + len(tried)))
     members = validation.dataset.bundles.to_csr(len(validation.texts), validation.parts.train)
 
-    vectors = backbone.encode(validation.texts, progress=watch.advance)
+    vectors = backbone.encode(validation.texts, progress=callback.on_advance)
     before = validation.ranks(identity, vectors)
     frozen, frozen_alignment = validation.row("frozen backbone", before), measure_alignment(vectors, members)
     starts = []
     for reference in tried:
         live = bank.get(reference)
-        vectors = backbone.encode(validation.texts, live.attached, progress=watch.advance)
+        vectors = backbone.encode(validation.texts, live.attached, progress=callback.on_advance)
         aligned, caveat = measure_alignment(vectors, members), validation.caveat(live.record.manifest)
         heads: tuple[tuple[Literal["own", "identity"], BundleHead], ...] = (("own", live.head), ("identity", identity))
         for name, head in heads:

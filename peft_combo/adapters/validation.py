@@ -20,7 +20,7 @@ from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.encoder.heads.completion import BundleHead, build_completion_row, rank_targets
 from peft_combo.errors import DataError
-from peft_combo.metrics.report import Gain, Row
+from peft_combo.metrics.report import Gain, ResultRow
 from peft_combo.recipe.model import DataConfig, Recipe
 from peft_combo.store.manifest import Manifest
 
@@ -72,7 +72,7 @@ class ValidationQueries:
         """Answer every question: (Q,) ranks, 1 = best."""
         return rank_targets(head, vectors, self.questions)
 
-    def row(self, name: str, ranks: NDArray[np.float64]) -> Row:
+    def row(self, name: str, ranks: NDArray[np.float64]) -> ResultRow:
         """Return the figures of some answers."""
         return build_completion_row(name, ranks, self.questions.groups)
 
@@ -97,6 +97,6 @@ class ValidationQueries:
         return "some of these questions were its own for validation"
 
 
-def format_figures(row: Row) -> dict[str, Any]:
+def format_figures(row: ResultRow) -> dict[str, Any]:
     """Return a row as a manifest holds it."""
     return {**row.values, METRIC: {"value": row.values[METRIC], "low": row.interval[0], "high": row.interval[1]}}

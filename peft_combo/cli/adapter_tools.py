@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft_combo.adapters.merge import Merge
     from peft_combo.adapters.transfer import Transfer
     from peft_combo.encoder.backbone import Backbone
-    from peft_combo.metrics.report import Gain, Row
+    from peft_combo.metrics.report import Gain, ResultRow
     from peft_combo.recipe.model import Recipe
     from peft_combo.store.manifest import Manifest
 
@@ -50,7 +50,7 @@ def adapters_diff(
     opened = AdapterStore(store)
     records = [opened.open(reference) for reference in (a, b)]
     loaded = _load_named_recipe(recipe, overrides, data)
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.adapters.diff import diff
         from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.encoder.bank import AdapterBank
@@ -61,7 +61,7 @@ def adapters_diff(
         bank = AdapterBank(backbone, opened)
         found = diff(
             bank.get(records[0].reference), bank.get(records[1].reference), backbone,
-            texts=compared, questions=None if validation is None else validation.questions, watch=watch,
+            texts=compared, questions=None if validation is None else validation.questions, callback=callback,
         )  # fmt: skip
     if as_json:
         print_json(found.to_json())
@@ -104,7 +104,7 @@ def adapters_merge(
     records = [opened.open(reference) for reference in adapters]
     shares = _parse_weights(weights)
     loaded = _load_named_recipe(recipe, overrides, data)
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.adapters.merge import merge
         from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.encoder.bank import AdapterBank
@@ -114,7 +114,8 @@ def adapters_merge(
         bank = AdapterBank(backbone, opened)
         done = merge(
             [bank.get(record.reference) for record in records], backbone, opened, into,
-            method=method, weights=shares, density=density, rank=rank, seed=seed, validation=validation, watch=watch,
+            method=method, weights=shares, density=density, rank=rank, seed=seed, validation=validation,
+            callback=callback,
         )  # fmt: skip
     if as_json:
         print_json(done.to_json())
@@ -143,7 +144,7 @@ def adapters_convert(
     opened = AdapterStore(store)
     record = opened.open(adapter)
     loaded = _load_named_recipe(recipe, overrides, data)
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.adapters.convert import MAX_ERROR, convert
         from peft_combo.data.sources import open_dataset
         from peft_combo.encoder.bank import AdapterBank
@@ -156,7 +157,7 @@ def adapters_convert(
         backbone = _load_backbone([record.manifest], loaded)
         done = convert(
             AdapterBank(backbone, opened).get(record.reference), backbone, opened,
-            texts=compared, rank=rank, max_error=MAX_ERROR if max_error is None else max_error, watch=watch,
+            texts=compared, rank=rank, max_error=MAX_ERROR if max_error is None else max_error, callback=callback,
         )  # fmt: skip
     if as_json:
         print_json(done.to_json())
@@ -179,13 +180,13 @@ def adapters_transfer(
     from peft_combo.recipe.files import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.adapters.transfer import transfer
         from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.recommender.workspace import Workspace
 
         space = Workspace.of(loaded, adapters=adapters or (), store=store)
-        found = transfer(ValidationQueries.of(loaded), space.backbone, space.store, adapters or None, watch)
+        found = transfer(ValidationQueries.of(loaded), space.backbone, space.store, adapters or None, callback)
     if as_json:
         print_json(found.to_json())
     else:
@@ -319,13 +320,13 @@ def _print_transfer(found: Transfer, recipe: str) -> None:
         print(f"Start from it with: peft-combo tune --recipe {recipe} --from {found.advised}")
 
 
-def _print_rows(rows: Sequence[Row]) -> None:
+def _print_rows(rows: Sequence[ResultRow]) -> None:
     print_table(
         ("", "R@10", "NDCG@10", "95 % interval"), [(row.name, *_format_metrics(row)) for row in rows], numbers=True
     )  # fmt: skip
 
 
-def _format_metrics(row: Row) -> tuple[str, str, str]:
+def _format_metrics(row: ResultRow) -> tuple[str, str, str]:
     low, high = row.interval
     return f"{row.values['r@10']:.3f}", f"{row.values['ndcg@10']:.3f}", f"{low:.3f} to {high:.3f}"
 

@@ -51,7 +51,7 @@ def compare(
         check_ending(plot)
     if to is not None:
         check_destination(to)
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.evaluation.comparison.runs import Stopped
         from peft_combo.evaluation.comparison.runs import compare as run
         from peft_combo.evaluation.comparison.table import chart
@@ -62,9 +62,9 @@ def compare(
             overrides=overrides or (), data=None if data is None else str(data),
         )  # fmt: skip
         try:
-            found = run(variants, numbers, folder, watch)
+            found = run(variants, numbers, folder, callback)
         except Stopped as error:
-            watch.close()
+            callback.close()
             typer.echo(error, err=True)
             raise typer.Exit(130) from None
     if plot is not None:
@@ -108,7 +108,7 @@ def search(
 
     if to is not None:
         check_destination(to)
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.evaluation.search import axis_of
         from peft_combo.evaluation.search import search as run
         from peft_combo.tuning.loop import Interrupted
@@ -116,10 +116,10 @@ def search(
         try:
             found = run(
                 recipe, [axis_of(one) for one in over], trials=trials, overrides=overrides or (),
-                data=None if data is None else str(data), seed=seed, folder=folder, watch=watch,
+                data=None if data is None else str(data), seed=seed, folder=folder, callback=callback,
             )  # fmt: skip
         except Interrupted as error:
-            watch.close()
+            callback.close()
             typer.echo(error, err=True)
             raise typer.Exit(130) from None
     if found.best is None or found.recipe is None:
@@ -155,12 +155,12 @@ def lr_range(
     if plot is not None:
         check_ending(plot)
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
-    with console_watch() as watch:
+    with console_watch() as callback:
         from dataclasses import asdict
 
         from peft_combo.evaluation.lr_range import lr_range as run
 
-        found = run(loaded, low=low, high=high, steps=steps, watch=watch)
+        found = run(loaded, low=low, high=high, steps=steps, callback=callback)
     if plot is not None:
         draw(found.chart(f"{loaded.name}: training loss while the learning rate grows"), plot)
     if as_json:

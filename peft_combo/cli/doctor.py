@@ -16,8 +16,8 @@ def doctor(store: StoreOption = Path("adapters"), as_json: JsonOption = False) -
     """Look at versions, back-ends, GPUs, disk and the store; works offline and sends nothing anywhere."""
     from peft_combo.cli.diagnostics import examine
 
-    with console_watch() as watch:
-        findings = examine(store, lambda what: watch.note(f"looking at {what}"))
+    with console_watch() as callback:
+        findings = examine(store, lambda what: callback.on_note(f"looking at {what}"))
     if as_json:
         print_json([asdict(one) for one in findings])
     else:

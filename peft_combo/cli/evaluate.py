@@ -41,7 +41,7 @@ def evaluate(
     from peft_combo.recipe.files import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.recommender.workspace import Workspace
 
         references = adapters or []
@@ -61,21 +61,23 @@ def evaluate(
             if problem := rating_problem(manifest, dataset, parts) if rates else split_problem(manifest, parts, config):
                 raise DataError(problem)
             if manifest.imported is not None:
-                watch.note(f"{reference} was imported: whether it has learned from these test bundles is not known.")
+                callback.on_note(
+                    f"{reference} was imported: whether it has learned from these test bundles is not known."
+                )
         live = {reference: space.bank.get(reference) for reference in references}
         # Any other head is refused before anything is encoded.
         raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
         heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
-        watch.stage("Encoding the catalogue", len(space.dataset.texts) * (1 + len(live)))
+        callback.on_stage("Encoding the catalogue", len(space.dataset.texts) * (1 + len(live)))
 
         def encode(reference: str | None) -> NDArray[np.float32]:
-            return space.encode_catalog(reference, watch.advance)
+            return space.encode_catalog(reference, callback.on_advance)
 
         report = run(
             dataset, parts, frozen=encode(None), tuned={name: (encode(name), head) for name, head in heads.items()},
             rated={name: (encode(name), head) for name, head in raters.items()},
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
-            seed=loaded.seed, compose=compose, advance=lambda name: watch.note(f"measured {name}"),
+            seed=loaded.seed, compose=compose, advance=lambda name: callback.on_note(f"measured {name}"),
         )  # fmt: skip
     if plot_file is not None:
         plot(report, plot_file)

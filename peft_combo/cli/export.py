@@ -49,7 +49,7 @@ def adapters_export(
     record = AdapterStore(store).open(adapter)
     manifest = record.manifest
     loaded = load_recipe_of(manifest, recipe, tuple(overrides or ()), data)
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.adapters.export import export as run
         from peft_combo.data.queries import Queries
         from peft_combo.recommender.workspace import Workspace
@@ -66,7 +66,7 @@ def adapters_export(
             questions = Queries.of(space.dataset.bundles, space.split.valid)
         done = run(
             space.bank.get(record.reference), space.backbone, to, format,
-            texts=measured, questions=questions, min_agreement=min_agreement, watch=watch,
+            texts=measured, questions=questions, min_agreement=min_agreement, callback=callback,
         )  # fmt: skip
     if as_json:
         print_json({"path": str(done.folder), **done.to_json()})

@@ -52,9 +52,9 @@ def data_suggest(
     if fitting is None or what not in (None, fitting):
         remedy = f"Leave --what out, or set it to {fitting}." if fitting else "Use a bundle, class or tag adapter."
         raise DataError(f"An adapter for {kind} cannot say which {what or 'texts'} to label. {remedy}")
-    with console_watch() as watch:
+    with console_watch() as callback:
         choose = _suggest_bundles if fitting == "bundles" else _suggest_titles
-        found = choose(space, space.bank.get(adapter), count, watch)
+        found = choose(space, space.bank.get(adapter), count, callback)
     rows = [row for one in found for row in one.rows]
     if target is not None:
         write_to_label(target, rows)
@@ -80,20 +80,20 @@ _HOW = {
 }
 
 
-def _suggest_titles(space: Workspace, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[LabelSuggestion]:
-    from peft_combo.data.labels.annotation import unlabelled_texts
+def _suggest_titles(space: Workspace, live: LiveAdapter, count: int, callback: ConsoleWatch) -> list[LabelSuggestion]:
+    from peft_combo.data.labels.annotation import find_unlabelled
     from peft_combo.recipe.task import ClassificationTask, TaggingTask
     from peft_combo.tuning.active_learning import suggest_texts
 
     recipe = space.recipe
     assert isinstance(recipe.task, ClassificationTask | TaggingTask)
-    pool = unlabelled_texts(recipe.data, recipe.task)
-    watch.note(f"{pool.name}: {len(pool.texts):,} texts wait for a label, {pool.labelled:,} have one")
-    watch.stage("Reading", len(pool.texts))
-    return suggest_texts(space.backbone, live, pool.texts, count, recipe.seed, watch.advance)
+    pool = find_unlabelled(recipe.data, recipe.task)
+    callback.on_note(f"{pool.name}: {len(pool.texts):,} texts wait for a label, {pool.labelled:,} have one")
+    callback.on_stage("Reading", len(pool.texts))
+    return suggest_texts(space.backbone, live, pool.texts, count, recipe.seed, callback.on_advance)
 
 
-def _suggest_bundles(space: Workspace, live: LiveAdapter, count: int, watch: ConsoleWatch) -> list[LabelSuggestion]:
+def _suggest_bundles(space: Workspace, live: LiveAdapter, count: int, callback: ConsoleWatch) -> list[LabelSuggestion]:
     from peft_combo.data.pseudo_bundles import Mined, mine
     from peft_combo.recipe.task import BundleTask, PseudoBundles
     from peft_combo.tuning.active_learning import suggest_bundles
@@ -105,10 +105,10 @@ def _suggest_bundles(space: Workspace, live: LiveAdapter, count: int, watch: Con
         try:
             parts = space.split
         except DataError:  # without enough bundles to divide, the adapter's own pairs are what there is
-            watch.note("too few bundles to divide: what was bought together is not looked at")
+            callback.on_note("too few bundles to divide: what was bought together is not looked at")
         else:
             mined = mine(dataset, parts, recipe.task.pseudo_bundles or PseudoBundles())
-            watch.note(mined.notes[0])
-    watch.stage("Encoding", len(dataset.catalog))
+            callback.on_note(mined.notes[0])
+    callback.on_stage("Encoding", len(dataset.catalog))
     sets = () if mined is None else mined.items
-    return suggest_bundles(space.backbone, live, dataset, sets, count, recipe.seed, watch.advance)
+    return suggest_bundles(space.backbone, live, dataset, sets, count, recipe.seed, callback.on_advance)

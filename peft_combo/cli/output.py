@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.errors import Fault, PeftComboError
 
 if TYPE_CHECKING:
     pass
 
 
-class ConsoleWatch(Watch):
+class ConsoleWatch(RunCallback):
     """Shows a run on stderr: notes, one plan line, a bar with loss and validation metric."""
 
     def __init__(self) -> None:
@@ -32,30 +32,30 @@ class ConsoleWatch(Watch):
         self._metric = ""
         self._told = {"loss": "", "valid": ""}
 
-    def note(self, text: str) -> None:
+    def on_note(self, text: str) -> None:
         self._console.print(text, markup=False)
 
-    def stage(self, name: str, total: int) -> None:
+    def on_stage(self, name: str, total: int) -> None:
         if self._task is None:
             self._bar.start()
         else:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(name, total=total, told="")
 
-    def advance(self, units: int) -> None:
+    def on_advance(self, units: int) -> None:
         self._bar.advance(self._task, units)
 
-    def planned(self, summary: str, metric: str) -> None:
+    def on_plan(self, summary: str, metric: str) -> None:
         self._metric = metric
-        self.note(f"Plan: {summary}")
+        self.on_note(f"Plan: {summary}")
 
-    def stepped(self, step: int, loss: float) -> None:
+    def on_step_end(self, step: int, loss: float) -> None:
         self._told["loss"] = f"loss {loss:.3f}"
         self._bar.update(self._task, advance=1, told="  ".join(filter(None, self._told.values())))
 
-    def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
+    def on_evaluate(self, step: int, values: Mapping[str, float], best: bool) -> None:
         self._told["valid"] = f"valid {format_metric_name(self._metric)} {values[self._metric]:.4f}"
-        self.note(f"step {step}: {self._told['loss']}, {self._told['valid']}{' *' if best else ''}")
+        self.on_note(f"step {step}: {self._told['loss']}, {self._told['valid']}{' *' if best else ''}")
 
     def close(self) -> None:
         self._bar.stop()
@@ -63,11 +63,11 @@ class ConsoleWatch(Watch):
 
 @contextmanager
 def console_watch() -> Iterator[ConsoleWatch]:
-    watch = ConsoleWatch()
+    callback = ConsoleWatch()
     try:
-        yield watch
+        yield callback
     finally:
-        watch.close()
+        callback.close()
 
 
 def get_rank() -> int:

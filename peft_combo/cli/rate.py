@@ -31,7 +31,7 @@ def rate(
     as_json: JsonOption = False,
 ) -> None:
     """Tell how likely a customer is to take items, by what they took before, with a rating adapter."""
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.recommender.workspace import Workspace
 
         space = Workspace.of_adapter(adapter, data=data, store=store, cache=cache, needs="interactions")
@@ -42,8 +42,8 @@ def rate(
 
         head = space.bank.get(adapter).head_as(RatingHead)
         dataset = space.dataset
-        watch.stage("Encoding the catalogue", len(space.dataset.texts))
-        vectors = space.encode_catalog(adapter, watch.advance)
+        callback.on_stage("Encoding the catalogue", len(space.dataset.texts))
+        vectors = space.encode_catalog(adapter, callback.on_advance)
         rater = Rater.of(vectors, head, dataset.interactions)
     found = run(rater, dataset, liked=liked or (), user=user, items=items or (), k=k)
     if as_json:

@@ -83,15 +83,15 @@ def recommend(
         "diversity": diversity, "substitute": substitute, "explain": explain,
     }  # fmt: skip
     request = parse_request({name: value for name, value in given.items() if value is not None})
-    with console_watch() as watch:
+    with console_watch() as callback:
         references = [] if frozen else adapters or [loaded.category]
         space = Workspace.of(loaded, adapters=references, store=store, cache=cache)
         find_entities = None if tagger is None else load_tagger(tagger, store)
-        fitted = _fit_recommender(space, references, fitted_folder, watch)
+        fitted = _fit_recommender(space, references, fitted_folder, callback)
         if source is not None and target is not None:
-            _answer_file(fitted, source, target, request, find_entities, watch)
+            _answer_file(fitted, source, target, request, find_entities, callback)
             return
-        found = _answer_request(fitted, request, find_entities, watch)
+        found = _answer_request(fitted, request, find_entities, callback)
     if as_json:
         print_json([asdict(one) for one in found])
     elif single:
@@ -101,7 +101,7 @@ def recommend(
 
 
 def _answer_request(
-    recommender: BundleRecommender, request: Request, tagger: Tagger | None, watch: ConsoleWatch
+    recommender: BundleRecommender, request: Request, tagger: Tagger | None, callback: ConsoleWatch
 ) -> list[Suggestion] | list[Recommendation]:
     """Answer a request; note what was understood of its query, and what of it nothing answers."""
     from peft_combo.recommender.query import parse_query
@@ -110,23 +110,23 @@ def _answer_request(
     parsed = None
     if request.query is not None and tagger is not None:
         parsed = parse_query(request.query, tagger)
-        watch.note(f"Understood: {parsed}")
+        callback.on_note(f"Understood: {parsed}")
     found = answer(recommender, request, tagger)
     if parsed is not None and (missing := _find_missing(parsed.items, found)):
-        watch.note(f"Nothing in the catalogue answers: {', '.join(missing)}")
+        callback.on_note(f"Nothing in the catalogue answers: {', '.join(missing)}")
     return found
 
 
 def _answer_file(
     recommender: BundleRecommender, source: Path, target: Path, defaults: Request, tagger: Tagger | None,
-    watch: ConsoleWatch,
+    callback: ConsoleWatch,
 ) -> None:  # fmt: skip
     """Answer a file of requests and print how many were; fail where one has no answer."""
     from peft_combo.recommender.requests import answer_file, count_requests
 
-    watch.stage("Answering", count_requests(source))
-    done = answer_file(recommender, source, target, defaults, watch.advance, tagger)
-    watch.close()
+    callback.on_stage("Answering", count_requests(source))
+    done = answer_file(recommender, source, target, defaults, callback.on_advance, tagger)
+    callback.close()
     print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
     if done.errors:
         line, error = next(iter(done.errors.items()))
@@ -143,17 +143,19 @@ def _find_missing(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequ
     return [item.name for item in items if item.name not in answered]
 
 
-def _fit_recommender(space: Workspace, adapters: Sequence[str], folder: Path, watch: ConsoleWatch) -> BundleRecommender:
+def _fit_recommender(
+    space: Workspace, adapters: Sequence[str], folder: Path, callback: ConsoleWatch
+) -> BundleRecommender:
     """Return the fitted recommender kept in `folder`, or fit one; note what it was fitted without."""
     from peft_combo.recommender.persistence import load_or_fit
 
-    watch.stage("Encoding the catalogue", len(space.dataset.catalog) * (1 + len(adapters)))
+    callback.on_stage("Encoding the catalogue", len(space.dataset.catalog) * (1 + len(adapters)))
     made = load_or_fit(
         folder, space.dataset, space.split, space.bank, adapters, seed=space.recipe.seed,
-        cache=space.cache, progress=watch.advance, done=lambda name: watch.note(f"fitted {name}"),
+        cache=space.cache, progress=callback.on_advance, done=lambda name: callback.on_note(f"fitted {name}"),
     )  # fmt: skip
     for note in made.state.notes:
-        watch.note(f"Note: {note}")
+        callback.on_note(f"Note: {note}")
     return made
 
 

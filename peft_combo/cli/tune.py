@@ -13,7 +13,7 @@ from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, get_rank, print_json, print_table
 
 if TYPE_CHECKING:
-    from peft_combo.metrics.report import Row
+    from peft_combo.metrics.report import ResultRow
     from peft_combo.recipe.model import Recipe
     from peft_combo.tuning.continual import Continuation, Continued, Pretrained
     from peft_combo.tuning.figures import Plan
@@ -106,12 +106,12 @@ def tune(
     )
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
-    with console_watch() as watch:
+    with console_watch() as callback:
         if dry_run:
             fits = _print_dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
             raise typer.Exit(0 if fits else 3)
-        result, continued = _run_tuning(loaded, start, options, promote, gate, resume, run_folder, watch)
-    if not watch.main:
+        result, continued = _run_tuning(loaded, start, options, promote, gate, resume, run_folder, callback)
+    if not callback.main:
         return
     if as_json:
         print_json(_build_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
@@ -125,7 +125,7 @@ def tune(
 
 def _run_tuning(
     recipe: Recipe, start: str | None, options: dict[str, Any], promote: str | None, gate: dict[str, float],
-    resume: bool, run_folder: Path | None, watch: ConsoleWatch,
+    resume: bool, run_folder: Path | None, callback: ConsoleWatch,
 ) -> tuple[TuneResult, Continued | None]:  # fmt: skip
     """Tune a recipe, from the start or from a stored adapter; say so and end where it is interrupted.
 
@@ -135,16 +135,16 @@ def _run_tuning(
     Returns:
         What was tuned; and how it compares with where it went on from, where that was an adapter of the same task.
     """
-    watch.note(f"Loading {recipe.backbone.model} ...")
+    callback.on_note(f"Loading {recipe.backbone.model} ...")
     from peft_combo.tuning.loop import Interrupted, tune
 
     try:
         if start is None:
-            return tune(recipe, resume=resume, run_folder=run_folder, watch=watch), None
+            return tune(recipe, resume=resume, run_folder=run_folder, callback=callback), None
         pretrained = _find_pretrained(recipe, start, options, promote)
         if pretrained is not None:
             tuned = tune(
-                pretrained.recipe, resume=resume, run_folder=run_folder, watch=watch, task=pretrained.task,
+                pretrained.recipe, resume=resume, run_folder=run_folder, callback=callback, task=pretrained.task,
                 start=pretrained.start,
             )  # fmt: skip
             return tuned, None
@@ -152,12 +152,12 @@ def _run_tuning(
 
         continued = continue_tuning(
             recipe, start, **options, promote=promote, gate=Gate(**gate), resume=resume, run_folder=run_folder,
-            watch=watch,
+            callback=callback,
         )  # fmt: skip
         return continued.result, continued
     except Interrupted as error:
-        watch.close()
-        if watch.main:
+        callback.close()
+        if callback.main:
             print(error, file=sys.stderr)
         raise typer.Exit(130) from None
 
@@ -289,7 +289,7 @@ def embed(
     from peft_combo.recipe.files import load_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
-    with console_watch() as watch:
+    with console_watch() as callback:
         from peft_combo.recommender.workspace import Workspace
 
         space = Workspace.of(loaded, adapters=[] if adapter is None else [adapter], store=store, cache=cache)
@@ -298,9 +298,9 @@ def embed(
 
         texts, bank = space.dataset.texts, space.bank
         process, processes = get_rank(), int(os.environ.get("WORLD_SIZE", "1"))
-        watch.stage("Encoding the catalogue", len(set(texts)) // processes)
-        count = run(bank, texts, adapter, cache, process=process, processes=processes, progress=watch.advance)
-    if watch.main:
+        callback.on_stage("Encoding the catalogue", len(set(texts)) // processes)
+        count = run(bank, texts, adapter, cache, process=process, processes=processes, progress=callback.on_advance)
+    if callback.main:
         whose = adapter or "the frozen encoder"
         print(f"{len(texts):,} items of {loaded.name} in {cache} for {whose}; {count:,} encoded now")
 
@@ -343,7 +343,7 @@ def _format_headings(name: str, interval_of: str) -> tuple[str, ...]:
     return (format_metric_name(name), "95 % interval") if name == interval_of else (format_metric_name(name),)
 
 
-def _format_values(row: Row, name: str, interval_of: str) -> tuple[str, ...]:
+def _format_values(row: ResultRow, name: str, interval_of: str) -> tuple[str, ...]:
     told = _format_cell(row.values.get(name, ""))
     return (told, f"{row.interval[0]:.3f} to {row.interval[1]:.3f}") if name == interval_of else (told,)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peft_combo.data.assemble import Needs
-from peft_combo.data.join import joined
+from peft_combo.data.join import join_datasets
 from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset, Interactions
 from peft_combo.data.readers.demo import demo_dataset
 from peft_combo.data.readers.download import get
@@ -26,7 +26,7 @@ __all__ = [
     "describe",
     "detect_layout",
     "get",
-    "joined",
+    "join_datasets",
     "open_dataset",
     "split",
     "split_as",

@@ -62,7 +62,7 @@ def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
         rows = np.array(sorted(first.values()), np.int64)
         notes.append(f"{len(texts):,} items merged into {len(rows):,} by their text")
         new_row = np.searchsorted(rows, [first[text] for text in texts]).astype(np.int32)
-        found = _moved(found, rows, new_row)
+        found = _list_moved(found, rows, new_row)
 
     if needs == "interactions" and (found.interactions is None or not len(found.interactions)):
         raise DataError(
@@ -74,7 +74,7 @@ def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
         return Dataset.build(found.name, found.catalog, found.interactions, Bundles.build([], []), notes, config.text)
     if from_baskets:
         if config.min_item_support > 1:
-            rows = _supported(found, config.min_item_support)
+            rows = _filter_supported(found, config.min_item_support)
             notes.append(
                 f"{len(rows):,} of {len(found.catalog):,} items occur in {config.min_item_support} baskets or more"
             )
@@ -122,10 +122,10 @@ def _restrict(found: Found, rows: NDArray[np.int64]) -> Found:
     """Keep these items, and of interactions and bundles what concerns them."""
     new_row = np.full(len(found.catalog), -1, np.int32)
     new_row[rows] = np.arange(len(rows), dtype=np.int32)
-    return _moved(found, rows, new_row)
+    return _list_moved(found, rows, new_row)
 
 
-def _moved(found: Found, rows: NDArray[np.int64], new_row: NDArray[np.int32]) -> Found:
+def _list_moved(found: Found, rows: NDArray[np.int64], new_row: NDArray[np.int32]) -> Found:
     """Make `rows` the catalogue; `new_row` says where each old item went, -1 for nowhere."""
     interactions = found.interactions
     if interactions is not None:
@@ -171,7 +171,7 @@ def _basket_items(found: Found) -> NDArray[np.int64]:
     return np.stack([pairs // n_items, pairs % n_items], axis=1)
 
 
-def _supported(found: Found, least: int) -> NDArray[np.int64]:
+def _filter_supported(found: Found, least: int) -> NDArray[np.int64]:
     pairs = _basket_items(found)
     return np.flatnonzero(np.bincount(pairs[:, 1], minlength=len(found.catalog)) >= least)
 

@@ -54,7 +54,7 @@ class Events:
         pairs = known.users[order].astype(np.int64) * (int(interactions.items.max(initial=0)) + 1) + known.items[order]
         order = order[np.sort(np.unique(pairs, return_index=True)[1])]
         users, items = known.users[order].astype(np.int64), known.items[order].astype(np.int64)
-        times, targets = known.times[order], rated(known.weights[order], config)
+        times, targets = known.times[order], read_rated(known.weights[order], config)
         moments, moment = np.unique(times, return_inverse=True)
         place = users * len(moments) + moment  # ascending
         liked = targets >= 0.5
@@ -79,7 +79,7 @@ class Events:
         likers = self.users[self.targets >= 0.5]
         return self._latest(np.searchsorted(likers, users), np.searchsorted(likers, users, "right"), longest)
 
-    def liked_of(self, rows: NDArray[np.int64], shape: tuple[int, int]) -> Taken:
+    def build_liked(self, rows: NDArray[np.int64], shape: tuple[int, int]) -> Taken:
         """Return (U, N) float32 with a 1 where one of these events is that the user liked the item."""
         return self.matrix(rows[self.targets[rows] >= 0.5], shape)
 
@@ -143,7 +143,7 @@ def split_events(events: Events, user_ids: tuple[str, ...], config: DataConfig) 
     return Parts(rows["train"], rows["valid"], rows["test"], np.flatnonzero(part == "train"), digest.hexdigest())
 
 
-def rated(weights: NDArray[np.float32], config: RatingTask) -> NDArray[np.float32]:
+def read_rated(weights: NDArray[np.float32], config: RatingTask) -> NDArray[np.float32]:
     """Turn what interactions weigh into targets in [0, 1]: 1 for all, ratings on their scale, or liked and not."""
     if config.implicit:
         return np.ones(len(weights), np.float32)

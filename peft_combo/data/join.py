@@ -15,7 +15,7 @@ from peft_combo.data.model import Bundles, Catalog, Dataset
 ValueT = TypeVar("ValueT")
 
 
-def joined(old: Dataset, new: Dataset) -> tuple[Dataset, int]:
+def join_datasets(old: Dataset, new: Dataset) -> tuple[Dataset, int]:
     """Add what `new` brings to `old`.
 
     An item of both is one item, with the fields it has in `new`. A bundle of both is one bundle; one whose items differ

@@ -32,7 +32,7 @@ def split_problem(manifest: Manifest, parts: Split, config: DataConfig) -> str:
         return ""
     rule = ("source", "path", "split", "valid_fraction", "test_fraction", "split_seed")
     now = config.model_dump(mode="json")
-    narrowed = bool(_claimed(manifest.recipe)) or "continued" in (stamp.model_extra or {})
+    narrowed = bool(_find_claimed(manifest.recipe)) or "continued" in (stamp.model_extra or {})
     same = isinstance(then, dict) and all(then.get(key) == now[key] for key in rule)
     if narrowed and same and config.split != "time":
         return ""
@@ -43,7 +43,7 @@ def split_problem(manifest: Manifest, parts: Split, config: DataConfig) -> str:
     )
 
 
-def _claimed(recipe: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+def _find_claimed(recipe: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     """Return the category paths a recipe narrows its data to, in lower case."""
     data = recipe.get("data")
     if not isinstance(data, Mapping):

@@ -79,7 +79,7 @@ class Queries:
         return sparse.csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(self), n_items))
 
 
-def padded(sets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+def pad_contexts(sets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     """Write sets of rows as contexts: (S, longest), -1 behind the end of a smaller one."""
     contexts = np.full((len(sets), max(map(len, sets), default=0)), -1, np.int64)
     for own, rows in zip(contexts, sets, strict=True):

@@ -93,7 +93,7 @@ def split(
         new_items = _positions([f"{seed}:item:{item_id}" for item_id in dataset.catalog.item_ids]) < _NEW_ITEMS
         holds_new = np.array([bool(new_items[rows].any()) for rows in dataset.bundles.items], bool)
         in_part = np.where((in_part == "train") & holds_new, "dropped", in_part)
-    dropped = _repeated(dataset, in_part) | (in_part == "dropped")
+    dropped = _find_repeated(dataset, in_part) | (in_part == "dropped")
     parts = {name: np.flatnonzero((in_part == name) & ~dropped).astype(np.int32) for name in _MINIMUM}
     _refuse_small(dataset, by, parts, {"train": 1.0, "valid": valid_fraction, "test": test_fraction})
     # Barred by all that was held out: the owner of a dropped bundle is a held-out user all the same.
@@ -156,7 +156,7 @@ def _by_time(dataset: Dataset, valid_fraction: float, test_fraction: float) -> N
     return np.where(times >= test_start, "test", np.where(times >= valid_start, "valid", "train"))
 
 
-def _repeated(dataset: Dataset, in_part: NDArray[np.str_]) -> NDArray[np.bool_]:
+def _find_repeated(dataset: Dataset, in_part: NDArray[np.str_]) -> NDArray[np.bool_]:
     """Mark held-out bundles whose item set occurs in train, and validation bundles whose item set occurs in test."""
     item_sets = [frozenset(rows.tolist()) for rows in dataset.bundles.items]
     in_train = {items for items, part in zip(item_sets, in_part, strict=True) if part == "train"}

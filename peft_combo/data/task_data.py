@@ -50,7 +50,7 @@ def needs_of(task: TaskConfig) -> Needs:
             assert_never(task)
 
 
-def labelled_of(data: DataConfig, task: ClassificationTask) -> LabelledTexts:
+def read_labelled(data: DataConfig, task: ClassificationTask) -> LabelledTexts:
     """Read the labels table, or label the items of the catalogue, as the task says.
 
     Raises:
@@ -62,7 +62,7 @@ def labelled_of(data: DataConfig, task: ClassificationTask) -> LabelledTexts:
     return labels_of_catalogue(dataset, task.labels, task.depth, task.multi_label)
 
 
-def tagged_of(data: DataConfig, task: TaggingTask) -> TaggedTexts:
+def read_tagged(data: DataConfig, task: TaggingTask) -> TaggedTexts:
     """Read the tags table, or tag the titles of the catalogue, as the task says.
 
     Raises:
@@ -116,14 +116,14 @@ def _openers(data: DataConfig, task: TaskConfig | None) -> list[Callable[[], _Da
         case None:
             every: dict[str, Callable[[], _Data]] = {
                 "dataset": lambda: open_dataset(data),
-                "labels": lambda: labelled_of(data, ClassificationTask(labels="table")),
-                "tags": lambda: tagged_of(data, TaggingTask()),
+                "labels": lambda: read_labelled(data, ClassificationTask(labels="table")),
+                "tags": lambda: read_tagged(data, TaggingTask()),
             }
             return [every[kind] for kind in _kinds_in(data)]
         case ClassificationTask():
-            return [lambda: labelled_of(data, task)]
+            return [lambda: read_labelled(data, task)]
         case TaggingTask():
-            return [lambda: tagged_of(data, task)]
+            return [lambda: read_tagged(data, task)]
         case MaskedTask():
             return [lambda: texts_of(data, task)]
         case BundleTask() | SequenceTask() | RatingTask():
@@ -156,7 +156,7 @@ def _figures(found: _Data, data: DataConfig) -> dict[str, Any]:
             texts = list(found.texts)
             own: dict[str, Any] = {
                 "classes": len(counts),
-                "texts_per_class": _ranked(counts),
+                "texts_per_class": _rank(counts),
                 "classes_per_text": quantiles(np.array([len(labels) for labels in found.labels])),
             }
         case TaggedTexts():
@@ -164,7 +164,7 @@ def _figures(found: _Data, data: DataConfig) -> dict[str, Any]:
             texts = [one.text for one in found.texts]
             own = {
                 "entities": sum(map(len, named)),
-                "entities_per_type": _ranked(Counter(kind for those in named for kind, _, _ in those)),
+                "entities_per_type": _rank(Counter(kind for those in named for kind, _, _ in those)),
                 "words_per_entity": quantiles(np.array([end - start for those in named for _, start, end in those])),
                 "texts_without_entity": sum(not those for those in named),
             }
@@ -194,5 +194,5 @@ def _split(divided: Callable[[], Split | TextSplit], how: dict[str, str]) -> dic
     return {"split": {**how, **sizes, **dropped, "digest": parts.digest}}
 
 
-def _ranked(counts: Counter[str]) -> dict[str, int]:
+def _rank(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda one: (-one[1], one[0])))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.metrics.charts import Curve, Plane
 from peft_combo.recipe.model import Recipe, TrainingConfig
 from peft_combo.tuning.loop import Diverged, Run
@@ -115,18 +115,18 @@ def _lost(losses: Sequence[float], smoothed: NDArray[np.float64]) -> int | None:
     return None
 
 
-class _Notes(Watch):
+class _Notes(RunCallback):
     """Passes on what is noted of a run, and nothing of its steps: they are those of the test."""
 
-    def __init__(self, inner: Watch) -> None:
+    def __init__(self, inner: RunCallback) -> None:
         self._inner = inner
 
-    def note(self, text: str) -> None:
-        self._inner.note(text)
+    def on_note(self, text: str) -> None:
+        self._inner.on_note(text)
 
 
 def lr_range(
-    recipe: Recipe, *, low: float = 1e-6, high: float = 1.0, steps: int = 100, watch: Watch | None = None
+    recipe: Recipe, *, low: float = 1e-6, high: float = 1.0, steps: int = 100, callback: RunCallback | None = None
 ) -> RateRange:
     """Take a recipe's own steps with a learning rate that grows from `low` to `high`, until the loss is lost.
 
@@ -145,19 +145,19 @@ def lr_range(
     def growing(config: TrainingConfig, step: int, total: int) -> float:
         return rates[min(step, steps - 1)] / config.learning_rate
 
-    watch = watch or Watch()
+    callback = callback or RunCallback()
     losses: list[float] = []
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         training = recipe.training.model_copy(update={"epochs": _MOST_EPOCHS, "trackers": ()})
         probing = recipe.model_copy(update={"training": training, "store": f"{scratch}/adapters"})
-        run = Run.prepare(probing, run_folder=Path(scratch) / "run", watch=_Notes(watch), schedule=growing)
-        watch.stage("Raising the learning rate", steps)
+        run = Run.prepare(probing, run_folder=Path(scratch) / "run", callback=_Notes(callback), schedule=growing)
+        callback.on_stage("Raising the learning rate", steps)
         while len(losses) < steps and read_range(rates[: len(losses)], losses).diverged is None:
             try:
                 losses.append(run.take_step())
             except Diverged:
                 losses.append(math.inf)
                 break
-            watch.stepped(len(losses), losses[-1])
+            callback.on_step_end(len(losses), losses[-1])
         run.close()
     return read_range(rates[: len(losses)], losses)

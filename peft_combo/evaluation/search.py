@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, assert_never
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.errors import PeftComboError, RecipeError
 from peft_combo.evaluation.comparison.variants import Over, over_of
 from peft_combo.recipe.files import load_recipe
@@ -116,25 +116,25 @@ class _Pruned(Exception):
     """The trial has fallen behind."""
 
 
-class _Reporter(Watch):
+class _Reporter(RunCallback):
     """Hands validation values to the trial, and ends the run that falls behind."""
 
-    def __init__(self, trial: Any, metric: str, inner: Watch) -> None:
+    def __init__(self, trial: Any, metric: str, inner: RunCallback) -> None:
         self._trial, self._metric, self._inner = trial, metric, inner
         self.evaluations = 0
         self.last = -math.inf
         self.kept: float | None = None
 
-    def stage(self, name: str, total: int) -> None:
-        self._inner.stage(f"Trial {self._trial.number}: {name}", total)
+    def on_stage(self, name: str, total: int) -> None:
+        self._inner.on_stage(f"Trial {self._trial.number}: {name}", total)
 
-    def advance(self, units: int) -> None:
-        self._inner.advance(units)
+    def on_advance(self, units: int) -> None:
+        self._inner.on_advance(units)
 
-    def stepped(self, step: int, loss: float) -> None:
-        self._inner.stepped(step, loss)
+    def on_step_end(self, step: int, loss: float) -> None:
+        self._inner.on_step_end(step, loss)
 
-    def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
+    def on_evaluate(self, step: int, values: Mapping[str, float], best: bool) -> None:
         self.evaluations += 1
         self.last = values[self._metric]
         if best:
@@ -153,7 +153,7 @@ def search(
     data: str | None = None,
     seed: int = 0,
     folder: Path = Path("runs/search"),
-    watch: Watch | None = None,
+    callback: RunCallback | None = None,
 ) -> Search:
     """Look for the values that are best on validation: a tree-structured Parzen estimator with successive halving.
 
@@ -169,14 +169,14 @@ def search(
     Source: Bergstra et al. 2011 (TPE); Li et al. 2020, "A system for massively parallel hyperparameter tuning" (ASHA).
     """
     optuna = _optuna()
-    watch = watch or Watch()
+    callback = callback or RunCallback()
     base = load_recipe(recipe, overrides, data).ready()
     for end in _ends(axes):
         load_recipe(recipe, (*overrides, *end), data)
     file = folder / f"{base.name}.jsonl"
     study = _open_study(file, _study_name(base, axes, seed))
     if before := len(_list_finished(study)):
-        watch.note(f"Going on after {before} trials of {file}.")
+        callback.on_note(f"Going on after {before} trials of {file}.")
     while (done := len(_list_finished(study))) < trials:
         # A sampler of its own for each trial: a study that is resumed draws what an unbroken one would have drawn.
         study.sampler = optuna.samplers.TPESampler(seed=seed * 1_000_003 + done)
@@ -184,7 +184,7 @@ def search(
         settings = tuple(_propose(trial, axis) for axis in axes)
         trial.set_user_attr("settings", settings)
         try:
-            told = _run(load_recipe(recipe, (*overrides, *settings), data), study, trial, watch)
+            told = _run(load_recipe(recipe, (*overrides, *settings), data), study, trial, callback)
         except Interrupted:
             raise Interrupted(
                 f"Stopped in trial {trial.number}. {done} trials are kept in {file}; the same command goes on."
@@ -193,7 +193,7 @@ def search(
             trial.set_user_attr("reason", str(error))
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             told = f"failed: {error}"
-        watch.note(f"trial {trial.number}, {' '.join(settings)}: {told}")
+        callback.on_note(f"trial {trial.number}, {' '.join(settings)}: {told}")
     found = tuple(_trial_of(one) for one in _list_finished(study))
     completed = [one for one in found if one.state == "complete" and one.value is not None]
     best = max(completed, key=lambda one: one.value or 0.0, default=None)
@@ -289,7 +289,7 @@ def _list_finished(study: Any) -> list[Any]:
     return [one for one in study.get_trials(deepcopy=False) if one.state.is_finished()]
 
 
-def _run(recipe: Recipe, study: Any, trial: Any, watch: Watch) -> str:
+def _run(recipe: Recipe, study: Any, trial: Any, callback: RunCallback) -> str:
     """Run one trial, tell the study, and say in words what came out. Nothing is left on the disk.
 
     Raises:
@@ -297,13 +297,13 @@ def _run(recipe: Recipe, study: Any, trial: Any, watch: Watch) -> str:
     """
     import optuna
 
-    reporter = _Reporter(trial, recipe.metric, watch)
+    reporter = _Reporter(trial, recipe.metric, callback)
     with tempfile.TemporaryDirectory() as scratch:
         # Trackers of a run that is cut off would never be closed; the study is the record.
         training = recipe.training.model_copy(update={"trackers": ()})
         run = recipe.model_copy(update={"store": f"{scratch}/adapters", "training": training})
         try:
-            tune(run, run_folder=Path(scratch) / "run", watch=reporter)
+            tune(run, run_folder=Path(scratch) / "run", callback=reporter)
         except _Pruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             return f"cut off at {recipe.metric} {reporter.last:.4f} after {reporter.evaluations} evaluations"

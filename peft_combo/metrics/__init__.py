@@ -6,15 +6,15 @@ Knows numbers only: nothing of items, scorers or adapters.
 from __future__ import annotations
 
 from peft_combo.metrics.ranking import HEADLINE, Excluded, midranks, per_query, ranking_metrics
-from peft_combo.metrics.report import Gain, Row, Table
+from peft_combo.metrics.report import Gain, ResultRow, ResultTable
 from peft_combo.metrics.significance import bootstrap_interval, holm, paired_permutation
 
 __all__ = [
     "HEADLINE",
     "Excluded",
     "Gain",
-    "Row",
-    "Table",
+    "ResultRow",
+    "ResultTable",
     "bootstrap_interval",
     "holm",
     "midranks",

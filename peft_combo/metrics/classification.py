@@ -70,17 +70,17 @@ def interval(counts: Counts, statistic: Statistic, n: int = 1000, seed: int = 0)
 
     Source: Efron 1979.
     """
-    return _quantiles(_resampled([counts], lambda sums: statistic(sums[0]), n, seed))
+    return _quantiles(_resample([counts], lambda sums: statistic(sums[0]), n, seed))
 
 
 def gain_interval(
     before: Counts, after: Counts, statistic: Statistic, n: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """95 % percentile interval of the statistic's difference; both sides answer the questions that were drawn."""
-    return _quantiles(_resampled([before, after], lambda sums: statistic(sums[1]) - statistic(sums[0]), n, seed))
+    return _quantiles(_resample([before, after], lambda sums: statistic(sums[1]) - statistic(sums[0]), n, seed))
 
 
-def paired_test(before: Counts, after: Counts, statistic: Statistic, n: int = 10_000, seed: int = 0) -> float:
+def permute_pairs(before: Counts, after: Counts, statistic: Statistic, n: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value for "both are equally good", exchanging the two answers of each question at random.
 
     Returns:
@@ -122,7 +122,7 @@ def _share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.
     return np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole > 0)
 
 
-def _resampled(
+def _resample(
     sides: Sequence[Counts], statistic: Callable[[list[NDArray[np.float64]]], NDArray[np.float64]], n: int, seed: int
 ) -> NDArray[np.float64]:
     count, width = sides[0].shape

@@ -49,7 +49,7 @@ def midranks(
     columns = _indices(targets, "targets", n_items)
     if columns.shape != (n_queries,):
         raise ValueError(f"targets must be ({n_queries},), one per row of scores, found {columns.shape}.")
-    out_rows, out_columns = _excluded_pairs(excluded, n_queries, n_items)
+    out_rows, out_columns = _list_excluded(excluded, n_queries, n_items)
     clash = np.flatnonzero(out_columns == columns[out_rows])
     if clash.size:
         row = int(out_rows[clash[0]])
@@ -131,7 +131,7 @@ def _counts(scores: NDArray[Any], mine: NDArray[Any]) -> tuple[NDArray[np.int64]
     return better, equal
 
 
-def _excluded_pairs(
+def _list_excluded(
     excluded: Excluded | None, n_queries: int, n_items: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Bring every accepted form to distinct (row, column) pairs."""

@@ -15,7 +15,7 @@ from peft_combo.metrics.significance import bootstrap_interval, paired_permutati
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One line of the table: how well somebody answers the held-out questions.
 
     Attributes:
@@ -73,7 +73,7 @@ class Detail:
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """What a run was worth.
 
     Attributes:
@@ -86,7 +86,7 @@ class Table:
     """
 
     metric: str
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     gain: Gain
     questions: int
     groups: int
@@ -96,16 +96,16 @@ class Table:
     per_question: PerQuestion | None = field(default=None, repr=False, compare=False)
 
     @property
-    def baselines(self) -> tuple[Row, ...]:
+    def baselines(self) -> tuple[ResultRow, ...]:
         """The rows of whoever needs no encoder."""
         return self.rows[:-2]
 
     @property
-    def before(self) -> Row:
+    def before(self) -> ResultRow:
         """The frozen encoder."""
         return self.rows[-2]
 
     @property
-    def after(self) -> Row:
+    def after(self) -> ResultRow:
         """The tuned encoder."""
         return self.rows[-1]

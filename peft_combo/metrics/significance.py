@@ -42,7 +42,7 @@ def bootstrap_interval(
         ValueError: shapes differ, there is no query, a value is not finite, or n or level is out of range.
     Source: Field and Welsh 2007, "Bootstrapping clustered data"; Efron 1979 (percentile interval).
     """
-    data, codes = _clustered(values, clusters)
+    data, codes = _check_clusters(values, clusters)
     if n < 1 or not 0 < level < 1:
         raise ValueError(f"n must be >= 1 and level in (0, 1), found n={n}, level={level}.")
     sums, sizes = np.bincount(codes, weights=data), np.bincount(codes).astype(np.float64)
@@ -74,7 +74,7 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, n: int =
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.shape != second.shape:
         raise ValueError(f"a and b must hold the same queries, found shapes {first.shape} and {second.shape}.")
-    difference, codes = _clustered(first - second, clusters)
+    difference, codes = _check_clusters(first - second, clusters)
     if n < 1:
         raise ValueError(f"n must be >= 1, found {n}.")
     sums = np.bincount(codes, weights=difference)
@@ -88,7 +88,7 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, n: int =
     return (1 + extreme) / (1 + n)
 
 
-def _clustered(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _check_clusters(values: ArrayLike, clusters: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     data, labels = np.asarray(values, np.float64), np.asarray(clusters)
     if data.ndim != 1 or data.shape != labels.shape or not data.size:
         raise ValueError(f"values and clusters must be (Q,) with Q >= 1, found {data.shape} and {labels.shape}.")

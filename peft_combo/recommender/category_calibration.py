@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo.data.leakage import _claimed
+from peft_combo.data.leakage import _find_claimed
 from peft_combo.data.model import CATEGORY_SEPARATOR, Catalog
 from peft_combo.errors import DataError
 from peft_combo.recommender.conditional_logit import Scores, fit_conditional_logit, sample_cells
@@ -60,7 +60,7 @@ class CategoryCoverage:
         Raises:
             DataError: two adapters speak of all items, or one is bound to a category that no item is in.
         """
-        claims = {name: paths for name, recipe in recipes.items() if (paths := _claimed(recipe))}
+        claims = {name: paths for name, recipe in recipes.items() if (paths := _find_claimed(recipe))}
         general = [name for name in recipes if name not in claims]
         if not claims:
             return None

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from peft_combo.data.queries import Queries, padded
+from peft_combo.data.queries import Queries, pad_contexts
 from peft_combo.encoder.heads.completion import (
     BundleHead,
     CompletionHead,
@@ -195,7 +195,7 @@ def fuse_scorers(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], know
 def score_beside(fitted: Fitted, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
     """Score rows beside sets of items of no user: S sets of rows, (C,) rows -> (S, C); a `Compatibility`."""
     none = np.zeros(len(sets), np.int64)
-    queries = Queries(padded(sets), none, np.full(len(sets), ""), none)
+    queries = Queries(pad_contexts(sets), none, np.full(len(sets), ""), none)
     if isinstance(fitted, FittedHead | FittedEnsemble):
         return fitted.score_among(queries, rows)
     return fitted(queries)[:, rows]

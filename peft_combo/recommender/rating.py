@@ -101,7 +101,7 @@ def prepend_items(latest: NDArray[np.int64], pasts: NDArray[np.int64], longest: 
 
 
 @dataclass(frozen=True)
-class ItemRating:
+class RatedItem:
     """How likely somebody is to take an item.
 
     Attributes:
@@ -117,7 +117,7 @@ class ItemRating:
 def rate(
     rater: Rater, dataset: Dataset, *, liked: Sequence[str] = (), user: str | None = None, items: Sequence[str] = (),
     k: int = 10,
-) -> list[ItemRating]:  # fmt: skip
+) -> list[RatedItem]:  # fmt: skip
     """Tell how likely somebody is to take items.
 
     Args:
@@ -144,7 +144,7 @@ def rate(
         scores[np.concatenate([latest, taken])] = -np.inf
         rows = np.argsort(-scores, kind="stable")[:k]
         rows = rows[np.isfinite(scores[rows])]
-    return [ItemRating(catalog.item_ids[row], catalog.titles[row], float(expit(scores[row]))) for row in rows]
+    return [RatedItem(catalog.item_ids[row], catalog.titles[row], float(expit(scores[row]))) for row in rows]
 
 
 def _rows(dataset: Dataset, names: Sequence[str]) -> NDArray[np.int64]:

@@ -121,7 +121,7 @@ class HistoryScorer(Generic[L]):
             ValueError: there are fewer columns than before, or shapes do not fit.
             RuntimeError: nothing was fitted yet.
         """
-        known = self._known("update")
+        known = self._require_fitted("update")
         rows = as_rows(new_rows, "new_rows")
         if rows.shape[1] < known.history.shape[1]:
             raise ValueError(f"new_rows has {rows.shape[1]} columns, fewer than the {known.history.shape[1]} fitted.")
@@ -136,7 +136,7 @@ class HistoryScorer(Generic[L]):
             ValueError: the width is not that of the history, or a value is not finite.
             RuntimeError: nothing was fitted yet.
         """
-        known = self._known("score_baskets")
+        known = self._require_fitted("score_baskets")
         rows = as_rows(contexts, "contexts")
         if rows.shape[1] != known.history.shape[1]:
             raise ValueError(f"contexts must have {known.history.shape[1]} columns, found {rows.shape[1]}.")
@@ -149,7 +149,7 @@ class HistoryScorer(Generic[L]):
             ValueError: a row is not a whole number in 0..R-1.
             RuntimeError: nothing was fitted yet.
         """
-        known = self._known("score_users")
+        known = self._require_fitted("score_users")
         wanted, count = np.atleast_1d(np.asarray(rows)), known.history.shape[0]
         if wanted.ndim != 1 or (wanted.size and not np.issubdtype(wanted.dtype, np.integer)):
             raise ValueError(f"rows must be a list of whole numbers, found {wanted.dtype} of shape {wanted.shape}.")
@@ -163,13 +163,13 @@ class HistoryScorer(Generic[L]):
         Raises:
             RuntimeError: nothing was fitted yet.
         """
-        known = self._known("state")
+        known = self._require_fitted("state")
         arrays: dict[str, NDArray[Any]] = {}
         for field in fields(known):
             value = getattr(known, field.name)
             if value is None or (self._saved is not None and field.name not in self._saved):
                 continue
-            arrays |= _packed(field.name, value)
+            arrays |= _pack(field.name, value)
         return arrays, {"scorer": type(self).__name__, **hyperparameters(self)}
 
     @classmethod
@@ -183,13 +183,13 @@ class HistoryScorer(Generic[L]):
         if options.pop("scorer", None) != cls.__name__:
             raise ValueError(f"expected the state of {cls.__name__}, found that of {params.get('scorer')!r}.")
         scorer = cls(**options)
-        scorer._learned = scorer._restored(arrays)
+        scorer._learned = scorer._restore(arrays)
         return scorer
 
     @property
     def support(self) -> NDArray[np.int64]:
         """(N,) rows of the history that hold each item."""
-        return self._known("support").support
+        return self._require_fitted("support").support
 
     def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> L:
         raise NotImplementedError
@@ -201,10 +201,10 @@ class HistoryScorer(Generic[L]):
         return self._score(known, known.history[rows])
 
     def _extend(self, known: L, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> L:
-        return self._learn(stacked(known.history, rows), items, times)
+        return self._learn(stack(known.history, rows), items, times)
 
-    def _restored(self, arrays: Mapping[str, NDArray[Any]]) -> L:
-        found: dict[str, Any] = {field.name: _unpacked(field.name, arrays) for field in fields(self._learned_type)}
+    def _restore(self, arrays: Mapping[str, NDArray[Any]]) -> L:
+        found: dict[str, Any] = {field.name: _unpack(field.name, arrays) for field in fields(self._learned_type)}
         needed = [field.name for field in fields(self._learned_type) if field.default is MISSING]
         missing = [name for name in needed if found[name] is None]
         if missing:
@@ -213,7 +213,7 @@ class HistoryScorer(Generic[L]):
             )
         return cast(L, self._learned_type(**found))
 
-    def _known(self, asked: str) -> L:
+    def _require_fitted(self, asked: str) -> L:
         if self._learned is None:
             raise RuntimeError(f"{type(self).__name__}.{asked} was called before fit.")
         return self._learned
@@ -252,11 +252,11 @@ def unit_rows(vectors: Vectors) -> Vectors:
     norms = lengths(vectors) if isinstance(vectors, sparse.csr_array) else np.linalg.norm(vectors, axis=1)
     scale = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0).astype(np.float32)
     if isinstance(vectors, sparse.csr_array):
-        return scaled_rows(vectors, scale)
+        return scale_rows(vectors, scale)
     return vectors * scale[:, None]
 
 
-def scaled_rows(matrix: Csr, scale: NDArray[Any]) -> Csr:
+def scale_rows(matrix: Csr, scale: NDArray[Any]) -> Csr:
     """Multiply each row by its own number, keeping the pattern and dtype."""
     factors = np.repeat(scale, np.diff(matrix.indptr)).astype(matrix.dtype, copy=False)
     return with_data(matrix, matrix.data * factors)
@@ -277,17 +277,17 @@ def support_of(history: Csr) -> NDArray[np.int64]:
     return np.bincount(history.indices, minlength=history.shape[1]).astype(np.int64)
 
 
-def widened(matrix: Csr, n_columns: int) -> Csr:
+def widen(matrix: Csr, n_columns: int) -> Csr:
     """Add empty columns on the right."""
     return sparse.csr_array((matrix.data, matrix.indices, matrix.indptr), shape=(matrix.shape[0], n_columns))
 
 
-def stacked(above: Csr, below: Csr) -> Csr:
+def stack(above: Csr, below: Csr) -> Csr:
     """Append rows, widening to the columns of `below`."""
-    return concatenated([widened(above, below.shape[1]), below], below.shape[1])
+    return concatenate([widen(above, below.shape[1]), below], below.shape[1])
 
 
-def concatenated(parts: list[Csr], n_columns: int) -> Csr:
+def concatenate(parts: list[Csr], n_columns: int) -> Csr:
     """Put matrices of equal width below each other; none makes a matrix without rows."""
     return sparse.vstack(parts, format="csr") if parts else no_interactions(0, n_columns)
 
@@ -320,7 +320,7 @@ def row_of(matrix: Csr) -> NDArray[np.int64]:
     return np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
 
 
-def silenced(
+def mask_missing(
     scores: NDArray[np.float32], rows_known: NDArray[np.bool_] | None, columns_known: NDArray[np.bool_] | None
 ) -> NDArray[np.float32]:
     """Write NaN into rows and columns of which nothing is known; (Q, N), (Q,), (N,)."""
@@ -351,7 +351,7 @@ def _as_times(times: ArrayLike | None, n_rows: int) -> NDArray[np.float64] | Non
     return found
 
 
-def _packed(name: str, value: NDArray[Any] | Csr) -> dict[str, NDArray[Any]]:
+def _pack(name: str, value: NDArray[Any] | Csr) -> dict[str, NDArray[Any]]:
     if isinstance(value, np.ndarray):
         return {name: value}
     return {
@@ -362,15 +362,15 @@ def _packed(name: str, value: NDArray[Any] | Csr) -> dict[str, NDArray[Any]]:
     }
 
 
-def unpacked_history(arrays: Mapping[str, NDArray[Any]]) -> Csr:
+def unpack_history(arrays: Mapping[str, NDArray[Any]]) -> Csr:
     """Read the history out of a saved state."""
-    history = _unpacked("history", arrays)
+    history = _unpack("history", arrays)
     if history is None or isinstance(history, np.ndarray):
         raise ValueError(f"the state lacks its history; it holds {sorted(arrays)}.")
     return history
 
 
-def _unpacked(name: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any] | Csr | None:
+def _unpack(name: str, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any] | Csr | None:
     if name in arrays:
         return arrays[name]
     parts = [arrays.get(f"{name}.{part}") for part in ("data", "indices", "indptr", "shape")]

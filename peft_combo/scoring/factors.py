@@ -22,9 +22,9 @@ from peft_combo.scoring.base import (
     Learned,
     Vectors,
     binary,
+    mask_missing,
     positive,
-    silenced,
-    stacked,
+    stack,
     support_of,
 )
 
@@ -89,25 +89,25 @@ class ALS(HistoryScorer[Factors]):
             if history.nnz:
                 model.fit(sparse.csr_matrix(history), show_progress=False)
         support = support_of(history)
-        users, vectors = _trained(model, history, self.factors)
+        users, vectors = _train(model, history, self.factors)
         vectors[support == 0] = 0
         return Factors(history, support, users, vectors, support > 0, _square(vectors))
 
     def _extend(self, known: Factors, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Factors:
-        history = stacked(known.history, rows)
+        history = stack(known.history, rows)
         support = support_of(history)
         vectors = np.zeros((history.shape[1], self.factors), np.float32)
         vectors[: len(known.items)] = known.items
-        users = np.concatenate([known.users, self._solved(rows, vectors, known.square)])
+        users = np.concatenate([known.users, self._solve_users(rows, vectors, known.square)])
         touched = np.unique(rows.indices)
-        vectors[touched] = self._solved(history[:, touched].T.tocsr(), users, _square(users))
+        vectors[touched] = self._solve_users(history[:, touched].T.tocsr(), users, _square(users))
         return Factors(history, support, users, vectors, support > 0, _square(vectors))
 
     def _score(self, known: Factors, contexts: Csr) -> NDArray[np.float32]:
-        scores = self._solved(contexts, known.items, known.square) @ known.items.T  # (Q, F) @ (F, N)
-        return silenced(scores, binary(contexts) @ known.has_factors.astype(np.float32) > 0, known.has_factors)
+        scores = self._solve_users(contexts, known.items, known.square) @ known.items.T  # (Q, F) @ (F, N)
+        return mask_missing(scores, binary(contexts) @ known.has_factors.astype(np.float32) > 0, known.has_factors)
 
-    def _solved(self, rows: Csr, others: NDArray[np.float32], square: NDArray[np.float64]) -> NDArray[np.float32]:
+    def _solve_users(self, rows: Csr, others: NDArray[np.float32], square: NDArray[np.float64]) -> NDArray[np.float32]:
         """The factors of each row given those of its columns: (Y'Y + Y'(C - I)Y + reg I)^-1 Y'c, (Q, F)."""
         base = square + self.regularization * np.eye(len(square))
         found = np.zeros((rows.shape[0], len(square)), np.float32)
@@ -123,7 +123,7 @@ class ALS(HistoryScorer[Factors]):
         return found
 
 
-def _trained(model: Any, history: Csr, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _train(model: Any, history: Csr, width: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Copy the factors of rows and items; zeros where there was nothing to train on."""
     if not history.nnz:
         return np.zeros((history.shape[0], width), np.float32), np.zeros((history.shape[1], width), np.float32)

@@ -59,7 +59,7 @@ class Counted:
     @classmethod
     def of_events(cls, events: Any, rows: NDArray[np.int64], shape: tuple[int, int], nearest: int) -> Counted:
         """Count some events: of (U, N) users and items, with so many neighbours of each item."""
-        return cls.of(np.bincount(events.items[rows], minlength=shape[1]), events.liked_of(rows, shape), nearest)
+        return cls.of(np.bincount(events.items[rows], minlength=shape[1]), events.build_liked(rows, shape), nearest)
 
     def nearness(self, histories: NDArray[np.int64]) -> NDArray[np.float32] | None:
         """Return how near every item is to each history, on a log scale: (Q, S) -> (Q, N); None without neighbours."""

@@ -20,10 +20,10 @@ from peft_combo.scoring.base import (
     Learned,
     Vectors,
     dense,
+    mask_missing,
     positive,
     row_of,
-    silenced,
-    stacked,
+    stack,
     support_of,
     unit_rows,
 )
@@ -69,10 +69,10 @@ class EASE(HistoryScorer[Inverse]):
         positive("l2", self.l2)
 
     def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Inverse:
-        return _solved(history, self.l2, None, 0.0, "EASE")
+        return _solve(history, self.l2, None, 0.0, "EASE")
 
     def _extend(self, known: Inverse, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Inverse:
-        return _corrected(known, rows, self.l2) or self._learn(stacked(known.history, rows), None, times)
+        return _correct(known, rows, self.l2) or self._learn(stack(known.history, rows), None, times)
 
     def _score(self, known: Inverse, contexts: Csr) -> NDArray[np.float32]:
         return _scores(known, contexts)
@@ -111,22 +111,22 @@ class CEASE(HistoryScorer[Inverse]):
     def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Inverse:
         if items is None:
             raise ValueError("CEASE needs items, an (N, D) vector per item: fit(history, items=vectors).")
-        return _solved(history, self.l2, unit_rows(items), self.alpha, "CEASE")
+        return _solve(history, self.l2, unit_rows(items), self.alpha, "CEASE")
 
     def _extend(self, known: Inverse, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Inverse:
         if rows.shape[1] > known.history.shape[1] and items is None:
             raise ValueError("CEASE.update with new items needs items, the vectors of all of them.")
-        corrected = _corrected(known, rows, self.l2) if items is None else None
+        corrected = _correct(known, rows, self.l2) if items is None else None
         if corrected is not None:
             return corrected
         vectors = known.vectors if items is None else unit_rows(items)
-        return _solved(stacked(known.history, rows), self.l2, vectors, self.alpha, "CEASE")
+        return _solve(stack(known.history, rows), self.l2, vectors, self.alpha, "CEASE")
 
     def _score(self, known: Inverse, contexts: Csr) -> NDArray[np.float32]:
         return _scores(known, contexts)
 
 
-def _solved(history: Csr, l2: float, vectors: Vectors | None, alpha: float, who: str) -> Inverse:
+def _solve(history: Csr, l2: float, vectors: Vectors | None, alpha: float, who: str) -> Inverse:
     support = support_of(history)
     active = np.flatnonzero((support > 0) if vectors is None else (support > 0) | has_vector(vectors))
     if len(active) > LIMITS.inverted_items:
@@ -172,7 +172,7 @@ def _invert(matrix: NDArray[np.float64]) -> None:
     matrix[:half, half:], matrix[half:, :half] = corner, corner.T
 
 
-def _corrected(known: Inverse, rows: Csr, l2: float) -> Inverse | None:
+def _correct(known: Inverse, rows: Csr, l2: float) -> Inverse | None:
     """Give the inverse of the Gram with `rows` added, or None where inverting anew is cheaper or needed.
 
     (G + U'U)^-1 = P - V' (I + V U')^-1 V  with V = U P, for U the (m, n) new rows.
@@ -200,7 +200,7 @@ def _corrected(known: Inverse, rows: Csr, l2: float) -> Inverse | None:
     _invert(core)
     inverse = inverse - v.T @ (core @ v)
     inverse = (inverse + inverse.T) / 2  # rounding is all that makes it unsymmetric; do not let it build up
-    return Inverse(stacked(known.history, rows), support, active, inverse, known.vectors)
+    return Inverse(stack(known.history, rows), support, active, inverse, known.vectors)
 
 
 def _scores(known: Inverse, contexts: Csr) -> NDArray[np.float32]:
@@ -215,4 +215,4 @@ def _scores(known: Inverse, contexts: Csr) -> NDArray[np.float32]:
         # The division gave the diagonal -1 where B has 0: give each context item its own weight back.
         product[row_of(part), part.indices] += part.data
         scores[block, known.active] = product
-    return silenced(scores, np.diff(inside.indptr) > 0, None)
+    return mask_missing(scores, np.diff(inside.indptr) > 0, None)

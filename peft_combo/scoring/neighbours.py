@@ -20,16 +20,16 @@ from peft_combo.scoring.base import (
     Learned,
     Vectors,
     binary,
-    concatenated,
+    concatenate,
     lengths,
+    mask_missing,
     no_interactions,
     positive,
-    scaled_rows,
-    silenced,
-    stacked,
+    scale_rows,
+    stack,
     support_of,
-    unpacked_history,
-    widened,
+    unpack_history,
+    widen,
     with_data,
 )
 
@@ -79,7 +79,7 @@ class ItemKNN(HistoryScorer[Similar]):
         return Similar(history, support_of(history), self._nearest(history, np.arange(history.shape[1])))
 
     def _extend(self, known: Similar, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Similar:
-        history = stacked(known.history, rows)
+        history = stack(known.history, rows)
         grown = history.shape[1] > known.history.shape[1]
         if self.similarity == "tfidf" and grown:
             return self._learn(history, items, times)  # a number that is in every weight has changed
@@ -91,28 +91,28 @@ class ItemKNN(HistoryScorer[Similar]):
         kept = np.setdiff1d(np.arange(known.history.shape[1]), renewed)
         empty = np.setdiff1d(np.arange(known.history.shape[1], history.shape[1]), renewed)
         parts = [
-            widened(known.similarity[kept], history.shape[1]),
+            widen(known.similarity[kept], history.shape[1]),
             self._nearest(history, renewed),
             no_interactions(len(empty), history.shape[1]),
         ]
-        similarity = concatenated(parts, history.shape[1])[np.argsort(np.concatenate([kept, renewed, empty]))]
+        similarity = concatenate(parts, history.shape[1])[np.argsort(np.concatenate([kept, renewed, empty]))]
         return Similar(history, support_of(history), similarity)
 
     def _score(self, known: Similar, contexts: Csr) -> NDArray[np.float32]:
         seen = known.support > 0
         weight = with_data(contexts, np.abs(contexts.data)) @ seen.astype(np.float32)  # (Q,)
         scores = np.empty(contexts.shape, np.float32)
-        weights = scaled_rows(contexts, np.divide(1, weight, out=np.zeros_like(weight), where=weight > 0))
+        weights = scale_rows(contexts, np.divide(1, weight, out=np.zeros_like(weight), where=weight > 0))
         for block in row_blocks(*contexts.shape):
             scores[block] = (weights[block] @ known.similarity).toarray()
-        return silenced(scores, weight > 0, seen)
+        return mask_missing(scores, weight > 0, seen)
 
     def _nearest(self, history: Csr, wanted: NDArray[np.int64]) -> Csr:
         """The k nearest others of each wanted item: (len(wanted), N)."""
         if self.similarity == "tfidf":
             length = np.diff(history.indptr)
             idf = np.log((1 + history.shape[1]) / (1 + length))
-            by_item = scaled_rows(with_data(history, np.sqrt(np.abs(history.data)) * np.sign(history.data)), idf)
+            by_item = scale_rows(with_data(history, np.sqrt(np.abs(history.data)) * np.sign(history.data)), idf)
             by_item = by_item.T.tocsr()
         else:
             by_item = history.T.tocsr()
@@ -128,7 +128,7 @@ class ItemKNN(HistoryScorer[Similar]):
             product.data = np.divide(product.data, scale, out=np.zeros_like(product.data), where=scale > 0)
             product.data[own == product.indices] = 0
             parts.append(largest(product, self.k))
-        return concatenated(parts, history.shape[1])
+        return concatenate(parts, history.shape[1])
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,11 @@ class UserKNN(HistoryScorer[Raters]):
             raise ValueError('similarity "pearson" needs feedback "explicit": purchases are all alike, 0 / 0.')
 
     def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Raters:
-        centred = _centred(history, self._means(history))
+        centred = _centre(history, self._means(history))
         return Raters(history, support_of(history), centred, history.T.tocsr(), centred.T.tocsr(), lengths(history))
 
-    def _restored(self, arrays: Mapping[str, NDArray[Any]]) -> Raters:
-        return self._learn(unpacked_history(arrays), None, None)
+    def _restore(self, arrays: Mapping[str, NDArray[Any]]) -> Raters:
+        return self._learn(unpack_history(arrays), None, None)
 
     def _score(self, known: Raters, contexts: Csr) -> NDArray[np.float32]:
         return self._predict(known, contexts, None)
@@ -223,7 +223,7 @@ class UserKNN(HistoryScorer[Raters]):
     def _weights(self, known: Raters, contexts: Csr, means: NDArray[np.float32]) -> NDArray[np.float32]:
         common: NDArray[np.float32] = (binary(contexts) @ binary(known.by_item)).toarray()  # (q, N) @ (N, R)
         if self.similarity == "pearson":
-            mine, theirs = _centred(contexts, means), known.centred_by_item
+            mine, theirs = _centre(contexts, means), known.centred_by_item
             dots = (mine @ theirs).toarray()
             left = (with_data(mine, mine.data**2) @ binary(theirs)).toarray()
             right = (binary(mine) @ with_data(theirs, theirs.data**2)).toarray()
@@ -272,7 +272,7 @@ def _nearest_rows(weights: NDArray[np.float32], k: int) -> Csr:
     return sparse.csr_array(np.where(np.isneginf(weights), np.float32(0), weights).astype(np.float32))
 
 
-def _centred(rows: Csr, means: NDArray[np.float32]) -> Csr:
+def _centre(rows: Csr, means: NDArray[np.float32]) -> Csr:
     return with_data(rows, rows.data - np.repeat(means, np.diff(rows.indptr)))
 
 

@@ -18,14 +18,14 @@ from peft_combo.scoring.base import (
     Learned,
     Vectors,
     binary,
-    concatenated,
+    concatenate,
+    mask_missing,
     no_interactions,
     positive,
-    scaled_rows,
-    silenced,
-    stacked,
+    scale_rows,
+    stack,
     support_of,
-    widened,
+    widen,
 )
 
 SECONDS_PER_DAY = 86_400.0
@@ -90,26 +90,26 @@ class Popularity(HistoryScorer[Counts]):
         support = support_of(history)
         if self.half_life_days is None:
             return Counts(history, support, support.astype(np.float64), np.array([np.nan]))
-        when = self._dated(times)
+        when = self._require_times(times)
         latest = when.max() if when.size else -np.inf
-        return Counts(history, support, self._aged(history, when, latest), np.array([latest]))
+        return Counts(history, support, self._age(history, when, latest), np.array([latest]))
 
     def _extend(self, known: Counts, rows: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> Counts:
-        history, support = stacked(known.history, rows), known.support
-        support = _padded(support, rows.shape[1]) + support_of(rows)
+        history, support = stack(known.history, rows), known.support
+        support = _pad(support, rows.shape[1]) + support_of(rows)
         if self.half_life_days is None:
             return Counts(history, support, support.astype(np.float64), known.latest)
-        when = self._dated(times)
+        when = self._require_times(times)
         latest = max(float(known.latest[0]), when.max() if when.size else -np.inf)
         older = 0.0 if latest == known.latest[0] else latest - float(known.latest[0])
-        counts = _padded(known.counts, rows.shape[1]) * self._share(older) + self._aged(rows, when, latest)
+        counts = _pad(known.counts, rows.shape[1]) * self._share(older) + self._age(rows, when, latest)
         return Counts(history, support, counts, np.array([latest]))
 
     def _score(self, known: Counts, contexts: Csr) -> NDArray[np.float32]:
         scores = np.tile(known.counts.astype(np.float32), (contexts.shape[0], 1))
-        return silenced(scores, None, known.support > 0)
+        return mask_missing(scores, None, known.support > 0)
 
-    def _aged(self, rows: Csr, when: NDArray[np.float64], latest: float) -> NDArray[np.float64]:
+    def _age(self, rows: Csr, when: NDArray[np.float64], latest: float) -> NDArray[np.float64]:
         weights = self._share(latest - when) if when.size else when
         per_cell = np.repeat(weights, np.diff(rows.indptr))
         return np.bincount(rows.indices, weights=per_cell, minlength=rows.shape[1]).astype(np.float64)
@@ -119,7 +119,7 @@ class Popularity(HistoryScorer[Counts]):
         assert self.half_life_days is not None
         return np.exp2(-age_seconds / (self.half_life_days * SECONDS_PER_DAY))
 
-    def _dated(self, times: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    def _require_times(self, times: NDArray[np.float64] | None) -> NDArray[np.float64]:
         if times is None or not np.all(np.isfinite(times)):
             missing = "none was given" if times is None else f"{np.count_nonzero(~np.isfinite(times))} are not"
             raise ValueError(
@@ -173,17 +173,17 @@ class CoOccurrence(HistoryScorer[PairCounts]):
     ) -> PairCounts:
         width = rows.shape[1]
         nothing = no_interactions(width - known.pairs.shape[0], width)
-        pairs: Csr = concatenated([widened(known.pairs, width), nothing], width) + _pairs(rows)
+        pairs: Csr = concatenate([widen(known.pairs, width), nothing], width) + _pairs(rows)
         pairs.sort_indices()
-        support = _padded(known.support, width) + support_of(rows)
-        return PairCounts(stacked(known.history, rows), support, pairs)
+        support = _pad(known.support, width) + support_of(rows)
+        return PairCounts(stack(known.history, rows), support, pairs)
 
     def _score(self, known: PairCounts, contexts: Csr) -> NDArray[np.float32]:
         seen = known.support > 0
         inside = binary(contexts)
         familiar = (inside @ seen.astype(np.float32)).astype(np.float32)  # (Q,) context items ever seen
         shared = 1 / np.maximum(familiar, 1)
-        weights = scaled_rows(inside, shared)
+        weights = scale_rows(inside, shared)
         if self.measure != "count":
             weights.data = weights.data / np.maximum(known.support, 1).astype(np.float32)[weights.indices]
         scores = np.empty(contexts.shape, np.float32)
@@ -196,7 +196,7 @@ class CoOccurrence(HistoryScorer[PairCounts]):
                 pass
             case _:
                 assert_never(self.measure)
-        return silenced(scores, familiar > 0, seen)
+        return mask_missing(scores, familiar > 0, seen)
 
 
 def _pairs(history: Csr) -> Csr:
@@ -208,5 +208,5 @@ def _pairs(history: Csr) -> Csr:
     return pairs
 
 
-def _padded(counts: NDArray[Any], width: int) -> NDArray[Any]:
+def _pad(counts: NDArray[Any], width: int) -> NDArray[Any]:
     return np.pad(counts, (0, width - len(counts)))

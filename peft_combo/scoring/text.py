@@ -24,8 +24,8 @@ from peft_combo.scoring.base import (
     Vectors,
     binary,
     dense,
-    silenced,
-    stacked,
+    mask_missing,
+    stack,
     support_of,
     unit_rows,
 )
@@ -139,7 +139,7 @@ class TextCosine(HistoryScorer[TextVectors]):
     ) -> TextVectors:
         if items is None and rows.shape[1] > known.history.shape[1]:
             raise ValueError("TextCosine.update with new items needs items, the vectors of all of them.")
-        history = stacked(known.history, rows)
+        history = stack(known.history, rows)
         return TextVectors(history, support_of(history), known.vectors if items is None else unit_rows(items))
 
     def _score(self, known: TextVectors, contexts: Csr) -> NDArray[np.float32]:
@@ -157,7 +157,7 @@ class TextCosine(HistoryScorer[TextVectors]):
                 chosen = chosen[has_text[chosen]]
                 if chosen.size:
                     scores[row] = known.cosines(dense(known.vectors[chosen])).max(axis=0)
-        return silenced(scores, familiar, has_text)
+        return mask_missing(scores, familiar, has_text)
 
 
 def has_vector(vectors: Vectors) -> NDArray[np.bool_]:

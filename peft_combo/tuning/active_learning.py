@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax, xlogy
 
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Queries, padded
+from peft_combo.data.queries import Queries, pad_contexts
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.heads.classification import ClassificationHead
@@ -148,7 +148,12 @@ def suggest_bundles(
     )
     unsure = np.bincount(queries.bundles, unsure_of_queries) / np.bincount(queries.bundles)
     with torch.inference_mode():
-        wholes = encode_contexts(head, vectors, padded([rows.astype(np.int64) for rows in fresh])).float().cpu().numpy()
+        wholes = (
+            encode_contexts(head, vectors, pad_contexts([rows.astype(np.int64) for rows in fresh]))
+            .float()
+            .cpu()
+            .numpy()
+        )
     chosen = choose_spread(wholes, unsure, count, seed)
     return [
         _to_judge(f"suggested-{place}", dataset, fresh[row], float(unsure[row]))

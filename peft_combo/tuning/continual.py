@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo import metrics
-from peft_combo.callbacks import Watch
-from peft_combo.data.join import joined
+from peft_combo.callbacks import RunCallback
+from peft_combo.data.join import join_datasets
 from peft_combo.data.leakage import split_problem
 from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
@@ -33,7 +33,7 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
 from peft_combo.encoder.heads.completion import BundleHead, build_completion_row, rank_targets
 from peft_combo.errors import DataError, StoreError, TuningError
-from peft_combo.metrics.report import Gain, Row
+from peft_combo.metrics.report import Gain, ResultRow
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask
 from peft_combo.store.adapter_store import AdapterStore
@@ -77,8 +77,8 @@ class VersionComparison:
     questions: str
     asked: int
     groups: int
-    before: Row
-    after: Row
+    before: ResultRow
+    after: ResultRow
     gain: Gain
 
 
@@ -225,7 +225,7 @@ def _join_new_data(
 ) -> tuple[Dataset, Split, dict[str, NDArray[np.int32]], int]:
     """Join old and new data; return it with what is learned from and what is asked, and how many are replayed."""
     later = open_dataset(recipe.data.model_copy(update={"source": "folder", "path": str(new_data)}))
-    dataset, known = joined(old, later)
+    dataset, known = join_datasets(old, later)
     bundles = dataset.bundles
     fresh = np.arange(known, len(bundles), dtype=np.int32)
     if not len(fresh):
@@ -276,7 +276,7 @@ def continue_tuning(
     gate: Gate | None = None,
     resume: bool = False,
     run_folder: Path | None = None,
-    watch: Watch | None = None,
+    callback: RunCallback | None = None,
 ) -> Continued:
     """Go on tuning a stored adapter, compare the two versions, and move an alias to the new one if it wins.
 
@@ -292,7 +292,7 @@ def continue_tuning(
     Raises:
         PeftComboError: as `continuation` and `tuning.tune`.
     """
-    watch = watch or Watch()
+    callback = callback or RunCallback()
     gate = gate or Gate()
     store = AdapterStore(recipe.store)
     run = continuation(recipe, reference, new_data=new_data, replay=replay)
@@ -300,9 +300,9 @@ def continue_tuning(
         check_alias(promote)
         if problem := _find_mismatch(store, run.recipe.category, promote, run.start):
             raise StoreError(f"{problem} Start from it: --from {run.recipe.category}@{promote}")
-    result = tune(run.recipe, resume=resume, run_folder=run_folder, watch=watch, task=run.task, start=run.start)
+    result = tune(run.recipe, resume=resume, run_folder=run_folder, callback=callback, task=run.task, start=run.start)
 
-    watch.note(f"Comparing {result.record.reference} with {run.start.reference} ...")
+    callback.on_note(f"Comparing {result.record.reference} with {run.start.reference} ...")
     backbone = Backbone.of(run.recipe.backbone)
     bank = AdapterBank(backbone, store)
     pair = [bank.get(record.reference) for record in (run.start, result.record)]

@@ -19,10 +19,10 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.data.augmentation.variants import Rewrite
 from peft_combo.errors import TuningError
-from peft_combo.metrics.report import Table
+from peft_combo.metrics.report import ResultTable
 from peft_combo.recipe.model import Recipe
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.versions import AdapterRecord
@@ -52,7 +52,7 @@ class TuneResult:
 
     record: AdapterRecord
     plan: Plan
-    table: Table
+    table: ResultTable
     losses: tuple[float, ...]
     chosen: dict[str, Any]
     stopped_early: bool
@@ -70,7 +70,7 @@ class Diverged(TuningError):
 
 
 def tune(
-    recipe: Recipe, *, resume: bool = False, run_folder: Path | None = None, watch: Watch | None = None,
+    recipe: Recipe, *, resume: bool = False, run_folder: Path | None = None, callback: RunCallback | None = None,
     schedule: Schedule | None = None, task: AnyTask | None = None, start: AdapterRecord | None = None,
     rewrite: Rewrite | None = None,
 ) -> TuneResult:  # fmt: skip
@@ -80,7 +80,7 @@ def tune(
         recipe: complete; `recipe_files.load_recipe` makes one of a name or file.
         resume: go on from the last checkpoint in the run folder.
         run_folder: checkpoints and the loss log; default ``runs/<recipe>``.
-        watch: told of plan, steps and metrics, on the main process.
+        callback: told of plan, steps and metrics, on the main process.
         schedule: course of the learning rate; default `learning_rate_factor`, the recipe's own.
         task: what is learned; default the recipe's task over the recipe's data.
         rewrite: says texts in other words, for `augmentation`: back-translation, for example. A resumed run must be
@@ -95,7 +95,7 @@ def tune(
     started = time.perf_counter()
     with torch.random.fork_rng(), catch_interrupt() as stop:
         run = Run.prepare(
-            recipe, resume=resume, run_folder=run_folder, watch=watch, schedule=schedule, task=task, start=start,
+            recipe, resume=resume, run_folder=run_folder, callback=callback, schedule=schedule, task=task, start=start,
             rewrite=rewrite,
         )  # fmt: skip
         run.loop(stop)
@@ -119,7 +119,7 @@ class Run:
     setup: Setup
     run_folder: Path
     store: AdapterStore
-    watch: Watch
+    callback: RunCallback
     before: Any
     plan: Plan
     passes: Passes
@@ -131,7 +131,8 @@ class Run:
 
     @classmethod
     def prepare(
-        cls, recipe: Recipe, *, resume: bool = False, run_folder: Path | None = None, watch: Watch | None = None,
+        cls, recipe: Recipe, *, resume: bool = False, run_folder: Path | None = None,
+        callback: RunCallback | None = None,
         schedule: Schedule | None = None, task: AnyTask | None = None, start: AdapterRecord | None = None,
         rewrite: Rewrite | None = None,
     ) -> Run:  # fmt: skip
@@ -140,18 +141,18 @@ class Run:
         run_folder = run_folder or Path("runs") / recipe.name
         accelerator = build_accelerator(recipe, run_folder)
         main = accelerator.is_main_process
-        watch = watch if watch is not None and main else Watch()
+        callback = callback if callback is not None and main else RunCallback()
         store = AdapterStore(recipe.store)
         if main:
             with store.writing(recipe.category):
                 pass  # a store that cannot be written is better known now than after the training
 
-        setup = Setup.build(recipe, accelerator, build_task(recipe) if task is None else task, watch, start, rewrite)
+        setup = Setup.build(recipe, accelerator, build_task(recipe) if task is None else task, callback, start, rewrite)
         groups = build_parameter_groups(recipe.training, setup.attached, setup.head)
         # How good is it without tuning? The same head over the frozen encoder, as good as it gets there.
         before, baseline_seconds = setup.measure_baseline()
         plan = setup.measure_plan(baseline_seconds)
-        watch.planned(plan.line(), plan.metric)
+        callback.on_plan(plan.line(), plan.metric)
 
         prepared, optimizer = accelerator.prepare(
             setup.model, build_optimizer(recipe.training, groups), device_placement=[False, False]
@@ -160,10 +161,10 @@ class Run:
         progress = Progress()
         if resume:
             progress = Progress.restore(run_folder, setup, optimizer)
-            watch.note(f"Going on after step {progress.step} of {setup.total}.")
+            callback.on_note(f"Going on after step {progress.step} of {setup.total}.")
         log = RunLog(run_folder / "log.jsonl", progress.step) if main else None
         return cls(
-            setup, run_folder, store, watch, before, plan, passes, groups, optimizer,
+            setup, run_folder, store, callback, before, plan, passes, groups, optimizer,
             schedule or learning_rate_factor, progress, log,
         )  # fmt: skip
 
@@ -176,8 +177,8 @@ class Run:
         """
         progress, training, weights = self.progress, self.setup.recipe.training, self.setup.extensions.weights
         total, evaluate_every = self.setup.total, compute_evaluation_interval(training, self.setup.task.per_epoch)
-        self.watch.stage("Tuning", total)
-        self.watch.advance(progress.step)
+        self.callback.on_stage("Tuning", total)
+        self.callback.on_advance(progress.step)
         while progress.step < total and not progress.stopped_early:
             self.take_step()
             evaluated = progress.step % evaluate_every == 0 or progress.step == total
@@ -231,10 +232,10 @@ class Run:
         if self.log is not None:
             self.log.add(self.progress.step, loss=loss, lr=rate)
         accelerator.log({"loss": loss, "learning_rate": rate}, step=self.progress.step)
-        self.watch.stepped(self.progress.step, loss)
+        self.callback.on_step_end(self.progress.step, loss)
         return loss
 
-    def finish(self) -> tuple[AdapterRecord, Table, dict[str, Any]]:
+    def finish(self) -> tuple[AdapterRecord, ResultTable, dict[str, Any]]:
         """Choose the weights, compare them with the frozen encoder, and store them.
 
         Returns:
@@ -280,7 +281,7 @@ class Run:
         if self.log is not None:
             self.log.add(progress.step, **evaluation.values)
         self.accelerator.log({f"valid/{name}": v for name, v in evaluation.values.items()}, step=progress.step)
-        self.watch.evaluated(progress.step, evaluation.values, best)
+        self.callback.on_evaluate(progress.step, evaluation.values, best)
 
     def _write_checkpoint(self) -> None:
         if self.accelerator.is_main_process:

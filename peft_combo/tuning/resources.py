@@ -19,12 +19,12 @@ def measure(work: Callable[[], object]) -> tuple[float, float]:
     before = highest = resident_mib()
     done = threading.Event()
 
-    def watch() -> None:
+    def callback() -> None:
         nonlocal highest
         while not done.wait(0.002):
             highest = max(highest, resident_mib())
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=callback, daemon=True)
     watcher.start()
     clock = time.perf_counter()
     try:

@@ -15,7 +15,7 @@ from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import set_training
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.errors import TuningError
-from peft_combo.metrics.report import Row, Table
+from peft_combo.metrics.report import ResultRow, ResultTable
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.manifest import list_versions
 from peft_combo.store.versions import AdapterRecord
@@ -26,7 +26,7 @@ _RELOAD_SAMPLE = 64
 _RELOAD_TOLERANCE = 1e-4
 
 
-def store_adapter(store: AdapterStore, setup: Setup, table: Table, chosen: Mapping[str, Any]) -> AdapterRecord:
+def store_adapter(store: AdapterStore, setup: Setup, table: ResultTable, chosen: Mapping[str, Any]) -> AdapterRecord:
     """Write adapter and head, read them back, compare, and only then make the version visible.
 
     Raises:
@@ -68,6 +68,6 @@ def store_adapter(store: AdapterStore, setup: Setup, table: Table, chosen: Mappi
         )
 
 
-def _figures(row: Row, table: Table) -> dict[str, Any]:
+def _figures(row: ResultRow, table: ResultTable) -> dict[str, Any]:
     interval = {"value": row.values[table.metric], "low": row.interval[0], "high": row.interval[1]}
     return {**row.values, table.metric: interval}

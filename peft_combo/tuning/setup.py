@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.data.augmentation.variants import Rewrite
 from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import count_bytes, set_dropout, set_training
@@ -63,7 +63,7 @@ class Setup:
 
     @classmethod
     def build(
-        cls, recipe: Recipe, accelerator: Accelerator, task: AnyTask, watch: Watch,
+        cls, recipe: Recipe, accelerator: Accelerator, task: AnyTask, callback: RunCallback,
         start: AdapterRecord | None = None, rewrite: Rewrite | None = None,
     ) -> Setup:  # fmt: skip
         """Load the encoder, put adapter and head on it, and encode what the frozen layers make of the texts.
@@ -75,7 +75,7 @@ class Setup:
         """
         variants, notes = build_text_variants(recipe, task, rewrite)
         for note in (*task.notes, *notes):
-            watch.note(note)
+            callback.on_note(note)
         base_mib = resident_mib()
         backbone = Backbone.of(recipe.backbone, accelerator.device)
         attached = methods.attach(
@@ -86,12 +86,12 @@ class Setup:
         head = task.head(backbone, attached.max_length).to(accelerator.device)
         head_start = None if start is None else load_start(start, backbone, attached, head, task.texts)
         extra_texts = () if variants is None else tuple(variants)
-        watch.stage("Encoding the texts", len({*task.texts, *extra_texts}))
+        callback.on_stage("Encoding the texts", len({*task.texts, *extra_texts}))
         items = ItemEncoder(
             backbone, attached, task.texts, per_token=task.per_token, retokenized=task.retokenized,
             extra_texts=extra_texts, fast=recipe.training.fast_path,
             cache_limit_bytes=recipe.training.cache_limit_mib * 2**20, process=accelerator.process_index,
-            processes=accelerator.num_processes, progress=watch.advance,
+            processes=accelerator.num_processes, progress=callback.on_advance,
         )  # fmt: skip
         parameters = collect_trained_parameters(attached, head)
         extensions = build_extensions(recipe.training, items, parameters, variants, task.exclusive)

@@ -40,7 +40,7 @@ class Pool:
     labelled: int
 
 
-def unlabelled_texts(data: DataConfig, task: ClassificationTask | TaggingTask) -> Pool:
+def find_unlabelled(data: DataConfig, task: ClassificationTask | TaggingTask) -> Pool:
     """Find the texts that `task` could learn from if somebody labelled them.
 
     These are the items of the catalogue, and the rows of a labels table whose label is empty, without those that have a

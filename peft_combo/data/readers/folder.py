@@ -155,7 +155,7 @@ def _bundles(table: Table, meta: Table | None, catalog: Catalog, notes: list[str
     """Read the bundles with their names, owners and times."""
     codes, bundle_ids = table.codes("bundle_id")
     table.blame(np.flatnonzero(codes < 0), "bundle_id is empty.")
-    items = _known_items(table, catalog)
+    items = _read_items(table, catalog)
     position = table.numbers("position") if "position" in table else np.zeros(table.rows)
     usable = np.flatnonzero((codes >= 0) & (items >= 0))
     # By bundle, then by position, then by row; lexsort is stable and takes the last key first.
@@ -209,7 +209,7 @@ def _baskets(meta: Table, bundles: Bundles, basket_ids: Sequence[str]) -> NDArra
 
 def _interactions(table: Table, catalog: Catalog, notes: list[str]) -> tuple[Interactions, list[str]]:
     """Read the interactions and the ids of their baskets."""
-    items = _known_items(table, catalog)
+    items = _read_items(table, catalog)
     users = table.codes("user_id") if "user_id" in table else None
     baskets, basket_ids = table.codes("basket_id") if "basket_id" in table else (None, [])
     weight = next((name for name in ("rating", "quantity") if name in table), None)
@@ -235,7 +235,7 @@ def _interactions(table: Table, catalog: Catalog, notes: list[str]) -> tuple[Int
     )
 
 
-def _known_items(table: Table, catalog: Catalog) -> NDArray[np.int32]:
+def _read_items(table: Table, catalog: Catalog) -> NDArray[np.int32]:
     """Return the catalogue row of each row's item; -1, and a fault, where it is empty or unknown."""
     codes, ids = table.codes("item_id")
     table.blame(np.flatnonzero(codes < 0), "item_id is empty.")

@@ -188,7 +188,7 @@ class Table:
         if self.file.suffix != ".csv":
             return plain
         try:
-            starts = [start for start, _ in _csv_records(_decoded(self.file))][1:]
+            starts = [start for start, _ in _csv_records(_decode(self.file))][1:]
         except _BrokenRecord:  # a cell longer than the csv module takes
             return plain
         return np.array(starts) if len(starts) == self.rows else plain
@@ -274,7 +274,7 @@ def _read_csv(file: Path, faults: list[Fault]) -> Table | None:
     """Read a CSV file with every cell a string, so that no id loses a leading zero."""
     import datasets
 
-    text = _decoded(file, faults)
+    text = _decode(file, faults)
     if text is None:
         return None
     records = _csv_records(text)
@@ -363,7 +363,7 @@ def _read_parquet(file: Path, faults: list[Fault]) -> Table | None:
 
 
 def _read_json_lines(file: Path, faults: list[Fault]) -> Table | None:
-    text = _decoded(file, faults)
+    text = _decode(file, faults)
     if text is None:
         return None
     before = len(faults)
@@ -427,7 +427,7 @@ def _flat(value: Any) -> str | None:
             return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _decoded(file: Path, faults: list[Fault] | None = None) -> Any:
+def _decode(file: Path, faults: list[Fault] | None = None) -> Any:
     """Return the text of a UTF-8 file; None, with a fault at the line of the first wrong byte, where it is not."""
     raw = file.read_bytes()
     try:

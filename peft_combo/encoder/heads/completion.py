@@ -15,7 +15,7 @@ from torch.nn import functional
 from peft_combo import metrics
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.base import TaskHead, rebuild_head
-from peft_combo.metrics.report import Row
+from peft_combo.metrics.report import ResultRow
 from peft_combo.recipe.task import BundleTask, CompletionTask
 
 # Scoring is done for so many queries at once: 512 rows of a catalogue of 100k items are 200 MiB.
@@ -183,7 +183,7 @@ def rank_targets(head: CompletionHead, vectors: NDArray[np.float32], questions: 
     return np.concatenate(ranks)
 
 
-def build_completion_row(name: str, ranks: NDArray[np.float64], clusters: NDArray[Any]) -> Row:
+def build_completion_row(name: str, ranks: NDArray[np.float64], clusters: NDArray[Any]) -> ResultRow:
     """Return the ranking metrics of some answers, with the interval of NDCG@10: (Q,) ranks, (Q,) clusters."""
     interval = metrics.bootstrap_interval(metrics.per_query(ranks, "ndcg@10"), clusters)
-    return Row(name, metrics.ranking_metrics(ranks), interval)
+    return ResultRow(name, metrics.ranking_metrics(ranks), interval)

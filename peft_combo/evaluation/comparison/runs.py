@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from peft_combo import __version__
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.comparison.result import BATCHES, FAILED, LOG, RECIPE, SAMPLE, Result, read_result
 from peft_combo.evaluation.comparison.table import Comparison, Failed, comparison_of
@@ -43,32 +43,34 @@ class _Asked:
     sample: tuple[str, ...]
 
 
-def compare(variants: Sequence[Variant], seeds: Sequence[int], folder: Path, watch: Watch | None = None) -> Comparison:
+def compare(
+    variants: Sequence[Variant], seeds: Sequence[int], folder: Path, callback: RunCallback | None = None
+) -> Comparison:
     """Tune every variant under every seed, each in a process of its own, and compare them on validation.
 
     Args:
         variants: of the same data, asked the same questions.
         folder: keeps results and adapters; what is there already is not run again.
-        watch: told of each finished run.
+        callback: told of each finished run.
     Raises:
         PeftComboError: the variants ask different questions, or none of them could be tuned.
         Stopped: Ctrl-C; the same call goes on.
     """
-    watch = watch or Watch()
+    callback = callback or RunCallback()
     asked = _read_queries(variants)
-    watch.stage("Comparing", len(variants) * len(seeds))
+    callback.on_stage("Comparing", len(variants) * len(seeds))
     results: dict[str, list[Result]] = {variant.label: [] for variant in variants}
     failed: dict[str, Failed] = {}
     # Seed by seed, so that whoever stops halfway has all variants under the first seeds.
     for seed in seeds:
         for variant, one in zip(variants, asked, strict=True):
             if variant.label not in failed:
-                found = _run(variant, seed, one, folder, watch)
+                found = _run(variant, seed, one, folder, callback)
                 if isinstance(found, Result):
                     results[variant.label].append(found)
                 else:
                     failed[variant.label] = found
-            watch.advance(1)
+            callback.on_advance(1)
     if len(failed) == len(variants):
         reasons = "\n".join(f"  {one.label}: {one.reason}" for one in failed.values())
         raise PeftComboError(f"None of the variants could be tuned:\n{reasons}")
@@ -99,11 +101,11 @@ def _read_queries(variants: Sequence[Variant]) -> list[_Asked]:
     return found
 
 
-def _run(variant: Variant, seed: int, asked: _Asked, folder: Path, watch: Watch) -> Result | Failed:
+def _run(variant: Variant, seed: int, asked: _Asked, folder: Path, callback: RunCallback) -> Result | Failed:
     home = folder / _name(variant, seed, asked)
     told = f"{variant.label}, seed {seed}"
     if (found := read_result(home)) is not None:
-        watch.note(f"{told}: {found.metric} {found.value:.4f}, kept from before")
+        callback.on_note(f"{told}: {found.metric} {found.value:.4f}, kept from before")
         return found
     shutil.rmtree(home, ignore_errors=True)  # what a run that died left; its time would count from the middle
     recipe = variant.recipe.model_copy(update={"seed": seed, "store": str(home.absolute() / "adapters")})
@@ -124,10 +126,10 @@ def _run(variant: Variant, seed: int, asked: _Asked, folder: Path, watch: Watch)
             process.stdin.close()  # type: ignore[union-attr]  # whatever happens here, the run does not outlive it
             process.wait()
     if (found := read_result(home)) is not None:
-        watch.note(f"{told}: {found.metric} {found.value:.4f} after {found.seconds:.0f} s")
+        callback.on_note(f"{told}: {found.metric} {found.value:.4f} after {found.seconds:.0f} s")
         return found
     reason = _reason(home, code)
-    watch.note(f"{told}: failed: {reason}")
+    callback.on_note(f"{told}: failed: {reason}")
     return Failed(variant.label, f"seed {seed}: {reason}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from peft_combo.callbacks import Watch
+from peft_combo.callbacks import RunCallback
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.comparison.result import BATCHES, FAILED, RECIPE, RESULT, SAMPLE, Result
@@ -31,7 +31,7 @@ from peft_combo.tuning.loop import TuneResult, tune
 _REPEATS = 21
 
 
-class _Best(Watch):
+class _Best(RunCallback):
     """Remembers the validation metric of the best step, and of the last one for runs that keep the last."""
 
     def __init__(self, metric: str) -> None:
@@ -43,7 +43,7 @@ class _Best(Watch):
     def value(self) -> float:
         return self._last if self._best is None else self._best
 
-    def evaluated(self, step: int, values: Mapping[str, float], best: bool) -> None:
+    def on_evaluate(self, step: int, values: Mapping[str, float], best: bool) -> None:
         self._last = values[self._metric]
         if best:
             self._best = self._last
@@ -54,9 +54,9 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         recipe = load_recipe(folder / RECIPE)
-        watch = _Best(recipe.metric)
-        tuned = tune(recipe, run_folder=folder / "run", watch=watch)
-        result = _result(recipe, tuned, watch, json.loads((folder / SAMPLE).read_text(encoding="utf-8")))
+        callback = _Best(recipe.metric)
+        tuned = tune(recipe, run_folder=folder / "run", callback=callback)
+        result = _result(recipe, tuned, callback, json.loads((folder / SAMPLE).read_text(encoding="utf-8")))
         write_text(folder / RESULT, result.model_dump_json())
     except PeftComboError as error:
         write_text(folder / FAILED, str(error))
@@ -71,13 +71,13 @@ def _end_with_parent() -> None:
     os._exit(3)
 
 
-def _result(recipe: Recipe, tuned: TuneResult, watch: _Best, sample: Sequence[str]) -> Result:
+def _result(recipe: Recipe, tuned: TuneResult, callback: _Best, sample: Sequence[str]) -> Result:
     table, record = tuned.table, tuned.record
     asked = table.per_question
     encode_ms, frozen_ms, load_ms = _serving(recipe, record, sample)
     return Result(
         metric=table.metric if asked is not None else recipe.metric,
-        value=table.after.values[table.metric] if asked is not None else watch.value,
+        value=table.after.values[table.metric] if asked is not None else callback.value,
         clusters=None if asked is None else tuple(asked.clusters.tolist()),
         before=None if asked is None else tuple(asked.before.tolist()),
         after=None if asked is None else tuple(asked.after.tolist()),

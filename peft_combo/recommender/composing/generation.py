@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from peft_combo.data.queries import padded
+from peft_combo.data.queries import pad_contexts
 from peft_combo.encoder.heads.completion import CompletionHead, encode_contexts, project_targets, step_scale
 from peft_combo.encoder.heads.sequence import SequenceHead
 
@@ -132,7 +132,7 @@ def build_steps(head: CompletionHead, vectors: NDArray[np.float32]) -> Steps:
 
     @torch.inference_mode()
     def steps(sets: Sequence[Rows]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        queries = encode_contexts(head, vectors, padded(sets))  # (S, D)
+        queries = encode_contexts(head, vectors, pad_contexts(sets))  # (S, D)
         ends = None
         if isinstance(head, SequenceHead):
             ends = head.completeness(queries, torch.tensor([len(rows) for rows in sets])).float().numpy()

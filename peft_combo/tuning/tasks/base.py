@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HeadT
-from peft_combo.metrics.report import Table
+from peft_combo.metrics.report import ResultTable
 
 Encode: TypeAlias = Callable[[NDArray[np.int64] | None], NDArray[np.float32]]
 """Encodes texts by number, or all where None, without gradients: (M, D) vectors of unit length, or for a task that is
@@ -130,7 +130,7 @@ class Task(Protocol[HeadT, BatchT, PredictionsT]):
     def predict(self, head: HeadT, encode: Encode) -> PredictionsT:
         """Answer the queries of the table, one by one."""
 
-    def table(self, before: PredictionsT, after: PredictionsT) -> Table:
+    def table(self, before: PredictionsT, after: PredictionsT) -> ResultTable:
         """Compare the tuned with the frozen encoder and with whoever needs no encoder."""
 
 

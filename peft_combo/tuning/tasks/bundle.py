@@ -21,7 +21,7 @@ from peft_combo import metrics
 from peft_combo.data.augmentation.variants import find_brands
 from peft_combo.data.model import Dataset
 from peft_combo.data.pseudo_bundles import Mined, mine
-from peft_combo.data.queries import Queries, padded
+from peft_combo.data.queries import Queries, pad_contexts
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.encoder.backbone import Backbone
@@ -33,7 +33,7 @@ from peft_combo.encoder.heads.completion import (
     rank_targets,
     step_scale,
 )
-from peft_combo.metrics.report import Gain, PerQuestion, Table
+from peft_combo.metrics.report import Gain, PerQuestion, ResultTable
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, CompletionTask
 from peft_combo.scoring.base import Scorer
@@ -224,7 +224,7 @@ class BundleBatches:
         ]
         contexts = [self._thin_context(query.context, rng) for query in queries]
         position = {int(row): place for place, row in enumerate(items)}
-        places = padded([np.array([position[int(row)] for row in context]) for context in contexts])
+        places = pad_contexts([np.array([position[int(row)] for row in context]) for context in contexts])
         targets = np.array([position[query.target] for query in queries])
         barred = self._candidates.find_barred(items, queries)
         of_bundle = np.repeat(self._of_bundle[self._candidates.rows(step, part, parts)], list(map(len, bundles)))
@@ -358,7 +358,7 @@ class Completion(Generic[CompletionHeadT]):
     def predict(self, head: CompletionHeadT, encode: Encode) -> NDArray[np.float64]:
         return rank_targets(head, encode(None), self._queries)
 
-    def table(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> Table:
+    def table(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> ResultTable:
         queries, clusters = self._queries, self._queries.groups
         history = self._dataset.bundles.to_csr(len(self.texts), self._parts.train)
         ranks = {
@@ -372,7 +372,7 @@ class Completion(Generic[CompletionHeadT]):
         old, new = metrics.per_query(before, "ndcg@10"), metrics.per_query(after, "ndcg@10")
         gain = Gain.between(old, new, clusters)
         groups = len(set(clusters.tolist()))
-        return Table(
+        return ResultTable(
             "ndcg@10", rows, gain, len(queries), groups,
             asked=f"completing {self.examples['valid']} held-out validation bundles ({len(queries)} questions of "
             f"{groups} groups), each answer ranked among all {len(self.texts):,} items",

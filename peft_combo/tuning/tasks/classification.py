@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peft_combo.data.labels.texts import split_texts
 from peft_combo.data.model import CATEGORY_SEPARATOR
-from peft_combo.data.task_data import labelled_of
+from peft_combo.data.task_data import read_labelled
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.classification import ClassificationHead, _choose_classes, _probabilities
 from peft_combo.errors import DataError
@@ -29,11 +29,11 @@ from peft_combo.metrics.classification import (
     interval,
     macro_f1,
     micro_f1,
-    paired_test,
+    permute_pairs,
     precision_recall_f1,
     totals,
 )
-from peft_combo.metrics.report import Detail, Gain, Row, Table
+from peft_combo.metrics.report import Detail, Gain, ResultRow, ResultTable
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import ClassificationTask
 from peft_combo.scoring.text import Tfidf
@@ -83,7 +83,7 @@ class Classification:
 
     def __init__(self, recipe: Recipe, config: ClassificationTask) -> None:
         self._config = config
-        found = labelled_of(recipe.data, config)
+        found = read_labelled(recipe.data, config)
         parts = split_texts(found.texts, recipe.data)
         notes = [*found.notes]
         counted = Counter(label for place in parts.train for label in found.labels[place])
@@ -164,7 +164,7 @@ class Classification:
         probabilities = head.probabilities(encode(self._test))
         return ClassificationPredictions(probabilities, head.classes(probabilities))
 
-    def table(self, before: ClassificationPredictions, after: ClassificationPredictions) -> Table:
+    def table(self, before: ClassificationPredictions, after: ClassificationPredictions) -> ResultTable:
         predictions = {
             "most frequent class": self._most_frequent(),
             "TF-IDF + logistic regression": self._tfidf(),
@@ -175,15 +175,15 @@ class Classification:
         rows = []
         for name, one in predictions.items():
             values = {**self._values(one.given, self._test), "ece": self._calibration(one)}
-            rows.append(Row(name, values, interval(counts[name], macro_f1)))
+            rows.append(ResultRow(name, values, interval(counts[name], macro_f1)))
         old, new = counts["frozen backbone"], counts["tuned"]
         gain = Gain(
             rows[-1].values["macro_f1"] - rows[-2].values["macro_f1"],
             gain_interval(old, new, macro_f1),
-            paired_test(old, new, macro_f1),
+            permute_pairs(old, new, macro_f1),
         )
         n = len(self._test)
-        return Table(
+        return ResultTable(
             "macro_f1", tuple(rows), gain, n, n,
             asked=f"the {'classes' if self._config.multi_label else 'class'} of {n:,} held-out test texts, "
             f"{len(self._classes)} classes",

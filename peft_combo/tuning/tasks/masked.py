@@ -28,7 +28,7 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.masked import MaskedHead
 from peft_combo.encoder.tokens import Tokens
 from peft_combo.errors import BackboneError
-from peft_combo.metrics.report import Gain, Row, Table
+from peft_combo.metrics.report import Gain, ResultRow, ResultTable
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import MaskedTask
 from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
@@ -260,7 +260,7 @@ class MaskedWords:
     def predict(self, head: MaskedHead, encode: Encode) -> MaskedPredictions:
         return self._predict(head, encode, self._mask_words(self._test, _TEST))
 
-    def table(self, before: MaskedPredictions, after: MaskedPredictions) -> Table:
+    def table(self, before: MaskedPredictions, after: MaskedPredictions) -> ResultTable:
         valid, test = self._mask_words(self._valid, _VALID), self._mask_words(self._test, _TEST)
         often = self._frequencies(valid.targets)
         predictions = {
@@ -272,11 +272,11 @@ class MaskedWords:
         }
         text_of_query = np.searchsorted(np.cumsum(self._masker.tokens.lengths[test.items]), test.places, side="right")
         rows = tuple(
-            Row(name, one.values(), metrics.bootstrap_interval(one.likelihood, text_of_query))
+            ResultRow(name, one.values(), metrics.bootstrap_interval(one.likelihood, text_of_query))
             for name, one in predictions.items()
         )
         n = len(test.items)
-        return Table(
+        return ResultTable(
             "log_likelihood", rows, Gain.between(before.likelihood, after.likelihood, text_of_query),
             len(test.targets), n,
             asked=f"the {len(test.targets):,} masked tokens of {n:,} held-out test texts",

@@ -33,7 +33,7 @@ from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import DataError, PeftComboError
 from peft_combo.metrics.classification import calibration_error
 from peft_combo.metrics.probability import _BINS, auc, auc_draws, by_user, log_losses, platt, reliability
-from peft_combo.metrics.report import Detail, Gain, Row, Table
+from peft_combo.metrics.report import Detail, Gain, ResultRow, ResultTable
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import RatingTask
 from peft_combo.scoring.base import Scorer
@@ -152,7 +152,7 @@ class ItemRating:
         )
         self._train = _sample_rows(parts.train, config.max_events, recipe.seed)
         counts = np.bincount(events.items[parts.seen], minlength=len(self.texts))
-        self._liked = events.liked_of(parts.seen, self._shape)
+        self._liked = events.build_liked(parts.seen, self._shape)
         self._counted = Counted.of_events(events, parts.seen, self._shape, config.neighbours)
         self._apart = CrossFitted(self._liked, config.neighbours, recipe.seed) if config.neighbours else None
         self._everyones = events.matrix(np.arange(len(events)), self._shape)
@@ -267,7 +267,7 @@ class ItemRating:
     def predict(self, head: RatingHead, encode: Encode) -> RatingPredictions:
         return self._predict(self._test, self._build_scorer(head, encode(None)))
 
-    def table(self, before: RatingPredictions, after: RatingPredictions) -> Table:
+    def table(self, before: RatingPredictions, after: RatingPredictions) -> ResultTable:
         queries = self._test
         baselines = self._baselines()
         predictions = {**baselines, "frozen backbone": before, "tuned": after}
@@ -275,7 +275,7 @@ class ItemRating:
         ndcg = {name: by_user(metrics.per_query(one.ranks, "ndcg@10"), users) for name, one in predictions.items()}
         people = np.arange(len(np.unique(users)))
         rows = tuple(
-            Row(name, self._values(queries, one), metrics.bootstrap_interval(ndcg[name], people))
+            ResultRow(name, self._values(queries, one), metrics.bootstrap_interval(ndcg[name], people))
             for name, one in predictions.items()
         )
         old, new = ndcg["frozen backbone"], ndcg["tuned"]
@@ -285,7 +285,7 @@ class ItemRating:
         low, high = metrics.bootstrap_interval(losses[1] - losses[0], users_of_pairs)
         p = metrics.paired_permutation(losses[1], losses[0], users_of_pairs)
         drop = (float(losses[0].mean()), float(losses[1].mean()), float((losses[1] - losses[0]).mean()), low, high, p)
-        return Table(
+        return ResultTable(
             "ndcg@10", rows, gain, len(queries.items), len(people),
             asked=f"{len(queries.items):,} held-out test events, {len(queries.targets):,} pairs judged and "
             f"{int(queries.liked.sum()):,} liked items ranked among all {len(self.texts):,}",

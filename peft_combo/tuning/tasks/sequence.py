@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import padded
+from peft_combo.data.queries import pad_contexts
 from peft_combo.data.splits import Split
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.sequence import SequenceHead
@@ -89,7 +89,7 @@ class SequenceBatches:
         items = self._candidates.offer_items(bundles, rng)
         position = {int(row): place for place, row in enumerate(items)}
         orders = [rng.permutation(rows) for rows in bundles for _ in range(self._orders)]
-        sequences = padded([np.array([position[int(row)] for row in rows]) for rows in orders])
+        sequences = pad_contexts([np.array([position[int(row)] for row in rows]) for rows in orders])
         barred = []
         for rows in orders:
             next_queries = [CompletionQuery(rows[:place], int(target), rows) for place, target in enumerate(rows)]

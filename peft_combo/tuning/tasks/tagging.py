@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peft_combo.data.labels.tags import OUTSIDE, TaggedText, entities
 from peft_combo.data.labels.texts import split_texts
-from peft_combo.data.task_data import tagged_of
+from peft_combo.data.task_data import read_tagged
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.tagging import TaggingHead, find_first_pieces
 from peft_combo.errors import DataError
@@ -33,11 +33,11 @@ from peft_combo.metrics.classification import (
     gain_interval,
     interval,
     micro_f1,
-    paired_test,
+    permute_pairs,
     precision_recall_f1,
     totals,
 )
-from peft_combo.metrics.report import Detail, Gain, Row, Table
+from peft_combo.metrics.report import Detail, Gain, ResultRow, ResultTable
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import TaggingTask
 from peft_combo.tuning.tasks.base import Encode, Epochs, Evaluation
@@ -75,7 +75,7 @@ class Tagging:
 
     def __init__(self, recipe: Recipe, config: TaggingTask) -> None:
         self._config = config
-        found = tagged_of(recipe.data, config)
+        found = read_tagged(recipe.data, config)
         self._texts = found.texts
         self.texts = [one.text for one in found.texts]
         parts = split_texts(self.texts, recipe.data)
@@ -141,7 +141,7 @@ class Tagging:
     def predict(self, head: TaggingHead, encode: Encode) -> list[Tags]:
         return self._predict(head, encode, self._test)
 
-    def table(self, before: list[Tags], after: list[Tags]) -> Table:
+    def table(self, before: list[Tags], after: list[Tags]) -> ResultTable:
         train, test = [self._texts[row] for row in self._train], [self._texts[row] for row in self._test]
         valid = [self._texts[row] for row in self._valid]
         gold = [one.tags for one in test]
@@ -153,12 +153,12 @@ class Tagging:
         }
         types = sorted({*self._types, *(kind for tags in gold for kind, _, _ in entities(tags))})
         counts = {name: count_entities(gold, said, types) for name, said in predictions.items()}
-        rows = tuple(Row(name, f1_values(totals(own)), interval(own, micro_f1)) for name, own in counts.items())
+        rows = tuple(ResultRow(name, f1_values(totals(own)), interval(own, micro_f1)) for name, own in counts.items())
         old, new = counts["frozen backbone"], counts["tuned"]
         gain = Gain(
             rows[-1].values["f1"] - rows[-2].values["f1"],
             gain_interval(old, new, micro_f1),
-            paired_test(old, new, micro_f1),
+            permute_pairs(old, new, micro_f1),
         )
         n = len(test)
         wanted = sum(len(entities(tags)) for tags in gold)
@@ -169,7 +169,7 @@ class Tagging:
                 for name, said in predictions.items()
             )
             details.append(Detail("Entities whose words name none in training", ("", "recall", "entities"), rows_of))
-        return Table(
+        return ResultTable(
             "f1", rows, gain, n, n,
             asked=f"the {wanted:,} entities of {n:,} held-out test texts ({', '.join(types)}), whole entities only",
             caveat=f"Step and regularisation were chosen on {len(valid):,} validation texts; no test text occurs in "
