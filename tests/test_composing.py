@@ -966,5 +966,5 @@ def test_wishes_that_cannot_be_met_say_why(limits: dict[str, Any], expected: str
 
 
 def test_substitutes_answer_no_wishes(small: Composer) -> None:
-    with pytest.raises(DataError, match="cannot answer wishes"):
+    with pytest.raises(DataError, match="cannot answer a query"):
         small.compose([0], one_of=[OneOf("boots", np.array([4]))], options=Options(mode="substitute"))

@@ -263,10 +263,10 @@ def _measure(
     answered = {"frozen backbone": validation.ranks(
         BundleHead(backbone.dim, BundleTask()), backbone.encode(validation.texts, progress=callback.on_advance)
     )}  # fmt: skip
-    contenders: dict[str, tuple[AttachedAdapter, BundleHead]] = {
+    compared: dict[str, tuple[AttachedAdapter, BundleHead]] = {
         **{one.reference: (one.attached, one.head) for one in parents}, "merged": (attached, head),
     }  # fmt: skip
-    for name, (encoder, its_head) in contenders.items():
+    for name, (encoder, its_head) in compared.items():
         answered[name] = validation.ranks(
             its_head, backbone.encode(validation.texts, encoder, progress=callback.on_advance)
         )

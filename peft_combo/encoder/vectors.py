@@ -86,7 +86,7 @@ class VectorCache:
         """
         encoder = _find_encoder(bank, reference)
         with _explain_disk_errors(self.folder):
-            return len(_find_unknown(_digest_texts(texts), self._shelves(encoder)))
+            return len(_find_unknown(_digest_texts(texts), self._list_entries(encoder)))
 
     def vectors(
         self, bank: AdapterBank, texts: Sequence[str], reference: str | None, progress: Progress | None = None
@@ -112,12 +112,12 @@ class VectorCache:
                 same = self._open(encoder, _name_shelf(digests))
                 if same is not None:
                     return same.vectors
-                shelves = self._shelves(encoder)
-                if not _find_unknown(digests, shelves):
+                entries = self._list_entries(encoder)
+                if not _find_unknown(digests, entries):
                     return _make_read_only(
-                        _gather(*_find_places(digests, shelves), [shelf.vectors for shelf in shelves])
+                        _gather(*_find_places(digests, entries), [entry.vectors for entry in entries])
                     )
-                self._write(encoder, texts, digests, shelves, progress)
+                self._write(encoder, texts, digests, entries, progress)
         raise StoreError(f"The vectors in {self.folder}/ are replaced faster than they can be read. Try again.")
 
     def prune(self, keep: Iterable[str]) -> int:
@@ -145,7 +145,7 @@ class VectorCache:
                         freed += _discard(path) if path.name.startswith((DRAFT, TRASH)) and old else 0
         return freed
 
-    def _open(self, encoder: _Encoder, name: str) -> _Shelf | None:
+    def _open(self, encoder: _Encoder, name: str) -> _CacheEntry | None:
         """Return what is kept under `name`, or None where nothing is, or not what was written."""
         path = self.folder / encoder.key / name
         try:
@@ -170,37 +170,37 @@ class VectorCache:
             vectors = np.memmap(path / _VECTORS, "<f4", "r", shape=(manifest.rows, manifest.dim))
         except (OSError, ValueError):  # missing, no such manifest, or cut short between two of these lines
             return None
-        return _Shelf(path, index, vectors)
+        return _CacheEntry(path, index, vectors)
 
-    def _shelves(self, encoder: _Encoder) -> list[_Shelf]:
+    def _list_entries(self, encoder: _Encoder) -> list[_CacheEntry]:
         names = [path.name for path in _list_children(self.folder / encoder.key) if _NAME.fullmatch(path.name)]
-        return [shelf for name in names if (shelf := self._open(encoder, name)) is not None]
+        return [entry for name in names if (entry := self._open(encoder, name)) is not None]
 
     def _write(
         self,
         encoder: _Encoder,
         texts: Sequence[str],
         digests: Sequence[bytes],
-        shelves: Sequence[_Shelf],
+        entries: Sequence[_CacheEntry],
         progress: Progress | None,
     ) -> int:
-        """Keep the vectors of `texts`: those on `shelves` are copied, the others encoded; return how many those were.
+        """Keep the vectors of `texts`: those on `entries` are copied, the others encoded; return how many those were.
 
-        An older state of the same catalogue goes: a shelf at least half of whose texts are in the new one. Others
+        An older state of the same catalogue goes: a entry at least half of whose texts are in the new one. Others
         stay, they are other catalogues under the same adapter.
         """
         name = _name_shelf(digests)
         target = self.folder / encoder.key / name
-        unknown = _find_unknown(digests, shelves)
+        unknown = _find_unknown(digests, entries)
         fresh = [texts[row] for row in unknown.values()]
         try:
             # First of all the folder: where we may not write, nothing is encoded in vain. What is there under this name
             # is damaged, or another writer was quicker with the same texts.
             with stage_folder(target, replace=lambda: self._open(encoder, name) is None, missed=False) as staged:
-                sources = [shelf.vectors for shelf in shelves]
+                sources = [entry.vectors for entry in entries]
                 if fresh:
                     sources.append(self._encode(encoder, fresh, staged.path / "encoded.f32", progress))
-                checksum = self._copy(*_find_places(digests, shelves, unknown), sources, staged.path / _VECTORS)
+                checksum = self._copy(*_find_places(digests, entries, unknown), sources, staged.path / _VECTORS)
                 sources.clear()
                 (staged.path / "encoded.f32").unlink(missing_ok=True)
                 (staged.path / _TEXTS).write_bytes(b"".join(digests))
@@ -213,9 +213,9 @@ class VectorCache:
             if self._open(encoder, name) is None:
                 raise StoreError(f"The damaged vectors in {target}/ cannot be replaced. Delete that folder.") from None
         present = set(digests)
-        for shelf in shelves:
-            if shelf.path.name != name and 2 * len(shelf.rows.keys() & present) >= len(shelf.rows):
-                _discard(shelf.path)
+        for entry in entries:
+            if entry.path.name != name and 2 * len(entry.rows.keys() & present) >= len(entry.rows):
+                _discard(entry.path)
         return len(fresh)
 
     def _encode(
@@ -279,18 +279,18 @@ def embed(
         if processes > 1 and cache._open(encoder, _name_shelf(digests)) is None:
             # Shares are of all texts, not of the unknown ones: by now another process may have made its own known.
             share = list(dict.fromkeys(digests))[process::processes]
-            shelves = cache._shelves(encoder)
-            unknown = _find_unknown(share, shelves)
+            entries = cache._list_entries(encoder)
+            unknown = _find_unknown(share, entries)
             if unknown:
                 text_of = dict(zip(digests, texts, strict=True))
                 own = [text_of[digest] for digest in unknown]
-                encoded += cache._write(encoder, own, list(unknown), shelves, progress)
+                encoded += cache._write(encoder, own, list(unknown), entries, progress)
         if process > 0:
             return encoded
         if processes > 1:
             _wait_for_others(cache, encoder, digests, time.monotonic() + patience)
         if cache._open(encoder, _name_shelf(digests)) is None:
-            encoded += cache._write(encoder, texts, digests, cache._shelves(encoder), progress)
+            encoded += cache._write(encoder, texts, digests, cache._list_entries(encoder), progress)
     return encoded
 
 
@@ -299,7 +299,7 @@ def _wait_for_others(cache: VectorCache, encoder: _Encoder, digests: Sequence[by
     seen: set[str] = set()
     while time.monotonic() < deadline:
         names = {path.name for path in _list_children(cache.folder / encoder.key) if _NAME.fullmatch(path.name)}
-        if names != seen and not _find_unknown(digests, cache._shelves(encoder)):
+        if names != seen and not _find_unknown(digests, cache._list_entries(encoder)):
             return
         seen = names
         time.sleep(_POLL_SECONDS)
@@ -350,7 +350,7 @@ class _CacheManifest(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Shelf:
+class _CacheEntry:
     """Vectors kept together: those of one catalogue at one time, or of one process's share of it."""
 
     path: Path
@@ -370,22 +370,22 @@ def _name_shelf(digests: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _find_unknown(digests: Sequence[bytes], shelves: Sequence[_Shelf]) -> dict[bytes, int]:
-    """Return each digest that no shelf has, with the first row it stands in."""
+def _find_unknown(digests: Sequence[bytes], entries: Sequence[_CacheEntry]) -> dict[bytes, int]:
+    """Return each digest that no entry has, with the first row it stands in."""
     unknown: dict[bytes, int] = {}
     for row, digest in enumerate(digests):
-        if digest not in unknown and not any(digest in shelf.rows for shelf in shelves):
+        if digest not in unknown and not any(digest in entry.rows for entry in entries):
             unknown[digest] = row
     return unknown
 
 
 def _find_places(
-    digests: Sequence[bytes], shelves: Sequence[_Shelf], unknown: Iterable[bytes] = ()
+    digests: Sequence[bytes], entries: Sequence[_CacheEntry], unknown: Iterable[bytes] = ()
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return for each digest the shelf and the row that have it, both (N,); `unknown` counts as one shelf more."""
-    places = {digest: (len(shelves), row) for row, digest in enumerate(unknown)}
-    for number, shelf in enumerate(shelves):
-        places |= {digest: (number, row) for digest in digests if (row := shelf.rows.get(digest)) is not None}
+    """Return for each digest the entry and the row that have it, both (N,); `unknown` counts as one entry more."""
+    places = {digest: (len(entries), row) for row, digest in enumerate(unknown)}
+    for number, entry in enumerate(entries):
+        places |= {digest: (number, row) for digest in digests if (row := entry.rows.get(digest)) is not None}
     found = np.array([places[digest] for digest in digests], np.int64).reshape(-1, 2)
     return found[:, 0], found[:, 1]
 

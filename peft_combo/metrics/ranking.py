@@ -126,8 +126,8 @@ def _counts(scores: NDArray[Any], mine: NDArray[Any]) -> tuple[NDArray[np.int64]
         equal = np.count_nonzero(scores == mine, axis=1)
     lost = np.flatnonzero(np.isnan(mine[:, 0]))
     if lost.size:
-        silent = np.count_nonzero(np.isnan(scores[lost]), axis=1)
-        better[lost], equal[lost] = scores.shape[1] - silent, silent
+        missing = np.count_nonzero(np.isnan(scores[lost]), axis=1)
+        better[lost], equal[lost] = scores.shape[1] - missing, missing
     return better, equal
 
 

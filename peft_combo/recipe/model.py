@@ -290,7 +290,7 @@ class Recipe(Section):
     adapter: AdapterConfig = Field(description="What is trained.")
     task: TaskConfig = Field(default=BundleTask(), description="What is learned.")
     augmentation: AugmentationConfig = Field(
-        default=AugmentationConfig(), description="Other wordings of the texts that training sees now and then."
+        default=AugmentationConfig(), description="Variants of the texts that training sees now and then."
     )
     training: TrainingConfig = Field(default=TrainingConfig(), description="How it is trained.")
     store: Text = Field(default="adapters", description="Folder of the adapter store.")

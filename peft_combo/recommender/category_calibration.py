@@ -141,7 +141,7 @@ class Calibration:
         if coverage.shared is not None:
             terms.append(("shared", ""))
             cells.append((place < 0).astype(np.float32) * standard[coverage.shared])
-        # Where both voices are heard they start from half each, the shared one alone from the whole.
+        # Where both scorers have a score they start from half each, the shared one alone from the whole.
         start = {"own": 0.5 if coverage.shared is not None else 1.0, "shared": 0.5, "offset": 0.0}
         centre = np.array([1.0 if term == ("shared", "") else start[term[0]] for term in terms])
         free = [(None, None) if kind == "offset" else (0.0, None) for kind, _ in terms]

@@ -104,6 +104,6 @@ def _compute_margin(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _find_missing(has_score: NDArray[np.bool_], evidence: Evidence) -> NDArray[np.bool_]:
     """Tell where a scorer that has something to say says nothing; context items aside."""
-    silent = ~has_score & has_score.any(axis=1, keepdims=True)
-    silent[evidence.find_context_cells()] = False
-    return silent
+    missing = ~has_score & has_score.any(axis=1, keepdims=True)
+    missing[evidence.find_context_cells()] = False
+    return missing

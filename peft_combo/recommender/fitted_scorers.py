@@ -136,7 +136,7 @@ class FittedCategories:
 
 @dataclass(frozen=True, eq=False)
 class FittedPast:
-    """What the user of a query took before, or what users like them took; silent about users it never met."""
+    """What the user of a query took before, or what users like them took; NaN for users it never met."""
 
     past: sparse.csr_matrix[Any]
     user_rows: Mapping[str, int]

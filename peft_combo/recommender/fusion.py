@@ -55,7 +55,7 @@ class Tried:
 class Fusion(Generic[Key]):
     """A weighted sum of comparable scores, ``sum over scorers s, gates k of weight[s, k] gate_k(q, i) score_s(q, i)``.
 
-    A scorer that is silent about an item, but not about the whole query, adds its `silence` instead of a score: 0
+    A scorer without a score for an item, but not for the whole query, adds its `silence` instead of a score: 0
     puts the item level with the scorer's average one, less than 0 below it; fitted like the rest.
 
     Attributes:
@@ -164,7 +164,7 @@ class Fusion(Generic[Key]):
         Args:
             scores: (Q, N) of at least the scorers in `needs`; NaN where one cannot say.
         Returns:
-            (Q, N), comparable within a query; NaN for context items and where every scorer was silent.
+            (Q, N), comparable within a query; NaN for context items and where no scorer has a score.
         Raises:
             ValueError: a scorer is missing or a shape differs.
         """

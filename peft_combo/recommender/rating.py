@@ -72,7 +72,7 @@ class Rater:
 
 @dataclass(frozen=True, eq=False)
 class FittedRating:
-    """A rating adapter as a scorer of completions; silent where there is nothing to tell from.
+    """A rating adapter as a scorer of completions; NaN where there is nothing to score by.
 
     Attributes:
         beside: whether the items of the query count as taken last, before the owner's past; else the past alone

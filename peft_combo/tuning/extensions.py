@@ -27,7 +27,7 @@ def build_extensions(
 
     Args:
         parameters: name -> weight that learns.
-        variants: other wordings of the items' texts, which `items` was given as extra ones.
+        variants: variants of the items' texts, which `items` was given as extra ones.
         exclusive: whether a row of logits is one softmax, as the task says.
     """
     return StepExtensions(

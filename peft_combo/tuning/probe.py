@@ -43,7 +43,7 @@ def probe(
     with torch.autograd.graph.saved_tensors_hooks(kept.note, _same):
         loss: Tensor = model(batch, recipe.seed)
     loss.backward()  # type: ignore[no-untyped-call]
-    silent = [name for name, p in trained.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+    idle = [name for name, p in trained.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     model.zero_grad(set_to_none=True)
     clock = time.perf_counter()  # the first pass also paid for memory that the second finds ready
     model(batch, recipe.seed).backward()
@@ -52,10 +52,10 @@ def probe(
         for name, parameter in trained.items():
             parameter.copy_(start[name])
     model.zero_grad(set_to_none=True)
-    if silent:
+    if idle:
         raise TuningError(
-            f"{len(silent)} of {len(trained)} trained tensors get no gradient, so they would be stored untrained: "
-            f"{', '.join(silent[:3])}{' ...' if len(silent) > 3 else ''}. The method {recipe.adapter.method} does not "
+            f"{len(idle)} of {len(trained)} trained tensors get no gradient, so they would be stored untrained: "
+            f"{', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}. The method {recipe.adapter.method} does not "
             f"reach this encoder's output; use another method or other adapter.targets."
         )
     return seconds, kept.bytes

@@ -41,7 +41,7 @@ def plan_promising(
     not counted yet would add beside the context, and by how probable the template is.
 
     Args:
-        gains: per slot what each item of its shelf adds beside the context, (1, items).
+        gains: per slot what each candidate adds beside the context, (1, items).
     """
     options, held = objective.options, np.flatnonzero(space.held)
     context = tuple(np.repeat(held, space.held[held]).tolist())

@@ -29,7 +29,7 @@ def search_around(
     """Find bundles that hold one item for each query item, and besides none that would answer one."""
     options = objective.options
     if options.mode == "substitute":
-        raise DataError("Substitutes replace what is there; they cannot answer wishes. Ask for complements.")
+        raise DataError("Substitutes replace what is there; they cannot answer a query. Ask for complements.")
     least = len(context) + len(one_of)
     if constraints.size is not None and constraints.size[1] < least:
         names = ", ".join(one.name for one in one_of)

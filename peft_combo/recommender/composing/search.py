@@ -109,7 +109,7 @@ def _search_beam(
 def _compute_gains(
     space: SearchSpace, objective: Objective, sets: Sequence[tuple[int, ...]], slots: Sequence[int]
 ) -> dict[int, NDArray[np.float64]]:
-    """Per slot what each item of its shelf would add beside each set: (S, items of the shelf)."""
+    """Per slot what each candidate would add beside each set: (S, candidates)."""
     weights, candidates = objective.weights, [space.candidates[slot] for slot in slots]
     rows = np.concatenate([np.empty(0, np.int64), *candidates])
     gains = objective.weigh_relevance(rows) + weights.compatibility * objective.score_beside(sets, rows)
@@ -120,7 +120,7 @@ def _compute_gains(
 def _make_shortlists(
     space: SearchSpace, objective: Objective, gains: dict[int, NDArray[np.float64]]
 ) -> tuple[SearchSpace, dict[int, NDArray[np.float64]]]:
-    """Keep of each shelf the items that add most beside any of the sets, and what they add."""
+    """Keep of each slot the candidates that add most beside any of the sets, and what they add."""
     candidates, limit = list(space.candidates), objective.options.shortlist
     for slot, values in gains.items():
         rows = space.candidates[slot]
@@ -180,7 +180,7 @@ def _extend(
 
     Args:
         held: the rows of the context and those added.
-        gains: per such slot what each item of the shelf adds beside them.
+        gains: per such slot what each candidate adds beside them.
     """
     for slot, node in state.node.children.items():
         rows, own = space.candidates[slot], gains[slot]
