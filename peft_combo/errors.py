@@ -1,4 +1,4 @@
-"""Exceptions a user can act on, and how error messages read.
+"""Exceptions a user can act on, faults with place and remedy, and the nearest valid name.
 
 Owns the exception tree, the form of a message (expected, found, remedy, nearest valid name) and the printing of many
 faults at once. Knows nothing of what goes wrong elsewhere.

@@ -1,4 +1,4 @@
-"""`adapters`: what the store holds."""
+"""`adapters` commands: list, show, verify, aliases, rollback, garbage collection, import, removal."""
 
 from __future__ import annotations
 

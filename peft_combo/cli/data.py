@@ -1,4 +1,4 @@
-"""`data`: sources, their faults and figures."""
+"""`data` commands: sources, checks, statistics, downloads, the demo as a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is this machine fit to tune and serve, and if not, what to do about it. Looks, and changes nothing.
+"""Diagnostics of this machine: versions, back-ends, GPUs, memory, disk and store, with a remedy for each finding.
 
 Owns the checks and the list of combinations known to be bad. Works without a network and sends nothing anywhere. What
 is heavy is imported inside the checks, so a package that cannot be imported is a finding and not a crash.

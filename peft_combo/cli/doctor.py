@@ -1,4 +1,4 @@
-"""`doctor`: whether this machine is fit."""
+"""`doctor` command: diagnostics of this machine as a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate`: every scorer on the test bundles."""
+"""`evaluate` command: every scorer on the test bundles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns what a reader found into a dataset: filters, bundles from baskets, sizes, the sample.
+"""Assembly of a dataset from what a reader returned: filters, bundles from baskets, sizes, sampling.
 
 Owns the steps every source shares, in their order. Knows nothing of files or layouts.
 """

@@ -1,4 +1,4 @@
-"""Two datasets of one shop, an earlier and a later one, as one: items and bundles matched by their ids.
+"""Join of two datasets of one shop, an earlier and a later one: items and bundles matched by their ids.
 
 Owns which of two rows stands. Knows nothing of files or splits.
 """

@@ -1,4 +1,4 @@
-"""The nouns of the data layer: catalogue, interactions, bundles and the dataset that holds them.
+"""Data model: catalogue, interactions, bundles, and the dataset that holds them.
 
 Owns what they hold, the map from outside ids to rows, and the digest that says two datasets are the same. Knows nothing
 of files, sources or splits. Outside ids are strings and appear here only; everything else works on row numbers.

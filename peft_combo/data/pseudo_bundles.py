@@ -1,4 +1,4 @@
-"""Sets of items that were bought together so surely that they may stand for bundles: training data without labels.
+"""Pseudo-bundles: sets of items bought together so surely that they serve as training bundles (pseudo-labels).
 
 Owns what "together" and "surely" mean. Looks at the interactions train may see and at nothing else of them; of the
 held-out bundles it only learns which sets it may not give.

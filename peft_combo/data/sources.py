@@ -1,4 +1,4 @@
-"""Where datasets come from: picks the reader for a data config, and says what is wrong with a source.
+"""Data sources: the reader for a data config, and what is wrong with a source.
 
 Owns the list of sources and the recognition of a folder's layout. Knows nothing of columns (the readers do) or of the
 network (that is `fetch`).

@@ -1,4 +1,4 @@
-"""Divides a dataset into train, validation and test without letting the held-out part leak.
+"""Train, validation and test splits without leakage: by user, by time, by bundle, or with cold items.
 
 Owns the rules of division and what of the interactions train may see. Knows nothing of files or models. Groups fall
 into parts by a hash of seed and name, so adding data never moves what was there before.

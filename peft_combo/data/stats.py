@@ -1,4 +1,4 @@
-"""What a dataset looks like, in figures.
+"""Dataset statistics: counts, densities, lengths and shares of missing values.
 
 Owns the figures of `data stats`. Knows nothing of how they are printed.
 """

@@ -1,4 +1,4 @@
-"""What the task of a recipe learns from: a dataset, labelled texts or tagged texts; opened, checked and described.
+"""Data of a task: a dataset, labelled texts or tagged texts; opened, checked and described.
 
 Owns which of them a task needs, and what is looked at where no task is named. Knows nothing of encoders.
 """

@@ -1,4 +1,4 @@
-"""Where things lie inside each BERT-like architecture, and how to look at a part of one.
+"""BERT-like architectures: names of layers, embeddings and linear modules in each, and views of a part of one.
 
 Owns the map from a transformers ``model_type`` to its stack of layers and its linear modules, copies that share
 weights, and the lower and upper view of an encoder. Knows nothing of PEFT, tokenizers or files.

@@ -1,4 +1,4 @@
-"""The frozen encoder: its weights, its tokenizer, its pooling, and texts in, vectors out.
+"""Backbone: a frozen pretrained encoder with its tokenizer and pooling; texts in, vectors out.
 
 Owns loading (embedded, local folder or hub id; full precision, 8-bit, 4-bit), the fingerprint that ties adapters to
 weights, tokenization, and encoding in length-sorted chunks. Knows nothing of tasks, nor of how

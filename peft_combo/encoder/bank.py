@@ -1,4 +1,4 @@
-"""All adapters of a store over one encoder, in memory: asked for by reference, loaded when first wanted.
+"""Adapter bank: all adapters of a store over one encoder, loaded when first wanted, evicted by size, hot-swapped.
 
 Owns which versions are loaded, which one a category means at the moment, and when one is let go. Nothing is ever
 switched: an adapter is a value that a request takes and keeps for as long as it needs it, so what another thread loads,

@@ -1,4 +1,4 @@
-"""Figures that are no mean over questions: F1 from counts, calibration, and how sure we may be of them.
+"""Classification metrics: F1 from counts, calibration error, bootstrap intervals and paired tests of both.
 
 Owns the formulas. Counts come as one row a question (a text) with, for each class, how often it was rightly given,
 given and wanted; every figure is a function of their sums, so an interval resamples rows. Knows nothing of models.

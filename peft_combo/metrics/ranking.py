@@ -1,4 +1,4 @@
-"""How good a ranking is, and how sure we may be of a difference.
+"""Ranking metrics: NDCG, recall, hit rate and MRR with ties at mid-rank.
 
 Owns ranks with honest ties, the ranking metrics over them, and intervals and tests that respect clusters. Knows numbers
 only: nothing of items, scorers or models.

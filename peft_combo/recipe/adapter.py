@@ -1,4 +1,4 @@
-"""The adapter section of a recipe: one class per method, closed, each with its defaults and why they are what they are.
+"""Adapter section of a recipe: one class per PEFT method, each with its defaults and the reason for them.
 
 Owns the fields of every method, the peak learning rate a method takes where the recipe names none, and what may not be
 combined. Knows nothing of how a method works (see `methods`) nor of the rest of a recipe.

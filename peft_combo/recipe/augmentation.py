@@ -1,4 +1,4 @@
-"""The augmentation section of a recipe: which altered texts of an item training sees beside its own.
+"""Augmentation section of a recipe: which variants of its texts training sees.
 
 Owns the fields, their defaults and ranges. Knows nothing of words, data or torch; see `data.augmenting`.
 """

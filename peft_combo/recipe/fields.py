@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of: strict numbers, texts of one line, and how a refusal is raised and shown.
+"""Field types of recipes: strict numbers, texts of one line, and how a refusal is raised.
 
 Knows no section, no default and no file.
 """

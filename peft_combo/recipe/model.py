@@ -1,7 +1,7 @@
-"""What one run is: a frozen, complete, serialisable description, and every fault in a faulty one at once.
+"""Recipe: a frozen, complete, serialisable description of one run.
 
 Owns the fields, their defaults, their ranges and how a violation reads. Knows nothing of files, inheritance or the
-command line (see `recipe_files`), of what a dataset holds, or of torch.
+command line (see `recipe.files`), of what a dataset holds, or of torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The task section of a recipe: one class for each thing that can be learned, told apart by `kind`.
+"""Task section of a recipe: one class per task, told apart by `kind`.
 
 Owns the fields, their defaults and ranges. Knows nothing of data or torch.
 """

@@ -1,4 +1,4 @@
-"""What every scorer is: a fitted history in, (Q, N) scores out.
+"""Scorer protocol: a fitted history in, (Q, N) scores out, NaN where a score is missing.
 
 Owns the `Scorer` protocol, the checks on what comes in, and the saved form (named arrays plus JSON parameters). Knows
 row and column numbers only: ids were exchanged for numbers before a matrix gets here.

@@ -1,4 +1,4 @@
-"""What counting says of a user and an item: how popular the item is, and how near to what the user took.
+"""Counted features of the rating task: item popularity, and nearness to what the user took.
 
 Owns the two numbers that a rating head reads beside the texts. Both are computed from whatever interactions may be seen
 where the head is used, and never stored with it: a new item, or a purchase of yesterday, counts without tuning anew.

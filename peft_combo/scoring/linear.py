@@ -1,4 +1,4 @@
-"""Linear item-to-item models with a closed form: EASE, and CEASE which lets the text in.
+"""EASE and CEASE: linear item-to-item models with a closed form, the second with text features.
 
 One matrix inverse is the whole of training. The inverse is what is kept: scores follow from it, and so does an update.
 """

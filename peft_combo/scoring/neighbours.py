@@ -1,4 +1,4 @@
-"""Nearest neighbours: items like those in the context, users like this one.
+"""Item-kNN and user-kNN: items like those in the context, users like this one.
 
 Sparse throughout: products are made a block at a time and pruned to the k nearest before the next.
 """

@@ -1,4 +1,4 @@
-"""Scorers that count: the floor (random), the crowd (popularity) and what is bought together (co-occurrence).
+"""Random, popularity and co-occurrence scorers.
 
 Every baseline table needs them, and they are exact under updates.
 """

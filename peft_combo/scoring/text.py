@@ -1,4 +1,4 @@
-"""Words as vectors, and the scorer that trusts them alone.
+"""TF-IDF vectors, and cosine similarity of the context with every item.
 
 Owns TF-IDF weighting and the cosine between a context and every item. The vectors may as well come from an
 encoder: `TextCosine` does not ask.

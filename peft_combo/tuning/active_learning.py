@@ -122,7 +122,7 @@ def suggest_bundles(
     that the adapter thinks completes it best. What is a bundle already is none.
 
     Args:
-        sets: rows of items that were bought together, see `data.pseudo.mine`.
+        sets: rows of items that were bought together, see `data.pseudo_bundles`.
     Returns:
         in the order they were chosen.
     Raises:

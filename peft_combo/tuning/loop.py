@@ -77,7 +77,7 @@ def tune(
     """Run a recipe and store what comes out.
 
     Args:
-        recipe: complete; `recipe_files.load_recipe` makes one of a name or file.
+        recipe: complete; `load_recipe` makes one of a name or file.
         resume: go on from the last checkpoint in the run folder.
         run_folder: checkpoints and the loss log; default ``runs/<recipe>``.
         callback: told of plan, steps and metrics, on the main process.
@@ -85,7 +85,7 @@ def tune(
         task: what is learned; default the recipe's task over the recipe's data.
         rewrite: says texts in other words, for `augmentation`: back-translation, for example. A resumed run must be
             given the same one, and it must answer the same.
-        start: a stored adapter to go on from, as `starting.recipe_from` allows; default an untrained one.
+        start: a stored adapter to go on from, as `warm_start.recipe_from` allows; default an untrained one.
     Returns:
         the stored adapter, already reloaded and compared, with the before/after table.
     Raises:

@@ -31,7 +31,7 @@ from peft_combo.store.versions import AdapterRecord
 _TRAINING_ONLY = ("dropout", "plus_ratio", "freeze_a")
 # Fields of a head's description that say what its weights mean.
 _HEAD_SHAPE = ("kind", "dim", "pooling", "projection", "labels", "tags")
-# Equal up to the order of additions; see `storing`.
+# Equal up to the order of additions; see `tuning.save`.
 _SAME = 1e-4
 _SAMPLE = 64
 # The task whose adapters may start any other.

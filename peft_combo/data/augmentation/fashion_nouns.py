@@ -1,4 +1,4 @@
-"""What things to wear are called, by kind: the nouns behind the weak labels of the tagging task.
+"""Fashion nouns by kind: the dictionary behind the weak labels of the tagging task.
 
 Singular forms; plurals follow the rules of English, and the few that do not are listed. A word that as often says how
 a thing is made as what it is ("jersey", "lace-up", "stud") is not here.

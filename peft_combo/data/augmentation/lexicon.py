@@ -1,4 +1,4 @@
-"""Which phrases may stand for each other in a product text: synonyms, and values of one attribute.
+"""Lexicon of synonyms and attribute values: which phrases may stand for each other in a product text.
 
 Owns the form of a lexicon file, its faults, and how phrases are found in a text and put into its case. Knows nothing of
 catalogues or chances. The file that ships with the package is `lexicon.yaml`.

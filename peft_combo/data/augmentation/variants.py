@@ -1,4 +1,4 @@
-"""Altered texts of an item, made once before training, that mean nearly the same: data where there is little.
+"""Text augmentation: variants of a text that mean nearly the same, made once before training.
 
 Owns the kinds of change and that an altered text is a function of seed and text alone, whatever else is in the
 catalogue. Sees texts and brands; knows nothing of labels, tokens or training. Phrases come from `data.lexicon`.

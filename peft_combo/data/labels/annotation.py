@@ -1,4 +1,4 @@
-"""What of a user's data nobody has labelled yet, and the files in which a person labels it.
+"""Annotation: texts nobody has labelled yet, and the files in which a person labels them.
 
 Owns which texts have no label where a task looks for one, and the form of a file to fill in: the tables the package
 reads, with further columns that help and are not read. Knows nothing of who chose what is worth labelling.

@@ -1,4 +1,4 @@
-"""Texts whose words are tagged: read as tokens with BIO tags, as text with spans or as CoNLL, or made of a catalogue.
+"""BIO tags: tokens with tags, texts with spans or CoNLL files read, or weak tags made of a catalogue.
 
 Owns the three formats, their faults, the weak labeller, and what entities say of a catalogue's items. A tagged text
 keeps the text itself and where its words stand in it, so that whoever cuts it otherwise (word pieces) can find them

@@ -1,4 +1,4 @@
-"""Texts with labels, of a table or made of a catalogue, and how they are divided without a text on both sides.
+"""Labelled texts, of a table or made of a catalogue, and their split without a text on both sides.
 
 Owns what a labels table must look like and what becomes of texts that occur twice. Knows nothing of tasks or encoders.
 """

@@ -1,4 +1,4 @@
-"""Texts without labels: what an encoder may read of a catalogue before anybody tells it what to learn.
+"""Unlabelled texts of a catalogue, for masked language modelling.
 
 Owns which texts of a catalogue count, once each. Knows nothing of tokens or encoders.
 """

@@ -1,4 +1,4 @@
-"""The CSV layout of the BundleRec datasets (clothing, electronic, food).
+"""Reader of the BundleRec datasets (clothing, electronic, food) in their CSV layout.
 
 Owns their file names, columns and quirks. Knows nothing of other layouts.
 Source: https://github.com/BundleRec/bundle_recommendation (Sun et al., SIGIR 2022).

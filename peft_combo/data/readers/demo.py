@@ -1,4 +1,4 @@
-"""The demo: a synthetic fashion shop that comes with the package as a data folder, so a first run needs no download.
+"""Reader of the demo: a synthetic fashion shop that comes with the package as a data folder.
 
 Owns where it lies and its numbering. Everything in it is invented by `tools/make_demo.py` of the repository: figures
 measured on it say that the machinery works, never that a method is good on real data.

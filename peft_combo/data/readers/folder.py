@@ -1,4 +1,4 @@
-"""The folder format: items, bundles, bundle_meta and interactions as CSV, Parquet or JSON Lines.
+"""Reader of data folders: items, bundles, bundle_meta and interactions as CSV, Parquet or JSON Lines.
 
 Owns which columns a table has and what makes them faulty; every fault is reported at once. Knows nothing of file
 formats (that is `tables`) or of filters and splits.

@@ -1,4 +1,4 @@
-"""Reads one table of a folder (CSV, Parquet or JSON Lines) into Arrow columns, and finds every fault in it.
+"""Reader of one table (CSV, Parquet or JSON Lines) into Arrow columns, with every fault in it.
 
 Owns file formats, column mapping, physical line numbers and the turning of cells into ids, numbers and times. Knows
 nothing of what a table means. CSV and Parquet go through `datasets`; JSON Lines is read line by line, because there

@@ -143,7 +143,7 @@ def tag_texts(
 
 
 class AdapterTagger:
-    """A stored tagging adapter as a `data.tags.Tagger`; safe to share between threads.
+    """A stored tagging adapter as a `data.labels.tags.Tagger`; safe to share between threads.
 
     It remembers what it said of the texts it saw last: titles are asked about again with every query.
     """

@@ -1,4 +1,4 @@
-"""Adapter methods: how each is put into an encoder, trained, checkpointed, saved and loaded.
+"""PEFT methods: how each adapter is put into an encoder, trained, checkpointed, saved and loaded.
 
 Owns everything that differs between the methods, one module to a family, and is the only package that imports peft.
 Each adapter sits in an encoder copy of its own that shares the frozen weights (`copy_sharing_weights`), so there is no

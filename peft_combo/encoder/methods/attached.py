@@ -1,4 +1,4 @@
-"""What all adapter methods have in common: an adapter inside an encoder copy of its own, and PEFT's folder of files.
+"""Attached adapter: what all methods have in common, and the files of PEFT.
 
 Owns the interface the training loop, the bank and the backbone use. Knows no method.
 """

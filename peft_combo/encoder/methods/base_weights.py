@@ -1,4 +1,4 @@
-"""No adapter in PEFT's sense: some of the encoder's own weights learn, in copies of their own."""
+"""Full and partial fine-tuning: some of the encoder's own weights learn, in copies of their own."""
 
 from __future__ import annotations
 

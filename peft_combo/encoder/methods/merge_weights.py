@@ -1,4 +1,4 @@
-"""The plain encoder with an adapter merged into its weights, for methods that amount to that.
+"""Merging of an adapter into the weights of a plain encoder, for methods that amount to that.
 
 Owns the weight each method stands for. The frozen encoder is never written to.
 """

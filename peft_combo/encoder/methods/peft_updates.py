@@ -1,4 +1,4 @@
-"""Methods that PEFT brings whole: other forms of an update to linear layers, scales, rotations and norms.
+"""(IA)3, VeRA, LoHa, LoKr, OFT, RandLoRA, LayerNorm tuning: methods that PEFT brings whole.
 
 What is ours here is where they sit in each architecture, and refusing what PEFT would get wrong without saying so.
 """

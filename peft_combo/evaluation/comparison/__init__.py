@@ -1,5 +1,4 @@
-"""Comparing: what is compared (`variants`), one run each in a process of its own (`runs`, `one`), and what it says
-(`table`)."""
+"""Comparison of methods, values or recipes: one run each in a process of its own, paired tests, the best as a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one run of a comparison leaves in its folder, as JSON that is checked when it is read."""
+"""Result of one run of a comparison, as JSON that is checked when it is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Result(BaseModel):
     """One variant under one seed.
 
     Attributes:
-        value: of `metric` on validation. clusters, before, after: see `tasks.base.PerQuestion`; None where the metric
+        value: of `metric` on validation. clusters, before, after: see `metrics.report`; None where the metric
             is no mean over questions.
         asked: what the questions were, in words.
         seconds, peak_mib: of the run as a whole, data and frozen encoder included.

@@ -1,4 +1,4 @@
-"""Runs every variant under every seed, one process after another, and keeps what each found.
+"""Runs of a comparison: every variant under every seed, one process after another, resumable.
 
 Owns the folder of a comparison: a result is kept under a digest of all it depends on, so that a comparison that was
 killed goes on where it stopped, and one that is widened runs what is new alone. Knows nothing of what a result says.

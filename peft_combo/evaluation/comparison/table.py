@@ -1,4 +1,4 @@
-"""What a comparison says: means over seeds, intervals over questions, and which differences are more than luck.
+"""Table of a comparison: means over seeds, intervals over queries, paired tests with Holm's correction.
 
 Owns the statistics, the choice of a winner and the chart. Knows nothing of how a result came about.
 """

@@ -1,4 +1,4 @@
-"""What is compared: recipes that differ in a method, in values of a key, or as recipes, and in nothing else.
+"""Variants of a comparison: recipes that differ in a method, in values of a key, or as recipes.
 
 Owns how words become variants and what is kept equal between them. Knows nothing of running one.
 """

@@ -1,4 +1,4 @@
-"""One run of a comparison in a process of its own, so that its time and its peak of memory are its own.
+"""Worker of a comparison: one run in a process of its own, so that its time and peak memory are its own.
 
 ``python -m peft_combo.comparing.one FOLDER`` reads ``recipe.yaml`` and ``sample.json`` there and leaves
 ``result.json``, or ``failed.txt`` with what a user can put right.

@@ -185,7 +185,7 @@ class BundleBatches:
     """Makes the batches of the bundle task; see `Candidates`.
 
     Args:
-        pseudo: sets that stand for bundles, and how sure each is; see `data.pseudo`.
+        pseudo: sets that stand for bundles, and how sure each is; see `data.pseudo_bundles`.
     """
 
     def __init__(

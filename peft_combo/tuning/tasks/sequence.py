@@ -1,7 +1,8 @@
-"""The sequence task: bundles written item by item, and when to stop.
+"""Sequence task: bundles written item by item (next-item prediction), and when to stop.
 
 Owns the decoder, its batches and its loss. What is a fair negative and how completion is measured are those of the
-bundle task. Sees items as rows and vectors; knows nothing of encoders, the training loop or the search (`generating`).
+bundle task. Sees items as rows and vectors; knows nothing of encoders, the training loop
+or the search (`composing.generation`).
 
 A bundle is a set. So the decoder has no positions and looks at the items before it as they are, not at what it made of
 them: what it says after some items does not depend on their order.
@@ -11,7 +12,7 @@ the begin token, after the first item, and so on, until the bundle is complete.
 An item is its text and nothing else, so a new one is written as readily. A learned embedding of each item beside it was
 tried on BundleRec clothing, over the frozen encoder. On validation NDCG@10 rose by 0.006 to 0.018 (three splits), but
 only because items that no training bundle holds rose as a group and took three quarters of each list in place of half:
-there they are 95 % of the answers (see `fusion.GATES`). For all other answers it fell by 38 to 52 % (two splits).
+there they are 95 % of the answers (see `evidence.GATES`). For all other answers it fell by 38 to 52 % (two splits).
 """
 
 from __future__ import annotations

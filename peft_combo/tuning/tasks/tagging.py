@@ -1,7 +1,7 @@
 """Named-entity recognition task: which words of a text name something, and what.
 
 Owns the head, the alignment of words with word pieces, entity-level measures, the baselines, and tagging new texts.
-Where the tags come from is for `data.tags` to know.
+Where the tags come from is for `data.labels.tags` to know.
 
 A word speaks through its first piece: that piece alone has a label, and its answer is the word's. Pieces further on and
 special tokens have none, and there is no padding here to be taken for O: states come without it.
