@@ -255,7 +255,7 @@ def passes(method: str, encoder: str, finding: Finding) -> bool:
     """Whether a pair that was not refused does all it should."""
     return (
         not finding.silent
-        and (finding.move_to > MOVED) == (method != "head")
+        and (finding.moved > MOVED) == (method != "head")
         and finding.base_same
         and finding.reloaded <= RELOAD_TOLERANCE[ENCODERS[encoder][2]]
         and finding.resumed == 0.0

@@ -61,7 +61,7 @@ def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_shop(tmp_path_factory.mktemp("tiny-shop"))
 
 
-def make_tiny_recipe(encoder: Path, shop: Path, store: Path, method: str = "lora", **changes: Any) -> Any:
+def make_tiny_recipe(encoder: Path, shop: Path, store: Path, /, method: str = "lora", **changes: Any) -> Any:
     """Make a recipe of a tiny encoder and shop: ``make_tiny_recipe(..., "lora", **{"training.epochs": 2})``."""
     from peft_combo.recipe.parse import parse_recipe
 

@@ -75,7 +75,7 @@ def test_every_trained_tensor_gets_a_gradient(finding: Callable[..., Finding], m
 
 @each_working_pair
 def test_training_moves_the_vectors(finding: Callable[..., Finding], method: str, encoder: str) -> None:
-    assert (finding(method, encoder).move_to > MOVED) == (method != "head")
+    assert (finding(method, encoder).moved > MOVED) == (method != "head")
 
 
 @each_working_pair

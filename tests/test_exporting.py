@@ -251,7 +251,7 @@ def test_the_first_scheme_that_agrees_enough_is_taken(onnx: Any) -> None:
 def test_an_export_that_lost_its_adapter_is_not_written(
     lora: LiveAdapter, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "merged", lambda attached: attached.base)
+    monkeypatch.setattr(exporting, "merge_into_base", lambda attached: attached.base)
     with pytest.raises(ExportError, match=r"at least 0.99 of the 10 nearest .* found torch, merged 0\.\d+"):
         export(lora, backbone, tmp_path / "out", "merged", texts=TEXTS)
     assert not list(tmp_path.iterdir())

@@ -301,14 +301,14 @@ def test_the_plan_counts_every_scoring_of_an_evaluation(
 ) -> None:
     from peft_combo.tuning.tasks import bundle
 
-    honest, calls = bundle.completion_ranks, []
+    honest, calls = bundle.rank_targets, []
 
     def slow(*args: Any) -> Any:
         calls.append(args)
         time.sleep(0.05)
         return honest(*args)
 
-    monkeypatch.setattr(bundle, "completion_ranks", slow)
+    monkeypatch.setattr(bundle, "rank_targets", slow)
     result = run(tiny_recipe(**{"training.epochs": 2, "task.strengths": [0.1, 0.25, 0.5, 1.0]}), tmp_path)
     # Before and after the whole, four strengths in each of two evaluations, and four to know how long that takes.
     assert len(calls) == 2 + 2 * 4 + 4

@@ -1,4 +1,4 @@
-"""Comparison of methods, values or recipes: one run each in a process of its own, paired tests, the best as a recipe."""
+"""Comparison of methods, values or recipes: each run in a process of its own, paired tests, the best as a recipe."""
 
 from __future__ import annotations
 
