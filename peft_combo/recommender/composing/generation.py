@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import special
 
 from peft_combo.data.queries import pad_contexts
 from peft_combo.encoder.heads.completion import CompletionHead, encode_contexts, project_targets, step_scale
@@ -108,14 +109,16 @@ def generate(
                 elif end is None:
                     raise ValueError("whoever scores cannot tell when a bundle is complete: ask for one size.")
                 else:
-                    finished.append(Generated(added, so_far + _log_sigmoid(end)))
-                    so_far += _log_sigmoid(-end)
-            following[added] = _Ways(rows, so_far + _log_softmax(scores))
+                    finished.append(Generated(added, so_far + float(special.log_expit(end))))
+                    so_far += float(special.log_expit(-end))
+            following[added] = _Ways(
+                rows, so_far + (special.log_softmax(scores.astype(np.float64)) if len(rows) else scores)
+            )
         finished.sort(key=_rank)
         del finished[count:]
         alive = _keep_best(following, beam)
         # All that is still to come shares what the sets alive have left.
-        if len(finished) == count and alive and finished[-1].log_probability >= _log_sum(list(alive.values())):
+        if len(finished) == count and alive and finished[-1].log_probability >= special.logsumexp(list(alive.values())):
             break
     return finished
 
@@ -191,24 +194,10 @@ def _keep_best(following: Mapping[tuple[int, ...], _Ways], beam: int) -> dict[tu
     for rows in proposed:
         # Each of its rows may be the last that was added.
         before = [(rows[:place] + rows[place + 1 :], row) for place, row in enumerate(rows)]
-        grown.append(Generated(rows, _log_sum([following[one].log_to(row) for one, row in before if one in following])))
+        logs = [following[one].log_to(row) for one, row in before if one in following]
+        grown.append(Generated(rows, float(special.logsumexp(logs))))
     return {one.added: one.log_probability for one in sorted(grown, key=_rank)[:beam]}
 
 
 def _rank(one: Generated) -> tuple[float, tuple[int, ...]]:
     return -round(one.log_probability, _DIGITS), one.added
-
-
-def _log_sum(logs: Sequence[float]) -> float:
-    most = max(logs)
-    return most + math.log(math.fsum(math.exp(log - most) for log in logs))
-
-
-def _log_softmax(scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    logits = scores.astype(np.float64) - scores.max(initial=-np.inf)
-    logs: NDArray[np.float64] = logits - np.log(np.exp(logits).sum()) if len(logits) else logits
-    return logs
-
-
-def _log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x >= 0 else x - math.log1p(math.exp(x))
