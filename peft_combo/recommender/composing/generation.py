@@ -111,9 +111,8 @@ def generate(
                 else:
                     finished.append(Generated(added, so_far + float(special.log_expit(end))))
                     so_far += float(special.log_expit(-end))
-            following[added] = _Ways(
-                rows, so_far + (special.log_softmax(scores.astype(np.float64)) if len(rows) else scores)
-            )
+            logs = scores.astype(np.float64)
+            following[added] = _Ways(rows, so_far + (special.log_softmax(logs) if len(rows) else logs))
         finished.sort(key=_rank)
         del finished[count:]
         alive = _keep_best(following, beam)
