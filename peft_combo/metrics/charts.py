@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, assert_never
 
-from peft_combo.errors import PeftComboError
+from peft_combo.errors import PeftComboError, make_printable
 from peft_combo.files import atomic_file
 
 _PLAIN, _MARKED, _FAINT = "#4c78a8", "#0b6e4f", "#b8c4d6"
@@ -178,8 +178,8 @@ def _draw_plane(chart: Plane, axes: Any) -> None:
 
 
 def _escape_math(text: str) -> str:
-    """Keep matplotlib from reading what stands between two dollar signs as a formula."""
-    return text.replace("$", r"\$")
+    """Keep what stands between two dollar signs from being read as a formula, and control characters out of the SVG."""
+    return make_printable(text).replace("$", r"\$")
 
 
 def _colour(marked: bool) -> str:
