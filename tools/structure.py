@@ -188,14 +188,15 @@ def main() -> int:
     """Print the counts; return 1 where a bound is broken."""
     rooms = sorted({name_place(path).split(".")[0] for path in list_files()})
     upward, cycles = find_upward_imports(), find_import_cycles()
-    files = {name: count for name, count in count_lines().items() if count > MOST_LINES}
+    counts = count_lines()
+    files = {name: count for name, count in counts.items() if count > MOST_LINES}
     functions = {name: count for name, count in count_function_lines().items() if count > MOST_FUNCTION_LINES}
     lines = dict.fromkeys(rooms, 0)
-    for path in list_files():
-        lines[name_place(path).split(".")[0]] += len(path.read_text(encoding="utf-8").splitlines())
+    for name, count in counts.items():
+        lines[name_place(PACKAGE / name).split(".")[0]] += count
     for floor, names in enumerate(ORDER, start=1):
         print(f"floor {floor}: " + ", ".join(f"{room} ({lines.get(room, 0):,} lines)" for room in names))
-    print(f"{len(rooms)} rooms, {len(ORDER)} floors, {sum(lines.values()):,} lines in {len(list_files())} files")
+    print(f"{len(rooms)} rooms, {len(ORDER)} floors, {sum(lines.values()):,} lines in {len(counts)} files")
     print(f"{len(cycles)} import cycles, {len(upward)} upward imports")
     print(f"{len(files)} files over {MOST_LINES} lines, {len(functions)} functions over {MOST_FUNCTION_LINES}")
     print(f"{len(find_participles())} functions named by a participle, {len(find_repeated_classes())} repeated classes")
