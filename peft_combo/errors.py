@@ -71,9 +71,9 @@ class TuningError(PeftComboError):
     """A run cannot start or cannot go on."""
 
 
-def nearest(name: str, options: Iterable[str]) -> str | None:
-    """Return the option most like `name`, or None where none is close enough to suggest."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+def nearest(name: str, options: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """Return the option most like `name`, or None where none is as close as `cutoff` (a ratio of difflib)."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=cutoff)
     return close[0] if close else None
 
 

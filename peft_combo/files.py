@@ -28,6 +28,17 @@ _ATTEMPTS = 5  # another writer may take a name between two of our steps; so oft
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def literal_path(name: str | Path) -> Path:
+    """Return a path as it is named; ~ at its start is the home folder, unless something is there that is called so."""
+    path = Path(name)
+    if not str(name).startswith("~") or path.exists():
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # ~x of no user x
+        return path
+
+
 def list_names(folder: Path) -> tuple[str, ...]:
     """Names in a folder, sorted; none where it does not exist."""
     try:

@@ -62,7 +62,7 @@ def test_several_labels_are_parted_and_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        ({"other.txt": ""}, r"Expected labels\.csv or .*found other\.txt"),
+        ({"other.txt": ""}, r"Expected labels\.csv \(or .*found other\.txt"),
         ({"labels.csv": "text,class\na,b\n"}, r"labels\.csv:1: has no column 'label'"),
         ({"labels.csv": "text,label\n,b\n"}, r"labels\.csv:2: text is empty"),
         ({"labels.csv": "text,label\na,b\n", "labels.jsonl": "{}"}, "labels.csv and labels.jsonl exist"),
@@ -183,7 +183,7 @@ def test_every_fault_of_labels_and_tags_is_told_at_once(tmp_path: Path) -> None:
 def test_labels_and_tags_in_figures(tmp_path: Path) -> None:
     (tmp_path / "labels.jsonl").write_text(
         "".join(json.dumps({"text": f"text {n}", "label": "ab"[: 1 + n % 2]}) + "\n" for n in range(60))
-        + '{"text": "none", "label": ""}\n'
+        + '{"text": "no class", "label": ""}\n'
     )
     (tmp_path / "tags.jsonl").write_text(
         '{"text": "Red wrap dress", "spans": [[4, 14, "Clo"]]}\n{"text": "tote and hat", "spans": '

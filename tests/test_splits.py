@@ -171,8 +171,8 @@ def test_bundle_split_bars_the_basket_but_not_the_user() -> None:
 
 
 def test_time_split_shows_only_what_was_strictly_earlier() -> None:
-    bundles = [(f"b{n}", [n, n + 1], None, float(n)) for n in range(10)]
-    events = [(None, 0, time, -1) for time in (float("nan"), 0.0, 6.5, 7.0, 7.5, 9.0)]
+    bundles = [(f"b{n}", [n, n + 1], None, 1.7e9 + 100 * n) for n in range(10)]
+    events = [(None, 0, 1.7e9 + 100 * time, -1) for time in (float("nan"), 0.0, 6.5, 7.0, 7.5, 9.0)]
     parts = split(make_dataset(bundles, events), "time", 0.1, 0.2)
     assert (parts.train.tolist(), parts.valid.tolist(), parts.test.tolist()) == ([*range(7)], [7], [8, 9])
     assert parts.train_interactions.tolist() == [1, 2]
@@ -226,9 +226,23 @@ def test_time_split_needs_times() -> None:
 
 
 def test_one_moment_for_all_cannot_be_split_by_time() -> None:
-    dataset = make_dataset([(f"b{n}", [n, n + 1], None, 5.0) for n in range(10)])
-    with pytest.raises(DataError, match="too few bundles to split by time"):
+    dataset = make_dataset([(f"b{n}", [n, n + 1], None, 1.7e9) for n in range(10)])
+    with pytest.raises(DataError, match=r"those of the bundles span 0 seconds.*set data.split to user or bundle"):
         split(dataset, "time")
+
+
+@pytest.mark.parametrize(
+    ("bundle_times", "event_time", "found"),
+    [
+        ([float(n) for n in range(10)], 1.7e9, r"bundles span 9 seconds"),
+        ([100.0 * n for n in range(10)], 1.7e9, r"bundles lie in 1970 \(the first is 0 seconds\)"),
+        ([1.7e9 + 100 * n for n in range(10)], 20_230_115.0, r"interactions lie in 1970 \(the first is 20,230,115"),
+    ],
+)
+def test_times_that_are_none_cannot_be_split_by(bundle_times: list[float], event_time: float, found: str) -> None:
+    bundles = [(f"b{n}", [n, n + 1], None, time) for n, time in enumerate(bundle_times)]
+    with pytest.raises(DataError, match=found):
+        split(make_dataset(bundles, [("u", 0, event_time, -1)]), "time")
 
 
 def test_fractions_must_leave_something() -> None:

@@ -22,6 +22,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "bitsandbytes": ("encoder", "cli.diagnostics"),
     "accelerate": "tuning",
     "datasets": "data",
+    "charset_normalizer": "data.readers.encodings",
     "optuna": "evaluation",
     "faiss": "encoder.index",
     "implicit": "scoring.factors",

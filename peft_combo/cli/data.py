@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, SetOption, data_app
 from peft_combo.cli.output import format_figure, print_faults, print_json, print_table
+from peft_combo.errors import make_printable
 
 if TYPE_CHECKING:
-    from peft_combo.recipe.model import DataConfig
-    from peft_combo.recipe.task import TaskConfig
+    from peft_combo.errors import Fault
+    from peft_combo.recipe.model import Recipe
 
 
 TaskOption = Annotated[
@@ -35,11 +36,24 @@ def data_list(as_json: JsonOption = False) -> None:
 
 @data_app.command("check")
 def data_check(recipe: TaskOption = None, data: DataOption = None, overrides: SetOption = None) -> None:
-    """Say everything that is wrong with a dataset, labels or tags: every fault with file, line and remedy."""
-    from peft_combo.data.task_data import check_data
+    """Say everything that is wrong with a dataset, labels or tags: every fault with file, line and remedy.
 
-    config, task = _load_task(recipe, data, overrides)
-    print_faults("", check_data(config, task), fine="The data can be read; nothing is wrong with it.")
+    With --recipe also what tuning would refuse. What was left out or is doubtful is said too, and how much is left.
+    """
+    from peft_combo.data.task_data import inspect_data
+
+    loaded = _load(recipe, data, overrides)
+    faults, figures = inspect_data(loaded.data, None if recipe is None else loaded.task)
+    notes = [note for one in figures for note in one["notes"]]
+    if recipe is not None and not faults:
+        refused, notes = _build_task(loaded)
+        faults += refused
+    for one in figures:
+        print(_summarize(one))
+    for note in dict.fromkeys(notes):
+        print(f"note: {make_printable(note)}")
+    fine = "The data can be read; nothing is wrong with it."
+    print_faults("", faults, fine=f"{fine[:-1]} but for what the notes say." if notes else fine)
 
 
 @data_app.command("stats")
@@ -52,7 +66,8 @@ def data_stats(
     """Describe a dataset, labels or tags in figures, and how they would be split."""
     from peft_combo.data.task_data import describe_data
 
-    found = describe_data(*_load_task(recipe, data, overrides))
+    loaded = _load(recipe, data, overrides)
+    found = describe_data(loaded.data, None if recipe is None else loaded.task)
     if as_json:
         print_json(found[0] if len(found) == 1 else found)
         return
@@ -64,14 +79,33 @@ def data_stats(
         )
 
 
-def _load_task(
-    recipe: str | None, data: Path | None, overrides: list[str] | None
-) -> tuple[DataConfig, TaskConfig | None]:
-    """Return the data of a recipe and its task; of no recipe the demo or --data, whatever task it is for."""
+def _load(recipe: str | None, data: Path | None, overrides: list[str] | None) -> Recipe:
+    """Return a recipe; where none is named, one whose data are the demo or --data, whatever task it is for."""
     from peft_combo.recipe.files import load_recipe
 
-    loaded = load_recipe(recipe or "lora-fashion", tuple(overrides or ()), data).ready()
-    return loaded.data, None if recipe is None else loaded.task
+    return load_recipe(recipe or "lora-fashion", tuple(overrides or ()), data).ready()
+
+
+def _build_task(recipe: Recipe) -> tuple[list[Fault], list[str]]:
+    """Make the task as `tune` does: return why it refuses, and what it says of the data."""
+    from peft_combo.errors import Fault, PeftComboError
+    from peft_combo.tuning.tasks import build_task
+
+    try:
+        return [], list(build_task(recipe).notes)
+    except PeftComboError as error:
+        return list(error.faults) or [Fault(recipe.data.path or recipe.data.source, str(error))], []
+
+
+def _summarize(figures: dict[str, Any]) -> str:
+    """Say in a line how much of what was read is left, and how it would be split."""
+    names = ("items", "bundles", "bundle_owners", "interactions", "users", "texts", "classes", "entities")
+    counts = ", ".join(f"{figures[name]:,} {name.replace('_', ' ')}" for name in names if figures.get(name))
+    divided = figures["split"]
+    if isinstance(divided, str):
+        return f"{figures['name']}: {counts}; no split: {divided}"
+    parts = ", ".join(f"{divided[part]:,} {part}" for part in ("train", "valid", "test", "dropped") if part in divided)
+    return f"{figures['name']}: {counts}; by {divided['by']}: {parts}"
 
 
 @data_app.command("copy")

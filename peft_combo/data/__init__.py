@@ -8,7 +8,7 @@ from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset,
 from peft_combo.data.readers.demo import demo_dataset
 from peft_combo.data.readers.download import get
 from peft_combo.data.readers.folder import write_items
-from peft_combo.data.sources import Source, available, detect_layout, open_dataset
+from peft_combo.data.sources import Source, available, detect_layout, from_tables, open_dataset
 from peft_combo.data.splits import Split, split, split_as
 from peft_combo.data.stats import describe
 
@@ -25,6 +25,7 @@ __all__ = [
     "demo_dataset",
     "describe",
     "detect_layout",
+    "from_tables",
     "get",
     "join_datasets",
     "open_dataset",

@@ -6,19 +6,21 @@ network (that is `fetch`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from peft_combo.data.assemble import Found, Needs, assemble
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers import bundlerec, completejourney
 from peft_combo.data.readers.demo import read_demo
 from peft_combo.data.readers.download import REMOTE
-from peft_combo.data.readers.folder import TABLES, read_folder
-from peft_combo.data.readers.tables import SUFFIXES
-from peft_combo.errors import DataError, Fault, nearest
+from peft_combo.data.readers.folder import TABLES, read_folder, read_tables
+from peft_combo.data.readers.forms import holds_table
+from peft_combo.data.readers.tables import take_table
+from peft_combo.errors import DataError, Fault, did_you_mean, nearest
+from peft_combo.files import literal_path
 
 if TYPE_CHECKING:
     from peft_combo.recipe.model import DataConfig
@@ -47,13 +49,42 @@ def open_dataset(config: DataConfig, needs: Needs = "bundles") -> Dataset:
     return assemble(found, config, needs)
 
 
+def from_tables(
+    tables: Mapping[str, Any], config: DataConfig | None = None, needs: Needs = "items", name: str = "tables"
+) -> Dataset:
+    """Make a dataset of tables in memory, checked as a folder's are.
+
+    Args:
+        tables: items, and any of bundles, bundle_meta and interactions: each a `datasets.Dataset`, a pandas
+            `DataFrame` or a pyarrow `Table` with the columns that a folder's tables have.
+        config: columns, filters and sizes; default those of `DataConfig`.
+        needs, name: see `open_dataset`.
+    Raises:
+        DataError: a table is not known, or has faults; all of them are in the message.
+    """
+    from peft_combo.recipe.model import DataConfig
+
+    faults = [
+        Fault(kind, f"is no table; expected {', '.join(TABLES)}.", did_you_mean(kind, TABLES))
+        for kind in tables
+        if kind not in TABLES
+    ]
+    notes: list[str] = []
+    taken = {kind: take_table(kind, table, faults, notes) for kind, table in tables.items() if kind in TABLES}
+    config = DataConfig(source="folder") if config is None else config
+    found, faults = read_tables(name, name, taken, config, needs, faults, notes)
+    if found is None:
+        raise DataError.from_faults(f"The tables of {name} cannot be used:", faults)
+    return assemble(found, config, needs)
+
+
 def detect_layout(path: str | Path) -> Layout:
     """Return the layout of a data folder.
 
     Raises:
         DataError: there is no such folder, or it holds neither layout.
     """
-    folder = Path(path).expanduser()
+    folder = literal_path(path)
     if not folder.is_dir():
         if folder.is_file():
             raise DataError(f"Expected a data folder, but {path} is a file. Give the folder it lies in.")
@@ -109,7 +140,7 @@ def _read(config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
         case "folder" | "bundlerec":
             if config.path is None:
                 raise DataError(f"data.source {config.source} needs data.path, the folder of the data.")
-            folder = Path(config.path).expanduser()
+            folder = literal_path(config.path)
             match detect_layout(folder):
                 case "folder":
                     return read_folder(folder, config, needs)
@@ -122,11 +153,11 @@ def _read(config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
 
 
 def _layout_of(folder: Path) -> Layout | None:
+    if holds_table(folder, TABLES):
+        return "folder"
     try:
         present = {one.name for one in folder.iterdir()}
     except OSError:
         return None
-    if any(f"{name}{suffix}" in present for name in TABLES for suffix in SUFFIXES):
-        return "folder"
     # One missing file is a fault the reader names; the layout is recognised without it.
     return "bundlerec" if len(present & set(bundlerec.FILES)) >= 2 else None

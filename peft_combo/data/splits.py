@@ -27,6 +27,7 @@ SplitBy = Literal["user", "bundle", "time", "cold-item"]
 _NEW_ITEMS = 0.05
 # What a part needs to be a part at all: something to learn from, something to measure.
 _MINIMUM = {"train": 2, "valid": 1, "test": 1}
+_MINUTE, _YEAR = 60.0, 31_536_000.0  # seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +151,28 @@ def _by_time(dataset: Dataset, valid_fraction: float, test_fraction: float) -> N
     ordered = np.sort(times)
     n_test = round(len(times) * test_fraction)
     n_valid = round(len(times) * valid_fraction)
+    if n_test or n_valid:
+        _doubt_times(dataset)
     # A part starts at a moment, so bundles of one moment are never on both sides.
     test_start = ordered[len(times) - n_test] if n_test else np.inf
     valid_start = ordered[len(times) - n_test - n_valid] if n_valid else test_start
     return np.where(times >= test_start, "test", np.where(times >= valid_start, "valid", "train"))
+
+
+def _doubt_times(dataset: Dataset) -> None:
+    """Refuse times that cannot be those of bundles or interactions: what lies before what would be chance."""
+    bundles, events = dataset.bundles.times, dataset.interactions
+    span = float(bundles.max() - bundles.min()) if len(bundles) else _YEAR
+    found = f"those of the bundles span {span:,.0f} seconds" if len(bundles) > 1 and span < _MINUTE else ""
+    for what, times in (("bundles", bundles), ("interactions", bundles if events is None else events.times)):
+        earliest = float(np.nanmin(times)) if (~np.isnan(times)).any() else _YEAR
+        if earliest < _YEAR and not found:
+            found = f"those of the {what} lie in 1970 (the first is {earliest:,.0f} seconds)"
+    if found:
+        raise DataError(
+            f"A split by time needs times; {found}, in {dataset.name!r}. Write seconds since 1970 or ISO 8601, say "
+            "what they are with data.time_format, or set data.split to user or bundle."
+        )
 
 
 def _find_repeated(dataset: Dataset, in_part: NDArray[np.str_]) -> NDArray[np.bool_]:

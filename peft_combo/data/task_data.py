@@ -6,8 +6,7 @@ Owns which of them a task needs, and what is looked at where no task is named. K
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
@@ -18,11 +17,12 @@ from peft_combo.data.labels.texts import LabelledTexts, TextSplit, labels_of_cat
 from peft_combo.data.labels.unlabelled import PlainTexts
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers.folder import TABLES
-from peft_combo.data.readers.tables import SUFFIXES
+from peft_combo.data.readers.forms import holds_table
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split_as
 from peft_combo.data.stats import describe, quantiles
 from peft_combo.errors import DataError, Fault
+from peft_combo.files import literal_path
 from peft_combo.recipe.task import (
     BundleTask,
     ClassificationTask,
@@ -88,13 +88,21 @@ def check_data(data: DataConfig, task: TaskConfig | None = None) -> list[Fault]:
     Args:
         task: None checks every table there is, and a catalogue for what bundles need.
     """
+    return inspect_data(data, task)[0]
+
+
+def inspect_data(data: DataConfig, task: TaskConfig | None = None) -> tuple[list[Fault], list[dict[str, Any]]]:
+    """Return the faults of `check_data` and, of what can be opened, the figures of `describe_data`."""
     faults: list[Fault] = []
+    figures: list[dict[str, Any]] = []
     for opened in _openers(data, task):
         try:
-            opened()
+            found = opened()
         except DataError as error:
             faults += error.faults or [Fault(data.path or data.source, str(error))]
-    return faults
+        else:
+            figures.append(_figures(found, data))
+    return faults, figures
 
 
 def describe_data(data: DataConfig, task: TaskConfig | None = None) -> list[dict[str, Any]]:
@@ -136,15 +144,13 @@ def _kinds_in(data: DataConfig) -> list[str]:
     """Return what lies in the folder; the dataset where nothing is known, since its reader says what is missing."""
     if data.source != "folder" or data.path is None:
         return ["dataset"]
-    path = Path(data.path).expanduser()
+    path = literal_path(data.path)
     if path.is_file():
         return ["tags" if path.suffix == ".conll" or path.stem == "tags" else "labels"]
 
-    def there(names: Iterable[str], suffixes: Iterable[str]) -> bool:
-        return any((path / f"{name}{suffix}").is_file() for name in names for suffix in suffixes)
-
-    beside = [kind for kind, suffixes in (("labels", SUFFIXES), ("tags", TAG_SUFFIXES)) if there([kind], suffixes)]
-    return ["dataset", *beside] if there(TABLES, SUFFIXES) or not beside else beside
+    tagged = any((path / f"tags{suffix}").is_file() for suffix in TAG_SUFFIXES)
+    beside = [kind for kind, there in (("labels", holds_table(path, ["labels"])), ("tags", tagged)) if there]
+    return ["dataset", *beside] if holds_table(path, TABLES) or not beside else beside
 
 
 def _figures(found: _Data, data: DataConfig) -> dict[str, Any]:

@@ -6,10 +6,11 @@ Owns fields, defaults, faults and the files recipes are read from. Knows nothing
 from __future__ import annotations
 
 from peft_combo.recipe.files import list_recipes, load_recipe, write_recipe
-from peft_combo.recipe.model import Recipe
+from peft_combo.recipe.model import DataConfig, Recipe
 from peft_combo.recipe.parse import parse_recipe, recipe_schema
 
 __all__ = [
+    "DataConfig",
     "Recipe",
     "list_recipes",
     "load_recipe",

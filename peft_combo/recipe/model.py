@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import string
+from datetime import datetime
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, Strict, StringConstraints, ValidationInfo, field_validator
 
-from peft_combo.errors import Fault, RecipeError
+from peft_combo.errors import Fault, RecipeError, did_you_mean
 from peft_combo.recipe.adapter import (
     AdapterConfig,
     FullTuning,
@@ -40,6 +41,15 @@ Name = Annotated[
         }
     ),
 ]
+
+
+def _is_time_format(written: str) -> bool:
+    """Say whether a format of strptime gives at least the year of a time back."""
+    moment = datetime(2024, 5, 31)
+    try:
+        return datetime.strptime(moment.strftime(written), written).year == moment.year
+    except ValueError:
+        return False
 
 
 class BackboneConfig(Section):
@@ -75,6 +85,15 @@ class DataConfig(Section):
     )
     columns: dict[Literal["items", "bundles", "bundle_meta", "interactions", "labels"], dict[Text, Text]] = Field(
         default={}, description="Per table, our column name to the one in your file, where they differ."
+    )
+    time_format: dict[Literal["bundle_meta", "interactions"], Text] = Field(
+        default={},
+        description="Per table, what its timestamps are where they are not told from their numbers: s, ms, us, ns or "
+        "days since 1970, excel, or a format such as %d.%m.%Y.",
+    )
+    unknown_items: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="What becomes of bundles' and interactions' rows whose item is not in items: a fault, or left out.",
     )
     text: Text = Field(
         default="{title}",
@@ -118,6 +137,16 @@ class DataConfig(Section):
         if path is not None and source in ("demo", "completejourney"):
             raise fault(f"source {source} takes no path.", "Set data.source to folder or bundlerec, or drop the path.")
         return path
+
+    @field_validator("time_format")
+    @classmethod
+    def _time_formats_read(cls, formats: dict[str, str]) -> dict[str, str]:
+        units = ("s", "ms", "us", "ns", "days", "excel")
+        for table, written in formats.items():
+            if written not in units and not _is_time_format(written):
+                found = f"expected {', '.join(units)} or a format such as %d.%m.%Y, found {format_value(written)}"
+                raise fault(f"{table}: {found}.", did_you_mean(written, units))
+        return formats
 
     @field_validator("text")
     @classmethod

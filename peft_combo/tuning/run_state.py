@@ -115,7 +115,9 @@ class Progress:
                 f"written every {recipe.training.checkpoint_every} steps and on Ctrl-C."
             )
         values = checkpoint.values
-        then, now = flatten(values["recipe"]), flatten(recipe.model_dump(mode="json"))
+        # Fields that are newer than the checkpoint had the values that are now the defaults.
+        stored = Recipe.model_validate(values["recipe"])
+        then, now = flatten(stored.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
         changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key != "store"]
         if changed:
             shown = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed[:5])

@@ -18,6 +18,7 @@ import yaml
 
 from peft_combo.data.augmentation.fashion_nouns import pluralize
 from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
+from peft_combo.files import literal_path
 from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.parse import format_step
 
@@ -122,7 +123,7 @@ def read_lexicon(path: str | None) -> Lexicon:
     Raises:
         DataError: the file is not there, or has faults; all of them are in the message.
     """
-    return _read_shipped() if path is None else _parse(Path(path).expanduser())
+    return _read_shipped() if path is None else _parse(literal_path(path))
 
 
 @lru_cache(maxsize=1)

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from peft_combo.data.labels.tags import TAG_SUFFIXES, read_tags
 from peft_combo.data.labels.texts import text_key
 from peft_combo.data.model import Catalog
-from peft_combo.data.readers.tables import SUFFIXES, find_table, read_table
+from peft_combo.data.readers.forms import find_table, holds_table, table_at
+from peft_combo.data.readers.tables import name_columns, read_table
 from peft_combo.data.sources import open_dataset
 from peft_combo.errors import DataError, Fault
-from peft_combo.files import write_text
+from peft_combo.files import literal_path, write_text
 from peft_combo.recipe.task import ClassificationTask, TaggingTask
 
 if TYPE_CHECKING:
@@ -50,12 +51,12 @@ def find_unlabelled(data: DataConfig, task: ClassificationTask | TaggingTask) ->
     Raises:
         DataError: the data cannot be read, or every text has a label.
     """
-    folder = Path(data.path).expanduser() if data.source == "folder" and data.path is not None else None
+    folder = literal_path(data.path) if data.source == "folder" and data.path is not None else None
     name = folder.resolve().name if folder is not None else data.source
     found: list[tuple[str, bool]] = []
     if _from_table(task) and folder is not None:
         found += _of_table(folder, data, task)
-    if not _from_table(task) or folder is None or _holds(folder, "items", SUFFIXES):
+    if not _from_table(task) or folder is None or holds_table(folder, ["items"]):
         dataset = open_dataset(data, "items")
         name = dataset.name
         found += zip(dataset.texts, _has_label(dataset.catalog, task), strict=True)
@@ -101,21 +102,19 @@ def _from_table(task: ClassificationTask | TaggingTask) -> bool:
 def _of_table(folder: Path, data: DataConfig, task: ClassificationTask | TaggingTask) -> Iterable[tuple[str, bool]]:
     """Return the texts of the labels or tags table, where there is one, and whether each has a label."""
     if isinstance(task, TaggingTask):
-        there = folder.is_file() or _holds(folder, "tags", TAG_SUFFIXES)
+        there = folder.is_file() or any((folder / f"tags{suffix}").is_file() for suffix in TAG_SUFFIXES)
         return [(one.text, True) for one in read_tags(data).texts] if there else []
     faults: list[Fault] = []
-    file = folder if folder.is_file() else find_table(folder, "labels", faults)
-    table = None if file is None else read_table(file, data.columns.get("labels", {}), ("text",), ("label",), faults)
+    files = table_at(folder, "labels", faults) if folder.is_file() else find_table(folder, "labels", faults)
+    mapping = data.columns.get("labels", {})
+    read = None if files is None else read_table(files, faults, [])
+    table = None if read is None else name_columns(read, "labels", mapping, ("text",), ("label",))
     if faults:
         raise DataError.from_faults(f"The labels in {folder} cannot be used:", faults)
     if table is None:
         return []
     labels = table.strings("label") if "label" in table.columns else [""] * table.rows
     return [(text, bool(label)) for text, label in zip(table.strings("text"), labels, strict=True) if text]
-
-
-def _holds(folder: Path, table: str, suffixes: Iterable[str]) -> bool:
-    return any((folder / f"{table}{suffix}").is_file() for suffix in suffixes)
 
 
 def _has_label(catalog: Catalog, task: ClassificationTask | TaggingTask) -> list[bool]:

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_combo.data.augmentation.fashion_nouns import FASHION_NOUNS
-from peft_combo.data.labels.texts import table_file, text_key
+from peft_combo.data.labels.texts import data_path, list_entries, text_key
 from peft_combo.data.model import Catalog, Dataset
-from peft_combo.data.readers.tables import SHOWN_FAULTS
+from peft_combo.data.readers.csv_table import SHOWN_FAULTS
+from peft_combo.data.readers.encodings import decode
+from peft_combo.data.readers.json_lines import holds_half, is_deep
 from peft_combo.errors import DataError, Fault, did_you_mean
 
 if TYPE_CHECKING:
@@ -137,11 +139,14 @@ def read_tags(config: DataConfig) -> TaggedTexts:
     Raises:
         DataError: it is not there, or has faults; all of them are in the message.
     """
-    file = table_file(config, "tags", TAG_SUFFIXES)
+    file = _tags_file(data_path(config, "tags"))
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 (byte {error.start:,}). Save it as UTF-8.") from None
+        decoded = decode(file.read_bytes(), file.name)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
+    if decoded.text is None:
+        raise DataError(f"{file}:{decoded.line}: {decoded.problem} {decoded.remedy}".rstrip())
+    lines = decoded.text.splitlines()
     faults: list[Fault] = []
     read = _json_lines if file.suffix == ".jsonl" else _conll
     texts = list(read(file, lines, faults))
@@ -149,7 +154,20 @@ def read_tags(config: DataConfig) -> TaggedTexts:
         more = len(faults) - SHOWN_FAULTS
         told = [*faults[:SHOWN_FAULTS], *([Fault(file.name, f"{more:,} more faults.")] if more > 0 else [])]
         raise DataError.from_faults(f"The tags in {file} cannot be used:", told)
-    return TaggedTexts.build(file.parent.resolve().name, texts, ())
+    return TaggedTexts.build(file.parent.resolve().name, texts, [decoded.note] if decoded.note else [])
+
+
+def _tags_file(path: Path) -> Path:
+    if path.is_file() and path.suffix in TAG_SUFFIXES:
+        return path
+    found = [path / f"tags{suffix}" for suffix in TAG_SUFFIXES if (path / f"tags{suffix}").is_file()]
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise DataError(f"{names} exist in {path}; expected one. Remove all but one.")
+    if not found:
+        wanted = " or ".join(f"tags{suffix}" for suffix in TAG_SUFFIXES)
+        raise DataError(f"Expected {wanted} in {path}; found {list_entries(path)}.")
+    return found[0]
 
 
 def _json_lines(file: Path, lines: Sequence[str], faults: list[Fault]) -> Iterator[TaggedText]:
@@ -161,6 +179,9 @@ def _json_lines(file: Path, lines: Sequence[str], faults: list[Fault]) -> Iterat
             record = json.loads(line)
         except (ValueError, RecursionError):
             faults.append(Fault(where, "is not valid JSON.", "Each line holds one object."))
+            continue
+        if is_deep(record) or holds_half(record):
+            faults.append(Fault(where, "is nested too deeply, or holds half a character (a text cut within an emoji)."))
             continue
         match record:
             case {"tokens": list(tokens), "tags": list(tags)}:

@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.model import CATEGORY_SEPARATOR, Dataset
-from peft_combo.data.readers.tables import SUFFIXES, read_table
-from peft_combo.errors import DataError, Fault, did_you_mean
+from peft_combo.data.readers.forms import READ, find_table, table_at
+from peft_combo.data.readers.tables import name_columns, read_table
+from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
+from peft_combo.files import literal_path
 
 if TYPE_CHECKING:
     from peft_combo.recipe.model import DataConfig
@@ -129,42 +131,46 @@ def read_labels(config: DataConfig, multi_label: bool) -> LabelledTexts:
     Raises:
         DataError: it is not there, or has faults; all of them are in the message.
     """
-    file = table_file(config, "labels", SUFFIXES)
     faults: list[Fault] = []
+    notes: list[str] = []
+    path = data_path(config, "labels")
+    files = table_at(path, "labels", faults) if path.is_file() else find_table(path, "labels", faults)
+    if files is None and not faults:
+        raise DataError(f"Expected labels.csv (or {READ}) in {path}; found {list_entries(path)}.")
     mapping: Mapping[str, str] = config.columns.get("labels", {})
-    table = read_table(file, mapping, ("text", "label"), (), faults)
+    read = None if files is None else read_table(files, faults, notes)
+    table = None if read is None else name_columns(read, "labels", mapping, ("text", "label"), ())
     if table is not None:
+        table.doubt_words("label")
+        table.note_missing_words(["text"])
         texts = table.strings("text")
         single = [(one,) if one else () for one in table.strings("label")]
         labels = table.lists("label", SEVERAL) if multi_label else single
         table.blame([row for row, text in enumerate(texts) if not text], "text is empty.", "Write it, or drop the row.")
     if faults:
-        raise DataError.from_faults(f"The labels in {file} cannot be used:", faults)
-    return LabelledTexts.build(file.parent.resolve().name, texts, labels, multi_label, ())
+        raise DataError.from_faults(f"The labels in {path} cannot be used:", faults)
+    folder = path.parent if path.is_file() else path
+    return LabelledTexts.build(folder.resolve().name, texts, labels, multi_label, notes)
 
 
-def table_file(config: DataConfig, name: str, suffixes: Sequence[str]) -> Path:
-    """Return the file of a table that stands beside the catalogue: `data.path` itself, or `name` in that folder.
+def data_path(config: DataConfig, name: str) -> Path:
+    """Return the file or folder that a table beside the catalogue is read from.
 
     Raises:
-        DataError: there is none, or more than one.
+        DataError: the data are no folder.
     """
     if config.source != "folder" or config.path is None:
         raise DataError(
             f"A {name} table lies in a folder of yours, but data.source is {config.source}. Use --data PATH."
         )
-    path = Path(config.path).expanduser()
-    if path.is_file() and path.suffix in suffixes:
-        return path
-    found = [path / f"{name}{suffix}" for suffix in suffixes if (path / f"{name}{suffix}").is_file()]
-    if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise DataError(f"{names} exist in {path}; expected one. Remove all but one.")
-    if not found:
-        wanted = " or ".join(f"{name}{suffix}" for suffix in suffixes)
-        there = ", ".join(sorted(one.name for one in path.iterdir())[:10]) if path.is_dir() else "no such folder"
-        raise DataError(f"Expected {wanted} in {path}; found {there or 'nothing'}.")
-    return found[0]
+    return literal_path(config.path)
+
+
+def list_entries(folder: Path) -> str:
+    """Return the first names in a folder, for a message."""
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(make_printable(one.name) for one in sorted(folder.iterdir())[:10]) or "nothing"
 
 
 def labels_of_catalogue(dataset: Dataset, labels: str, depth: int | None, multi_label: bool) -> LabelledTexts:

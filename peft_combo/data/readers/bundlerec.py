@@ -9,10 +9,9 @@ user, which `splits` sees to. The session files add items without text and nothi
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import re
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,6 +19,8 @@ import numpy as np
 
 from peft_combo.data.assemble import Found
 from peft_combo.data.model import Bundles, Catalog, Interactions
+from peft_combo.data.readers.csv_table import SHOWN_FAULTS, BrokenRecord, csv_records
+from peft_combo.data.readers.times import recognise
 from peft_combo.errors import Fault, did_you_mean
 
 FILES: dict[str, tuple[str, ...]] = {
@@ -41,11 +42,11 @@ def read_bundlerec(folder: Path) -> tuple[Found | None, list[Fault]]:
         (found, faults); found is None where there are faults.
     """
     faults: list[Fault] = []
-    rows = {name: _read(folder / name, columns, faults) for name, columns in FILES.items()}
+    notes: list[str] = []
+    rows = {name: _read(folder / name, columns, faults, notes) for name, columns in FILES.items()}
     if faults:
         return None, faults
 
-    notes: list[str] = []
     titles = {item_id: _title(title) for _, (item_id, title) in rows["item_titles.csv"] if _title(title)}
     if not titles:
         return None, [Fault("item_titles.csv", "no item has a title.")]
@@ -61,11 +62,12 @@ def read_bundlerec(folder: Path) -> tuple[Found | None, list[Fault]]:
             untitled.add(item_id)
     owners: dict[str, tuple[str, float]] = {}
     shared = 0
-    for line, (user, bundle_id, moment) in rows["user_bundle.csv"]:
+    moments = _moments(rows["user_bundle.csv"], "user_bundle.csv", faults, notes)
+    for (_, (user, bundle_id, _)), moment in zip(rows["user_bundle.csv"], moments, strict=True):
         if bundle_id in owners:
             shared += 1
         else:
-            owners[bundle_id] = (user, _moment(moment, "user_bundle.csv", line, faults))
+            owners[bundle_id] = (user, moment)
     if shared:
         notes.append(f"{shared:,} bundles have a second user; the first one counts as the owner")
     intents = {bundle_id: " ".join(intent.split()) for _, (bundle_id, intent) in rows["bundle_intent.csv"]}
@@ -79,10 +81,10 @@ def read_bundlerec(folder: Path) -> tuple[Found | None, list[Fault]]:
 
     place: dict[str, int] = {}
     events: list[tuple[int, int, float]] = []
-    for line, (user, item_id, moment) in rows["user_item.csv"]:
+    moments = _moments(rows["user_item.csv"], "user_item.csv", faults, notes)
+    for (_, (user, item_id, _)), moment in zip(rows["user_item.csv"], moments, strict=True):
         if item_id in titles:
-            at = _moment(moment, "user_item.csv", line, faults)
-            events.append((place.setdefault(user, len(place)), catalog.index[item_id], at))
+            events.append((place.setdefault(user, len(place)), catalog.index[item_id], moment))
         else:
             untitled.add(item_id)
     if untitled:
@@ -115,40 +117,62 @@ def _title(cell: str) -> str:
     return " ".join(html.unescape(html.unescape(cell)).split())
 
 
-def _read(file: Path, columns: tuple[str, ...], faults: list[Fault]) -> list[_Row]:
+def _read(file: Path, columns: tuple[str, ...], faults: list[Fault], notes: list[str]) -> list[_Row]:
     """Return (line, cells) of the named columns, cells stripped."""
     if not file.is_file():
         faults.append(Fault(file.name, f"is missing in {file.parent}.", "Get it with: peft-combo data get."))
         return []
-    raw = file.read_bytes()
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        faults.append(Fault(file.name, f"cannot be read: {error.strerror or error}."))
+        return []
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("cp1252", errors="replace")
-    reader = csv.reader(io.StringIO(text, newline=""))
-    header = [name.strip() for name in next(reader, [])]
-    missing = [name for name in columns if name not in header]
-    for name in missing:
-        faults.append(  # noqa: PERF401 - a sentence each reads better as a loop
-            Fault(f"{file.name}:1", f"has no column {name!r}; it has {', '.join(header)}.", did_you_mean(name, header))
-        )
-    if missing:
-        return []
-    places = [header.index(name) for name in columns]
+        notes.append(f"{file.name} is not UTF-8 and was read as cp1252")
+    records = csv_records(text)
     rows: list[_Row] = []
-    for cells in reader:
-        if len(cells) == len(header):
-            rows.append((reader.line_num, tuple(cells[place].strip() for place in places)))
-        elif cells:
-            faults.append(Fault(f"{file.name}:{reader.line_num}", f"has {len(cells)} columns, not {len(header)}."))
+    try:
+        header = [name.strip() for name in next(records, (1, []))[1]]
+        missing = [name for name in columns if name not in header]
+        for name in missing:
+            problem = f"has no column {name!r}; it has {', '.join(header)}."
+            faults.append(Fault(f"{file.name}:1", problem, did_you_mean(name, header)))
+        if missing:
+            return []
+        places = [header.index(name) for name in columns]
+        for line, cells in records:
+            if len(cells) == len(header):
+                rows.append((line, tuple(cells[place].strip() for place in places)))
+            else:
+                faults.append(Fault(f"{file.name}:{line}", f"has {len(cells)} columns, not {len(header)}."))
+    except BrokenRecord as broken:
+        faults.append(Fault(f"{file.name}:{broken.line}", f"cannot be read as CSV: {broken}.", "Check the quotes."))
+        return []
     if not rows:
         faults.append(Fault(file.name, "has no rows."))
     return rows
 
 
-def _moment(cell: str, file: str, line: int, faults: list[Fault]) -> float:
-    try:
-        return float(cell) if cell else np.nan
-    except ValueError:
-        faults.append(Fault(f"{file}:{line}", f"timestamp is {cell!r}, expected seconds since 1970."))
-        return np.nan
+def _moments(rows: list[_Row], file: str, faults: list[Fault], notes: list[str]) -> list[float]:
+    """Return the seconds that the last cell of each row holds, NaN where it is empty."""
+    values = np.full(len(rows), np.nan)
+    for place, (line, cells) in enumerate(rows):
+        try:
+            values[place] = float(cells[-1]) if cells[-1] else np.nan
+        except ValueError:
+            values[place] = np.inf
+        if np.isinf(values[place]):
+            values[place] = np.nan
+            faults.append(Fault(f"{file}:{line}", f"timestamp is {cells[-1]!r}, expected seconds since 1970."))
+    found = recognise(values, time.time())
+    for place in np.flatnonzero(found.misfits)[:SHOWN_FAULTS]:
+        line, cells = rows[place]
+        expected = found.words or "seconds since 1970"
+        faults.append(Fault(f"{file}:{line}", f"timestamp is {cells[-1]!r}, expected {expected}."))
+    if found.note:
+        notes.append(f"{file}: timestamp {found.note}")
+    seconds: list[float] = found.seconds.tolist()
+    return seconds

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from peft_combo.errors import DataError, did_you_mean
-from peft_combo.files import atomic_file, write_text
+from peft_combo.files import atomic_file, literal_path, write_text
 
 LOCK = "peft-combo.lock.json"
 _CHUNK = 1 << 16
@@ -109,7 +109,7 @@ def fetch(remote: Remote, cache_dir: str | Path, timeout: float = 30.0) -> Path:
     Raises:
         DataError: a file cannot be had or does not match its checksum.
     """
-    folder = Path(cache_dir).expanduser() / remote.name
+    folder = literal_path(cache_dir) / remote.name
     folder.mkdir(parents=True, exist_ok=True)
     locked = _read_lock(folder / LOCK)
     for file in remote.files:
