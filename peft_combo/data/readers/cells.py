@@ -26,6 +26,7 @@ MISSING_WORDS = ("nan", "null", "none", "<na>", "n/a", "#n/a", "na", "nat", "nil
 # What spreadsheets make of long digits: 8.80123E+12.
 _ROUNDED = r"^[0-9]([.,][0-9]+)?E\+[0-9]+$"
 _LIST_CELL = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)"|([^,\s\[\]()'"]+)""")
+LARGEST = 1e12  # no price, rating, quantity or position is larger
 _EXACT = 2.0**53  # above it a float is no whole number's own
 
 
@@ -118,8 +119,8 @@ class Table:
         codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         return codes, encoded.dictionary.to_pylist()
 
-    def numbers(self, column: str, least: float | None = None) -> NDArray[np.float64]:
-        """Return (rows,) floats, NaN where empty; a fault for each cell that is no number or is under `least`."""
+    def numbers(self, column: str, least: float = -LARGEST) -> NDArray[np.float64]:
+        """Return (rows,) floats, NaN where empty; a fault for each cell that is no number or outside of its range."""
         values, unreadable = self._numbers(column)
         self.blame(
             np.flatnonzero(unreadable),
@@ -127,10 +128,9 @@ class Table:
             "Write it like 12.50, without currency sign or thousands separator; leave it empty where it is missing.",
             column,
         )
-        if least is not None:
-            self.blame(
-                np.flatnonzero(values < least), f"{column} is {{cell}}, expected at least {least:g}.", cell=column
-            )
+        for outside, bound in ((values < least, f"at least {least:g}"), (values > LARGEST, f"at most {LARGEST:g}")):
+            self.blame(np.flatnonzero(outside), f"{column} is {{cell}}, expected {bound}.", cell=column)
+            values = np.where(outside, np.nan, values)
         return values
 
     def times(self, column: str, written: str = "auto", setting: str = "") -> NDArray[np.float64]:
@@ -386,5 +386,6 @@ def _parse_times(cells: list[str], written: str) -> NDArray[np.float64]:
     import pandas as pd
 
     moments = pd.to_datetime(pd.Series(cells, dtype=object), format=written, utc=True, errors="coerce")
-    since = moments - pd.Timestamp(0, tz="UTC")
-    return np.array((since / pd.Timedelta(seconds=1)).to_numpy(np.float64), dtype=np.float64)
+    stamps = moments.dt.tz_localize(None).to_numpy()
+    seconds = stamps.astype(np.int64) / UNITS[np.datetime_data(stamps.dtype)[0]]
+    return np.where(np.isnat(stamps), np.nan, seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -143,14 +144,19 @@ def _check_records(text: str, header: list[str], name: str, delimiter: str, faul
 
 def _find_escape(text: str, columns: int, delimiter: str) -> int | None:
     """Return the first line with an escaped quote where the whole text fits the dialect of backslashes, else None."""
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, doublequote=False, escapechar="\\", strict=True
-    )
-    try:
-        if any(cells and len(cells) != columns for cells in reader):
+    d = re.escape(delimiter)
+    cell = re.compile(rf'(?:"(?:[^"\\]|\\.)*"|(?!")(?:[^{d}\r\n\\]|\\.)*)({d}|\r\n|\n|\r|\Z)', re.DOTALL)
+    place = count = 0
+    while place < len(text):
+        found = cell.match(text, place)
+        if found is None:
             return None
-    except csv.Error:
-        return None
+        count += 1
+        if found[1] != delimiter:
+            if count != columns and not (count == 1 and found.end() - place == len(found[1])):  # a blank line
+                return None
+            count = 0
+        place = found.end()
     return text.count("\n", 0, text.index('\\"')) + 1
 
 

@@ -33,6 +33,8 @@ _LATIN = ("cp1250", "cp1254", "mac_roman", "cp437", "cp1258")
 # Where so many characters are whole UTF-8 for each byte that is not, a text was cut or mixed in; other encodings give
 # whole UTF-8 by chance.
 _WHOLE_PER_BROKEN = 2
+# A guess of charset-normalizer that is more coherent than this is in a language it knows.
+_COHERENT = 0.3
 # So much of the bytes is looked at for a guess.
 _LOOK = 1 << 20
 _NOT_TEXT = (
@@ -157,10 +159,13 @@ def _guess(raw: bytes) -> list[str]:
     # ASCII says nothing of the encoding, and much of it hides what little there is.
     telling = b"\n".join(line for line in raw[:_LOOK].split(b"\n") if not line.isascii())
     matches = charset_normalizer.from_bytes(telling, cp_isolation=list(_CANDIDATES))
-    found = [match.encoding for match in matches if match.encoding in _CANDIDATES]
-    # Text of one byte a character seldom happens to be sound where characters have two.
-    if several := [encoding for encoding in found if encoding in _MULTIBYTE]:
-        return [*several, *found[: 1 + (found[0] in several)]]
+    coherence = {match.encoding: match.coherence for match in matches if match.encoding in _CANDIDATES}
+    found = list(coherence)
+    # Text of one byte a character seldom happens to be sound where characters have two, unless it is mostly ASCII.
+    several = [encoding for encoding in found if encoding in _MULTIBYTE]
+    single = max((coherence[encoding] for encoding in found if encoding not in several), default=0.0)
+    if several and (single < _COHERENT or max(coherence[encoding] for encoding in several) >= single):
+        return [*several, *[encoding for encoding in found if encoding not in several][:1]]
     # Western European text is the most common of all, and a word or two do not show that it is.
     try:
         telling.decode("cp1252")

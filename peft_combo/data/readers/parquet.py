@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft_combo.data.readers.forms import FileError
+from peft_combo.errors import shorten
 
 
 def read_parquet(raw: bytes) -> tuple[dict[str, Any], int]:
@@ -25,8 +26,8 @@ def read_parquet(raw: bytes) -> tuple[dict[str, Any], int]:
         raise FileError("is a pointer of Git LFS, not the file itself.", "Fetch it with: git lfs pull.")
     try:
         file = pq.ParquetFile(pa.BufferReader(raw))
-        names = file.schema_arrow.names
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        names, rows = file.schema_arrow.names, int(file.metadata.num_rows)
+    except Exception as error:  # what is damaged fails anywhere in the library
         raise FileError(f"cannot be read as Parquet: {first_line(error)}", "Write the file again.") from error
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise FileError(f"names {', '.join(map(repr, repeated))} more than once.", "Rename one.")
@@ -36,11 +37,12 @@ def read_parquet(raw: bytes) -> tuple[dict[str, Any], int]:
             table = file.read([name])
             array = table.column(name)
             array.validate(full=True)
-        except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+        except Exception as error:
             columns[name] = Unreadable(first_line(error))
         else:
+            if len(array) != rows:
+                raise FileError(f"is damaged: {name!r} has {len(array):,} rows of {rows:,}.", "Write the file again.")
             columns[name] = array
-    rows = int(file.metadata.num_rows)
     return {name: array for name, array in columns.items() if not name.startswith("__index_level_")}, rows
 
 
@@ -50,4 +52,4 @@ class Unreadable(str):
 
 def first_line(error: BaseException) -> str:
     """Return what a library says, in one line that ends in a full stop."""
-    return f"{' '.join(str(error).split())[:200].rstrip('.')}."
+    return f"{shorten(' '.join(str(error).split()), 200).rstrip('.')}."
