@@ -72,7 +72,7 @@ def evaluate(
             f"and {len(parts.test)}. Raise data.valid_fraction and data.test_fraction."
         )
     advance = advance or (lambda name: None)
-    notes: list[str] = []
+    notes = [f"{dataset.name}: {note}" for note in dataset.notes]
     known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated)
 
     # What is asked.
