@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, adapters_app
-from peft_combo.cli.output import format_metric, print_faults, print_json, print_table
+from peft_combo.cli.output import console_watch, format_metric, print_faults, print_json, print_table
 from peft_combo.errors import StoreError
 
 
@@ -88,8 +88,9 @@ def adapters_import(
         str, typer.Option("--backbone", help="Encoder it was tuned on: embedded, a hub id or a folder.")
     ] = "embedded",
     pooling: Annotated[
-        Literal["mean", "cls"], typer.Option("--pooling", help="Pooling of token vectors into one vector per text.")
-    ] = "mean",
+        Literal["mean", "cls"] | None,
+        typer.Option("--pooling", help="Pooling of token vectors into one vector per text; default the encoder's own."),
+    ] = None,
     max_length: Annotated[int, typer.Option("--max-length", min=4, help="Maximum length of a text in tokens.")] = 64,
     store: StoreOption = Path("adapters"),
 ) -> None:
@@ -99,7 +100,10 @@ def adapters_import(
     from peft_combo.store.adapter_store import AdapterStore
 
     encoder = Backbone.load(backbone, pooling=pooling, max_length=max_length)
-    record = import_adapter(folder, category, encoder, AdapterStore(store))
+    with console_watch() as callback:
+        for note in encoder.notes:
+            callback.on_note(note)
+        record = import_adapter(folder, category, encoder, AdapterStore(store))
     print(f"Stored {record.reference} in {record.path}; not measured.")
     print(f"Measure it with: peft-combo evaluate --recipe NAME --adapter {record.reference}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -12,12 +13,18 @@ from peft_combo.cli.output import console_watch, print_json, print_table
 
 
 @app.command()
-def doctor(store: StoreOption = Path("adapters"), as_json: JsonOption = False) -> None:
-    """Look at versions, back-ends, GPUs, disk and the store; works offline and sends nothing anywhere."""
+def doctor(
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="Encoder to look at: embedded (the default), a folder or a hub id.")
+    ] = "embedded",
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Look at versions, back-ends, GPUs, an encoder's files, disk and the store; sends nothing anywhere."""
     from peft_combo.cli.diagnostics import examine
 
     with console_watch() as callback:
-        findings = examine(store, lambda what: callback.on_note(f"looking at {what}"))
+        findings = examine(store, lambda what: callback.on_note(f"looking at {what}"), backbone)
     if as_json:
         print_json([asdict(one) for one in findings])
     else:
