@@ -82,7 +82,7 @@ def adapters_verify(
 
 @adapters_app.command("import")
 def adapters_import(
-    folder: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained() wrote: a LoRA or a prefix.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of PEFT, of a stored version, or of a merged export.")],
     category: Annotated[str, typer.Option("--category", help="Category to store it under.")],
     backbone: Annotated[
         str, typer.Option("--backbone", help="Encoder it was tuned on: embedded, a hub id or a folder.")
@@ -94,7 +94,7 @@ def adapters_import(
     max_length: Annotated[int, typer.Option("--max-length", min=4, help="Maximum length of a text in tokens.")] = 64,
     store: StoreOption = Path("adapters"),
 ) -> None:
-    """Check a PEFT adapter from elsewhere and store it. PEFT opens what is stored: there is no export."""
+    """Check an adapter from elsewhere and store it. PEFT opens what is stored: there is no export."""
     from peft_combo.adapters.import_peft import import_adapter
     from peft_combo.encoder.backbone import Backbone
     from peft_combo.store.adapter_store import AdapterStore
@@ -103,8 +103,9 @@ def adapters_import(
     with console_watch() as callback:
         for note in encoder.notes:
             callback.on_note(note)
-        record = import_adapter(folder, category, encoder, AdapterStore(store))
-    print(f"Stored {record.reference} in {record.path}; not measured.")
+        record = import_adapter(folder, category, encoder, AdapterStore(store), callback)
+    known = "head, recipe, data and metrics came with it" if record.manifest.imported is None else "not measured"
+    print(f"Stored {record.reference} in {record.path}; {known}.")
     print(f"Measure it with: peft-combo evaluate --recipe NAME --adapter {record.reference}")
 
 
