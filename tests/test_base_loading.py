@@ -168,6 +168,8 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
     "fewer layers in the config": (change(num_hidden_layers=2), "fewer or other layers than the weights hold"),
     "more layers in the config": (change(num_hidden_layers=4), "lack 16 of the encoder's 69 tensors"),
     "wider layers in the config": (change(hidden_size=64), "speaks of another encoder than the weights hold"),
+    "no layers in the config": (change(num_hidden_layers=0), "fewer or other layers than the weights hold"),
+    "fewer words in the config": (change(vocab_size=100), "speaks of another encoder than the weights hold"),
     "heads that do not divide": (change(num_attention_heads=5), "config.json:"),
     "a config without a kind": (change(model_type=None), "names no model_type"),
     "a kind that is not known": (change(model_type="gpt2"), '"gpt2" is not known here. Known: albert, bert'),
@@ -181,6 +183,10 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
     "8-bit weights": (weights(integers), "of I8"),
     "stored quantised": (change(quantization_config={"load_in_4bit": True}), "were stored quantised"),
     "two encoders": (weights(two_encoders), "hold 2 encoders, named"),
+    "weights for TensorFlow": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "tf_model.h5"), "tf_model.h5, which is of another"
+    ),
+    "a pointer for the pooling": (write("1_Pooling/config.json", POINTER), "1_Pooling/config.json: is a Git LFS"),
     "one folder down": (into_a_folder, "checkpoint-500?"),
     "no config": (remove("config.json"), "no config.json in base"),
     "an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "adapter and no encoder"),
@@ -336,6 +342,22 @@ def test_two_loads_are_one_whatever_the_dice(architecture: str, tmp_path: Path) 
         torch.manual_seed(seed)
         fingerprints.append(Backbone.load(str(folder), max_length=16).fingerprint)
     assert fingerprints[0] == fingerprints[1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (slow_tokenizer("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nw1\nw2"), "knows 7 tokens, the model has 200 embeddings"),
+        (change(model_type="roberta"), "has the model_type roberta, and BertModel is a bert"),
+        (change(architectures=["ShopModel"]), ""),
+    ],
+)
+def test_what_hardly_belongs_together_is_said(spoil: Spoil, told: str, tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    spoil(tmp_path / "base")
+    notes = Backbone.load(str(tmp_path / "base"), max_length=16).notes
+    assert len(notes) == bool(told)
+    assert told in "".join(notes)
 
 
 # --- where it is ------------------------------------------------------------------------------------------------------

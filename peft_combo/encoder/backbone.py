@@ -33,6 +33,7 @@ from peft_combo.encoder.loading import (
     build_shapes,
     check_finite,
     check_length,
+    find_doubts,
     find_prefix,
     load_config,
     load_encoder,
@@ -187,10 +188,9 @@ class Backbone:
         find_architecture(encoder)  # an encoder that is not known is refused here, not at the first adapter
         check_length(config.max_length, encoder, config.model)
         pooling, notes = _choose_pooling(config, base)
+        notes += find_doubts(base, encoder, tokenizer)
         if prefix and prefix != f"{getattr(encoder, 'base_model_prefix', '')}.":
             notes.insert(0, f"The tensors of {base.name} are named {prefix}...; they are read as the encoder's own.")
-        if base.sentence.lower_case and tokenizer("Ab")["input_ids"] != tokenizer("ab")["input_ids"]:
-            notes.append(f"{base.name} says that it reads texts in lower case, and its tokenizer keeps capitals.")
         return cls(
             config.model, encoder, tokenizer, pooling, config.max_length, config.quantization, fingerprint, tuple(notes)
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ _VOCABULARIES = (
     ("vocab.txt",), ("vocab.json", "merges.txt"), ("sentencepiece.bpe.model",), ("spiece.model",), ("spm.model",),
     ("tokenizer.model",),
 )  # fmt: skip
+_FOREIGN = {".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt", ".mlmodel"}
 _READABLE_TYPES = {"F64", "F32", "F16", "BF16"}
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _HUB_SECONDS = 10.0
@@ -185,7 +187,7 @@ def _name_nearest(folder: Path) -> str:
     try:
         parent = next(one for one in folder.absolute().parents if one.is_dir())
         missing = folder.absolute().relative_to(parent).parts[0]
-        hint = did_you_mean(missing, [one.name for one in parent.iterdir() if one.is_dir()])
+        hint = did_you_mean(missing, [EMBEDDED, *(one.name for one in parent.iterdir() if one.is_dir())])
     except (OSError, ValueError, StopIteration):
         return ""
     return hint
@@ -218,13 +220,12 @@ def _read_object(model: str, path: Path) -> dict[str, Any] | Any:
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise refuse_base(
-            model, path.name, f"is not JSON ({shorten(_first_line(error))}): cut short or damaged.", _again(path)
-        ) from error
+        problem = f"is not JSON ({shorten(_first_line(error))}): cut short or damaged."
+        raise refuse_base(model, _name(path), problem, _again(path)) from error
     if not isinstance(value, expected):
-        raise refuse_base(
-            model, path.name, f"expected a JSON {expected.__name__}, found {type(value).__name__}.", _again(path)
-        )
+        names: dict[type, str] = {dict: "an object", list: "a list"}
+        problem = f"expected {names[expected]} in JSON, found {names.get(type(value), 'one value')}."
+        raise refuse_base(model, _name(path), problem, _again(path))
     return value
 
 
@@ -237,14 +238,20 @@ def _read_start(model: str, path: Path, limit: int) -> bytes:
         problem = f"cannot be read ({error.strerror or error})."
         if path.is_symlink() and not path.exists():
             problem = "is a link to a file that is not there."
-        raise refuse_base(model, path.name, problem, _again(path)) from error
+        raise refuse_base(model, _name(path), problem, _again(path)) from error
     for start, problem, remedy in _IMPOSTORS:
         if content[:64].lstrip().lower().startswith(start):
             told = remedy.format(folder=shlex.quote(str(path.parent)), convert=_conversion(path.parent, path.name))
-            raise refuse_base(model, path.name, problem, told)
+            raise refuse_base(model, _name(path), problem, told)
     if not content:
-        raise refuse_base(model, path.name, "is empty.", _again(path))
+        raise refuse_base(model, _name(path), "is empty.", _again(path))
     return content
+
+
+def _name(path: Path) -> str:
+    """Name a file as a user would look for it: one of a sentence-transformers module with the module's folder."""
+    inside = re.fullmatch(r"[0-9]+_\w+", path.parent.name)
+    return f"{path.parent.name}/{path.name}" if inside else path.name
 
 
 def _again(path: Path) -> str:
@@ -364,8 +371,11 @@ def _list_weights(model: str, path: Path) -> Iterator[Path]:
             f"Convert it: {_conversion(path, pickles[0] if len(pickles) == 1 else 'pytorch_model*.bin')}",
         )  # fmt: skip
     others = sorted(one.name for one in path.glob("*.safetensors"))
+    foreign = sorted(one.name for one in path.iterdir() if one.suffix in _FOREIGN)
     if others:
         advice = f"Found {others[0]}; where that is the whole encoder, rename it."
+    elif foreign:
+        advice = f"Found {foreign[0]}, which is of another framework: take the base as it was released for PyTorch."
     elif model != str(path) and not Path(model).expanduser().is_dir():
         advice = f"A hub model of pickles can be converted: hf download {model} --local-dir FOLDER, then give FOLDER."
     else:

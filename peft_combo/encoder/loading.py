@@ -26,6 +26,9 @@ Quantization = Literal["none", "8bit", "4bit"]
 
 # Files of old hold constants that are made anew today.
 _CONSTANTS = ("position_ids", "token_type_ids", "inv_freq")
+# A tokenizer of fewer words than this share of the embeddings is hardly the model's; embeddings are padded to a round
+# number, which is some per cent.
+_FEWEST_WORDS = 0.8
 _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
@@ -180,7 +183,7 @@ def find_prefix(base: BaseFolder, shapes: nn.Module) -> str:
             base.name, "", f'its weights hold {len(whole)} encoders, named "{whole[0]}..." and "{whole[1]}...".',
             "Save the one that is meant by itself: model.save_pretrained(FOLDER)",
         )  # fmt: skip
-    _check_tensors(base, stored, expected, prefix)
+    _check_tensors(base, stored, expected, prefix, {name for name, _ in shapes.named_children()})
     return prefix
 
 
@@ -204,12 +207,16 @@ def _rename_old(name: str) -> str:
 
 
 def _check_tensors(
-    base: BaseFolder, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], prefix: str
-) -> None:
-    """Refuse what would leave a tensor random, or a layer of the file unused."""
+    base: BaseFolder, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], prefix: str,
+    parts: set[str],
+) -> None:  # fmt: skip
+    """Refuse what would leave a tensor random, or a layer of the file unused.
+
+    Args:
+        parts: of the encoder; what is left over outside of them is a pooler's or a task head's.
+    """
     missing = [own for own in expected if prefix + own not in stored]
     odd = [own for own in expected if stored.get(prefix + own, expected[own]) != expected[own]]
-    parts = {own.partition(".")[0] for own in expected}
     left = [
         name
         for name in (name.removeprefix(prefix) for name in stored if name.startswith(prefix))
@@ -285,6 +292,30 @@ def load_encoder(base: BaseFolder, prefix: str, **options: Any) -> nn.Module:
     return loaded
 
 
+def find_doubts(base: BaseFolder, encoder: nn.Module, tokenizer: Any) -> list[str]:
+    """Say what fits and yet hardly belongs together, a sentence each."""
+    import transformers
+
+    found = []
+    embedding: nn.Embedding = encoder.get_input_embeddings()  # type: ignore[operator]
+    words = len(set(tokenizer.get_vocab().values()))
+    if words < _FEWEST_WORDS * embedding.num_embeddings:
+        found.append(
+            f"The tokenizer of {base.name} knows {words:,} tokens, the model has {embedding.num_embeddings:,} "
+            "embeddings: is it the model's own?"
+        )
+    kind, classes = base.config["model_type"], base.config.get("architectures")
+    named = str(classes[0]) if isinstance(classes, list) and classes else ""
+    other = getattr(getattr(getattr(transformers, named, None), "config_class", None), "model_type", kind)
+    if other != kind:
+        found.append(
+            f"config.json of {base.name} has the model_type {kind}, and {named} is a {other}: it is read as {kind}."
+        )
+    if base.sentence.lower_case and tokenizer(["Ab"])["input_ids"] != tokenizer(["ab"])["input_ids"]:
+        found.append(f"{base.name} says that it reads texts in lower case, and its tokenizer keeps capitals.")
+    return found
+
+
 def check_finite(encoder: nn.Module, name: str) -> None:
     """Refuse weights of which one is not a number: no vector would be."""
     for place, tensor in encoder.named_parameters():
@@ -323,7 +354,7 @@ def load_quantized(
         return model
     except (ImportError, RuntimeError, ValueError, BackboneError) as error:
         raise BackboneError(
-            f"The encoder {base.name} cannot be loaded in {quantization}: {explain(error)}. "
+            f"The encoder {base.name} cannot be loaded in {quantization}: {explain(error.__cause__ or error)}. "
             "Use backbone.quantization: none, or check the bitsandbytes installation."
         ) from error
 
