@@ -243,6 +243,19 @@ def test_every_command_refuses_a_base_that_is_not_whole_in_one_message(
     assert sys.stdin.read(2) == "y\n"  # nobody was asked
 
 
+def test_the_doctor_s_table_has_a_long_remedy_below_it_in_one_line(
+    bases: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(bases("a pickle"))
+    monkeypatch.setattr(sys, "argv", ["peft-combo", "doctor", "--backbone", "base"])
+    monkeypatch.setattr(diagnostics, "CHECKS", {})
+    with pytest.raises(SystemExit):
+        __main__.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:-1]] == [["!!", "base", "backbone"]]
+    assert lines[-1].startswith("base backbone: pytorch_model.bin: is a pickle")
+
+
 def test_nothing_of_a_refused_base_was_left_behind(bases: Callable[[str], Path]) -> None:
     assert not (bases("a pickle") / "base" / "model.safetensors").exists()
     assert not list(bases("code of its own").glob("adapters/*/v*"))
@@ -368,7 +381,8 @@ def test_what_hardly_belongs_together_is_said(spoil: Spoil, told: str, tiny_bert
     [
         ("./bsae", 'Did you mean "base"?'), ("bsae", 'Did you mean "base"?'), ("models/bsae/x/y", "no folder models"),
         ("a model", "no folder a model"), ("base/config.json", "it is a file. Expected the folder it lies in: base"),
-        ("a\0b", "no folder"), ("x" * 300, "no folder"),
+        ("a\0b", "no folder"), ("x" * 300, "no folder"), ("a\nb\x1b[31m", "no folder a\\nb\\x1b[31m"),
+        ("embeded", 'Did you mean "embedded"?'),
     ],
 )  # fmt: skip
 def test_a_name_that_is_none_is_refused_with_the_nearest(
@@ -394,6 +408,21 @@ def test_without_a_network_the_hub_is_tried_once(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BackboneError, match="the hub cannot be reached"):
         Backbone.load("no-such-org/no-such-model")
     assert time.monotonic() - started < 5
+
+
+def test_a_download_of_before_opens_without_a_network(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--shop--tiny"
+    repository.mkdir()
+    write("refs/main", "0" * 40)(repository)
+    shutil.copytree(tiny_bert, repository / "snapshots" / ("0" * 40))
+    found = Backbone.load("shop/tiny")
+    assert (found.fingerprint, found.base_name) == (Backbone.load(str(tiny_bert)).fingerprint, "shop/tiny")
 
 
 # --- what it says of itself -------------------------------------------------------------------------------------------

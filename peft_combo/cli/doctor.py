@@ -11,6 +11,8 @@ import typer
 from peft_combo.cli.app import JsonOption, StoreOption, app
 from peft_combo.cli.output import console_watch, print_json, print_table
 
+_ROW = 200  # characters of a row of the table; what is longer stands below it, whole and fit to be copied
+
 
 @app.command()
 def doctor(
@@ -28,12 +30,18 @@ def doctor(
     if as_json:
         print_json([asdict(one) for one in findings])
     else:
+        long = [one for one in findings if len(one.found) + len(one.remedy) > _ROW]
         print_table(
             ("", "what", "found", "what to do"),
             [
-                ({"ok": "ok", "note": "--", "problem": "!!"}[one.status], one.what, one.found, one.remedy)
+                (
+                    {"ok": "ok", "note": "--", "problem": "!!"}[one.status], one.what,
+                    *(("see below", "") if one in long else (one.found, one.remedy)),
+                )
                 for one in findings
             ],
-        )
+        )  # fmt: skip
+        for one in long:
+            print(f"{one.what}: {one.found} {one.remedy}".rstrip())
     if any(one.status == "problem" for one in findings):
         raise typer.Exit(1)

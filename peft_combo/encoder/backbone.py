@@ -44,7 +44,7 @@ from peft_combo.encoder.loading import (
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.encoder.sentence_config import Pooling
 from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, chunk_by_length
-from peft_combo.errors import BackboneError, StoreError
+from peft_combo.errors import BackboneError, StoreError, make_printable
 from peft_combo.recipe.model import BackboneConfig
 from peft_combo.store.versions import AdapterRecord
 
@@ -192,8 +192,9 @@ class Backbone:
         if prefix and prefix != f"{getattr(encoder, 'base_model_prefix', '')}.":
             notes.insert(0, f"The tensors of {base.name} are named {prefix}...; they are read as the encoder's own.")
         return cls(
-            config.model, encoder, tokenizer, pooling, config.max_length, config.quantization, fingerprint, tuple(notes)
-        )
+            config.model, encoder, tokenizer, pooling, config.max_length, config.quantization, fingerprint,
+            tuple(map(make_printable, notes)),
+        )  # fmt: skip
 
     def stamp(self) -> dict[str, Any]:
         """Return what a manifest says of the encoder an adapter was tuned on."""

@@ -81,9 +81,10 @@ class BaseFolder:
 
 def refuse_base(name: str, where: str, problem: str, remedy: str) -> BackboneError:
     """Return the error that a base cannot be loaded: one line, and the same as a fault."""
-    title = f"The encoder {make_printable(name)} cannot be loaded"
+    where, problem, remedy = (make_printable(text) for text in (where, problem, remedy))
     said = f"{where}: {problem}" if where else problem
-    return BackboneError(f"{title}: {said} {remedy}".rstrip(), [Fault(where, problem, remedy)])
+    message = f"The encoder {make_printable(name)} cannot be loaded: {said} {remedy}".rstrip()
+    return BackboneError(message, [Fault(where, problem, remedy)])
 
 
 def read_base(model: str) -> BaseFolder:
