@@ -296,7 +296,7 @@ def test_a_wrapper_s_prefix_is_understood_and_said(prefix: str, said: bool, tiny
     real, found = Backbone.load(str(tiny_bert)), Backbone.load(str(tmp_path / "base"))
     assert found.fingerprint == real.fingerprint
     np.testing.assert_array_equal(found.encode(TEXTS), real.encode(TEXTS))
-    assert [f"named {prefix}..." in note for note in found.notes] == [True] * said
+    assert [f'start with "{prefix}"' in note for note in found.notes] == [True] * said
     assert Backbone.blueprint(BackboneConfig(model=str(tmp_path / "base"))).notes == found.notes
 
 

@@ -172,6 +172,34 @@ def test_the_card_and_the_manifest_say_that_it_was_imported_and_not_measured(
     assert "No figures were recorded" not in card
 
 
+def test_a_pruned_adalora_is_folded_as_peft_reads_it(
+    backbone: Backbone, store: AdapterStore, tiny_bert: Path, tmp_path: Path
+) -> None:
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=2, tinit=1, tfinal=2, deltaT=1, total_step=8, target_modules=["query", "value"]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(Backbone.load(str(tiny_bert)).model, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    tokens = backbone.tokenizer(TEXTS, return_tensors="pt", padding=True)
+    for step in range(1, 9):
+        states = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        (states * torch.randn(states.shape, generator=torch.Generator().manual_seed(step))).mean().backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the ranks that were pruned to nothing
+        model.save_pretrained(tmp_path / "peft")
+    record = import_adapter(tmp_path / "peft", "fashion", backbone, store)
+    ranks = json.loads(record.read("adapter_config.json"))["rank_pattern"]
+    assert max(ranks.values()) > min(ranks.values())  # pruned unevenly
+    np.testing.assert_allclose(
+        AdapterBank(backbone, store).encode(TEXTS, "fashion"), encode_by_peft(model.eval(), backbone), atol=2e-6
+    )
+
+
 HEADED: dict[str, tuple[str, peft.PeftConfig]] = {
     "lora": ("SequenceClassification", peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")),
     "lora by token": ("TokenClassification", peft.LoraConfig(r=2, target_modules=["query"], task_type="TOKEN_CLS")),

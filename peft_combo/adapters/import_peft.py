@@ -48,7 +48,7 @@ def import_adapter(
         case dict() as export:
             return import_merged(folder, export, category, backbone, store)
         case manifest:
-            return import_stored(folder, manifest, category, backbone, store)
+            return import_stored(folder, manifest, category, backbone, store, callback)
 
 
 def _import_plain(

@@ -71,9 +71,9 @@ def _read_file(path: Path) -> bytes | None:
 
 
 def import_stored(
-    folder: Path, manifest: Manifest, category: str, backbone: Backbone, store: AdapterStore
+    folder: Path, manifest: Manifest, category: str, backbone: Backbone, store: AdapterStore, callback: RunCallback
 ) -> AdapterRecord:
-    """Store a version of another store, with its head, recipe, data and metrics.
+    """Store a version of another store, with its head, recipe, data, metrics, pooling and length.
 
     Raises:
         StoreError: a file is not as it was written, or the adapter was tuned on another encoder.
@@ -86,6 +86,8 @@ def import_stored(
     if HEAD_FILE not in named:
         raise refuse_import(folder, [Fault(HEAD_FILE, "is missing.", _AGAIN)])
     stamp, imported = manifest.backbone, manifest.imported
+    if (stamp.pooling, stamp.max_length) != (backbone.pooling, backbone.max_length):
+        callback.on_note(f"It pools by {stamp.pooling} over at most {stamp.max_length} tokens, as it was tuned.")
     with store.writing(category) as draft:
         for name in named:
             if name not in (CONFIG_FILE, WEIGHTS_FILE):

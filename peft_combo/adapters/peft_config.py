@@ -254,9 +254,13 @@ def _rewrite_lora(
 def _rewrite_adalora(
     config: Mapping[str, Any], shapes: Shapes, backbone: Backbone, place: _Place, faults: list[Fault]
 ) -> Believed:
-    """Rewrite an AdaLoRA as the plain LoRA it equals: B (E A) s / (n + 1e-5), n its rank, as PEFT computes it."""
+    """Rewrite an AdaLoRA as the plain LoRA it equals: B (E A) s / (n + 1e-5), as PEFT computes it.
+
+    n is the rank at the start, which PEFT keeps when it prunes.
+    """
     _refuse_unknown(config, _NO_MATTER_LORA | _SCHEDULE_ADALORA | {"lora_alpha", "rank_pattern"}, faults)
     alpha = _read_number(config, "lora_alpha", LoraAdapter, "alpha", faults)
+    initial = _read_number(config, "init_r", LoraAdapter, "rank", faults)
     names: dict[str, str] = {}
     ranks: dict[str, int] = {}
     for name, module, part in _sort_tensors(
@@ -288,7 +292,9 @@ def _rewrite_adalora(
         "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "bias": "none", "r": widest, "lora_alpha": widest,
         "target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": ranks,
     }  # fmt: skip
-    fold = {module: alpha / (rank + 1e-5) for module, rank in ranks.items()}
+    if widest > initial:
+        faults.append(Fault("init_r", f"expected at least {widest}, a rank in the file, found {initial}."))
+    fold = dict.fromkeys(ranks, alpha / (initial + 1e-5))
     return Believed("adalora", "lora", written, names, _list_head(shapes, place), fold)
 
 

@@ -190,7 +190,9 @@ class Backbone:
         pooling, notes = _choose_pooling(config, base)
         notes += find_doubts(base, encoder, tokenizer)
         if prefix and prefix != f"{getattr(encoder, 'base_model_prefix', '')}.":
-            notes.insert(0, f"The tensors of {base.name} are named {prefix}...; they are read as the encoder's own.")
+            notes.insert(
+                0, f'The tensors of {base.name} start with "{prefix}", a wrapper\'s: they are read without it.'
+            )
         return cls(
             config.model, encoder, tokenizer, pooling, config.max_length, config.quantization, fingerprint,
             tuple(map(make_printable, notes)),
