@@ -134,6 +134,10 @@ def adapter_in_it(name: str) -> str:
     return name.replace(".query.", ".query.base_layer.")
 
 
+def adapter_beside(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**tensors, "encoder.layer.0.attention.self.query.lora_A.default.weight": torch.ones(2, 32)}
+
+
 def integers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: (t * 50).to(torch.int8) if "query.weight" in name else t for name, t in tensors.items()}
 
@@ -179,7 +183,8 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
     "a pickle by another name": (pickle_renamed, "is a pickle under another name"),
     "a shard missing": (a_shard_missing, "1 of them not there: model-00002-of-00002.safetensors"),
     "other names": (rename(lambda name: name.replace("encoder.layer", "blocks")), "lack 48 of the encoder's 53"),
-    "an adapter in it": (rename(adapter_in_it), "merge it, model.merge_and_unload()"),
+    "an adapter in it": (rename(adapter_in_it), "Merge the adapter that is in them"),
+    "an adapter beside it": (weights(adapter_beside), "hold an adapter that would not be used"),
     "8-bit weights": (weights(integers), "of I8"),
     "stored quantised": (change(quantization_config={"load_in_4bit": True}), "were stored quantised"),
     "two encoders": (weights(two_encoders), "hold 2 encoders, named"),
@@ -309,15 +314,17 @@ def test_a_prefix_is_understood_in_8_bits_too(tmp_path: Path) -> None:
     np.testing.assert_array_equal(one.encode(TEXTS), other.encode(TEXTS))
 
 
-def test_names_of_old_are_understood(tiny_bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "bert.", "module.bert."])
+def test_names_of_old_are_understood(prefix: str, tiny_bert: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_bert, tmp_path / "base")
 
     def old(name: str) -> str:
-        return "bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        return prefix + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
 
     rename(old)(tmp_path / "base")
     found = Backbone.load(str(tmp_path / "base"))
-    assert (found.fingerprint, found.notes) == (Backbone.load(str(tiny_bert)).fingerprint, ())
+    assert found.fingerprint == Backbone.load(str(tiny_bert)).fingerprint
+    assert len(found.notes) == (prefix == "module.bert.")
 
 
 @pytest.mark.parametrize(
@@ -330,6 +337,24 @@ def test_a_task_head_or_a_pooler_that_is_left_over_is_fine(kind: str, tiny_bert:
     getattr(transformers, kind).from_pretrained(tiny_bert).save_pretrained(tmp_path / "base")
     found = Backbone.load(str(tmp_path / "base"))
     assert (found.fingerprint, found.notes) == (Backbone.load(str(tiny_bert)).fingerprint, ())
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.bert."])
+def test_shards_are_read_as_one_file(prefix: str, tiny_bert: Path, tmp_path: Path) -> None:
+    import transformers
+
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    transformers.AutoModel.from_pretrained(tiny_bert).save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    remove("model.safetensors")(tmp_path / "base")
+    shards = sorted((tmp_path / "base").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        tensors = {prefix + name: t.clone() for name, t in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    index = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {prefix + name: file for name, file in index["weight_map"].items()}
+    write("model.safetensors.index.json", json.dumps(index))(tmp_path / "base")
+    assert Backbone.load(str(tmp_path / "base")).fingerprint == Backbone.load(str(tiny_bert)).fingerprint
 
 
 def test_a_missing_pooler_is_fine(tiny_bert: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class BaseFolder:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     sentence: SentenceConfig
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def refuse_base(name: str, where: str, problem: str, remedy: str) -> BackboneError:

@@ -222,6 +222,8 @@ def _check_tensors(
         for name in (name.removeprefix(prefix) for name in stored if name.startswith(prefix))
         if name not in expected and name.partition(".")[0] in parts and not name.endswith(_CONSTANTS)
     ]
+    adapted = any(".lora_" in name or ".base_layer." in name for name in stored)
+    merge = "Merge the adapter that is in them: model.merge_and_unload().save_pretrained(FOLDER)"
     if odd:
         problem = (
             f"speaks of another encoder than the weights hold: {odd[0]} is {expected[odd[0]]} by the config and "
@@ -235,13 +237,13 @@ def _check_tensors(
             f"the weights lack {len(missing)} of the encoder's {len(expected)} tensors ({missing[0]}"
             f"{_count_more(missing)}), which would be random{found}."
         )
-        adapted = any(".lora_" in name or ".base_layer." in name for name in stored)
         remedy = "Save the whole encoder without a wrapper: model.save_pretrained(FOLDER)"
         if not others:
             remedy = "Take config.json and weights from the same model."
-        if adapted:
-            remedy = "An adapter is in them: merge it, model.merge_and_unload().save_pretrained(FOLDER)"
-        raise refuse_base(base.name, "", problem, remedy)
+        raise refuse_base(base.name, "", problem, merge if adapted else remedy)
+    if left and adapted:
+        problem = f"the weights hold an adapter that would not be used ({shorten(left[0])}{_count_more(left)})."
+        raise refuse_base(base.name, "", problem, merge)
     if left:
         problem = (
             f"describes fewer or other layers than the weights hold: {shorten(left[0])}{_count_more(left)} would not "
