@@ -167,7 +167,13 @@ def test_the_card_and_the_manifest_say_that_it_was_imported_and_not_measured(
     assert (stamp.folder, stamp.base_model, stamp.peft_version) == ("somebody", str(tiny_bert), peft.__version__)
     assert (record.manifest.metrics, record.manifest.recipe, record.manifest.data.name) == ({}, {}, "not known")
     card = record.read("README.md").decode()
-    for words in ("imported into peft-combo", "Not measured.", "| Imported from | somebody", "is not known"):
+    for words in (
+        "imported into peft-combo",
+        "Not measured.",
+        'pooling="mean"',
+        "| Imported from | somebody",
+        "is not known",
+    ):
         assert words in card
     assert "No figures were recorded" not in card
 
