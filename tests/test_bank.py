@@ -55,7 +55,9 @@ def store_adapter(
     task: BundleTask | None = None,
 ) -> AdapterRecord:
     """Store an adapter as tuning would, with random weights instead of trained ones."""
-    attached = methods.attach(backbone.model, config, max_length=backbone.max_length, total_steps=20, seed=seed)
+    attached = methods.attach(
+        backbone.model, config, max_length=backbone.max_length, total_steps=20, seed=seed, tokenizer=backbone.tokenizer
+    )
     head = BundleHead(backbone.dim, task or BundleTask())
     noise = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():

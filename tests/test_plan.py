@@ -130,11 +130,19 @@ def test_quantised_weights_take_what_bitsandbytes_takes(bits: Any, tiny_bert: Pa
     assert count_frozen_bytes(shapes.model, bits) < count_frozen_bytes(shapes.model, "none")
 
 
-def test_weights_are_not_needed_for_a_plan_nor_for_a_refusal(
+def void_weights(file: Path) -> None:
+    """Leave the header and make every number of the weights none."""
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    file.write_bytes(content[:start] + b"\xff" * (len(content) - start))
+
+
+def test_weights_are_not_read_for_a_plan_nor_for_a_refusal(
     tiny_recipe: MakeRecipe, tiny_bert: Path, tmp_path: Path
 ) -> None:
     empty = tmp_path / "no-weights"
-    shutil.copytree(tiny_bert, empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(tiny_bert, empty)
+    void_weights(empty / "model.safetensors")
     assert plan(tiny_recipe(**{"backbone.model": str(empty)})).frozen_parameters > 0
     with pytest.raises(BackboneError, match="top_layers: expected at most 3"):
         plan(tiny_recipe(**{"backbone.model": str(empty), "adapter.top_layers": 9}))
@@ -145,7 +153,7 @@ def test_weights_are_not_needed_for_a_plan_nor_for_a_refusal(
             tiny_recipe("adalora", **{"training.epochs": 1, "training.batch_size": 64, "adapter.final_fraction": 0.89})
         )
     modern = build_encoder(tmp_path / "modern", "modernbert")
-    (modern / "model.safetensors").unlink()
+    void_weights(modern / "model.safetensors")
     with pytest.raises(BackboneError, match=r"prefix.* does not work on modernbert"):
         plan(tiny_recipe("prefix", **{"backbone.model": str(modern)}))
 

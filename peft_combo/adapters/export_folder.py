@@ -103,9 +103,8 @@ def read_back(folder: Path, live: LiveAdapter, backbone: Backbone) -> Backbone:
     """Return the backbone as it would be with the tokenizer that was written."""
     from transformers import AutoTokenizer
 
-    return Backbone(
-        str(folder), backbone.model, AutoTokenizer.from_pretrained(folder), backbone.pooling, live.attached.max_length
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return Backbone(str(folder), backbone.model, tokenizer, backbone.pooling, live.attached.max_length)
 
 
 def write_sentence_transformers(folder: Path, live: LiveAdapter, backbone: Backbone) -> None:

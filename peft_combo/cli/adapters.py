@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, adapters_app
-from peft_combo.cli.output import format_metric, print_faults, print_json, print_table
+from peft_combo.cli.output import console_watch, format_metric, print_faults, print_json, print_table
 from peft_combo.errors import StoreError
 
 
@@ -82,25 +82,30 @@ def adapters_verify(
 
 @adapters_app.command("import")
 def adapters_import(
-    folder: Annotated[Path, typer.Argument(help="Folder that PEFT's save_pretrained() wrote: a LoRA or a prefix.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of PEFT, of a stored version, or of a merged export.")],
     category: Annotated[str, typer.Option("--category", help="Category to store it under.")],
     backbone: Annotated[
         str, typer.Option("--backbone", help="Encoder it was tuned on: embedded, a hub id or a folder.")
     ] = "embedded",
     pooling: Annotated[
-        Literal["mean", "cls"], typer.Option("--pooling", help="Pooling of token vectors into one vector per text.")
-    ] = "mean",
+        Literal["mean", "cls"] | None,
+        typer.Option("--pooling", help="Pooling of token vectors into one vector per text; default the encoder's own."),
+    ] = None,
     max_length: Annotated[int, typer.Option("--max-length", min=4, help="Maximum length of a text in tokens.")] = 64,
     store: StoreOption = Path("adapters"),
 ) -> None:
-    """Check a PEFT adapter from elsewhere and store it. PEFT opens what is stored: there is no export."""
+    """Check an adapter from elsewhere and store it. PEFT opens what is stored: there is no export."""
     from peft_combo.adapters.import_peft import import_adapter
     from peft_combo.encoder.backbone import Backbone
     from peft_combo.store.adapter_store import AdapterStore
 
     encoder = Backbone.load(backbone, pooling=pooling, max_length=max_length)
-    record = import_adapter(folder, category, encoder, AdapterStore(store))
-    print(f"Stored {record.reference} in {record.path}; not measured.")
+    with console_watch() as callback:
+        for note in encoder.notes:
+            callback.on_note(note)
+        record = import_adapter(folder, category, encoder, AdapterStore(store), callback)
+    known = "head, recipe, data and metrics came with it" if record.manifest.imported is None else "not measured"
+    print(f"Stored {record.reference} in {record.path}; {known}.")
     print(f"Measure it with: peft-combo evaluate --recipe NAME --adapter {record.reference}")
 
 

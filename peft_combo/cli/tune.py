@@ -296,7 +296,10 @@ def embed(
 
         from peft_combo.encoder.vectors import embed as run
 
-        texts, bank = space.dataset.texts, space.bank
+        bank = space.bank  # before the data: a base that is not whole is told at once
+        for note in space.backbone.notes:
+            callback.on_note(note)
+        texts = space.dataset.texts
         process, processes = get_rank(), int(os.environ.get("WORLD_SIZE", "1"))
         callback.on_stage("Encoding the catalogue", len(set(texts)) // processes)
         count = run(bank, texts, adapter, cache, process=process, processes=processes, progress=callback.on_advance)

@@ -13,8 +13,10 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,26 +25,29 @@ from torch import Tensor, nn
 
 from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import find_architecture
+from peft_combo.encoder.base_folder import EMBEDDED, BaseFolder, read_base
 from peft_combo.encoder.loading import (
-    EMBEDDED,
+    FewWords,
     Quantization,
-    _check_length,
-    _FewWords,
-    _from_config,
-    _load_config,
-    _load_parts,
-    _load_quantized,
-    _load_tokenizer,
-    _locate_weights,
-    _silence_loading,
+    build_encoder,
+    build_shapes,
+    check_finite,
+    check_length,
+    find_doubts,
+    find_prefix,
+    load_config,
+    load_encoder,
+    load_quantized,
+    load_tokenizer,
+    silence_loading,
 )
 from peft_combo.encoder.methods.attached import AttachedAdapter
+from peft_combo.encoder.sentence_config import Pooling
 from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, chunk_by_length
-from peft_combo.errors import BackboneError, StoreError
+from peft_combo.errors import BackboneError, StoreError, make_printable
 from peft_combo.recipe.model import BackboneConfig
 from peft_combo.store.versions import AdapterRecord
 
-Pooling = Literal["mean", "cls"]
 _EMBEDDED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 # Words of a twin: enough that different texts differ, few enough that the embeddings of a multilingual encoder, most of
@@ -66,11 +71,12 @@ class Backbone:
         tokenizer: its tokenizer.
         pooling: mean over the real tokens, or the first token; either way scaled to unit length.
         max_length: texts are cut to so many tokens, special tokens included.
+        notes: what a user should know of the base and of how it is used here, a sentence each.
     """
 
     def __init__(
         self, name: str, model: nn.Module, tokenizer: Any, pooling: Pooling, max_length: int,
-        quantization: Quantization = "none", fingerprint: str | None = None,
+        quantization: Quantization = "none", fingerprint: str | None = None, notes: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.name = name
         self.model = model.eval().requires_grad_(False)
@@ -78,6 +84,7 @@ class Backbone:
         self.pooling: Pooling = pooling
         self.max_length = max_length
         self.quantization: Quantization = quantization
+        self.notes = notes
         self._known_fingerprint = fingerprint
         self._warned_of: set[str] = set()  # quantizations of adapters that were tuned on other weights than these
         # A fast tokenizer keeps the truncation of its last call, which another thread's length would overwrite.
@@ -88,7 +95,7 @@ class Backbone:
         cls,
         model: str = EMBEDDED,
         *,
-        pooling: Pooling = "mean",
+        pooling: Pooling | None = None,
         max_length: int = 64,
         quantization: Quantization = "none",
         device: str | torch.device | None = None,
@@ -97,50 +104,49 @@ class Backbone:
 
         Args:
             model: ``"embedded"`` (all-MiniLM-L6-v2, comes as a package), a local folder, or a model id of the hub.
+            pooling: None takes what the base says of itself, and the mean where it says nothing.
             quantization: ``"8bit"`` or ``"4bit"`` (NF4) through bitsandbytes; both work on CPU too.
             device: None leaves the model on the CPU (accelerate moves it when tuning).
         Raises:
-            BackboneError: not found, not reachable, no safetensors weights, or no BERT-like encoder.
+            BackboneError: not found, not reachable, no BERT-like encoder, no safetensors weights, or files that leave a
+                tensor random or a token without embedding.
         """
-        source = _locate_weights(model)
-        tokenizer, encoder = _load_parts(source, model)
-        find_architecture(encoder)  # an encoder that is not known is refused here, not at the first adapter
-        _check_length(max_length, encoder, model)
-        backbone = cls(model, encoder, tokenizer, pooling, max_length)
-        if quantization != "none":
-            fingerprint = backbone.fingerprint  # of the weights as published, so that 8-bit and fp32 runs can meet
-            del encoder, backbone  # the two forms are never in memory together
-            encoder = _load_quantized(source, model, quantization, device)
-            backbone = cls(model, encoder, tokenizer, pooling, max_length, quantization, fingerprint)
+        fields: dict[str, Any] = {
+            "model": model,
+            "pooling": pooling,
+            "max_length": max_length,
+            "quantization": quantization,
+        }
+        return cls.of(BackboneConfig.model_construct(**fields), device)
+
+    @classmethod
+    def of(cls, config: BackboneConfig, device: str | torch.device | None = None) -> Backbone:
+        """Load the encoder a recipe names; see `load`."""
+        base = read_base(config.model)
+        shapes, tokenizer, prefix = _load_parts(base)
+        backbone = cls._from_shapes(config, base, shapes, tokenizer, prefix, fingerprint=None)
+        backbone.model = load_encoder(base, prefix).eval().requires_grad_(False)
+        check_finite(backbone.model, config.model)
+        if config.quantization != "none":
+            _ = backbone.fingerprint  # of the weights as published, so that 8-bit and fp32 runs can meet
+            backbone.model = shapes  # the two forms are never in memory together
+            backbone.model = load_quantized(base, prefix, config.quantization, device).eval().requires_grad_(False)
         elif device is not None:
             backbone.model.to(device)
         return backbone
 
     @classmethod
-    def of(cls, config: BackboneConfig, device: str | torch.device | None = None) -> Backbone:
-        """Load the encoder a recipe names; see `load`."""
-        return cls.load(
-            config.model,
-            pooling=config.pooling,
-            max_length=config.max_length,
-            quantization=config.quantization,
-            device=device,
-        )
-
-    @classmethod
     def blueprint(cls, config: BackboneConfig) -> Backbone:
         """Make the encoder a recipe names out of shapes alone (device ``meta``), with its real tokenizer.
 
-        No weight is read, so it is there at once and takes no memory, and it cannot encode.
+        No weight is read, so it is there at once and takes no memory, and it cannot encode. What would stop `of` is
+        found here too: the files are the same, and of the weights their names, types and shapes are read.
 
         Raises:
-            BackboneError: not found, not reachable, no BERT-like encoder, or `max_length` beyond its positions.
+            BackboneError: as `load`.
         """
-        source = _locate_weights(config.model)
-        tokenizer = _load_tokenizer(source, config.model)
-        with torch.device("meta"):
-            encoder = _from_config(_load_config(source, config.model))
-        return cls._from_shapes(config, encoder, tokenizer)
+        base = read_base(config.model)
+        return cls._from_shapes(config, base, *_load_parts(base))
 
     @classmethod
     def twin(cls, config: BackboneConfig, layers: int, device: str | torch.device | None = None) -> Backbone:
@@ -152,9 +158,9 @@ class Backbone:
         Raises:
             BackboneError: as `blueprint`.
         """
-        source = _locate_weights(config.model)
-        tokenizer = _load_tokenizer(source, config.model)
-        small = _load_config(source, config.model)
+        base = read_base(config.model)
+        small = load_config(base)
+        tokenizer = load_tokenizer(base, small.vocab_size)
         small.num_hidden_layers = layers
         if getattr(small, "layer_types", None):
             small.layer_types = small.layer_types[:layers]
@@ -162,25 +168,35 @@ class Backbone:
         small.pad_token_id = (small.pad_token_id or 0) % small.vocab_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            encoder = _from_config(small)
-        backbone = cls._from_shapes(config, encoder, _FewWords(tokenizer, small.vocab_size))
+            encoder = build_encoder(small)
+        backbone = cls._from_shapes(config, base, encoder, FewWords(tokenizer, small.vocab_size), "")
         if config.quantization != "none":
             with tempfile.TemporaryDirectory(prefix="twin-") as folder:
-                with _silence_loading():
+                with silence_loading():
                     encoder.save_pretrained(folder)  # type: ignore[operator]
-                backbone.model = _load_quantized(folder, config.model, config.quantization, device)
+                backbone.model = load_quantized(replace(base, path=Path(folder)), "", config.quantization, device)
         elif device is not None:
             backbone.model.to(device)
         backbone.model.eval().requires_grad_(False)
         return backbone
 
     @classmethod
-    def _from_shapes(cls, config: BackboneConfig, encoder: nn.Module, tokenizer: Any) -> Backbone:
-        find_architecture(encoder)
-        _check_length(config.max_length, encoder, config.model)
+    def _from_shapes(
+        cls, config: BackboneConfig, base: BaseFolder, encoder: nn.Module, tokenizer: Any, prefix: str,
+        fingerprint: str | None = "no weights",
+    ) -> Backbone:  # fmt: skip
+        find_architecture(encoder)  # an encoder that is not known is refused here, not at the first adapter
+        check_length(config.max_length, encoder, config.model)
+        pooling, notes = _choose_pooling(config, base)
+        notes += find_doubts(base, encoder, tokenizer)
+        if prefix and prefix != f"{getattr(encoder, 'base_model_prefix', '')}.":
+            notes.insert(
+                0, f'The tensors of {base.name} start with "{prefix}", a wrapper\'s: they are read without it.'
+            )
         return cls(
-            config.model, encoder, tokenizer, config.pooling, config.max_length, config.quantization, "no weights"
-        )
+            config.model, encoder, tokenizer, pooling, config.max_length, config.quantization, fingerprint,
+            tuple(map(make_printable, notes)),
+        )  # fmt: skip
 
     def stamp(self) -> dict[str, Any]:
         """Return what a manifest says of the encoder an adapter was tuned on."""
@@ -201,8 +217,14 @@ class Backbone:
 
     @property
     def base_name(self) -> str:
-        """The public name of the weights, which plain PEFT puts beside an adapter."""
-        return _EMBEDDED_HUB_ID if self.name == EMBEDDED else self.name
+        """The name of the weights that opens them from anywhere, as plain PEFT puts it beside an adapter.
+
+        A hub id, or the whole path of a folder.
+        """
+        if self.name == EMBEDDED:
+            return _EMBEDDED_HUB_ID
+        folder = Path(self.name).expanduser()
+        return str(folder.resolve()) if folder.is_dir() else self.name
 
     @property
     def dim(self) -> int:
@@ -260,7 +282,8 @@ class Backbone:
         if stamp.pooling != self.pooling:
             raise StoreError(
                 f"Adapter {record.reference} was tuned with pooling {stamp.pooling}, this backbone pools by "
-                f'{self.pooling}. Load it with Backbone.load(pooling="{stamp.pooling}").'
+                f"{self.pooling}. Take --set backbone.pooling={stamp.pooling}, or "
+                f'Backbone.load(pooling="{stamp.pooling}").'
             )
         if stamp.quantization != self.quantization and stamp.quantization not in self._warned_of:
             self._warned_of.add(stamp.quantization)
@@ -370,3 +393,31 @@ class Backbone:
                 start, stop = tokens.offsets[text], tokens.offsets[text + 1]
                 states[start:stop] = hidden[row, : stop - start]
         return states
+
+
+def _load_parts(base: BaseFolder) -> tuple[nn.Module, Any, str]:
+    """Return the encoder's shapes, its tokenizer, and what stands before its names in the weights, all checked."""
+    shapes = build_shapes(base, load_config(base))
+    prefix = find_prefix(base, shapes)
+    embedding: nn.Embedding = shapes.get_input_embeddings()  # type: ignore[operator]
+    return shapes, load_tokenizer(base, embedding.num_embeddings), prefix
+
+
+def _choose_pooling(config: BackboneConfig, base: BaseFolder) -> tuple[Pooling, list[str]]:
+    """Return how texts are pooled, and what is to be said where the base has a say in it."""
+    said = base.sentence
+    pooling = config.pooling or said.pooling or "mean"
+    notes = list(base.notes)
+    if said.pooling is not None and pooling != said.pooling:
+        notes.append(
+            f"{base.name} says that it pools by {said.pooling}, the recipe pools by {pooling}: "
+            f"--set backbone.pooling={said.pooling} follows it."
+        )
+    elif pooling != "mean" and config.pooling is None:
+        notes.append(f"{base.name} says that it pools by {pooling}, and so it is done: backbone.pooling: {pooling}.")
+    if said.max_length is not None and config.max_length > said.max_length:
+        notes.append(
+            f"{base.name} says that it reads {said.max_length} tokens of a text, the recipe {config.max_length}: "
+            f"--set backbone.max_length={said.max_length} follows it."
+        )
+    return pooling, notes

@@ -59,8 +59,10 @@ class BackboneConfig(Section):
         default="embedded",
         description='"embedded" (all-MiniLM-L6-v2 from the installed wheel), a model id on the hub, or a local folder.',
     )
-    pooling: Literal["mean", "cls"] = Field(
-        default="mean", description="Vector of a text: the mean over its tokens, or the first token's state."
+    pooling: Literal["mean", "cls"] | None = Field(
+        default=None,
+        description="Vector of a text: the mean over its tokens, or the first token's state; null takes what the base "
+        "says of itself, and the mean where it says nothing.",
     )
     max_length: Int = Field(
         default=64, ge=4, le=8192, description="Tokens per text, special tokens included; longer texts are cut."

@@ -180,7 +180,8 @@ def _format_load_arguments(backbone: BackboneStamp) -> str:
     """Return what `Backbone.load` needs to make the encoder named here; its own default needs nothing."""
     default = backbone.model == "sentence-transformers/all-MiniLM-L6-v2"
     model = "" if default else json.dumps(backbone.model)
-    pooling = "" if backbone.pooling == "mean" else f'pooling="{backbone.pooling}"'
+    # Without a word on it a base pools as it says of itself, which need not be how the adapter was tuned.
+    pooling = "" if default and backbone.pooling == "mean" else f'pooling="{backbone.pooling}"'
     return ", ".join(filter(None, (model, pooling)))
 
 

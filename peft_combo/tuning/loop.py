@@ -21,6 +21,7 @@ from accelerate import Accelerator
 
 from peft_combo.callbacks import RunCallback
 from peft_combo.data.augmentation.variants import Rewrite
+from peft_combo.encoder.backbone import Backbone
 from peft_combo.errors import TuningError
 from peft_combo.metrics.report import ResultTable
 from peft_combo.recipe.model import Recipe
@@ -138,6 +139,7 @@ class Run:
     ) -> Run:  # fmt: skip
         """Put together all that learns, measure the frozen encoder, and say what the run will need; see `tune`."""
         recipe.ready()
+        Backbone.blueprint(recipe.backbone)  # a base that is not whole is told before the data is read
         run_folder = run_folder or Path("runs") / recipe.name
         accelerator = build_accelerator(recipe, run_folder)
         main = accelerator.is_main_process

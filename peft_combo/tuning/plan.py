@@ -57,11 +57,11 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
             method that does not work on it, trained tensors that get no gradient.
     """
     recipe.ready()
+    shapes = Backbone.blueprint(recipe.backbone)  # what costs nothing first: a base that is not whole, before the data
     task = build_task(recipe) if task is None else task
     total = task.per_epoch * recipe.training.epochs
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # What cannot work is refused on shapes alone, which costs nothing however large the encoder is.
-    shapes = Backbone.blueprint(recipe.backbone)
     whole = methods.attach(
         shapes.model, _countable(recipe.adapter), max_length=shapes.max_length, total_steps=total,
         seed=recipe.seed, tokenizer=shapes.tokenizer,
@@ -86,7 +86,7 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
         head_parameters=head_parameters,
     )
     found = build_plan(recipe, task, whole, setting, costs)
-    return replace(found, advice=_advise(recipe, found, slower))
+    return replace(found, advice=(*shapes.notes, *_advise(recipe, found, slower)))
 
 
 def _slowdown(recipe: Recipe, task: AnyTask, trial: _TwinTrial, total: int, device: str) -> float:

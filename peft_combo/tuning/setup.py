@@ -78,6 +78,8 @@ class Setup:
             callback.on_note(note)
         base_mib = resident_mib()
         backbone = Backbone.of(recipe.backbone, accelerator.device)
+        for note in backbone.notes:
+            callback.on_note(note)
         attached = methods.attach(
             backbone.model, recipe.adapter, max_length=backbone.max_length,
             total_steps=task.per_epoch * recipe.training.epochs, seed=recipe.seed, tokenizer=backbone.tokenizer,
