@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from filelock import FileLock
+
 from peft_combo.errors import PeftComboError
 
 DRAFT, TRASH = ".draft-", ".trash-"
@@ -66,6 +68,27 @@ def measure_size(path: Path) -> int:
             with suppress(FileNotFoundError):  # someone else is clearing it
                 total += os.lstat(os.path.join(folder, name)).st_size
     return total
+
+
+# --- locking ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock_file(path: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold a lock file: one thread of one process at a time. The system takes it from a process that dies.
+
+    Args:
+        wait: seconds to wait for it.
+    Raises:
+        TimeoutError: somebody else held it all that time.
+        OSError: the disk refuses.
+    """
+    lock = FileLock(path, timeout=wait, poll_interval=0.005)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "matplotlib": "metrics.charts",
     "onnx": "adapters",
     "onnxruntime": "adapters",
-    "filelock": "store",
+    "filelock": "files",
     "pooch": "data.readers.download",
     "typer": "cli",
     "rich": "cli",

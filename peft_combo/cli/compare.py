@@ -66,7 +66,7 @@ def compare(
         except Stopped as error:
             callback.close()
             typer.echo(error, err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(error.exit_code) from None
     if plot is not None:
         draw(chart(found), plot)
     if to is not None:
@@ -121,7 +121,7 @@ def search(
         except Interrupted as error:
             callback.close()
             typer.echo(error, err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(error.exit_code) from None
     if found.best is None or found.recipe is None:
         reason = found.trials[-1].reason or "all were cut off"
         raise PeftComboError(f"None of the {len(found.trials)} trials came to an end; the last: {reason}")

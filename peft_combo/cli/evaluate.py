@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
+from peft_combo.cli.app import (
+    CacheOption,
+    DataOption,
+    JsonOption,
+    RecipeOption,
+    RecipeStoreOption,
+    SetOption,
+    app,
+    load_ready_recipe,
+)
 from peft_combo.cli.output import console_watch, print_json, print_table
 from peft_combo.errors import DataError
 
@@ -33,19 +42,17 @@ def evaluate(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     cache: CacheOption = Path("vectors"),
     as_json: JsonOption = False,
 ) -> None:
     """Measure completion of the test bundles, every baseline beside it: fitted on train, chosen on validation."""
-    from peft_combo.recipe.files import load_recipe
-
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
         from peft_combo.recommender.workspace import Workspace
 
         references = adapters or []
-        space = Workspace.of(loaded, adapters=references, store=store, cache=cache)
+        space = Workspace.of(loaded, adapters=references, cache=cache)
 
         from peft_combo.data.leakage import rating_problem, split_problem
         from peft_combo.encoder.heads.completion import CompletionHead

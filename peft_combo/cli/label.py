@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, SetOption, StoreOption, data_app
+from peft_combo.cli.app import DataOption, JsonOption, RecipeStoreOption, SetOption, data_app, load_ready_recipe
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table
 from peft_combo.errors import DataError, RecipeError
 
@@ -32,16 +32,15 @@ def data_suggest(
         Path | None, typer.Option("--to", help="File to label them in: .csv or .jsonl (tags: .jsonl).")
     ] = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Suggest what is most worth labelling: where an adapter is least sure, and nothing twice."""
     from peft_combo.data.labels.annotation import write_to_label
-    from peft_combo.recipe.files import load_recipe
     from peft_combo.recommender.workspace import Workspace
 
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
-    space = Workspace.of(loaded, adapters=[adapter], store=store, needs="items")
+    loaded = load_ready_recipe(recipe, overrides, data, store)
+    space = Workspace.of(loaded, adapters=[adapter], needs="items")
     kind = str(space.records[0].manifest.task.get("kind"))
     if kind != loaded.task.kind:
         raise RecipeError(

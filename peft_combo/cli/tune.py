@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
+from peft_combo.cli.app import (
+    CacheOption,
+    DataOption,
+    JsonOption,
+    RecipeOption,
+    RecipeStoreOption,
+    SetOption,
+    app,
+    load_ready_recipe,
+)
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, get_rank, print_json, print_table
 
 if TYPE_CHECKING:
@@ -64,9 +72,15 @@ def tune(
     recipe: RecipeOption,
     data: DataOption = None,
     overrides: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continuation from the last checkpoint.")] = False,
+    store: RecipeStoreOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continuation from the last checkpoint; a start where none is there.")
+    ] = False,
     run_folder: Annotated[
-        Path | None, typer.Option("--run-folder", help="Folder of checkpoints and loss log; default runs/<recipe>.")
+        Path | None,
+        typer.Option(
+            "--run-folder", help="Folder of checkpoints and loss log; default runs/ and recipe, category and seed."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan only: steps, memory and time; exit code 3 if it does not fit.")
@@ -91,8 +105,6 @@ def tune(
     stored, compared with the one it came from on new and old questions, and --promote moves an alias to it only if it
     is better; else the alias stays, and the last line says why.
     """
-    from peft_combo.recipe.files import load_recipe
-
     limits = max_memory_gib is not None or max_minutes is not None
     bounds = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
     gate = {name: value for name, value in bounds.items() if value is not None}
@@ -104,7 +116,8 @@ def tune(
         ("--gate-...", bool(gate), "--promote", promote is not None),
         ("--fail-on-no-promotion", fail_on_no_promotion, "--promote", promote is not None),
     )
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    loaded = load_ready_recipe(recipe, overrides, data, store)
+    _check_cheaply(loaded, start, run_folder, resume)
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
     with console_watch() as callback:
         if dry_run:
@@ -157,9 +170,20 @@ def _run_tuning(
         return continued.result, continued
     except Interrupted as error:
         callback.close()
-        if callback.main:
-            print(error, file=sys.stderr)
-        raise typer.Exit(130) from None
+        callback.on_note(str(error))
+        raise typer.Exit(error.exit_code) from None
+
+
+def _check_cheaply(recipe: Recipe, start: str | None, run_folder: Path | None, resume: bool) -> None:
+    """Refuse what can be refused before torch is loaded: an adapter that is not stored, a run folder in use."""
+    from peft_combo.tuning.run_folder import check_run_folder, find_run_folder, name_run_folder
+
+    if start is not None:
+        from peft_combo.store.adapter_store import AdapterStore
+
+        AdapterStore(recipe.store).open(start)
+    if get_rank() == 0:
+        check_run_folder(run_folder or (find_run_folder(recipe) if resume else name_run_folder(recipe)))
 
 
 def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
@@ -193,6 +217,7 @@ def _print_dry_run(
 ) -> bool:  # fmt: skip
     """Print the plan; return whether the run would fit."""
     from peft_combo.tuning.plan import plan
+    from peft_combo.tuning.run_folder import name_run_folder
 
     task = None
     if start is not None:
@@ -202,7 +227,7 @@ def _print_dry_run(
         run = _find_pretrained(recipe, start, options) or continuation(recipe, start, **options)
         recipe, task = run.recipe, run.task
     found = plan(recipe, task)
-    short = found.shortfalls(recipe, run_folder or Path("runs") / recipe.name, max_memory_gib, max_minutes)
+    short = found.shortfalls(recipe, run_folder or name_run_folder(recipe), max_memory_gib, max_minutes)
     if as_json:
         print_json({**asdict(found), "peak_mib": found.memory.host, "fits": not short, "shortfalls": short})
         return not short
@@ -280,19 +305,17 @@ def embed(
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     cache: CacheOption = Path("vectors"),
 ) -> None:
     """Encode a catalogue once; under `accelerate launch` each process takes a share."""
     import os
 
-    from peft_combo.recipe.files import load_recipe
-
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
         from peft_combo.recommender.workspace import Workspace
 
-        space = Workspace.of(loaded, adapters=[] if adapter is None else [adapter], store=store, cache=cache)
+        space = Workspace.of(loaded, adapters=[] if adapter is None else [adapter], cache=cache)
 
         from peft_combo.encoder.vectors import embed as run
 
