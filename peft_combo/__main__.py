@@ -22,10 +22,10 @@ class _Ended(SystemExit):
 def main() -> None:
     """Run the command line; what a user can put right is one message on stderr and exit code 1."""
     settle_threads(os.environ)
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP: that stays
-            signal.signal(number, _end)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
+    for number in taken:
+        signal.signal(number, _end)
     try:
         app(prog_name="peft-combo")
     except PeftComboError as error:
@@ -35,6 +35,8 @@ def main() -> None:
         _tell(f"Ended by {signal.Signals(int(str(error.code)) - 128).name} before it was done.")
         raise
     finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
         _drop_dead_streams()
 
 
