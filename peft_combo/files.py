@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import IO
 
 from filelock import FileLock
 
-from peft_combo.errors import PeftComboError
+from peft_combo.errors import PeftComboError, make_printable
 
 DRAFT, TRASH = ".draft-", ".trash-"
 """How the names begin of what is being written, and of what was taken out of sight; readers pass over both."""
@@ -70,6 +71,21 @@ def measure_size(path: Path) -> int:
     return total
 
 
+# --- what is shipped --------------------------------------------------------------------------------------------------
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def list_shipped_recipes() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
+    return sorted(file.stem for file in recipes_folder().glob("*.yaml"))
+
+
 # --- locking ----------------------------------------------------------------------------------------------------------
 
 
@@ -89,6 +105,50 @@ def lock_file(path: Path, wait: float = 0.0) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+# --- asking before a long job -----------------------------------------------------------------------------------------
+
+
+def check_file_target(path: Path) -> Path:
+    """Return a path that a file can be written to: its folder is there or can be made, and takes files.
+
+    Raises:
+        PeftComboError: it is a folder, or the disk refuses; nothing is left there.
+    """
+    with _refuse_target(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder, expected a file", str(path))
+        _try_folder(path.parent)
+    return path
+
+
+def check_folder_target(path: Path) -> Path:
+    """Return a path that is a folder which takes files, or can become one.
+
+    Raises:
+        PeftComboError: it is no folder, or the disk refuses; nothing is left there.
+    """
+    with _refuse_target(path):
+        _try_folder(path)
+    return path
+
+
+@contextmanager
+def _refuse_target(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # the latter of a name that holds a null byte
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise PeftComboError(f"{make_printable(str(path))} cannot be written: {reason}. Name another.") from error
+
+
+def _try_folder(folder: Path) -> None:
+    there = next(one for one in (folder, *folder.parents) if one == one.parent or os.path.lexists(one))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{make_printable(str(there))} is no folder", str(there))
+    with tempfile.TemporaryFile(dir=there):
+        pass
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -65,6 +65,16 @@ _NO_MATTER_PREFIX = _NO_MATTER | {
 _PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
 
 
+def check_import(folder: Path) -> None:
+    """Refuse a folder that does not hold what PEFT writes, before the encoder is loaded.
+
+    Raises:
+        StoreError: a file is missing, too large, a link or not what it should be.
+    """
+    _read_config(folder)
+    _read_shapes(folder)
+
+
 def import_adapter(folder: str | Path, category: str, backbone: Backbone, store: AdapterStore) -> AdapterRecord:
     """Store a plain PEFT adapter folder as the next version of a category.
 

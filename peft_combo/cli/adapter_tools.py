@@ -20,6 +20,7 @@ from peft_combo.cli.app import (
 from peft_combo.cli.export import load_named_recipe, load_own_recipe, open_store, read_lines
 from peft_combo.cli.output import console_watch, print_json, print_table, split_words
 from peft_combo.errors import PeftComboError
+from peft_combo.files import check_folder_target
 
 if TYPE_CHECKING:
     from peft_combo.adapters.convert import Conversion
@@ -108,6 +109,10 @@ def adapters_merge(
     opened = open_store(store, loaded)
     records = [opened.open(reference) for reference in adapters]
     shares = _parse_weights(weights)
+    from peft_combo.store.references import check_category
+
+    check_category(into)
+    check_folder_target(opened.path)
     with console_watch() as callback:
         from peft_combo.adapters.merge import merge
         from peft_combo.adapters.validation import ValidationQueries
@@ -146,6 +151,7 @@ def adapters_convert(
     loaded = load_named_recipe(recipe, overrides, data)
     opened = open_store(store, loaded)
     record = opened.open(adapter)
+    check_folder_target(opened.path)
     with console_watch() as callback:
         from peft_combo.adapters.convert import MAX_ERROR, convert
         from peft_combo.data.sources import open_dataset
@@ -181,11 +187,13 @@ def adapters_transfer(
     """Find the best stored adapter to start a new category from, on the recipe's validation questions."""
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
-        from peft_combo.adapters.transfer import transfer
-        from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.recommender.workspace import Workspace
 
-        space = Workspace.of(loaded, adapters=adapters or ())
+        space = Workspace.of(loaded, adapters=adapters or ())  # what is not stored is told before torch is loaded
+
+        from peft_combo.adapters.transfer import transfer
+        from peft_combo.adapters.validation import ValidationQueries
+
         found = transfer(ValidationQueries.of(loaded), space.backbone, space.store, adapters or None, callback)
     if as_json:
         print_json(found.to_json())
@@ -284,7 +292,7 @@ def _print_conversion(done: Conversion) -> None:
     if done.bytes_after > done.bytes_merged:
         print(
             f"Note: the weights it changes have {done.bytes_merged / 2**20:.2f} MiB, so merged it would be smaller: "
-            "peft-combo adapters export."
+            f"peft-combo adapters export {done.record.reference} --to FOLDER"
         )
 
 

@@ -47,6 +47,10 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure completion of the test bundles, every baseline beside it: fitted on train, chosen on validation."""
+    from peft_combo.metrics.charts import check_ending
+
+    if plot_file is not None:
+        check_ending(plot_file)
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
         from peft_combo.recommender.workspace import Workspace
@@ -86,12 +90,12 @@ def evaluate(
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
             seed=loaded.seed, compose=compose, advance=lambda name: callback.on_note(f"measured {name}"),
         )  # fmt: skip
-    if plot_file is not None:
-        plot(report, plot_file)
     if as_json:
         print_json(report.to_json())
     else:
         _print_report(report)
+    if plot_file is not None:
+        plot(report, plot_file)
 
 
 def _print_report(report: Report) -> None:

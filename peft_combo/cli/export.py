@@ -51,10 +51,12 @@ def adapters_export(
     manifest = record.manifest
     loaded = named or load_own_recipe(manifest)
     with console_watch() as callback:
+        from peft_combo.adapters.export import check_export
         from peft_combo.adapters.export import export as run
         from peft_combo.data.queries import Queries
         from peft_combo.recommender.workspace import Workspace
 
+        check_export(to, format)
         # In full precision whatever the adapter was tuned on: an export starts from there.
         encoder = loaded.backbone.model_copy(update={"quantization": "none", "pooling": manifest.backbone.pooling})
         space = Workspace.of(loaded.model_copy(update={"backbone": encoder}), store=opened.path)

@@ -76,7 +76,8 @@ def recommend(
     as_json: JsonOption = False,
 ) -> None:
     """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
-    from peft_combo.recommender.requests import parse_request
+    from peft_combo.files import check_folder_target
+    from peft_combo.recommender.requests import check_files, parse_request
     from peft_combo.recommender.workspace import Workspace
 
     loaded = load_ready_recipe(recipe, overrides, data, store)
@@ -91,12 +92,15 @@ def recommend(
         "diversity": diversity, "substitute": substitute, "explain": explain,
     }  # fmt: skip
     request = parse_request({name: value for name, value in given.items() if value is not None})
+    count = 0 if source is None or target is None else check_files(source, target)
+    check_folder_target(fitted_folder)
     with console_watch() as callback:
         references = [] if frozen else adapters or [loaded.category]
         space = Workspace.of(loaded, adapters=references, cache=cache)
         find_entities = None if tagger is None else load_tagger(tagger, Path(loaded.store))
         fitted = _fit_recommender(space, references, fitted_folder, callback)
         if source is not None and target is not None:
+            callback.on_stage("Answering", count)
             _answer_file(fitted, source, target, request, find_entities, callback)
             return
         found = _answer_request(fitted, request, find_entities, callback)
@@ -130,9 +134,8 @@ def _answer_file(
     callback: ConsoleWatch,
 ) -> None:  # fmt: skip
     """Answer a file of requests and print how many were; fail where one has no answer."""
-    from peft_combo.recommender.requests import answer_file, count_requests
+    from peft_combo.recommender.requests import answer_file
 
-    callback.on_stage("Answering", count_requests(source))
     done = answer_file(recommender, source, target, defaults, callback.on_advance, tagger)
     callback.close()
     print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")

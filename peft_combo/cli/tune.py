@@ -105,6 +105,8 @@ def tune(
     stored, compared with the one it came from on new and old questions, and --promote moves an alias to it only if it
     is better; else the alias stays, and the last line says why.
     """
+    from peft_combo.tuning.run_folder import find_run_folder, name_run_folder
+
     limits = max_memory_gib is not None or max_minutes is not None
     bounds = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
     gate = {name: value for name, value in bounds.items() if value is not None}
@@ -117,13 +119,16 @@ def tune(
         ("--fail-on-no-promotion", fail_on_no_promotion, "--promote", promote is not None),
     )
     loaded = load_ready_recipe(recipe, overrides, data, store)
-    _check_cheaply(loaded, start, run_folder, resume)
+    folder = run_folder or name_run_folder(loaded)
+    if run_folder is None and resume:
+        folder = find_run_folder(loaded)
+    _check_cheaply(loaded, start, promote, None if dry_run else folder)
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
     with console_watch() as callback:
         if dry_run:
-            fits = _print_dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
+            fits = _print_dry_run(loaded, start, options, folder, max_memory_gib, max_minutes, as_json)
             raise typer.Exit(0 if fits else 3)
-        result, continued = _run_tuning(loaded, start, options, promote, gate, resume, run_folder, callback)
+        result, continued = _run_tuning(loaded, start, options, promote, gate, resume, folder, callback)
     if not callback.main:
         return
     if as_json:
@@ -138,7 +143,7 @@ def tune(
 
 def _run_tuning(
     recipe: Recipe, start: str | None, options: dict[str, Any], promote: str | None, gate: dict[str, float],
-    resume: bool, run_folder: Path | None, callback: ConsoleWatch,
+    resume: bool, run_folder: Path, callback: ConsoleWatch,
 ) -> tuple[TuneResult, Continued | None]:  # fmt: skip
     """Tune a recipe, from the start or from a stored adapter; say so and end where it is interrupted.
 
@@ -174,16 +179,25 @@ def _run_tuning(
         raise typer.Exit(error.exit_code) from None
 
 
-def _check_cheaply(recipe: Recipe, start: str | None, run_folder: Path | None, resume: bool) -> None:
-    """Refuse what can be refused before torch is loaded: an adapter that is not stored, a run folder in use."""
-    from peft_combo.tuning.run_folder import check_run_folder, find_run_folder, name_run_folder
+def _check_cheaply(recipe: Recipe, start: str | None, promote: str | None, run_folder: Path | None) -> None:
+    """Refuse before torch is loaded: an adapter that is not stored, a store that cannot be written, a folder in use.
 
+    Args:
+        run_folder: None where nothing is to be written.
+    """
+    from peft_combo.files import check_folder_target
+    from peft_combo.store.adapter_store import AdapterStore
+    from peft_combo.store.references import check_alias
+    from peft_combo.tuning.run_folder import check_run_folder
+
+    store = AdapterStore(recipe.store)
     if start is not None:
-        from peft_combo.store.adapter_store import AdapterStore
-
-        AdapterStore(recipe.store).open(start)
-    if get_rank() == 0:
-        check_run_folder(run_folder or (find_run_folder(recipe) if resume else name_run_folder(recipe)))
+        store.open(start)
+    if promote is not None:
+        check_alias(promote)
+    if run_folder is not None and get_rank() == 0:
+        check_folder_target(store.path)
+        check_run_folder(run_folder)
 
 
 def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
@@ -212,12 +226,11 @@ def _find_pretrained(
 
 
 def _print_dry_run(
-    recipe: Recipe, start: str | None, options: dict[str, Any], run_folder: Path | None, max_memory_gib: float | None,
+    recipe: Recipe, start: str | None, options: dict[str, Any], run_folder: Path, max_memory_gib: float | None,
     max_minutes: float | None, as_json: bool,
 ) -> bool:  # fmt: skip
     """Print the plan; return whether the run would fit."""
     from peft_combo.tuning.plan import plan
-    from peft_combo.tuning.run_folder import name_run_folder
 
     task = None
     if start is not None:
@@ -227,7 +240,7 @@ def _print_dry_run(
         run = _find_pretrained(recipe, start, options) or continuation(recipe, start, **options)
         recipe, task = run.recipe, run.task
     found = plan(recipe, task)
-    short = found.shortfalls(recipe, run_folder or name_run_folder(recipe), max_memory_gib, max_minutes)
+    short = found.shortfalls(recipe, run_folder, max_memory_gib, max_minutes)
     if as_json:
         print_json({**asdict(found), "peak_mib": found.memory.host, "fits": not short, "shortfalls": short})
         return not short
@@ -313,8 +326,10 @@ def embed(
 
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
+        from peft_combo.files import check_folder_target
         from peft_combo.recommender.workspace import Workspace
 
+        check_folder_target(cache)
         space = Workspace.of(loaded, adapters=[] if adapter is None else [adapter], cache=cache)
 
         from peft_combo.encoder.vectors import embed as run

@@ -214,7 +214,7 @@ def _optuna() -> Any:
     except ImportError as error:
         raise PeftComboError(
             'A search needs Optuna. Install it with: pip install "peft-combo[search]"; or compare a few values with: '
-            "peft-combo compare --over"
+            "peft-combo compare --recipe NAME --over KEY=VALUES"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # its line a trial would come beside ours
     return optuna

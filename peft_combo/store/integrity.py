@@ -106,7 +106,7 @@ def explain_os_errors(doing: str, store: Path) -> Iterator[None]:
 
 def describe_os_error(doing: str, store: Path, error: OSError) -> StoreError:
     """Return the readable form of the system's refusal."""
-    elsewhere = "or name another store with --set store=FOLDER."
+    elsewhere = "or name another store with --store FOLDER."
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             said = f"the disk is full. Free some space, {elsewhere}"

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from peft_combo.errors import TuningError, make_printable
-from peft_combo.files import DRAFT, TRASH, discard, lock_file
+from peft_combo.files import DRAFT, TRASH, check_folder_target, discard, lock_file
 from peft_combo.recipe.model import Recipe
 
 STATE = "state.json"
@@ -89,10 +89,12 @@ def check_run_folder(folder: Path) -> None:
     """Refuse a folder that another run has, or that cannot be written, before anything heavy is loaded.
 
     Raises:
-        TuningError: see `hold_run_folder`.
+        TuningError: see `hold_run_folder`. PeftComboError: it cannot be written; nothing is left there.
     """
-    with hold_run_folder(folder):
-        pass
+    check_folder_target(folder)
+    if (folder / _LOCK).exists():
+        with hold_run_folder(folder):
+            pass
 
 
 def _explain_use(folder: Path) -> TuningError:
