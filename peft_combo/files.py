@@ -138,9 +138,9 @@ def check_folder_target(path: Path) -> Path:
 def _refuse_target(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:  # the latter of a name that holds a null byte
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise PeftComboError(f"{make_printable(str(path))} cannot be written: {reason}. Name another.") from error
+    except OSError as error:
+        name, reason = make_printable(str(path)), error.strerror or error
+        raise PeftComboError(f"{name} cannot be written: {reason}. Name another.") from error
 
 
 def _try_folder(folder: Path) -> None:

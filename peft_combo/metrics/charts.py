@@ -98,7 +98,10 @@ def draw(chart: Chart, path: Path) -> None:
         PeftComboError: another ending, or the file cannot be written.
     """
     as_page = check_ending(path).suffix.lower() == ".html"
-    content = _render_page(chart).encode() if as_page else _render(chart, "png")
+    try:
+        content = _render_page(chart).encode() if as_page else _render(chart, "png")
+    except ImportError as error:
+        raise PeftComboError(f"A chart needs matplotlib, which cannot be loaded: {error}.") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as stream:
