@@ -30,12 +30,12 @@ _HOMES = {
     "BundleRecommender": "peft_combo.recommender.recommender",
     "PeftComboError": "peft_combo.errors",
     "Recipe": "peft_combo.recipe.model",
-    "TuneResult": "peft_combo.tuning",
+    "TuneResult": "peft_combo.tuning.loop",
     "evaluate": "peft_combo.evaluation.completion",
     "load_recipe": "peft_combo.recipe.files",
     "load_recommender": "peft_combo.recommender.persistence",
     "save_recommender": "peft_combo.recommender.persistence",
-    "tune": "peft_combo.tuning",
+    "tune": "peft_combo.tuning.loop",
 }
 
 __all__ = [

@@ -12,13 +12,16 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from peft_combo.errors import PeftComboError
+from filelock import FileLock
+
+from peft_combo.errors import PeftComboError, make_printable
 
 DRAFT, TRASH = ".draft-", ".trash-"
 """How the names begin of what is being written, and of what was taken out of sight; readers pass over both."""
@@ -77,6 +80,86 @@ def measure_size(path: Path) -> int:
             with suppress(FileNotFoundError):  # someone else is clearing it
                 total += os.lstat(os.path.join(folder, name)).st_size
     return total
+
+
+# --- what is shipped --------------------------------------------------------------------------------------------------
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def list_shipped_recipes() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
+    return sorted(file.stem for file in recipes_folder().glob("*.yaml"))
+
+
+# --- locking ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock_file(path: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold a lock file: one thread of one process at a time. The system takes it from a process that dies.
+
+    Args:
+        wait: seconds to wait for it.
+    Raises:
+        TimeoutError: somebody else held it all that time.
+        OSError: the disk refuses.
+    """
+    lock = FileLock(path, timeout=wait, poll_interval=0.005)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- asking before a long job -----------------------------------------------------------------------------------------
+
+
+def check_file_target(path: Path) -> Path:
+    """Return a path that a file can be written to: its folder is there or can be made, and takes files.
+
+    Raises:
+        PeftComboError: it is a folder, or the disk refuses; nothing is left there.
+    """
+    with _refuse_target(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder, expected a file", str(path))
+        _try_folder(path.parent)
+    return path
+
+
+def check_folder_target(path: Path) -> Path:
+    """Return a path that is a folder which takes files, or can become one.
+
+    Raises:
+        PeftComboError: it is no folder, or the disk refuses; nothing is left there.
+    """
+    with _refuse_target(path):
+        _try_folder(path)
+    return path
+
+
+@contextmanager
+def _refuse_target(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        name, reason = make_printable(str(path)), error.strerror or error
+        raise PeftComboError(f"{name} cannot be written: {reason}. Name another.") from error
+
+
+def _try_folder(folder: Path) -> None:
+    there = next(one for one in (folder, *folder.parents) if one == one.parent or os.path.lexists(one))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{make_printable(str(there))} is no folder", str(there))
+    with tempfile.TemporaryFile(dir=there):
+        pass
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
-"""This machine: available memory, and the block sizes that large matrices are worked through in.
+"""This machine: available memory, usable processors, and the block sizes that large matrices are worked through in.
 
 Knows numbers of the machine only; imports nothing of the package.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,20 +67,48 @@ def read_control_group_memory(membership: Path = Path("/proc/self/cgroup"), root
         membership: the groups of a process, as Linux lists them: version 2 and version 1.
         root: where control groups are mounted.
     """
+    groups = _list_control_groups("memory", membership, root)
+    left = (_left_in(group, *(_CGROUP_V2 if unified else _CGROUP_V1)) for group, unified in groups)
+    return min((room for room in left if room is not None), default=None)
+
+
+def count_usable_cpus(membership: Path = Path("/proc/self/cgroup"), root: Path = _CGROUPS) -> int:
+    """Return how many processors this process may keep busy: by its affinity, and by the quota of its control groups.
+
+    A part of a processor counts as one.
+
+    Args:
+        membership, root: see `read_control_group_memory`.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = (_read_quota(group, unified) for group, unified in _list_control_groups("cpu", membership, root))
+    return max(1, min((usable, *(math.ceil(quota) for quota in quotas if quota is not None))))
+
+
+def _list_control_groups(controller: str, membership: Path, root: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield the control groups of a process that have a controller, and whether each is of version 2."""
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
-        return None
-    left = []
+        return
     for _, controllers, place in (line for line in lines if len(line) == 3):
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        mount = root / "memory" if controllers else root
-        names = _CGROUP_V1 if controllers else _CGROUP_V2
+        mount = root / controller if controllers else root
         # Within a container the path may be the host's, and its mount shows the container's own group at the root.
         own = mount / place.strip("/")
-        left += [_left_in(group, *names) for group in (own, *own.parents) if group.is_relative_to(mount)]
-    return min((room for room in left if room is not None), default=None)
+        yield from ((group, not controllers) for group in (own, *own.parents) if group.is_relative_to(mount))
+
+
+def _read_quota(group: Path, unified: bool) -> float | None:
+    try:
+        if unified:
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None  # "max" or -1 where there is no limit
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
 
 
 def _left_in(group: Path, limit: str, used: str, cache: str) -> float | None:

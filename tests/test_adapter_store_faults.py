@@ -357,7 +357,7 @@ def test_a_name_that_cannot_be_a_category_is_refused_before_anything_is_made(sto
 @pytest.mark.parametrize(
     ("number", "expected"),
     [
-        (errno.ENOSPC, "the disk is full. Free some space, or name another store with --set store=FOLDER."),
+        (errno.ENOSPC, "the disk is full. Free some space, or name another store with --store FOLDER."),
         (errno.EROFS, "permission denied (Read-only file system). Change the permissions, or name another store"),
         (errno.EIO, "Input/output error. Look after the disk"),
     ],
@@ -433,7 +433,7 @@ def test_a_store_that_cannot_be_written_says_so_on_entry(store: AdapterStore, mo
     text = refusal(lambda: commit(store))
     assert text == (
         f"Cannot write an adapter for fashion in {store.path}/: permission denied (Permission denied). "
-        "Change the permissions, or name another store with --set store=FOLDER."
+        "Change the permissions, or name another store with --store FOLDER."
     )
 
 

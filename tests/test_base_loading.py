@@ -17,6 +17,7 @@ import pytest
 import torch
 from made_up import build_encoder
 from safetensors.torch import load_file, save_file
+from test_importing import foreign
 from torch import Tensor
 
 from peft_combo import __main__
@@ -202,13 +203,14 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
 def bases(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Callable[[str], Path]:
     """Return a working folder in which `base` is broken in the named way."""
     made: dict[str, Path] = {}
+    lora, _ = foreign(tmp_path_factory.mktemp("sound") / "lora", tiny_bert)
 
     def get(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp("broken")
             shutil.copytree(tiny_bert, made[name] / "base")
             BROKEN[name][0](made[name] / "base")
-            (made[name] / "lora").mkdir()
+            shutil.copytree(lora, made[name] / "lora")
         return made[name]
 
     return get

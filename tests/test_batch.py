@@ -101,7 +101,7 @@ def test_nothing_is_left_behind_where_a_file_cannot_be_had(shop: BundleRecommend
     with pytest.raises(DataError, match=r"\.jsonl or \.parquet, found '\.csv'"):
         answer_file(shop, source, tmp_path / "out.csv")
     with pytest.raises(DataError, match="cannot be written"):
-        answer_file(shop, source, tmp_path / "none" / "out.jsonl")
+        answer_file(shop, source, source / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))] == []
 
 

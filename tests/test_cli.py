@@ -251,8 +251,12 @@ def test_aliases_and_garbage_from_the_command_line(run: Run, tmp_path: Path) -> 
     assert "is not JSON" in err
 
 
+def full_disk(path: Path) -> Any:
+    raise OSError(28, "No space left on device", str(path))
+
+
 def test_an_imported_adapter_is_recommended_with_embedded_and_evaluated(
-    run: Run, tiny_recipe: Callable[..., Any], tiny_bert: Path, tmp_path: Path
+    run: Run, tiny_recipe: Callable[..., Any], tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign(tmp_path / "peft", tiny_bert)
     (tmp_path / "tiny.yaml").write_text(json.dumps(tiny_recipe().model_dump(mode="json")))
@@ -270,6 +274,18 @@ def test_an_imported_adapter_is_recommended_with_embedded_and_evaluated(
     assert code == 0, err
     assert re.search(r"^tuned BERT tiny@prod +0\.\d+", out, re.MULTILINE)
     assert "whether it has learned from these test bundles is not known" in err
+    for shown in ([], ["--json"]):  # the file fails at the end all the same: what was measured is printed first
+        with monkeypatch.context() as patched:
+            patched.setattr("peft_combo.metrics.charts.atomic_file", full_disk)
+            code, out, err = run("evaluate", *use, "--plot", "chart.html", *shown)
+        assert (code, err.splitlines()[-1]) == (1, "chart.html cannot be written: No space left on device.")
+        assert "tuned BERT tiny@prod" in out
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "matplotlib", None)
+        code, out, err = run("evaluate", *use, "--plot", "chart.html")
+    assert code == 1
+    assert "Traceback" not in err
+    assert "matplotlib" in err.splitlines()[-1]
 
 
 def test_json_is_all_that_reaches_stdout(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:

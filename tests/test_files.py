@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from peft_combo.errors import PeftComboError
-from peft_combo.files import atomic_file, stage_folder, write_text
+from peft_combo.files import (
+    atomic_file,
+    check_file_target,
+    check_folder_target,
+    lock_file,
+    stage_folder,
+    write_text,
+)
 
 
 def test_a_file_takes_its_name_at_the_end_or_leaves_nothing(tmp_path: Path) -> None:
@@ -121,3 +128,50 @@ def test_whether_a_folder_makes_room_is_asked_when_it_is_due(tmp_path: Path) -> 
     with pytest.raises(FileExistsError):
         write()
     assert (asked, os.listdir(out), os.listdir(tmp_path)) == ([True], ["theirs"], ["out"])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "new/a.txt", "new/deep/er/a.txt", "old.txt", "link.txt"])
+def test_what_can_be_written_is_not_refused_and_nothing_is_left(name: str, tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "old.txt")
+    assert check_file_target(tmp_path / name) == tmp_path / name
+    assert check_folder_target(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    assert sorted(os.listdir(tmp_path)) == ["link.txt", "old.txt"]
+    assert (tmp_path / "old.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("folder", "it is a folder, expected a file"),
+        ("old.txt/a.txt", "old.txt is no folder"),
+        ("old.txt/new/a.txt", "old.txt is no folder"),
+        ("x" * 300 + "/" + "y" * 300, "too long"),
+    ],
+)
+def test_a_target_that_cannot_be_is_refused_with_the_reason(name: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "old.txt").write_text("old")
+    with pytest.raises(PeftComboError, match=rf"cannot be written: .*{told}"):
+        check_file_target(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "old.txt"]
+
+
+def test_a_folder_that_takes_no_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    def refuse(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(PeftComboError, match="cannot be written: Permission denied"):
+        check_file_target(tmp_path / "a.txt")
+    with pytest.raises(PeftComboError, match="cannot be written: Permission denied"):
+        check_folder_target(tmp_path)
+
+
+def test_a_lock_is_held_once_and_given_back(tmp_path: Path) -> None:
+    with lock_file(tmp_path / "lock"), pytest.raises(TimeoutError), lock_file(tmp_path / "lock"):
+        pass
+    with lock_file(tmp_path / "lock"):
+        pass

@@ -550,7 +550,7 @@ def test_a_recipe_that_is_not_there_is_an_error_of_ours(name: str) -> None:
 
 def test_an_installed_package_carries_its_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_recipes").mkdir()
-    monkeypatch.setattr("peft_combo.recipe.files._PACKAGE", tmp_path)
+    monkeypatch.setattr("peft_combo.files.__file__", str(tmp_path / "files.py"))
     assert recipes_folder() == tmp_path / "_recipes"
 
 
@@ -588,13 +588,43 @@ def test_an_overridden_method_brings_its_own_defaults_in_any_order() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["adapter={rank: 4}"], "adapter.rank", 4),
+        (["adapter={rank: 4}"], "adapter.top_layers", 1),  # what it does not name stays
+        (['adapter={"rank": 4, "alpha": 8}'], "adapter.alpha", 8.0),
+        (["adapter={method: prefix, length: 6}"], "adapter.length", 6),
+        (["adapter.rank=4", "adapter={alpha: 8}"], "adapter.rank", 4),
+        (["adapter={rank: 8}", "adapter.rank=2"], "adapter.rank", 2),
+        (["training.early_stopping={patience: 9}"], "training.early_stopping.patience", 9),
+        (["data.columns={items: {item_id: sku}}"], "data.columns", {"items": {"item_id": "sku"}}),
+        (["data.text={title} {category}"], "data.text", "{title} {category}"),
+        (["data.text={title}: {category}"], "data.text", "{title}: {category}"),
+        (["training.epochs=2", "training.epochs=3"], "training.epochs", 3),
+    ],
+)
+def test_an_override_may_be_a_mapping_and_a_template_stays_text(overrides: list[str], key: str, value: Any) -> None:
+    found: Any = load_recipe("lora-fashion", overrides)
+    for step in key.split("."):
+        found = getattr(found, step)
+    assert found == value
+
+
+@pytest.mark.parametrize(
     ("override", "told"),
     [
         ("training.epoch=2", 'training.epoch: unknown key. Did you mean "epochs"?'),
         ("trainin.epochs=2", 'trainin: unknown key. Did you mean "training"?'),
         ("epochs=2", "epochs: unknown key here. It belongs elsewhere: training.epochs."),
         ("training.epochs=ten", 'training.epochs: expected an integer from 1 to 1000, found "ten".'),
-        ("training.epochs=", "training.epochs: expected an integer from 1 to 1000, found null."),
+        ("training.epochs=null", "training.epochs: expected an integer from 1 to 1000, found null."),
+        ("training.epochs=", "training.epochs: expected a value after =, found nothing. Write null for none."),
+        ("training.early_stopping= ", "training.early_stopping: expected a value after ="),
+        ("adapter={rnk: 4}", 'adapter.rnk: unknown key. Did you mean "rank"?'),
+        ("adapter={rank:4}", "expected a blank after each colon, as in {rank: 4}."),
+        ("adapter={rank: 4", 'adapter: expected a mapping of keys to values, found "{rank: 4".'),
+        ("adapter={rank: 4, rank: 5}", "the key rank is given twice."),
+        ("data.text={title: x}", "data.text: expected one line of text, found a mapping."),
         ("training.epochs.x=2", "training.epochs: expected an integer from 1 to 1000, found a mapping."),
         ("training=2", "training: expected a mapping of keys to values, found 2."),
         ("adapter.method=lorra", 'found "lorra". Did you mean "lora"?'),

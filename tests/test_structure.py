@@ -29,7 +29,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "matplotlib": "metrics.charts",
     "onnx": "adapters",
     "onnxruntime": "adapters",
-    "filelock": "store",
+    "filelock": "files",
     "pooch": "data.readers.download",
     "typer": "cli",
     "rich": "cli",

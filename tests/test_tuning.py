@@ -174,11 +174,6 @@ def test_a_checkpoint_of_another_recipe_is_refused(
         tune(tiny_recipe(), run_folder=tmp_path, resume=True)
 
 
-def test_resume_without_a_checkpoint_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
-    with pytest.raises(TuningError, match="No checkpoint"):
-        tune(tiny_recipe(), run_folder=tmp_path, resume=True)
-
-
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     class Interrupt(RunCallback):
         def on_step_end(self, step: int, loss: float) -> None:

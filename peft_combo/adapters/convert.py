@@ -158,7 +158,7 @@ def _factor(
         raise ConvertError(
             f"{live.reference} ({live.record.manifest.method}) also changes {len(names)} biases, norms or embeddings, "
             f"which a LoRA has no place for: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}. Serve it as it "
-            "is, or merged: peft-combo adapters export."
+            f"is, or merged: peft-combo adapters export {live.reference} --to FOLDER"
         )
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     faults = []

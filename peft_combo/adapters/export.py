@@ -42,7 +42,7 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.methods.merge_weights import merge_into_base
 from peft_combo.errors import BackboneError
-from peft_combo.files import StagedFolder, stage_folder
+from peft_combo.files import StagedFolder, check_folder_target, stage_folder
 
 __all__ = ["AGREEMENT", "Export", "ExportError", "Format", "choose_scheme", "export"]
 
@@ -190,12 +190,25 @@ def _write_graph(graph: Graph, draft: Path) -> Graph:
     return graph
 
 
+def check_export(folder: Path, format: Format) -> None:
+    """Refuse what `export` would refuse in the end, before the encoder is loaded.
+
+    Raises:
+        ExportError: the folder is taken. PeftComboError: it cannot be written.
+        OnnxMissing: the extra is not installed.
+    """
+    folder = folder.expanduser().resolve()
+    check_folder_target(folder)
+    _refuse_contents(folder)
+    if format != "merged":
+        onnx_graphs.require_onnx()
+
+
 @contextmanager
 def _stage_export(folder: Path) -> Iterator[StagedFolder]:
     """Give a temporary folder beside `folder` that takes its name at the end, or goes; say what the disk refuses."""
     try:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise _refuse_taken(folder)
+        _refuse_contents(folder)
         with stage_folder(folder) as staged:
             yield staged
     except FileExistsError as error:
@@ -203,6 +216,11 @@ def _stage_export(folder: Path) -> Iterator[StagedFolder]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ExportError(f"The export cannot be written to {folder}: {reason}. Nothing was left there.") from error
+
+
+def _refuse_contents(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise _refuse_taken(folder)
 
 
 def _refuse_taken(folder: Path) -> ExportError:

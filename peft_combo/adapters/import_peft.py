@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from peft_combo.adapters.import_stored import import_merged, import_stored, read_stored
-from peft_combo.adapters.peft_folder import PeftFolder, try_adapter
+from peft_combo.adapters.peft_folder import PeftFolder, check_plain, try_adapter
 from peft_combo.callbacks import RunCallback
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HEAD_FILE
@@ -20,6 +20,16 @@ from peft_combo.recipe.task import BundleTask
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.manifest import UNKNOWN_DATA, ImportStamp, list_versions
 from peft_combo.store.versions import AdapterRecord
+
+
+def check_import(folder: Path) -> None:
+    """Refuse a folder that holds no adapter, before the encoder is loaded.
+
+    Raises:
+        StoreError: a file is missing, too large, a link or not what it should be.
+    """
+    if read_stored(folder, RunCallback()) is None:
+        check_plain(folder)
 
 
 def import_adapter(

@@ -112,6 +112,16 @@ def _fold(tensors: dict[str, Tensor], believed: Believed) -> dict[str, Tensor]:
     return folded
 
 
+def check_plain(folder: Path) -> None:
+    """Refuse a folder that does not hold what PEFT writes.
+
+    Raises:
+        StoreError: a file is missing, too large, a link or not what it should be.
+    """
+    _read_config(folder)
+    _read_shapes(folder)
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         with open_regular(folder / CONFIG_FILE) as file:

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, StoreOption, adapters_app
-from peft_combo.cli.export import load_recipe_of, read_lines
+from peft_combo.cli.app import (
+    DataOption,
+    JsonOption,
+    RecipeOption,
+    RecipeStoreOption,
+    SetOption,
+    adapters_app,
+    load_ready_recipe,
+)
+from peft_combo.cli.export import load_named_recipe, load_own_recipe, open_store, read_lines
 from peft_combo.cli.output import console_watch, print_json, print_table, split_words
-from peft_combo.errors import PeftComboError, RecipeError
+from peft_combo.errors import PeftComboError
+from peft_combo.files import check_folder_target
 
 if TYPE_CHECKING:
     from peft_combo.adapters.convert import Conversion
@@ -41,15 +50,13 @@ def adapters_diff(
     texts: TextsOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare two adapters: what each changes in the weights and, with --recipe or --texts, in the answers."""
-    from peft_combo.store.adapter_store import AdapterStore
-
-    opened = AdapterStore(store)
+    loaded = load_named_recipe(recipe, overrides, data)
+    opened = open_store(store, loaded)
     records = [opened.open(reference) for reference in (a, b)]
-    loaded = _load_named_recipe(recipe, overrides, data)
     with console_watch() as callback:
         from peft_combo.adapters.diff import diff
         from peft_combo.adapters.validation import ValidationQueries
@@ -94,16 +101,18 @@ def adapters_merge(
     recipe: OptionalRecipe = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make one LoRA of several adapters; with --recipe it is measured beside them and the frozen encoder."""
-    from peft_combo.store.adapter_store import AdapterStore
-
-    opened = AdapterStore(store)
+    loaded = load_named_recipe(recipe, overrides, data)
+    opened = open_store(store, loaded)
     records = [opened.open(reference) for reference in adapters]
     shares = _parse_weights(weights)
-    loaded = _load_named_recipe(recipe, overrides, data)
+    from peft_combo.store.references import check_category
+
+    check_category(into)
+    check_folder_target(opened.path)
     with console_watch() as callback:
         from peft_combo.adapters.merge import merge
         from peft_combo.adapters.validation import ValidationQueries
@@ -135,15 +144,14 @@ def adapters_convert(
     recipe: OptionalRecipe = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Store an adapter of another method as plain LoRA, its next version, where that is the same thing."""
-    from peft_combo.store.adapter_store import AdapterStore
-
-    opened = AdapterStore(store)
+    loaded = load_named_recipe(recipe, overrides, data)
+    opened = open_store(store, loaded)
     record = opened.open(adapter)
-    loaded = _load_named_recipe(recipe, overrides, data)
+    check_folder_target(opened.path)
     with console_watch() as callback:
         from peft_combo.adapters.convert import MAX_ERROR, convert
         from peft_combo.data.sources import open_dataset
@@ -152,7 +160,7 @@ def adapters_convert(
         if texts is not None:
             compared = read_lines(texts)
         else:
-            source = (loaded or load_recipe_of(record.manifest, None, (), None)).ready().data
+            source = (loaded or load_own_recipe(record.manifest)).ready().data
             compared = list(open_dataset(source).texts)
         backbone = _load_backbone([record.manifest], loaded)
         done = convert(
@@ -173,19 +181,19 @@ def adapters_transfer(
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the best stored adapter to start a new category from, on the recipe's validation questions."""
-    from peft_combo.recipe.files import load_recipe
-
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
-        from peft_combo.adapters.transfer import transfer
-        from peft_combo.adapters.validation import ValidationQueries
         from peft_combo.recommender.workspace import Workspace
 
-        space = Workspace.of(loaded, adapters=adapters or (), store=store)
+        space = Workspace.of(loaded, adapters=adapters or ())  # what is not stored is told before torch is loaded
+
+        from peft_combo.adapters.transfer import transfer
+        from peft_combo.adapters.validation import ValidationQueries
+
         found = transfer(ValidationQueries.of(loaded), space.backbone, space.store, adapters or None, callback)
     if as_json:
         print_json(found.to_json())
@@ -196,22 +204,12 @@ def adapters_transfer(
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 
-def _load_named_recipe(name: str | None, overrides: list[str] | None, data: Path | None) -> Recipe | None:
-    from peft_combo.recipe.files import load_recipe
-
-    if name is not None:
-        return load_recipe(name, tuple(overrides or ()), data)
-    if data is not None or overrides:
-        raise RecipeError("--data and --set go with --recipe; without it nothing is measured on data of yours.")
-    return None
-
-
 def _load_backbone(manifests: Sequence[Manifest], recipe: Recipe | None) -> Backbone:
     """Load the encoder the adapters were tuned on, in full precision: arithmetic on weights needs all their bits."""
     from peft_combo.encoder.backbone import Backbone
 
     stamp = manifests[0].backbone
-    own = recipe or next((load_recipe_of(manifest, None, (), None) for manifest in manifests if manifest.recipe), None)
+    own = recipe or next((load_own_recipe(manifest) for manifest in manifests if manifest.recipe), None)
     model = stamp.model if own is None else own.backbone.model
     pooling: Literal["mean", "cls"] = "cls" if stamp.pooling == "cls" else "mean"
     return Backbone.load(model, pooling=pooling, max_length=stamp.max_length)
@@ -294,7 +292,7 @@ def _print_conversion(done: Conversion) -> None:
     if done.bytes_after > done.bytes_merged:
         print(
             f"Note: the weights it changes have {done.bytes_merged / 2**20:.2f} MiB, so merged it would be smaller: "
-            "peft-combo adapters export."
+            f"peft-combo adapters export {done.record.reference} --to FOLDER"
         )
 
 

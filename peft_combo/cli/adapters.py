@@ -75,7 +75,9 @@ def adapters_verify(
 
     opened = AdapterStore(store)
     if adapter is None and not store.is_dir():
-        raise StoreError(f"No adapter store at {store}. Name it with --store, or make one with peft-combo tune.")
+        raise StoreError(
+            f"No adapter store at {store}. Name it with --store, or make one with: peft-combo tune --recipe NAME"
+        )
     checked = adapter or f"{(count := len(opened.list()))} adapter{'s' if count != 1 else ''}"
     print_faults("", opened.verify(adapter), fine=f"{checked}: every file is as it was written.")
 
@@ -95,15 +97,22 @@ def adapters_import(
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Check an adapter from elsewhere and store it. PEFT opens what is stored: there is no export."""
-    from peft_combo.adapters.import_peft import import_adapter
-    from peft_combo.encoder.backbone import Backbone
+    from peft_combo.files import check_folder_target
     from peft_combo.store.adapter_store import AdapterStore
+    from peft_combo.store.references import check_category
 
+    check_category(category)
+    opened = AdapterStore(check_folder_target(store))
+
+    from peft_combo.adapters.import_peft import check_import, import_adapter
+    from peft_combo.encoder.backbone import Backbone
+
+    check_import(folder)
     encoder = Backbone.load(backbone, pooling=pooling, max_length=max_length)
     with console_watch() as callback:
         for note in encoder.notes:
             callback.on_note(note)
-        record = import_adapter(folder, category, encoder, AdapterStore(store), callback)
+        record = import_adapter(folder, category, encoder, opened, callback)
     known = "head, recipe, data and metrics came with it" if record.manifest.imported is None else "not measured"
     print(f"Stored {record.reference} in {record.path}; {known}.")
     print(f"Measure it with: peft-combo evaluate --recipe NAME --adapter {record.reference}")

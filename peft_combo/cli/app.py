@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peft_combo import __version__
+
+if TYPE_CHECKING:
+    from peft_combo.recipe.model import Recipe
 
 app = typer.Typer(
     help="Per-category adapters for BERT-like encoders, and the bundle recommender that swaps them.",
@@ -24,12 +27,29 @@ app.add_typer(data_app, name="data")
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override of one key, as in training.epochs=2; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", help="Override of one key, as in training.epochs=2; may be repeated, the last one counts."),
 ]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of your data, in place of the recipe's.")]
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the adapter store.")]
+RecipeStoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="Folder of the adapter store; default the recipe's, adapters without one."),
+]
 CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of the vector cache.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
+
+
+def load_ready_recipe(name: str, overrides: list[str] | None, data: Path | None, store: Path | None = None) -> Recipe:
+    """Load a recipe that can run, under the options of a command; `--store` goes before what the recipe says.
+
+    Raises:
+        RecipeError: it does not hold together, or needs data that is not named.
+    """
+    from peft_combo.recipe.files import load_recipe
+
+    recipe = load_recipe(name, tuple(overrides or ()), data).ready()
+    return recipe if store is None else recipe.model_copy(update={"store": str(store)})
 
 
 def _print_version(asked: bool) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app
+from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app, load_ready_recipe
 from peft_combo.cli.output import console_watch, format_metric_name, print_json, print_table
 from peft_combo.errors import PeftComboError
 
 if TYPE_CHECKING:
     from peft_combo.evaluation.comparison.table import Comparison
+    from peft_combo.evaluation.lr_range import RateRange
     from peft_combo.evaluation.search import Search
+    from peft_combo.recipe.model import Recipe
 
 
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")]
@@ -43,10 +46,14 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Tune methods, values or recipes on the same data and budget, and say which differences are more than luck."""
+    from peft_combo.files import check_folder_target
     from peft_combo.metrics.charts import check_ending, draw
-    from peft_combo.recipe.files import check_destination, write_recipe
+    from peft_combo.recipe.files import check_destination, load_recipe, write_recipe
 
     numbers = _parse_seeds(seeds)
+    for name in (recipe, *(others or ())):
+        load_recipe(name, (), data)
+    check_folder_target(folder)
     if plot is not None:
         check_ending(plot)
     if to is not None:
@@ -66,7 +73,11 @@ def compare(
         except Stopped as error:
             callback.close()
             typer.echo(error, err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(error.exit_code) from None
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_comparison(found)
     if plot is not None:
         draw(chart(found), plot)
     if to is not None:
@@ -76,12 +87,8 @@ def compare(
             found.recipes[found.best.label],
             to,
             (f"The best of {len(found.lines)} variants of {recipe}: {found.best.label} ({told}).", "",
-             f"Run:  peft-combo tune --recipe {to}"),
+             f"Run:  peft-combo tune --recipe {shlex.quote(str(to))}"),
         )  # fmt: skip
-    if as_json:
-        print_json(found.to_json())
-    else:
-        _print_comparison(found)
 
 
 @app.command()
@@ -104,8 +111,11 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Search for the best values of some keys with Optuna, cutting off trials that fall behind."""
+    from peft_combo.files import check_folder_target
     from peft_combo.recipe.files import check_destination, write_recipe
 
+    load_ready_recipe(recipe, overrides, data)
+    check_folder_target(folder)
     if to is not None:
         check_destination(to)
     with console_watch() as callback:
@@ -121,18 +131,18 @@ def search(
         except Interrupted as error:
             callback.close()
             typer.echo(error, err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(error.exit_code) from None
     if found.best is None or found.recipe is None:
         reason = found.trials[-1].reason or "all were cut off"
         raise PeftComboError(f"None of the {len(found.trials)} trials came to an end; the last: {reason}")
-    if to is not None:
-        told = f"{format_metric_name(found.metric)} {found.best.value:.4f} on validation"
-        what = f"The best of {len(found.trials)} trials over {recipe}: {' '.join(found.best.settings)} ({told})."
-        write_recipe(found.recipe, to, (what, "", f"Run:  peft-combo tune --recipe {to}"))
     if as_json:
         print_json(found.to_json())
     else:
         _print_search(found)
+    if to is not None:
+        told = f"{format_metric_name(found.metric)} {found.best.value:.4f} on validation"
+        what = f"The best of {len(found.trials)} trials over {recipe}: {' '.join(found.best.settings)} ({told})."
+        write_recipe(found.recipe, to, (what, "", f"Run:  peft-combo tune --recipe {shlex.quote(str(to))}"))
 
 
 @app.command("lr-range")
@@ -148,35 +158,38 @@ def lr_range(
 ) -> None:
     """Raise the learning rate step by step until the loss runs away, and suggest one; stores nothing."""
     from peft_combo.metrics.charts import check_ending, draw
-    from peft_combo.recipe.files import load_recipe
 
     if low >= high:
         raise PeftComboError(f"--from and --to: expected a rate that grows, found {low:g} to {high:g}.")
     if plot is not None:
         check_ending(plot)
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    loaded = load_ready_recipe(recipe, overrides, data)
     with console_watch() as callback:
         from dataclasses import asdict
 
         from peft_combo.evaluation.lr_range import lr_range as run
 
         found = run(loaded, low=low, high=high, steps=steps, callback=callback)
-    if plot is not None:
-        draw(found.chart(f"{loaded.name}: training loss while the learning rate grows"), plot)
     if as_json:
         print_json({**asdict(found), "below_divergence": found.below_divergence})
-        return
-    print(f"{loaded.name}: {len(found.losses)} of {steps} steps, from {low:g} to {found.rates[-1]:.2g}")
+    else:
+        _print_range(found, loaded, steps)
+    if plot is not None:
+        draw(found.chart(f"{loaded.name}: training loss while the learning rate grows"), plot)
+
+
+def _print_range(found: RateRange, recipe: Recipe, steps: int) -> None:
+    print(f"{recipe.name}: {len(found.losses)} of {steps} steps, from {found.rates[0]:g} to {found.rates[-1]:.2g}")
     if found.steepest is None:
         print("The loss never fell; raise --to or --steps.")
     else:
         print(f"The loss falls fastest at {found.steepest:.2g}.")
     if found.diverged is None or found.below_divergence is None:
-        print(f"It did not run away up to {high:g}; raise --to to see where it does.")
+        print(f"It did not run away up to {found.rates[-1]:.2g}; raise --to to see where it does.")
     else:
         rate = found.rates[found.diverged]
         print(f"It is lost at {rate:.2g}; a tenth of that, {found.below_divergence:.2g}, is the most to try.")
-    print(f"The recipe has {loaded.training.learning_rate:g}. Change it with: --set training.learning_rate=RATE")
+    print(f"The recipe has {recipe.training.learning_rate:g}. Change it with: --set training.learning_rate=RATE")
 
 
 def _parse_seeds(text: str) -> list[int]:

@@ -118,7 +118,7 @@ def data_copy(
     from peft_combo.errors import DataError
 
     if name != "demo":
-        raise DataError(f'Expected demo, found "{name}". Other sources are downloaded: peft-combo data get {name}')
+        raise DataError(f'Expected demo, found "{name}". See the other sources with: peft-combo data list')
     copy_demo(folder)
     print(folder)
 

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
+from peft_combo.cli.app import (
+    CacheOption,
+    DataOption,
+    JsonOption,
+    RecipeOption,
+    RecipeStoreOption,
+    SetOption,
+    app,
+    load_ready_recipe,
+)
 from peft_combo.cli.output import console_watch, print_json, print_table
 from peft_combo.errors import DataError
 
@@ -33,19 +42,21 @@ def evaluate(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     cache: CacheOption = Path("vectors"),
     as_json: JsonOption = False,
 ) -> None:
     """Measure completion of the test bundles, every baseline beside it: fitted on train, chosen on validation."""
-    from peft_combo.recipe.files import load_recipe
+    from peft_combo.metrics.charts import check_ending
 
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    if plot_file is not None:
+        check_ending(plot_file)
+    loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
         from peft_combo.recommender.workspace import Workspace
 
         references = adapters or []
-        space = Workspace.of(loaded, adapters=references, store=store, cache=cache)
+        space = Workspace.of(loaded, adapters=references, cache=cache)
 
         from peft_combo.data.leakage import rating_problem, split_problem
         from peft_combo.encoder.heads.completion import CompletionHead
@@ -79,12 +90,12 @@ def evaluate(
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
             seed=loaded.seed, compose=compose, advance=lambda name: callback.on_note(f"measured {name}"),
         )  # fmt: skip
-    if plot_file is not None:
-        plot(report, plot_file)
     if as_json:
         print_json(report.to_json())
     else:
         _print_report(report)
+    if plot_file is not None:
+        plot(report, plot_file)
 
 
 def _print_report(report: Report) -> None:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, SetOption, StoreOption, adapters_app
+from peft_combo.cli.app import DataOption, JsonOption, RecipeStoreOption, SetOption, adapters_app
 from peft_combo.cli.output import console_watch, print_json, print_table
 from peft_combo.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from peft_combo.adapters.export import Export
     from peft_combo.recipe.model import Recipe
+    from peft_combo.store.adapter_store import AdapterStore
     from peft_combo.store.manifest import Manifest
 
 
@@ -40,23 +41,25 @@ def adapters_export(
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a merged encoder or an ONNX graph, and measure what of it was kept."""
-    from peft_combo.store.adapter_store import AdapterStore
-
-    record = AdapterStore(store).open(adapter)
+    named = load_named_recipe(recipe, overrides, data)
+    opened = open_store(store, named)
+    record = opened.open(adapter)
     manifest = record.manifest
-    loaded = load_recipe_of(manifest, recipe, tuple(overrides or ()), data)
+    loaded = named or load_own_recipe(manifest)
     with console_watch() as callback:
+        from peft_combo.adapters.export import check_export
         from peft_combo.adapters.export import export as run
         from peft_combo.data.queries import Queries
         from peft_combo.recommender.workspace import Workspace
 
+        check_export(to, format)
         # In full precision whatever the adapter was tuned on: an export starts from there.
         encoder = loaded.backbone.model_copy(update={"quantization": "none", "pooling": manifest.backbone.pooling})
-        space = Workspace.of(loaded.model_copy(update={"backbone": encoder}), store=store)
+        space = Workspace.of(loaded.model_copy(update={"backbone": encoder}), store=opened.path)
         questions = None
         if texts is not None:
             measured = read_lines(texts)
@@ -74,16 +77,28 @@ def adapters_export(
         _print_export(done)
 
 
-def load_recipe_of(manifest: Manifest, name: str | None, overrides: tuple[str, ...], data: Path | None) -> Recipe:
+def load_named_recipe(name: str | None, overrides: list[str] | None, data: Path | None) -> Recipe | None:
+    """Load the recipe that a command was given; None where it was given none, nor what belongs to one."""
     from peft_combo.recipe.files import load_recipe
-    from peft_combo.recipe.parse import parse_recipe
 
     if name is not None:
-        return load_recipe(name, overrides, data)
+        return load_recipe(name, tuple(overrides or ()), data)
     if data is not None or overrides:
-        raise RecipeError(
-            "--data and --set go with --recipe; without it the adapter's own recipe says where its data is."
-        )
+        raise RecipeError("--data and --set go with --recipe. Add --recipe NAME, or drop them.")
+    return None
+
+
+def open_store(store: Path | None, recipe: Recipe | None) -> AdapterStore:
+    """Open the store of --store, else of the recipe, else the usual one."""
+    from peft_combo.store.adapter_store import AdapterStore
+
+    return AdapterStore(store or (recipe.store if recipe is not None else "adapters"))
+
+
+def load_own_recipe(manifest: Manifest) -> Recipe:
+    """Read the recipe that an adapter was tuned with."""
+    from peft_combo.recipe.parse import parse_recipe
+
     if not manifest.recipe:
         raise RecipeError(
             f"Adapter {manifest.reference} has no recipe of its own (imported or merged). Name one with --recipe whose "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, SetOption, StoreOption, data_app
+from peft_combo.cli.app import DataOption, JsonOption, RecipeStoreOption, SetOption, data_app, load_ready_recipe
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table
 from peft_combo.errors import DataError, RecipeError
 
@@ -32,16 +34,15 @@ def data_suggest(
         Path | None, typer.Option("--to", help="File to label them in: .csv or .jsonl (tags: .jsonl).")
     ] = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Suggest what is most worth labelling: where an adapter is least sure, and nothing twice."""
-    from peft_combo.data.labels.annotation import write_to_label
-    from peft_combo.recipe.files import load_recipe
+    from peft_combo.data.labels.annotation import check_label_file, write_to_label
     from peft_combo.recommender.workspace import Workspace
 
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
-    space = Workspace.of(loaded, adapters=[adapter], store=store, needs="items")
+    loaded = load_ready_recipe(recipe, overrides, data, store)
+    space = Workspace.of(loaded, adapters=[adapter], needs="items")
     kind = str(space.records[0].manifest.task.get("kind"))
     if kind != loaded.task.kind:
         raise RecipeError(
@@ -52,15 +53,23 @@ def data_suggest(
     if fitting is None or what not in (None, fitting):
         remedy = f"Leave --what out, or set it to {fitting}." if fitting else "Use a bundle, class or tag adapter."
         raise DataError(f"An adapter for {kind} cannot say which {what or 'texts'} to label. {remedy}")
+    if target is not None:
+        check_label_file(target, lists=kind == "tagging")
     with console_watch() as callback:
         choose = _suggest_bundles if fitting == "bundles" else _suggest_titles
         found = choose(space, space.bank.get(adapter), count, callback)
-    rows = [row for one in found for row in one.rows]
-    if target is not None:
-        write_to_label(target, rows)
     if as_json:
         print_json([asdict(one) for one in found])
-        return
+    else:
+        _print_suggested(found, fitting)
+    if target is not None:
+        write_to_label(target, [row for one in found for row in one.rows])
+        if not as_json:
+            print(f"{len(found):,} to label in {target}. {_HOW[kind]}")
+            print(f"Check them with: peft-combo data check --recipe {shlex.quote(recipe)} --data FOLDER")
+
+
+def _print_suggested(found: Sequence[LabelSuggestion], fitting: str) -> None:
     guessed = fitting == "titles"
     print_table(
         ("", "unsure", *(("text", "guess") if guessed else ("items",))),
@@ -69,14 +78,12 @@ def data_suggest(
             for place, one in enumerate(found, start=1)
         ],
     )
-    if target is not None:
-        print(f"{len(found):,} to label in {target}. {_HOW[kind]}")
 
 
 _HOW = {
-    "classification": "Fill in the column label, then: peft-combo data check.",
-    "tagging": "Put the spans right, then: peft-combo data check.",
-    "bundle": "Take out what does not go together, add the rest to your bundles, then: peft-combo data check.",
+    "classification": "Fill in the column label.",
+    "tagging": "Put the spans right.",
+    "bundle": "Take out what does not go together, and add the rest to your bundles.",
 }
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft_combo.callbacks import RunCallback
 from peft_combo.errors import Fault, PeftComboError
 
-if TYPE_CHECKING:
-    pass
-
 
 class ConsoleWatch(RunCallback):
-    """Shows a run on stderr: notes, one plan line, a bar with loss and validation metric."""
+    """Shows a run on stderr: notes, one plan line, a bar with loss and validation metric.
+
+    Where nobody reads any more (a closed terminal, a pipe that ended), it falls silent and the run goes on.
+    """
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -33,17 +33,21 @@ class ConsoleWatch(RunCallback):
         self._told = {"loss": "", "valid": ""}
 
     def on_note(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        with self._printing():
+            self._console.print(text, markup=False)
 
     def on_stage(self, name: str, total: int) -> None:
-        if self._task is None:
-            self._bar.start()
-        else:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(name, total=total, told="")
+        with self._printing():
+            if self._task is None:
+                self._bar.start()
+            before, self._task = self._task, self._bar.add_task(name, total=total, told="")
+            if before is not None:
+                self._bar.remove_task(before)
 
     def on_advance(self, units: int) -> None:
-        self._bar.advance(self._task, units)
+        if self._task is not None:
+            with self._printing():
+                self._bar.advance(self._task, units)
 
     def on_plan(self, summary: str, metric: str) -> None:
         self._metric = metric
@@ -51,14 +55,24 @@ class ConsoleWatch(RunCallback):
 
     def on_step_end(self, step: int, loss: float) -> None:
         self._told["loss"] = f"loss {loss:.3f}"
-        self._bar.update(self._task, advance=1, told="  ".join(filter(None, self._told.values())))
+        if self._task is not None:
+            with self._printing():
+                self._bar.update(self._task, advance=1, told="  ".join(filter(None, self._told.values())))
 
     def on_evaluate(self, step: int, values: Mapping[str, float], best: bool) -> None:
         self._told["valid"] = f"valid {format_metric_name(self._metric)} {values[self._metric]:.4f}"
         self.on_note(f"step {step}: {self._told['loss']}, {self._told['valid']}{' *' if best else ''}")
 
     def close(self) -> None:
-        self._bar.stop()
+        with self._printing():
+            self._bar.stop()
+
+    @contextmanager
+    def _printing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._bar.disable = self._console.quiet = True
 
 
 @contextmanager

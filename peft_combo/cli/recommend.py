@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
+from peft_combo.cli.app import (
+    CacheOption,
+    DataOption,
+    JsonOption,
+    RecipeOption,
+    RecipeStoreOption,
+    SetOption,
+    app,
+    load_ready_recipe,
+)
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table, split_words
 from peft_combo.cli.tag import load_tagger
 from peft_combo.errors import DataError
@@ -61,17 +70,17 @@ def recommend(
     target: Annotated[Path | None, typer.Option("--to", help="With --from: answers, .jsonl or .parquet.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     cache: CacheOption = Path("vectors"),
     fitted_folder: Annotated[Path, typer.Option("--fitted", help="Folder of fitted recommenders.")] = Path("fitted"),
     as_json: JsonOption = False,
 ) -> None:
     """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
-    from peft_combo.recipe.files import load_recipe
-    from peft_combo.recommender.requests import parse_request
+    from peft_combo.files import check_folder_target
+    from peft_combo.recommender.requests import check_files, parse_request
     from peft_combo.recommender.workspace import Workspace
 
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    loaded = load_ready_recipe(recipe, overrides, data, store)
     if (source is None) != (target is None):
         raise DataError("--from FILE and --to FILE go together: requests and where their answers go.")
     if tagger is not None and query is None and source is None:
@@ -83,12 +92,15 @@ def recommend(
         "diversity": diversity, "substitute": substitute, "explain": explain,
     }  # fmt: skip
     request = parse_request({name: value for name, value in given.items() if value is not None})
+    count = 0 if source is None or target is None else check_files(source, target)
+    check_folder_target(fitted_folder)
     with console_watch() as callback:
         references = [] if frozen else adapters or [loaded.category]
-        space = Workspace.of(loaded, adapters=references, store=store, cache=cache)
-        find_entities = None if tagger is None else load_tagger(tagger, store)
+        space = Workspace.of(loaded, adapters=references, cache=cache)
+        find_entities = None if tagger is None else load_tagger(tagger, Path(loaded.store))
         fitted = _fit_recommender(space, references, fitted_folder, callback)
         if source is not None and target is not None:
+            callback.on_stage("Answering", count)
             _answer_file(fitted, source, target, request, find_entities, callback)
             return
         found = _answer_request(fitted, request, find_entities, callback)
@@ -122,9 +134,8 @@ def _answer_file(
     callback: ConsoleWatch,
 ) -> None:  # fmt: skip
     """Answer a file of requests and print how many were; fail where one has no answer."""
-    from peft_combo.recommender.requests import answer_file, count_requests
+    from peft_combo.recommender.requests import answer_file
 
-    callback.on_stage("Answering", count_requests(source))
     done = answer_file(recommender, source, target, defaults, callback.on_advance, tagger)
     callback.close()
     print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")

@@ -40,9 +40,15 @@ def tag(
 ) -> None:
     """Find the entities of texts and mark them; or give the items of a catalogue their slots by their titles."""
     from peft_combo.data.labels.tags import noun_entities
+    from peft_combo.files import check_file_target
 
     if bool(texts) == (data is not None) or (data is None) != (target is None):
         raise DataError("Expected texts to tag, or --data FOLDER with --to items.csv for a whole catalogue.")
+    if target is not None:
+        if target.suffix != ".csv":
+            ending = target.suffix or "no ending"
+            raise DataError(f"Items are written as .csv, found {ending!r}. Try {target.with_suffix('.csv')}")
+        check_file_target(target)
     tagger = noun_entities if adapter is None else load_tagger(adapter, store)
     if data is not None and target is not None:
         _tag_catalogue(data, target, tagger, as_json)
@@ -78,10 +84,6 @@ def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) ->
     from peft_combo.data.sources import open_dataset
     from peft_combo.recipe.model import DataConfig
 
-    if target.suffix != ".csv":
-        raise DataError(
-            f"Items are written as .csv, found {target.suffix or 'no ending'!r}. Try {target.with_suffix('.csv')}"
-        )
     catalog = open_dataset(DataConfig(source="folder", path=str(folder)), "items").catalog
     tagged = with_slots(catalog, tagger)
     write_items(tagged, target)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peft_combo.cli.app import CacheOption, DataOption, JsonOption, RecipeOption, SetOption, StoreOption, app
+from peft_combo.cli.app import (
+    CacheOption,
+    DataOption,
+    JsonOption,
+    RecipeOption,
+    RecipeStoreOption,
+    SetOption,
+    app,
+    load_ready_recipe,
+)
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, get_rank, print_json, print_table
 
 if TYPE_CHECKING:
@@ -64,9 +72,15 @@ def tune(
     recipe: RecipeOption,
     data: DataOption = None,
     overrides: SetOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continuation from the last checkpoint.")] = False,
+    store: RecipeStoreOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continuation from the last checkpoint; a start where none is there.")
+    ] = False,
     run_folder: Annotated[
-        Path | None, typer.Option("--run-folder", help="Folder of checkpoints and loss log; default runs/<recipe>.")
+        Path | None,
+        typer.Option(
+            "--run-folder", help="Folder of checkpoints and loss log; default runs/ and recipe, category and seed."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan only: steps, memory and time; exit code 3 if it does not fit.")
@@ -91,7 +105,7 @@ def tune(
     stored, compared with the one it came from on new and old questions, and --promote moves an alias to it only if it
     is better; else the alias stays, and the last line says why.
     """
-    from peft_combo.recipe.files import load_recipe
+    from peft_combo.tuning.run_folder import find_run_folder, name_run_folder
 
     limits = max_memory_gib is not None or max_minutes is not None
     bounds = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
@@ -104,13 +118,17 @@ def tune(
         ("--gate-...", bool(gate), "--promote", promote is not None),
         ("--fail-on-no-promotion", fail_on_no_promotion, "--promote", promote is not None),
     )
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    loaded = load_ready_recipe(recipe, overrides, data, store)
+    folder = run_folder or name_run_folder(loaded)
+    if run_folder is None and resume:
+        folder = find_run_folder(loaded)
+    _check_cheaply(loaded, start, promote, None if dry_run else folder)
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
     with console_watch() as callback:
         if dry_run:
-            fits = _print_dry_run(loaded, start, options, run_folder, max_memory_gib, max_minutes, as_json)
+            fits = _print_dry_run(loaded, start, options, folder, max_memory_gib, max_minutes, as_json)
             raise typer.Exit(0 if fits else 3)
-        result, continued = _run_tuning(loaded, start, options, promote, gate, resume, run_folder, callback)
+        result, continued = _run_tuning(loaded, start, options, promote, gate, resume, folder, callback)
     if not callback.main:
         return
     if as_json:
@@ -125,7 +143,7 @@ def tune(
 
 def _run_tuning(
     recipe: Recipe, start: str | None, options: dict[str, Any], promote: str | None, gate: dict[str, float],
-    resume: bool, run_folder: Path | None, callback: ConsoleWatch,
+    resume: bool, run_folder: Path, callback: ConsoleWatch,
 ) -> tuple[TuneResult, Continued | None]:  # fmt: skip
     """Tune a recipe, from the start or from a stored adapter; say so and end where it is interrupted.
 
@@ -157,9 +175,29 @@ def _run_tuning(
         return continued.result, continued
     except Interrupted as error:
         callback.close()
-        if callback.main:
-            print(error, file=sys.stderr)
-        raise typer.Exit(130) from None
+        callback.on_note(str(error))
+        raise typer.Exit(error.exit_code) from None
+
+
+def _check_cheaply(recipe: Recipe, start: str | None, promote: str | None, run_folder: Path | None) -> None:
+    """Refuse before torch is loaded: an adapter that is not stored, a store that cannot be written, a folder in use.
+
+    Args:
+        run_folder: None where nothing is to be written.
+    """
+    from peft_combo.files import check_folder_target
+    from peft_combo.store.adapter_store import AdapterStore
+    from peft_combo.store.references import check_alias
+    from peft_combo.tuning.run_folder import check_run_folder
+
+    store = AdapterStore(recipe.store)
+    if start is not None:
+        store.open(start)
+    if promote is not None:
+        check_alias(promote)
+    if run_folder is not None and get_rank() == 0:
+        check_folder_target(store.path)
+        check_run_folder(run_folder)
 
 
 def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
@@ -188,7 +226,7 @@ def _find_pretrained(
 
 
 def _print_dry_run(
-    recipe: Recipe, start: str | None, options: dict[str, Any], run_folder: Path | None, max_memory_gib: float | None,
+    recipe: Recipe, start: str | None, options: dict[str, Any], run_folder: Path, max_memory_gib: float | None,
     max_minutes: float | None, as_json: bool,
 ) -> bool:  # fmt: skip
     """Print the plan; return whether the run would fit."""
@@ -202,7 +240,7 @@ def _print_dry_run(
         run = _find_pretrained(recipe, start, options) or continuation(recipe, start, **options)
         recipe, task = run.recipe, run.task
     found = plan(recipe, task)
-    short = found.shortfalls(recipe, run_folder or Path("runs") / recipe.name, max_memory_gib, max_minutes)
+    short = found.shortfalls(recipe, run_folder, max_memory_gib, max_minutes)
     if as_json:
         print_json({**asdict(found), "peak_mib": found.memory.host, "fits": not short, "shortfalls": short})
         return not short
@@ -280,19 +318,19 @@ def embed(
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,
-    store: StoreOption = Path("adapters"),
+    store: RecipeStoreOption = None,
     cache: CacheOption = Path("vectors"),
 ) -> None:
     """Encode a catalogue once; under `accelerate launch` each process takes a share."""
     import os
 
-    from peft_combo.recipe.files import load_recipe
-
-    loaded = load_recipe(recipe, tuple(overrides or ()), data).ready()
+    loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
+        from peft_combo.files import check_folder_target
         from peft_combo.recommender.workspace import Workspace
 
-        space = Workspace.of(loaded, adapters=[] if adapter is None else [adapter], store=store, cache=cache)
+        check_folder_target(cache)
+        space = Workspace.of(loaded, adapters=[] if adapter is None else [adapter], cache=cache)
 
         from peft_combo.encoder.vectors import embed as run
 

@@ -150,7 +150,7 @@ def lr_range(
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
         training = recipe.training.model_copy(update={"epochs": _MOST_EPOCHS, "trackers": ()})
         probing = recipe.model_copy(update={"training": training, "store": f"{scratch}/adapters"})
-        run = Run.prepare(probing, run_folder=Path(scratch) / "run", callback=_Notes(callback), schedule=growing)
+        run = Run.prepare(probing, Path(scratch) / "run", callback=_Notes(callback), schedule=growing)
         callback.on_stage("Raising the learning rate", steps)
         while len(losses) < steps and read_range(rates[: len(losses)], losses).diverged is None:
             try:

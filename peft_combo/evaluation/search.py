@@ -165,7 +165,7 @@ def search(
     Raises:
         RecipeError: the recipe, or an end of the space, does not hold together.
         PeftComboError: Optuna is not installed, or the study file cannot be read.
-        Interrupted: Ctrl-C; the same call goes on.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; the same call goes on.
     Source: Bergstra et al. 2011 (TPE); Li et al. 2020, "A system for massively parallel hyperparameter tuning" (ASHA).
     """
     optuna = _optuna()
@@ -185,9 +185,10 @@ def search(
         trial.set_user_attr("settings", settings)
         try:
             told = _run(load_recipe(recipe, (*overrides, *settings), data), study, trial, callback)
-        except Interrupted:
+        except Interrupted as error:
             raise Interrupted(
-                f"Stopped in trial {trial.number}. {done} trials are kept in {file}; the same command goes on."
+                f"Stopped in trial {trial.number}. {done} trials are kept in {file}; the same command goes on.",
+                error.signal,
             ) from None
         except PeftComboError as error:
             trial.set_user_attr("reason", str(error))
@@ -213,7 +214,7 @@ def _optuna() -> Any:
     except ImportError as error:
         raise PeftComboError(
             'A search needs Optuna. Install it with: pip install "peft-combo[search]"; or compare a few values with: '
-            "peft-combo compare --over"
+            "peft-combo compare --recipe NAME --over KEY=VALUES"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # its line a trial would come beside ours
     return optuna

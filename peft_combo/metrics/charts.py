@@ -11,11 +11,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, assert_never
 
 from peft_combo.errors import PeftComboError, make_printable
-from peft_combo.files import atomic_file
+from peft_combo.files import atomic_file, check_file_target
 
 _PLAIN, _MARKED, _FAINT = "#4c78a8", "#0b6e4f", "#b8c4d6"
 
@@ -81,11 +82,13 @@ def check_ending(path: Path) -> Path:
     """Return a path that `draw` can write to; ask before a long job, not after it.
 
     Raises:
-        PeftComboError: another ending than .html and .png.
+        PeftComboError: another ending than .html and .png, matplotlib is missing, or the file cannot be written.
     """
     if path.suffix.lower() not in (".html", ".png"):
         raise PeftComboError(f"A chart is written as .html or .png, found {path.suffix!r} in {path.name}.")
-    return path
+    if find_spec("matplotlib") is None:
+        raise PeftComboError("A chart needs matplotlib. Install it with: pip install matplotlib")
+    return check_file_target(path)
 
 
 def draw(chart: Chart, path: Path) -> None:
@@ -95,7 +98,10 @@ def draw(chart: Chart, path: Path) -> None:
         PeftComboError: another ending, or the file cannot be written.
     """
     as_page = check_ending(path).suffix.lower() == ".html"
-    content = _render_page(chart).encode() if as_page else _render(chart, "png")
+    try:
+        content = _render_page(chart).encode() if as_page else _render(chart, "png")
+    except ImportError as error:
+        raise PeftComboError(f"A chart needs matplotlib, which cannot be loaded: {error}.") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as stream:

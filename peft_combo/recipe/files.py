@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft_combo.errors import Fault, RecipeError, did_you_mean, make_printable
-from peft_combo.files import atomic_file, write_text
+from peft_combo.files import atomic_file, check_file_target, list_shipped_recipes, recipes_folder, write_text
 from peft_combo.recipe.fields import format_value
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.parse import parse_recipe, recipe_schema
 from peft_combo.recipe.yaml import MAX_DEPTH, YamlFault, read_scalar, read_yaml
 
-_PACKAGE = Path(__file__).resolve().parent.parent
 # A recipe is a page of text. The limits keep a wrong or hostile file from costing more than its error message.
 _MAX_BYTES = 64 * 1024
 _MAX_PARENTS = 8
@@ -73,7 +72,7 @@ def check(name_or_path: str | Path, overrides: Iterable[str] = (), data: str | P
 def list_recipes() -> list[RecipeSummary]:
     """Return the shipped recipes in order of their names."""
     summaries = []
-    for name in _list_shipped():
+    for name in list_shipped_recipes():
         recipe = load_recipe(name)
         first_line = read_recipe_text(name).partition("\n")[0]
         summaries.append(RecipeSummary(name, recipe.category, recipe.adapter.method, first_line.lstrip("# ").strip()))
@@ -135,16 +134,6 @@ def build_file_schema() -> dict[str, Any]:
 # Finding.
 
 
-def recipes_folder() -> Path:
-    """Return the folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
-    installed = _PACKAGE / "_recipes"
-    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
-
-
-def _list_shipped() -> list[str]:
-    return sorted(file.stem for file in recipes_folder().glob("*.yaml"))
-
-
 def _is_path(name: str) -> bool:
     return "/" in name or os.sep in name or name.endswith((".yaml", ".yml"))
 
@@ -155,7 +144,7 @@ def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if _is_file(path):
         return path
-    remedy = f" Did you mean the shipped recipe: {path.stem}?" if path.stem in _list_shipped() else ""
+    remedy = f" Did you mean the shipped recipe: {path.stem}?" if path.stem in list_shipped_recipes() else ""
     raise RecipeError(f'No recipe file "{make_printable(str(path))}".{remedy}')
 
 
@@ -167,7 +156,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _find_shipped(name: str) -> Path:
-    names = _list_shipped()
+    names = list_shipped_recipes()
     if name in names:
         return recipes_folder() / f"{name}.yaml"
     message = f"No recipe {format_value(name)}. Shipped: {', '.join(names)}. {did_you_mean(name, names)}".strip()
@@ -204,7 +193,7 @@ def _find_parent(file: Path, extends: object) -> Path:
         expected = "expected the name of a shipped recipe, or a file beside this one"
         raise _build_error(file, "extends", f"{expected}; found {format_value(extends)}.")
     if not _is_path(extends):
-        names = _list_shipped()
+        names = list_shipped_recipes()
         if extends in names:
             return recipes_folder() / f"{extends}.yaml"
         remedy = did_you_mean(extends, names) or f"A file is written with its ending: {extends}.yaml"
@@ -267,25 +256,43 @@ def _read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if keys == ["extends"]:
             faults.append(Fault("extends", "expected a key of the recipe.", "What it extends is set in the file."))
             continue
+        if not text.strip():  # of a variable that is not set, perhaps
+            faults.append(Fault(".".join(keys), "expected a value after =, found nothing.", "Write null for none."))
+            continue
         try:
             value = _read_override(text.strip())
         except YamlFault as fault:
             faults.append(Fault(".".join(keys), f"cannot read {format_value(text)}: {fault}."))
             continue
-        node = tree
-        for key in keys[:-1]:
-            if not isinstance(node.get(key), dict):
-                node[key] = {}
-            node = node[key]
-        node[keys[-1]] = value
+        for key in reversed(keys):
+            value = {key: value}
+        tree = _lay_over(tree, value)
     if faults:
         raise RecipeError.from_faults("The overrides cannot be read:", faults)
     return tree
 
 
 def _read_override(text: str) -> Any:
-    # "{title} {category}" is a template, not a mapping: of YAML's structures, only lists and quotes are read here.
-    return read_yaml(text) if text.startswith(("[", '"', "'")) else read_scalar(text)
+    if text.startswith("{") and ":" in text:  # a mapping; "{title} {category}" is a template
+        try:
+            value = read_yaml(text)
+        except YamlFault:
+            if not text.endswith("}") or text.count("{") > 1:  # "{title}: {price}"
+                return read_scalar(text)
+            raise
+        if isinstance(value, dict) and any(":" in key for key, entry in value.items() if entry is None):
+            raise YamlFault("expected a blank after each colon, as in {rank: 4}")
+        return value if isinstance(value, dict) else read_scalar(text)
+    return read_yaml(text) if text.startswith(("[", '"', "'")) or text == "{}" else read_scalar(text)
+
+
+def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides of both, the later ones where both name a key."""
+    found = dict(below)
+    for key, value in above.items():
+        there = found.get(key)
+        found[key] = _lay_over(there, value) if isinstance(there, dict) and isinstance(value, dict) else value
+    return found
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
@@ -346,13 +353,13 @@ def check_destination(path: Path) -> Path:
     """Return a path that `write_recipe` may write to; ask before a long job, not after it.
 
     Raises:
-        RecipeError: it does not end in .yaml, or is taken.
+        RecipeError: it does not end in .yaml, or is taken. PeftComboError: the file cannot be written.
     """
     if path.suffix != ".yaml":
         raise RecipeError(f"Expected a destination that ends in .yaml, found {path}. Try {path.with_suffix('.yaml')}")
     if path.exists():
         raise RecipeError(f"{path} exists already. Choose another name, or remove it first.")
-    return path
+    return check_file_target(path)
 
 
 def write_recipe(recipe: Recipe, path: Path, header: Sequence[str] = ()) -> Recipe:

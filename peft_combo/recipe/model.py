@@ -291,6 +291,9 @@ class TrainingConfig(Section):
     checkpoint_every: Int = Field(
         default=50, ge=1, le=1_000_000, description="Optimizer steps between two checkpoints to resume from."
     )
+    checkpoint_seconds: Real = Field(
+        default=60, gt=0, le=1e6, description="Seconds between two checkpoints, where they come before the steps do."
+    )
     fast_path: Bool = Field(
         default=True, description="Sort by length, encode repeats once, cache frozen layers. Same result, sooner."
     )

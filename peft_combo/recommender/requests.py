@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peft_combo.errors import DataError, PeftComboError, did_you_mean
-from peft_combo.files import atomic_file
+from peft_combo.files import atomic_file, check_file_target
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
 
@@ -184,18 +184,37 @@ def _parse_line(line: bytes, defaults: Mapping[str, Any]) -> Request:
     return parse_request({**defaults, **values})
 
 
+def check_files(source: Path, target: Path) -> int:
+    """Return how many requests a file holds, if it can be read and the answers can be written; ask before a long job.
+
+    Raises:
+        DataError: one cannot be, both are the same file, or the ending of `target` is another than of `answer_file`.
+        PeftComboError: the target cannot be written.
+    """
+    _choose_writer(target)
+    check_file_target(target)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise DataError(f"The answers would take the place of the requests in {source}. Name another file with --to.")
+    return count_requests(source)
+
+
 @contextmanager
 def _open_target(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Give a writer of answers by the file's ending; the file takes its place when all went well."""
-    writers = {".jsonl": _write_jsonl, ".parquet": _write_parquet}
-    kind = writers.get(target.suffix.lower())
-    if kind is None:
-        raise DataError(f"Answers are written as .jsonl or .parquet, found {target.suffix or 'no ending'!r}.")
+    kind = _choose_writer(target)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as file, kind(file) as write:
             yield write
     except OSError as error:
         raise DataError(f"The answers cannot be written to {target}: {error.strerror or error}.") from error
+
+
+def _choose_writer(target: Path) -> Callable[[IO[bytes]], AbstractContextManager[Callable[[dict[str, Any]], None]]]:
+    kind = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(target.suffix.lower())
+    if kind is None:
+        raise DataError(f"Answers are written as .jsonl or .parquet, found {target.suffix or 'no ending'!r}.")
+    return kind
 
 
 @contextmanager

@@ -11,13 +11,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from peft_combo.errors import StoreError, make_printable, shorten
-from peft_combo.files import open_regular
+from peft_combo.files import lock_file, open_regular
 from peft_combo.store.manifest import FileEntry
 
 DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
@@ -79,18 +77,15 @@ def hold_lock(store: Path, wait: float = LOCK_WAIT) -> Iterator[None]:
     Raises:
         StoreError: somebody else held it for `wait` seconds.
     """
-    lock = FileLock(store / _LOCK, timeout=wait, poll_interval=0.005)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise StoreError(
-            f"Another process has been changing {make_printable(str(store))}/ for {wait:g} seconds. Try again when it "
-            "is done; if it is stuck, end it."
-        ) from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock_file(store / _LOCK, wait))
+        except TimeoutError as error:
+            raise StoreError(
+                f"Another process has been changing {make_printable(str(store))}/ for {wait:g} seconds. Try again when "
+                "it is done; if it is stuck, end it."
+            ) from error
         yield
-    finally:
-        lock.release()
 
 
 # --- how refusals read ------------------------------------------------------------------------------------------------
@@ -111,7 +106,7 @@ def explain_os_errors(doing: str, store: Path) -> Iterator[None]:
 
 def describe_os_error(doing: str, store: Path, error: OSError) -> StoreError:
     """Return the readable form of the system's refusal."""
-    elsewhere = "or name another store with --set store=FOLDER."
+    elsewhere = "or name another store with --store FOLDER."
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             said = f"the disk is full. Free some space, {elsewhere}"

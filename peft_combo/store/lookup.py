@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from peft_combo.errors import Fault, StoreError, did_you_mean, nearest
+from peft_combo.files import list_shipped_recipes
 from peft_combo.store.aliases import Alias, AliasFolder
 from peft_combo.store.references import Reference, Version
 from peft_combo.store.versions import VersionFolders, describe_unusable, prepend_space
@@ -81,7 +82,7 @@ class Lookup:
         return StoreError(
             f'No adapter for category "{category}" in {self._path}/. '
             f"Stored: {listed}.{prepend_space(did_you_mean(category, stored))}\n"
-            f"Train one with: peft-combo tune --recipe lora-{nearest(category, stored) or category}"
+            f"Train one with: {write_tune_command(nearest(category, stored) or category)}"
         )
 
     def explain_unknown_version(self, wanted: Reference, stored: Iterable[int]) -> StoreError:
@@ -107,6 +108,14 @@ class Lookup:
         if len(faults) == 1:
             return StoreError(describe_unusable(reference, self._path, faults[0]), faults)
         return StoreError.from_faults(f"Adapter {reference} in {self._path}/ cannot be used:", faults)
+
+
+def write_tune_command(category: str) -> str:
+    """Return the command that trains an adapter for a category: by the shipped LoRA recipe that is nearest to it."""
+    recipes = {name.removeprefix("lora-"): name for name in list_shipped_recipes() if name.startswith("lora-")}
+    close = nearest(category, recipes) or "fashion"
+    chosen = f"peft-combo tune --recipe lora-{close}"
+    return chosen if close == category else f"{chosen} --set category={category}"
 
 
 def tell_move(alias: Alias) -> str:

@@ -17,10 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_combo.errors import TuningError
-from peft_combo.files import DRAFT, TRASH, discard, stage_folder
-
-_STATE = "state.json"  # written last: a folder without it is not a checkpoint
-_PREFIX = "step-"
+from peft_combo.files import stage_folder
+from peft_combo.tuning.run_folder import STATE, find_checkpoint, forget_checkpoints, name_checkpoint
 
 
 @dataclass
@@ -42,22 +40,20 @@ class Checkpoint:
         Raises:
             TuningError: the disk is full or the folder cannot be written; older checkpoints are still there.
         """
-        target = folder / f"{_PREFIX}{self.step:08d}"
+        target = name_checkpoint(folder, self.step)
         state = {"step": self.step, "groups": sorted(self.tensors), "values": self.values}
         try:
             with stage_folder(target, replace=True) as staged:
                 for group, tensors in self.tensors.items():
                     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
                     save_file(plain, staged.path / f"{group}.safetensors")
-                staged.manifest = (_STATE, json.dumps(state).encode())
+                staged.manifest = (STATE, json.dumps(state).encode())
         except (OSError, SafetensorError) as error:
             raise TuningError(
                 f"The checkpoint of step {self.step} cannot be written to {folder}: {_explain_reason(error)}. "
                 "Free some space or make the folder writable, then go on with --resume from the last one."
             ) from error
-        for path in folder.iterdir():
-            if path != target and path.name.startswith((_PREFIX, f"{DRAFT}{_PREFIX}", TRASH)):
-                discard(path)
+        forget_checkpoints(folder, keep=target)
         return target
 
     @classmethod
@@ -67,17 +63,16 @@ class Checkpoint:
         Raises:
             TuningError: it is there but cannot be read.
         """
-        found = sorted(folder.glob(f"{_PREFIX}*/{_STATE}")) if folder.is_dir() else []
-        if not found:
+        found = find_checkpoint(folder)
+        if found is None:
             return None
         try:
-            state = json.loads(found[-1].read_text())
-            tensors = {group: load_file(found[-1].parent / f"{group}.safetensors") for group in state["groups"]}
+            state = json.loads((found / STATE).read_text())
+            tensors = {group: load_file(found / f"{group}.safetensors") for group in state["groups"]}
             return cls(int(state["step"]), tensors, state["values"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise TuningError(
-                f"The checkpoint {found[-1].parent} cannot be read ({_explain_reason(error)}). Remove it and start "
-                "anew."
+                f"The checkpoint {found} cannot be read ({_explain_reason(error)}). Remove it and start anew."
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Processes of a run: accelerate's setup, agreement between processes, and Ctrl-C as a request to stop."""
+"""Processes of a run: accelerate's setup, agreement between processes, and signals as a request to stop."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from peft_combo.errors import TuningError
 from peft_combo.recipe.model import Recipe
 from peft_combo.tuning.run_state import flatten
+
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
 def build_accelerator(recipe: Recipe, run_folder: Path) -> Accelerator:
@@ -56,28 +58,72 @@ def build_accelerator(recipe: Recipe, run_folder: Path) -> Accelerator:
     return accelerator
 
 
-def ask_any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Return whether any process has the flag, so that all stop at the same step."""
+def agree_on_signal(accelerator: Accelerator, number: int) -> int:
+    """Return the signal that any process was sent, so that all stop at the same step; 0 where none was."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+
+def is_first_process() -> bool:
+    """Return whether this is the only process or the first of those launched; accelerate is not asked, nor started."""
+    ranks = (os.environ.get(name) for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
+
+
+def name_signal(number: int) -> str:
+    """Name a signal as people do."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+class StopRequest:
+    """What asks a run to stop: Ctrl-C, SIGTERM (a batch system, a container, a spot machine), SIGHUP (a terminal).
+
+    Attributes:
+        number: of the first signal; 0 while none came.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._at_once = False
+        # The launcher hands on what the terminal has sent already, so there a second one says nothing.
+        self._launched = "LOCAL_RANK" in os.environ
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: note it; or interrupt, where nothing is to be saved or Ctrl-C comes a second time."""
+        again = bool(self.number)
+        self.number = self.number or number
+        if self._at_once or (again and number == signal.SIGINT and not self._launched):
+            self._at_once = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def interrupt(self) -> Iterator[None]:
+        """Let a signal interrupt the block with KeyboardInterrupt: for what can be done again from the start."""
+        self._at_once = True
+        try:
+            if self.number:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._at_once = False
 
 
 @contextmanager
-def catch_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request to stop after the current step; the second one interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
+def catch_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT, SIGTERM and SIGHUP into a request; what is ignored, as under nohup, stays so.
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    previous = signal.signal(signal.SIGINT, ask)
+    Outside the main thread Python delivers no signals, and there is no request.
+    """
+    request, previous = StopRequest(), {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in _STOPPING if hasattr(signal, name)):
+            handler = signal.getsignal(number)
+            if handler is None or (handler == signal.SIG_IGN and number != signal.SIGINT):
+                continue
+            previous[number] = signal.signal(number, request.take)
     try:
-        yield asked
+        yield request
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +18,17 @@ from torch import Tensor
 
 from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
-from peft_combo.errors import TuningError
-from peft_combo.recipe.model import Recipe
+from peft_combo.errors import RecipeError, TuningError
+from peft_combo.files import atomic_file
+from peft_combo.recipe.model import Recipe, TrainingConfig
+from peft_combo.recipe.parse import parse_recipe
 from peft_combo.tuning.checkpoint import Checkpoint, optimizer_state, optimizer_tensors
 from peft_combo.tuning.setup import Setup
 from peft_combo.tuning.tasks.base import Evaluation
+
+# What a run may change between two stretches: none of it reaches the weights.
+_FREE = ("store", "training.checkpoint_every", "training.checkpoint_seconds", "training.trackers")
+_WRITING_SHARE = 0.05  # of the time may go into checkpoints that are written by the clock
 
 
 @dataclass
@@ -38,11 +45,17 @@ class Best:
 
 @dataclass
 class Progress:
-    """Where a run is."""
+    """Where a run is.
+
+    Attributes:
+        due: whether the last step's evaluation is still to be made.
+        waited: evaluations without improvement.
+    """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     best: Best | None = None
+    due: bool = False
     waited: int = 0
     stopped_early: bool = False
 
@@ -94,6 +107,7 @@ class Progress:
                 "best": best,
                 "averaged": weights.count,
                 "losses": self.losses,
+                "due": self.due,
                 "waited": self.waited,
                 "stopped_early": self.stopped_early,
                 "scaler": scaler.state_dict() if scaler is not None else None,
@@ -104,21 +118,19 @@ class Progress:
     def restore(cls, run_folder: Path, setup: Setup, optimizer: Any) -> Self:
         """Put the last checkpoint back into adapter, head, optimizer and the average of weights.
 
+        Returns:
+            where the run was; at its first step where nothing is saved, since a job that was killed before its first
+            checkpoint is started again as every other is.
         Raises:
-            TuningError: there is none, it cannot be read, or it is of another recipe or other data.
+            TuningError: the checkpoint cannot be read, or it is of another recipe or other data.
         """
         recipe, task = setup.recipe, setup.task
         checkpoint = Checkpoint.latest(run_folder)
         if checkpoint is None:
-            raise TuningError(
-                f"No checkpoint in {run_folder} to resume from. Start the run without --resume; checkpoints are "
-                f"written every {recipe.training.checkpoint_every} steps and on Ctrl-C."
-            )
+            return cls()
         values = checkpoint.values
-        # Fields that are newer than the checkpoint had the values that are now the defaults.
-        stored = Recipe.model_validate(values["recipe"])
-        then, now = flatten(stored.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
-        changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key != "store"]
+        then, now = flatten(_complete(values["recipe"])), flatten(recipe.model_dump(mode="json"))
+        changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in _FREE]
         if changed:
             shown = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed[:5])
             raise TuningError(
@@ -158,15 +170,49 @@ class Progress:
                 best["values"],
                 tensors["best-head"],
             ),
+            values.get("due", False),
             values["waited"],
             values["stopped_early"],
         )
 
 
-def forget_checkpoints(run_folder: Path) -> None:
-    """Drop the checkpoints of a run that is done."""
-    for folder in run_folder.glob("step-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+def _complete(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what recipes did not hold when a checkpoint was written."""
+    try:
+        return parse_recipe(recipe).model_dump(mode="json")
+    except RecipeError:
+        return recipe
+
+
+class CheckpointClock:
+    """When the next checkpoint is due: by steps or by time, whichever comes first, and no step twice.
+
+    Where writing takes long (full tuning on a slow disk), the time between two grows with it.
+    """
+
+    def __init__(self, training: TrainingConfig, step: int) -> None:
+        self._training, self._saved = training, step
+        self._at = time.monotonic()
+        self._took = 0.0
+
+    def is_saved(self, step: int) -> bool:
+        """Return whether the state after a step is on the disk."""
+        return step == self._saved
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to write one after this step."""
+        if self.is_saved(step):
+            return False
+        seconds = max(self._training.checkpoint_seconds, self._took / _WRITING_SHARE)
+        return step % self._training.checkpoint_every == 0 or time.monotonic() - self._at >= seconds
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """Take that one is written in the block."""
+        started = time.monotonic()
+        yield
+        self._saved, self._at = step, time.monotonic()
+        self._took = self._at - started
 
 
 class RunLog:
@@ -174,12 +220,13 @@ class RunLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        kept = []
+        kept = b""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if step and path.exists():
-                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+                kept = b"".join(line + b"\n" for line in path.read_bytes().splitlines() if _read_step(line) <= step)
+            with atomic_file(path) as file:
+                file.write(kept)
         except OSError as error:
             raise TuningError(f"The run folder {path.parent} cannot be written: {error.strerror}.") from error
 
@@ -194,11 +241,11 @@ class RunLog:
             ) from error
 
 
-def _step_of(line: str) -> float:
+def _read_step(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # half a line: the run was killed while it wrote
+        return math.inf  # half a line, or what a power cut left: the run ended while it wrote
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

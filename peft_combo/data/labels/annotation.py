@@ -21,7 +21,7 @@ from peft_combo.data.readers.forms import find_table, holds_table, table_at
 from peft_combo.data.readers.tables import name_columns, read_table
 from peft_combo.data.sources import open_dataset
 from peft_combo.errors import DataError, Fault
-from peft_combo.files import literal_path, write_text
+from peft_combo.files import check_file_target, literal_path, write_text
 from peft_combo.recipe.task import ClassificationTask, TaggingTask
 
 if TYPE_CHECKING:
@@ -73,6 +73,20 @@ def find_unlabelled(data: DataConfig, task: ClassificationTask | TaggingTask) ->
     return Pool(name, tuple(waiting.values()), len(labelled))
 
 
+def check_label_file(path: Path, *, lists: bool) -> Path:
+    """Return a path that `write_to_label` can write to; ask before a long job, not after it.
+
+    Args:
+        lists: whether rows hold lists, as tags do: CSV takes none.
+    Raises:
+        DataError: another suffix, or lists in a CSV. PeftComboError: the file cannot be written.
+    """
+    if path.suffix not in ((".jsonl",) if lists else (".csv", ".jsonl")):
+        expected = ".jsonl" if lists else ".csv or .jsonl"
+        raise DataError(f"{path}: expected a file that ends in {expected}, found {path.suffix or 'no suffix'}.")
+    return check_file_target(path)
+
+
 def write_to_label(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV or JSON Lines, as the suffix says; lists only go into the latter.
 
@@ -80,19 +94,15 @@ def write_to_label(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         DataError: another suffix, or lists in a CSV.
         PeftComboError: the file cannot be written.
     """
-    lists = any(isinstance(value, list) for row in rows for value in row.values())
-    match path.suffix:
-        case ".jsonl":
-            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        case ".csv" if not lists:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(path, text.getvalue())
-        case suffix:
-            expected = ".jsonl" if lists else ".csv or .jsonl"
-            raise DataError(f"{path}: expected a file that ends in {expected}, found {suffix or 'no suffix'}.")
+    check_label_file(path, lists=any(isinstance(value, list) for row in rows for value in row.values()))
+    if path.suffix == ".jsonl":
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _from_table(task: ClassificationTask | TaggingTask) -> bool:

@@ -120,7 +120,13 @@ def _title(cell: str) -> str:
 def _read(file: Path, columns: tuple[str, ...], faults: list[Fault], notes: list[str]) -> list[_Row]:
     """Return (line, cells) of the named columns, cells stripped."""
     if not file.is_file():
-        faults.append(Fault(file.name, f"is missing in {file.parent}.", "Get it with: peft-combo data get."))
+        faults.append(
+            Fault(
+                file.name,
+                f"is missing in {file.parent}.",
+                "Get all of them with: peft-combo data get bundlerec-clothing",
+            )
+        )
         return []
     try:
         raw = file.read_bytes()

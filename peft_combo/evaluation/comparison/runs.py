@@ -32,7 +32,15 @@ from peft_combo.tuning.tasks import build_task
 
 
 class Stopped(PeftComboError):
-    """The comparison was stopped from outside; what was finished is kept."""
+    """The comparison was stopped from outside; what was finished is kept.
+
+    Attributes:
+        exit_code: what a program ended by that returns.
+    """
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def compare(
         callback: told of each finished run.
     Raises:
         PeftComboError: the variants ask different questions, or none of them could be tuned.
-        Stopped: Ctrl-C; the same call goes on.
+        Stopped: Ctrl-C, or a signal that ends the program; the same call goes on.
     """
     callback = callback or RunCallback()
     asked = _read_queries(variants)
@@ -120,8 +128,11 @@ def _run(variant: Variant, seed: int, asked: _Asked, folder: Path, callback: Run
         )
         try:
             code = process.wait()
-        except KeyboardInterrupt:
-            raise Stopped(f"Stopped in {told}. The finished runs are in {folder}; the same command goes on.") from None
+        except (KeyboardInterrupt, SystemExit) as error:  # the latter where a signal ends the program
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
+            raise Stopped(
+                f"Stopped in {told}. The finished runs are in {folder}; the same command goes on.", code
+            ) from None
         finally:
             process.stdin.close()  # type: ignore[union-attr]  # whatever happens here, the run does not outlive it
             process.wait()
