@@ -48,10 +48,15 @@ def load_ready_recipe(name: str, overrides: list[str] | None, data: Path | None,
 
     Raises:
         RecipeError: it does not hold together, or needs data that is not named.
+        DataError: its data is not there.
     """
     from peft_combo.recipe.files import load_recipe
 
     recipe = load_recipe(name, tuple(overrides or ()), data).ready()
+    if recipe.data.path is not None and not Path(recipe.data.path).expanduser().exists():
+        from peft_combo.data.sources import detect_layout
+
+        detect_layout(recipe.data.path)
     return recipe if store is None else recipe.model_copy(update={"store": str(store)})
 
 
