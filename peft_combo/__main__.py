@@ -69,7 +69,8 @@ def _drop_dead_streams() -> None:
     """Point a stream whose reader is gone elsewhere, or Python would end with an exit code of its own."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            if stream is not None:
+                stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ import torch
 from conftest import REPOSITORY, StopAt
 from safetensors.torch import load_file
 
+from peft_combo import __main__
 from peft_combo.callbacks import RunCallback
 from peft_combo.errors import TuningError
 from peft_combo.recipe.model import Recipe
@@ -454,3 +456,77 @@ def test_several_processes_save_together_and_go_on(tiny_recipe: MakeRecipe, tmp_
     assert text.count("Stopped by SIGTERM") == 1, "the main process speaks for all"
     with pytest.raises(SystemExit):
         tune(parse_recipe(raw), run_folder=folder, resume=True, callback=StopAt(step + 1))
+
+
+# --- the store of a recipe --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line as from a shell, in an empty folder; give exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peft-combo", *shlex.split(line)])
+        code = 0
+        try:
+            __main__.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_every_command_with_a_recipe_looks_in_its_store_and_store_goes_before_it(
+    call: Callable[[str], tuple[int, str, str]], tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(name="own", store="my-store", **{"training.epochs": 1})
+    (tmp_path / "own.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    for line in ("tune --recipe own.yaml", "tune --recipe own.yaml --set seed=1"):
+        code, out, err = call(line)
+        assert code == 0, err
+    assert AdapterStore("my-store").versions("tiny") == (1, 2)
+    asked = [
+        "evaluate --recipe own.yaml --adapter tiny", "embed --recipe own.yaml --adapter tiny",
+        "recommend --recipe own.yaml --items i0", "adapters diff tiny@v1 tiny@v2 --recipe own.yaml",
+        "adapters transfer tiny --recipe own.yaml", "adapters merge tiny@v1 tiny@v2 --into both --recipe own.yaml",
+        "adapters export tiny --to out --recipe own.yaml", "data suggest --recipe own.yaml --adapter tiny -n 3",
+        "tune --recipe own.yaml --from tiny --dry-run",
+    ]  # fmt: skip
+    for line in asked:
+        code, out, err = call(line)
+        assert code == 0, f"{line}: {out} {err}"
+        code, out, err = call(f"{line.replace('--to out', '--to other')} --store elsewhere")
+        assert (code, "in elsewhere/. Stored: nothing yet." in err) == (1, True), line
+    assert call("tune --recipe own.yaml --store elsewhere")[0] == 0
+    assert AdapterStore("elsewhere").versions("tiny") == (1,)
+    assert call("evaluate --recipe own.yaml --adapter tiny --store elsewhere")[0] == 0
+    assert not (tmp_path / "adapters").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("recommend --recipe own.yaml --items i0", "tune --recipe own.yaml"),
+        (
+            "evaluate --recipe own.yaml --adapter shoes --data 'my shop' --store s",
+            "tune --recipe own.yaml --data 'my shop' --store s --set category=shoes",
+        ),
+        (
+            "embed --recipe lora-fashion --adapter shoes --set seed=3",
+            "tune --recipe lora-fashion --set seed=3 --set category=shoes",
+        ),
+        ("rate --adapter shoes", "tune --recipe lora-home --set category=shoes"),
+        ("tag x --adapter food", "tune --recipe lora-food"),
+    ],
+)
+def test_the_remedy_trains_by_the_recipe_that_was_given(
+    line: str, remedy: str, call: Callable[[str], tuple[int, str, str]], tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "own.yaml").write_text(json.dumps(tiny_recipe(name="own", store="none").model_dump(mode="json")))
+    code, _, err = call(line)
+    assert (code, err.splitlines()[-1]) == (1, f"Train one with: peft-combo {remedy}")

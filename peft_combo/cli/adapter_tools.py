@@ -16,6 +16,7 @@ from peft_combo.cli.app import (
     SetOption,
     adapters_app,
     load_ready_recipe,
+    open_workspace,
 )
 from peft_combo.cli.export import load_named_recipe, load_own_recipe, open_store, read_lines
 from peft_combo.cli.output import console_watch, print_json, print_table, split_words
@@ -187,9 +188,8 @@ def adapters_transfer(
     """Find the best stored adapter to start a new category from, on the recipe's validation questions."""
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
-        from peft_combo.recommender.workspace import Workspace
-
-        space = Workspace.of(loaded, adapters=adapters or ())  # what is not stored is told before torch is loaded
+        # What is not stored is told before torch is loaded.
+        space = open_workspace(loaded, recipe, overrides, data, store, adapters or ())
 
         from peft_combo.adapters.transfer import transfer
         from peft_combo.adapters.validation import ValidationQueries

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +13,7 @@ from peft_combo import __version__
 
 if TYPE_CHECKING:
     from peft_combo.recipe.model import Recipe
+    from peft_combo.recommender.workspace import Workspace
 
 app = typer.Typer(
     help="Per-category adapters for BERT-like encoders, and the bundle recommender that swaps them.",
@@ -45,11 +48,39 @@ def load_ready_recipe(name: str, overrides: list[str] | None, data: Path | None,
 
     Raises:
         RecipeError: it does not hold together, or needs data that is not named.
+        DataError: its data is not there.
     """
     from peft_combo.recipe.files import load_recipe
 
     recipe = load_recipe(name, tuple(overrides or ()), data).ready()
+    if recipe.data.path is not None and not Path(recipe.data.path).expanduser().exists():
+        from peft_combo.data.sources import detect_layout
+
+        detect_layout(recipe.data.path)
     return recipe if store is None else recipe.model_copy(update={"store": str(store)})
+
+
+def open_workspace(
+    recipe: Recipe, name: str, overrides: list[str] | None, data: Path | None, store: Path | None,
+    adapters: Iterable[str], **options: Any,
+) -> Workspace:  # fmt: skip
+    """Open what a recipe works on; for an adapter that is not stored, give the command that trains it by this recipe.
+
+    Args:
+        name, overrides, data, store: as the command was given them.
+        options: of `Workspace.of`.
+    """
+    from peft_combo.errors import StoreError
+    from peft_combo.recommender.workspace import Workspace
+    from peft_combo.store.lookup import UnknownCategory
+
+    try:
+        return Workspace.of(recipe, adapters=adapters, **options)
+    except UnknownCategory as error:
+        changes = [*(overrides or ()), *([f"category={error.category}"] if error.category != recipe.category else ())]
+        places = [word for option, value in (("--data", data), ("--store", store)) if value for word in (option, value)]
+        words = ["peft-combo", "tune", "--recipe", name, *places, *(word for one in changes for word in ("--set", one))]
+        raise StoreError(f"{error.problem}\nTrain one with: {shlex.join(map(str, words))}") from error
 
 
 def _print_version(asked: bool) -> None:

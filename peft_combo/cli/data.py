@@ -130,5 +130,6 @@ def data_get(
 ) -> None:
     """Download a public data set (checksum, cache) and print its folder."""
     from peft_combo.data.readers.download import get
+    from peft_combo.files import check_folder_target
 
-    print(get(name, folder))
+    print(get(name, check_folder_target(folder)))

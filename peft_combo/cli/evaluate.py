@@ -16,6 +16,7 @@ from peft_combo.cli.app import (
     SetOption,
     app,
     load_ready_recipe,
+    open_workspace,
 )
 from peft_combo.cli.output import console_watch, print_json, print_table
 from peft_combo.errors import DataError
@@ -53,10 +54,8 @@ def evaluate(
         check_ending(plot_file)
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
-        from peft_combo.recommender.workspace import Workspace
-
         references = adapters or []
-        space = Workspace.of(loaded, adapters=references, cache=cache)
+        space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
 
         from peft_combo.data.leakage import rating_problem, split_problem
         from peft_combo.encoder.heads.completion import CompletionHead

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, RecipeStoreOption, SetOption, data_app, load_ready_recipe
+from peft_combo.cli.app import (
+    DataOption,
+    JsonOption,
+    RecipeStoreOption,
+    SetOption,
+    data_app,
+    load_ready_recipe,
+    open_workspace,
+)
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table
 from peft_combo.errors import DataError, RecipeError
 
@@ -39,10 +47,9 @@ def data_suggest(
 ) -> None:
     """Suggest what is most worth labelling: where an adapter is least sure, and nothing twice."""
     from peft_combo.data.labels.annotation import check_label_file, write_to_label
-    from peft_combo.recommender.workspace import Workspace
 
     loaded = load_ready_recipe(recipe, overrides, data, store)
-    space = Workspace.of(loaded, adapters=[adapter], needs="items")
+    space = open_workspace(loaded, recipe, overrides, data, store, [adapter], needs="items")
     kind = str(space.records[0].manifest.task.get("kind"))
     if kind != loaded.task.kind:
         raise RecipeError(

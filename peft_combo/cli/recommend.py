@@ -18,6 +18,7 @@ from peft_combo.cli.app import (
     SetOption,
     app,
     load_ready_recipe,
+    open_workspace,
 )
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table, split_words
 from peft_combo.cli.tag import load_tagger
@@ -78,7 +79,6 @@ def recommend(
     """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
     from peft_combo.files import check_folder_target
     from peft_combo.recommender.requests import check_files, parse_request
-    from peft_combo.recommender.workspace import Workspace
 
     loaded = load_ready_recipe(recipe, overrides, data, store)
     if (source is None) != (target is None):
@@ -96,7 +96,7 @@ def recommend(
     check_folder_target(fitted_folder)
     with console_watch() as callback:
         references = [] if frozen else adapters or [loaded.category]
-        space = Workspace.of(loaded, adapters=references, cache=cache)
+        space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
         find_entities = None if tagger is None else load_tagger(tagger, Path(loaded.store))
         fitted = _fit_recommender(space, references, fitted_folder, callback)
         if source is not None and target is not None:

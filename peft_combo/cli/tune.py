@@ -17,6 +17,7 @@ from peft_combo.cli.app import (
     SetOption,
     app,
     load_ready_recipe,
+    open_workspace,
 )
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, get_rank, print_json, print_table
 
@@ -327,10 +328,10 @@ def embed(
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
         from peft_combo.files import check_folder_target
-        from peft_combo.recommender.workspace import Workspace
 
         check_folder_target(cache)
-        space = Workspace.of(loaded, adapters=[] if adapter is None else [adapter], cache=cache)
+        references = [] if adapter is None else [adapter]
+        space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
 
         from peft_combo.encoder.vectors import embed as run
 

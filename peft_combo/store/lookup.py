@@ -15,6 +15,19 @@ from peft_combo.store.references import Reference, Version
 from peft_combo.store.versions import VersionFolders, describe_unusable, prepend_space
 
 
+class UnknownCategory(StoreError):
+    """No adapter of a category is stored.
+
+    Attributes:
+        problem: the message without its remedy.
+        category: the one to train: the nearest that is stored, else the one that was asked for.
+    """
+
+    def __init__(self, problem: str, category: str) -> None:
+        super().__init__(f"{problem}\nTrain one with: {write_tune_command(category)}")
+        self.problem, self.category = problem, category
+
+
 class Lookup:
     """Finds versions and aliases in one store. Its methods raise `OSError` where the disk refuses."""
 
@@ -76,13 +89,13 @@ class Lookup:
             raise StoreError.from_faults(f"An alias in {self._path}/ does not read:", faults)
         return alias
 
-    def explain_unknown_category(self, category: str) -> StoreError:
+    def explain_unknown_category(self, category: str) -> UnknownCategory:
         stored = self._versions.list_categories()
-        listed = ", ".join(stored) if stored else "nothing yet"
-        return StoreError(
+        listed = f"{', '.join(stored)}." if stored else "nothing yet. Name another store with --store."
+        return UnknownCategory(
             f'No adapter for category "{category}" in {self._path}/. '
-            f"Stored: {listed}.{prepend_space(did_you_mean(category, stored))}\n"
-            f"Train one with: {write_tune_command(nearest(category, stored) or category)}"
+            f"Stored: {listed}{prepend_space(did_you_mean(category, stored))}",
+            nearest(category, stored) or category,
         )
 
     def explain_unknown_version(self, wanted: Reference, stored: Iterable[int]) -> StoreError:
