@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from peft_combo.cli.app import app
-from peft_combo.errors import PeftComboError
-
 
 def main() -> None:
-    """Run the command line; what a user can put right is one message on stderr and exit code 1."""
+    """Run the command line; whatever ends it is one message on stderr and an exit code (see `cli.guard`)."""
     try:
-        app(prog_name="peft-combo")
-    except PeftComboError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+        from peft_combo.cli import app
+        from peft_combo.cli.guard import run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(run(app, sys.argv[1:]))
 
 
 if __name__ == "__main__":

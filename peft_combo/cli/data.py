@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, SetOption, data_app
-from peft_combo.cli.output import format_figure, print_faults, print_json, print_table
+from peft_combo.cli.output import format_figure, print_faults, print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from peft_combo.recipe.model import DataConfig
@@ -58,7 +58,7 @@ def data_stats(
         return
     for place, figures in enumerate(found):
         if place:
-            print()
+            print_line()
         print_table(
             ("figure", "value"), [(name.replace("_", " "), format_figure(value)) for name, value in figures.items()]
         )
@@ -86,7 +86,7 @@ def data_copy(
     if name != "demo":
         raise DataError(f'Expected demo, found "{name}". Other sources are downloaded: peft-combo data get {name}')
     copy_demo(folder)
-    print(folder)
+    print_line(folder)
 
 
 @data_app.command("get")
@@ -97,4 +97,4 @@ def data_get(
     """Download a public data set (checksum, cache) and print its folder."""
     from peft_combo.data.readers.download import get
 
-    print(get(name, folder))
+    print_line(get(name, folder))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, SetOption, StoreOption, data_app
-from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table
+from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_line, print_table
 from peft_combo.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def data_suggest(
         ],
     )
     if target is not None:
-        print(f"{len(found):,} to label in {target}. {_HOW[kind]}")
+        print_line(f"{len(found):,} to label in {target}. {_HOW[kind]}")
 
 
 _HOW = {
