@@ -10,8 +10,6 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from peft_combo.cli.app import app
-from peft_combo.errors import PeftComboError
 from peft_combo.machine import count_usable_cpus
 
 
@@ -20,24 +18,30 @@ class _Ended(SystemExit):
 
 
 def main() -> None:
-    """Run the command line; what a user can put right is one message on stderr and exit code 1."""
+    """Run the command line; whatever ends it is one message on stderr and an exit code (see `cli.guard`)."""
     settle_threads(os.environ)
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
     for number in taken:
         signal.signal(number, _end)
     try:
-        app(prog_name="peft-combo")
-    except PeftComboError as error:
-        _tell(str(error))
-        sys.exit(1)
+        from peft_combo.cli import app
+        from peft_combo.cli.guard import run
+
+        code = run(app, sys.argv[1:])
+    except KeyboardInterrupt:
+        code = 130
     except _Ended as error:
-        _tell(f"Ended by {signal.Signals(int(str(error.code)) - 128).name} before it was done.")
+        from peft_combo.cli.output import print_error
+
+        with suppress(OSError):  # the terminal may be gone
+            print_error(f"Ended by {signal.Signals(int(str(error.code)) - 128).name} before it was done.")
         raise
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
         _drop_dead_streams()
+    sys.exit(code)
 
 
 def settle_threads(environ: MutableMapping[str, str]) -> None:
@@ -58,11 +62,6 @@ def settle_threads(environ: MutableMapping[str, str]) -> None:
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)  # who asks twice does not want to wait for the way out
     raise _Ended(128 + number)
-
-
-def _tell(text: str) -> None:
-    with suppress(OSError):  # the terminal may be gone
-        print(text, file=sys.stderr, flush=True)
 
 
 def _drop_dead_streams() -> None:

@@ -7,6 +7,7 @@ faults at once. Knows nothing of what goes wrong elsewhere.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -45,7 +46,7 @@ class PeftComboError(Exception):
     def from_faults(cls, title: str, faults: Iterable[Fault], limit: int = 50) -> Self:
         """Build one error that lists every fault under `title`, the first `limit` of them in full."""
         found = tuple(faults)
-        lines = [title, *(f"  {fault}" for fault in found[:limit])]
+        lines = [make_printable(title), *(f"  {make_printable(str(fault))}" for fault in found[:limit])]
         if len(found) > limit:
             lines.append(f"  ... and {len(found) - limit} more of the same kind.")
         return cls("\n".join(lines), found)
@@ -84,8 +85,23 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 
 def make_printable(text: str) -> str:
-    """Make a text from outside, such as a path, fit for a terminal: whole, escape codes and half characters escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    """Make a text from outside, such as a path, fit for one line of a terminal, whole and otherwise as it is.
+
+    Escaped are control characters and line ends, half characters (surrogates), and what is invisible and changes how
+    its surroundings read, such as bidirectional overrides. Spaces of any width and the joiners of emoji stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if is_printable(char) else ascii(char)[1:-1] for char in text)
+
+
+def is_printable(char: str) -> bool:
+    """Say whether a character shows on a terminal and does nothing else there."""
+    return char.isprintable() or char in _JOINERS or unicodedata.category(char) not in _UNSHOWN
+
+
+_JOINERS = "\u200c\u200d"
+_UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format, half of a pair, line and paragraph separators
 
 
 def shorten(text: str, limit: int = 80) -> str:

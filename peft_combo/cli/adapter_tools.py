@@ -19,7 +19,7 @@ from peft_combo.cli.app import (
     open_workspace,
 )
 from peft_combo.cli.export import load_named_recipe, load_own_recipe, open_store, read_lines
-from peft_combo.cli.output import console_watch, print_json, print_table, split_words
+from peft_combo.cli.output import console_watch, print_json, print_line, print_table, split_words
 from peft_combo.errors import PeftComboError
 from peft_combo.files import check_folder_target
 
@@ -233,28 +233,28 @@ def _print_difference(found: Difference) -> None:
             print_table(
                 (title, found.a, found.b, "cosine", "subspace", "of"), list(map(_format_change, changes)), numbers=True
             )
-            print()
+            print_line()
     if found.layers:
-        print(
+        print_line(
             "Changes are Frobenius norms relative to the frozen weight, in the head to the identity. Subspace: how far "
             "the inputs that the strongest directions of both read are the same, from 0 to 1."
         )
-    print(f"The heads multiply cosines by {found.scales[0]:.1f} and {found.scales[1]:.1f}.")
+    print_line(f"The heads multiply cosines by {found.scales[0]:.1f} and {found.scales[1]:.1f}.")
     answers = found.predictions
     if answers is not None:
-        print(
+        print_line(
             f"{answers.texts:,} texts: mean cosine between the two vectors {answers.cosine:.4f}; of the ten nearest "
             f"neighbours {answers.neighbours:.1%} are the same ({answers.queries:,} texts asked)."
         )
         if answers.questions is not None and answers.ndcg is not None:
-            print(
+            print_line(
                 f"Of {answers.questions:,} validation questions the first answer changes in {answers.first_churn:.1%}, "
                 f"the set of ten in {answers.list_churn:.1%}; NDCG@10 {answers.ndcg[0]:.4f} and {answers.ndcg[1]:.4f}."
             )
     else:
-        print("Answers were not compared: name a recipe with --recipe, or texts with --texts.")
+        print_line("Answers were not compared: name a recipe with --recipe, or texts with --texts.")
     for note in found.notes:
-        print(f"Note: {note}")
+        print_line(f"Note: {note}")
 
 
 def _format_change(change: Change) -> tuple[str, ...]:
@@ -267,30 +267,30 @@ def _print_merge(done: Merge) -> None:
     if done.rows:
         _print_rows(done.rows)
     if done.gain is not None:
-        print(f"Over the frozen encoder: {_format_gain(done.gain)}. The test bundles were not looked at.")
+        print_line(f"Over the frozen encoder: {_format_gain(done.gain)}. The test bundles were not looked at.")
     told = ", ".join(f"{name} ({weight:.2f})" for name, weight in done.parents)
     ranks = sorted(done.ranks.values())
     wide = (
         f"ranks {ranks[0]} to {ranks[-1]}, {done.truncation:.1e} of the change's norm left out" if ranks else "a head"
     )
     measured = "" if done.rows else "; not measured"
-    print(f"Stored {done.record.reference} in {done.record.path}: {told} by {done.method}; {wide}{measured}.")
+    print_line(f"Stored {done.record.reference} in {done.record.path}: {told} by {done.method}; {wide}{measured}.")
     for note in done.notes:
-        print(f"Note: {note}")
+        print_line(f"Note: {note}")
 
 
 def _print_conversion(done: Conversion) -> None:
     ranks = sorted(done.ranks.values())
-    print(
+    print_line(
         f"Stored {done.record.reference} in {done.record.path}: {done.source} as plain LoRA, {len(ranks)} updates of "
         f"ranks {ranks[0]} to {ranks[-1]}, at most {done.error:.1e} of an update's norm left out."
     )
-    print(
+    print_line(
         f"Largest difference in a component of a vector: {done.difference:.1e} over {done.texts:,} texts; "
         f"{done.bytes_before / 2**20:.2f} MiB before, {done.bytes_after / 2**20:.2f} MiB now."
     )
     if done.bytes_after > done.bytes_merged:
-        print(
+        print_line(
             f"Note: the weights it changes have {done.bytes_merged / 2**20:.2f} MiB, so merged it would be smaller: "
             f"peft-combo adapters export {done.record.reference} --to FOLDER"
         )
@@ -309,13 +309,13 @@ def _print_transfer(found: Transfer, recipe: str) -> None:
     ]  # fmt: skip
     header = ("", "head", "R@10", "NDCG@10", "95 % interval", "over frozen", "p", "alignment", "caveat")
     print_table(header, rows, numbers=True)
-    print(found.protocol)
+    print_line(found.protocol)
     for note in found.notes:
-        print(f"Note: {note}")
+        print_line(f"Note: {note}")
     if found.advised is None:
-        print("No adapter that can be relied on here is surely better than the frozen one: start without --from.")
+        print_line("No adapter that can be relied on here is surely better than the frozen one: start without --from.")
     else:
-        print(f"Start from it with: peft-combo tune --recipe {recipe} --from {found.advised}")
+        print_line(f"Start from it with: peft-combo tune --recipe {recipe} --from {found.advised}")
 
 
 def _print_rows(rows: Sequence[ResultRow]) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, adapters_app
-from peft_combo.cli.output import console_watch, format_metric, print_faults, print_json, print_table
+from peft_combo.cli.output import (
+    console_watch,
+    format_metric,
+    print_error,
+    print_faults,
+    print_json,
+    print_line,
+    print_table,
+    print_text,
+)
 from peft_combo.errors import StoreError
 
 
@@ -28,7 +36,7 @@ def adapters_list(store: StoreOption = Path("adapters"), as_json: JsonOption = F
         for alias in opened.aliases():
             names.setdefault(alias.target, []).append(alias.name)
     except StoreError as error:  # what is stored can be listed all the same
-        print(error, file=sys.stderr)
+        print_error(error)
     rows = []
     for record in records:
         manifest = record.manifest
@@ -44,7 +52,7 @@ def adapters_list(store: StoreOption = Path("adapters"), as_json: JsonOption = F
     if rows:
         print_table(("adapter", "aliases", "method", "backbone", "data", "NDCG@10", "size", "made (UTC)"), rows)
     else:
-        print(f"No adapters in {store}. Make one with: peft-combo tune --recipe lora-fashion", file=sys.stderr)
+        print_error(f"No adapters in {store}. Make one with: peft-combo tune --recipe lora-fashion")
 
 
 @adapters_app.command("show")
@@ -60,7 +68,7 @@ def adapters_show(
     if as_json:
         print_json(record.manifest.model_dump(mode="json"))
     else:
-        print(record.read("README.md").decode(), end="")
+        print_text(record.read("README.md").decode())
 
 
 @adapters_app.command("verify")
@@ -114,8 +122,8 @@ def adapters_import(
             callback.on_note(note)
         record = import_adapter(folder, category, encoder, opened, callback)
     known = "head, recipe, data and metrics came with it" if record.manifest.imported is None else "not measured"
-    print(f"Stored {record.reference} in {record.path}; {known}.")
-    print(f"Measure it with: peft-combo evaluate --recipe NAME --adapter {record.reference}")
+    print_line(f"Stored {record.reference} in {record.path}; {known}.")
+    print_line(f"Measure it with: peft-combo evaluate --recipe NAME --adapter {record.reference}")
 
 
 @adapters_app.command("alias")
@@ -130,7 +138,7 @@ def adapters_alias(
     from peft_combo.store.adapter_store import AdapterStore
 
     alias = AdapterStore(store).alias(adapter, name)
-    print(f"{alias.reference} -> v{alias.version}")
+    print_line(f"{alias.reference} -> v{alias.version}")
 
 
 @adapters_app.command("aliases")
@@ -174,7 +182,7 @@ def adapters_aliases(
             ],
         )  # fmt: skip
     else:
-        print(f"No aliases in {store}. Set one with: peft-combo adapters alias fashion prod", file=sys.stderr)
+        print_error(f"No aliases in {store}. Set one with: peft-combo adapters alias fashion prod")
 
 
 @adapters_app.command("rollback")
@@ -185,7 +193,7 @@ def adapters_rollback(
     from peft_combo.store.adapter_store import AdapterStore
 
     moved = AdapterStore(store).rollback(alias)
-    print(f"{moved.reference} -> v{moved.version}, back from v{moved.moves[-2].version}")
+    print_line(f"{moved.reference} -> v{moved.version}, back from v{moved.moves[-2].version}")
 
 
 @adapters_app.command("unalias")
@@ -196,7 +204,7 @@ def adapters_unalias(
     from peft_combo.store.adapter_store import AdapterStore
 
     gone = AdapterStore(store).unalias(alias)
-    print(f"removed {gone.reference}, which pointed to v{gone.version}")
+    print_line(f"removed {gone.reference}, which pointed to v{gone.version}")
 
 
 @adapters_app.command("remove")
@@ -211,7 +219,7 @@ def adapters_remove(
     from peft_combo.store.adapter_store import AdapterStore
 
     for reference in AdapterStore(store).remove(adapter, all=everything):
-        print(f"removed {reference}")
+        print_line(f"removed {reference}")
 
 
 @adapters_app.command("gc")
@@ -239,9 +247,9 @@ def adapters_gc(
         print_json([garbage._asdict() for garbage in gone])
         return
     for garbage in gone:
-        print(f"{'would remove' if dry_run else 'removed'} {garbage.name} ({_format_mib(garbage.bytes)})")
+        print_line(f"{'would remove' if dry_run else 'removed'} {garbage.name} ({_format_mib(garbage.bytes)})")
     total = _format_mib(sum(garbage.bytes for garbage in gone))
-    print(f"{total} {'would be freed' if dry_run else 'freed'}" if gone else "Nothing to remove.")
+    print_line(f"{total} {'would be freed' if dry_run else 'freed'}" if gone else "Nothing to remove.")
 
 
 def _format_mib(count: int) -> str:

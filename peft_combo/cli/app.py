@@ -1,4 +1,4 @@
-"""The Typer application, its groups, and the options that several commands share."""
+"""The Typer application, its groups, and the options that several share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo import __version__
+from peft_combo.cli.output import print_line
 
 if TYPE_CHECKING:
     from peft_combo.recipe.model import Recipe
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Per-category adapters for BERT-like encoders, and the bundle recommender that swaps them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help and errors hold names in square brackets, which are no markup
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 recipes_app = typer.Typer(help="Recipes: list, show, copy, check, schema.", no_args_is_help=True)
@@ -85,7 +87,7 @@ def open_workspace(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"peft-combo {__version__}")
+        print_line(f"peft-combo {__version__}")
         raise typer.Exit
 
 
@@ -94,6 +96,9 @@ def _main(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Version, and nothing else."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Traceback beside the message where a command fails, on stderr.")
     ] = False,
 ) -> None:
     pass

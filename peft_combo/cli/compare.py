@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app, load_ready_recipe
-from peft_combo.cli.output import console_watch, format_metric_name, print_json, print_table
+from peft_combo.cli.output import console_watch, format_metric_name, print_error, print_json, print_line, print_table
 from peft_combo.errors import PeftComboError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def compare(
             found = run(variants, numbers, folder, callback)
         except Stopped as error:
             callback.close()
-            typer.echo(error, err=True)
+            print_error(error)
             raise typer.Exit(error.exit_code) from None
     if as_json:
         print_json(found.to_json())
@@ -130,7 +130,7 @@ def search(
             )  # fmt: skip
         except Interrupted as error:
             callback.close()
-            typer.echo(error, err=True)
+            print_error(error)
             raise typer.Exit(error.exit_code) from None
     if found.best is None or found.recipe is None:
         reason = found.trials[-1].reason or "all were cut off"
@@ -179,17 +179,17 @@ def lr_range(
 
 
 def _print_range(found: RateRange, recipe: Recipe, steps: int) -> None:
-    print(f"{recipe.name}: {len(found.losses)} of {steps} steps, from {found.rates[0]:g} to {found.rates[-1]:.2g}")
+    print_line(f"{recipe.name}: {len(found.losses)} of {steps} steps, from {found.rates[0]:g} to {found.rates[-1]:.2g}")
     if found.steepest is None:
-        print("The loss never fell; raise --to or --steps.")
+        print_line("The loss never fell; raise --to or --steps.")
     else:
-        print(f"The loss falls fastest at {found.steepest:.2g}.")
+        print_line(f"The loss falls fastest at {found.steepest:.2g}.")
     if found.diverged is None or found.below_divergence is None:
-        print(f"It did not run away up to {found.rates[-1]:.2g}; raise --to to see where it does.")
+        print_line(f"It did not run away up to {found.rates[-1]:.2g}; raise --to to see where it does.")
     else:
         rate = found.rates[found.diverged]
-        print(f"It is lost at {rate:.2g}; a tenth of that, {found.below_divergence:.2g}, is the most to try.")
-    print(f"The recipe has {recipe.training.learning_rate:g}. Change it with: --set training.learning_rate=RATE")
+        print_line(f"It is lost at {rate:.2g}; a tenth of that, {found.below_divergence:.2g}, is the most to try.")
+    print_line(f"The recipe has {recipe.training.learning_rate:g}. Change it with: --set training.learning_rate=RATE")
 
 
 def _parse_seeds(text: str) -> list[int]:
@@ -203,7 +203,7 @@ def _print_comparison(found: Comparison) -> None:
     from peft_combo.evaluation.comparison.table import PROTOCOL
 
     seeds = ", ".join(map(str, found.seeds))
-    print(f"{found.asked}; seed{'s' if len(found.seeds) > 1 else ''} {seeds}")
+    print_line(f"{found.asked}; seed{'s' if len(found.seeds) > 1 else ''} {seeds}")
     print_table(
         ("", format_metric_name(found.metric), "95 % interval", "spread", "gain", "p: best", "parameters", "stored MiB",
          "minutes", "peak MiB", "1 text ms", "32 texts ms", "load ms"),
@@ -211,15 +211,15 @@ def _print_comparison(found: Comparison) -> None:
         numbers=True,
     )  # fmt: skip
     for one in found.failed:
-        print(f"{one.label}: failed: {one.reason}")
-    print(f"Best: {found.best.label}.", end=" ")
+        print_line(f"{one.label}: failed: {one.reason}")
+    best = f"Best: {found.best.label}."
     if found.cheapest is not None and found.cheapest != found.best.label:
-        print(f"Cheapest of those not significantly worse: {found.cheapest}.", end=" ")
-    print(
-        "gain: over the frozen encoder. parameters: the adapter's; the head's come on top. ms: median, and in brackets "
-        "how many times the frozen encoder's."
+        best += f" Cheapest of those not significantly worse: {found.cheapest}."
+    print_line(
+        f"{best} gain: over the frozen encoder. parameters: the adapter's; the head's come on top. ms: median, and in "
+        "brackets how many times the frozen encoder's."
     )
-    print(f"{PROTOCOL} Times on {found.machine}.")
+    print_line(f"{PROTOCOL} Times on {found.machine}.")
 
 
 def _print_search(found: Search) -> None:
@@ -242,7 +242,7 @@ def _print_search(found: Search) -> None:
     )
     if found.importance:
         told = ", ".join(f"{key} {share:.0%}" for key, share in found.importance.items())
-        print(f"What made the difference between complete trials: {told}.")
-    print(
+        print_line(f"What made the difference between complete trials: {told}.")
+    print_line(
         f"Best: {' '.join(found.best.settings)}. Validation chose it, so its figure is flattered. Study: {found.study}"
     )

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, SetOption, data_app
-from peft_combo.cli.output import format_figure, print_faults, print_json, print_table
-from peft_combo.errors import make_printable
+from peft_combo.cli.output import format_figure, print_faults, print_json, print_line, print_table
 
 if TYPE_CHECKING:
     from peft_combo.errors import Fault
@@ -49,9 +48,9 @@ def data_check(recipe: TaskOption = None, data: DataOption = None, overrides: Se
         refused, notes = _build_task(loaded)
         faults += refused
     for one in figures:
-        print(_summarize(one))
+        print_line(_summarize(one))
     for note in dict.fromkeys(notes):
-        print(f"note: {make_printable(note)}")
+        print_line(f"note: {note}")
     fine = "The data can be read; nothing is wrong with it."
     print_faults("", faults, fine=f"{fine[:-1]} but for what the notes say." if notes else fine)
 
@@ -73,7 +72,7 @@ def data_stats(
         return
     for place, figures in enumerate(found):
         if place:
-            print()
+            print_line()
         print_table(
             ("figure", "value"), [(name.replace("_", " "), format_figure(value)) for name, value in figures.items()]
         )
@@ -120,7 +119,7 @@ def data_copy(
     if name != "demo":
         raise DataError(f'Expected demo, found "{name}". See the other sources with: peft-combo data list')
     copy_demo(folder)
-    print(folder)
+    print_line(folder)
 
 
 @data_app.command("get")
@@ -132,4 +131,4 @@ def data_get(
     from peft_combo.data.readers.download import get
     from peft_combo.files import check_folder_target
 
-    print(get(name, check_folder_target(folder)))
+    print_line(get(name, check_folder_target(folder)))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
-from peft_combo.cli.output import console_watch, print_json, print_table
+from peft_combo.cli.output import console_watch, print_json, print_line, print_table
 
 _ROW = 200  # characters of a row of the table; what is longer stands below it, whole and fit to be copied
 
@@ -42,6 +42,6 @@ def doctor(
             ],
         )  # fmt: skip
         for one in long:
-            print(f"{one.what}: {one.found} {one.remedy}".rstrip())
+            print_line(f"{one.what}: {one.found} {one.remedy}".rstrip())
     if any(one.status == "problem" for one in findings):
         raise typer.Exit(1)

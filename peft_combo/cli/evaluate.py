@@ -18,7 +18,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
-from peft_combo.cli.output import console_watch, print_json, print_table
+from peft_combo.cli.output import console_watch, print_json, print_line, print_table
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def evaluate(
 
 def _print_report(report: Report) -> None:
     counts = report.counts
-    print(
+    print_line(
         f"{report.dataset}: {counts['test questions']:,} questions from {counts['test bundles']:,} test bundles, "
         f"{counts['items']:,} items; split {report.split_digest[:12]}"
     )
@@ -124,15 +124,16 @@ def _print_report(report: Report) -> None:
         ],
         numbers=True,
     )
-    print(f"The fusion chosen on validation: {report.fusion.chosen}. Slices show NDCG@10. {report.protocol}")
+    print_line(f"The fusion chosen on validation: {report.fusion.chosen}. Slices show NDCG@10. {report.protocol}")
     if report.composition is not None:
         _print_composition(report.composition)
     for note in report.notes:
-        print(f"Note: {note}")
+        print_line(f"Note: {note}")
 
 
 def _print_composition(found: CompositionReport) -> None:
-    print(f"\nComposition of {found.bundles:,} test bundles of {found.groups:,} groups, given one item of each")
+    print_line()
+    print_line(f"Composition of {found.bundles:,} test bundles of {found.groups:,} groups, given one item of each")
     print_table(
         ("", "precision", "recall", "95 % interval", "exact", "Jaccard", "valid", "diversity", "p"),
         [
@@ -151,4 +152,4 @@ def _print_composition(found: CompositionReport) -> None:
         numbers=True,
     )
     weights = ", ".join(f"{name} {value:g}" for name, value in found.weights.items())
-    print(f"The composer's weights: {weights}. {found.protocol}")
+    print_line(f"The composer's weights: {weights}. {found.protocol}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeStoreOption, SetOption, adapters_app
-from peft_combo.cli.output import console_watch, print_json, print_table
+from peft_combo.cli.output import console_watch, print_json, print_line, print_table
 from peft_combo.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -132,11 +132,11 @@ def _print_export(done: Export) -> None:
         numbers=True,
     )  # fmt: skip
     asked = "" if done.questions is None else f", {done.questions:,} validation questions"
-    print(
+    print_line(
         f"Against torch with the adapter attached: 1 - cosine of {done.texts:,} texts, neighbours of {done.queries:,}"
         f"{asked}; median of a pass, {done.threads} thread{'s' if done.threads > 1 else ''}."
     )
     for note in done.notes:
-        print(f"Note: {note}")
+        print_line(f"Note: {note}")
     kept = "" if done.scheme is None else f" ({done.scheme})"
-    print(f"Wrote {done.reference} as {done.format}{kept} to {done.folder}")
+    print_line(f"Wrote {done.reference} as {done.format}{kept} to {done.folder}")

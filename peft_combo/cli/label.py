@@ -19,7 +19,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
-from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table
+from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_line, print_table
 from peft_combo.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def data_suggest(
     if target is not None:
         write_to_label(target, [row for one in found for row in one.rows])
         if not as_json:
-            print(f"{len(found):,} to label in {target}. {_HOW[kind]}")
-            print(f"Check them with: peft-combo data check --recipe {shlex.quote(recipe)} --data FOLDER")
+            print_line(f"{len(found):,} to label in {target}. {_HOW[kind]}")
+            print_line(f"Check them with: peft-combo data check --recipe {shlex.quote(recipe)} --data FOLDER")
 
 
 def _print_suggested(found: Sequence[LabelSuggestion], fitting: str) -> None:

@@ -1,14 +1,26 @@
-"""What commands print: tables, JSON, faults on stdout; progress and notes on stderr."""
+"""What commands print: lines, tables, JSON, errors and faults; progress and notes on stderr.
+
+The only place that writes to the terminal. A text from outside is printed literally here: no markup is read in it, its
+control characters are escaped, and what the stream's encoding cannot show is replaced.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_combo.callbacks import RunCallback
-from peft_combo.errors import Fault, PeftComboError
+from peft_combo.errors import Fault, PeftComboError, is_printable, make_printable, shorten
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LINE_LIMIT = 4096  # characters; the longest path there is
 
 
 class ConsoleWatch(RunCallback):
@@ -18,14 +30,13 @@ class ConsoleWatch(RunCallback):
     """
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.main = get_rank() == 0
-        self._console = Console(stderr=True, quiet=not self.main, soft_wrap=True, highlight=False)
+        self._console = _make_console(stderr=True, quiet=not self.main, soft_wrap=True)
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[told]}"), console=self._console, transient=True,
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[told]}", markup=False), console=self._console, transient=True,
             disable=not (self.main and self._console.is_terminal),
         )  # fmt: skip
         self._task: Any = None
@@ -34,13 +45,13 @@ class ConsoleWatch(RunCallback):
 
     def on_note(self, text: str) -> None:
         with self._printing():
-            self._console.print(text, markup=False)
+            self._console.print(make_printable(text))
 
     def on_stage(self, name: str, total: int) -> None:
         with self._printing():
             if self._task is None:
                 self._bar.start()
-            before, self._task = self._task, self._bar.add_task(name, total=total, told="")
+            before, self._task = self._task, self._bar.add_task(make_printable(name), total=total, told="")
             if before is not None:
                 self._bar.remove_task(before)
 
@@ -112,34 +123,86 @@ def format_figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def print_line(text: object = "") -> None:
+    """Print one line; a line end within it is escaped as any control character is."""
+    _write(f"{make_printable(str(text))}\n")
+
+
+def print_text(text: str) -> None:
+    """Print a document, such as a model card, with its line ends and tabs."""
+    _write(re.sub(r"[^\r\n\t]+|\r(?!\n)", lambda found: make_printable(found[0]), text))
+
+
+def print_error(error: object) -> None:
+    """Print an error on stderr, line by line."""
+    if sys.stderr is not None:
+        sys.stderr.write("".join(f"{shorten(line, _LINE_LIMIT)}\n" for line in str(error).split("\n")))
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool = False) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = _make_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for place, name in enumerate(header):
-        table.add_column(name, justify="right" if numbers and place else "left", overflow="fold", no_wrap=numbers)
+        justify: Any = "right" if numbers and place else "left"
+        table.add_column(make_printable(name), justify=justify, overflow="fold", no_wrap=numbers)
     for row in rows:
-        table.add_row(*(str(cell).replace("[", r"\[") for cell in row))
+        table.add_row(*(make_printable(str(cell)) for cell in row))
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a pipe has no width; do not fold what a program will read
-    console.print(table)
+    _print_rich(console, table)
+
+
+def print_marked(parts: Sequence[tuple[str, str | None]]) -> None:
+    """Print one line made of parts, each in its style ("bold red") where it has one."""
+    from rich.text import Text
+
+    _print_rich(_make_console(soft_wrap=True), Text.assemble(*((make_printable(t), style or "") for t, style in parts)))
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=_to_plain))
+    """Print JSON that any parser reads: no NaN; escaped what is not printable or not in the stream's encoding."""
+    text = json.dumps(_make_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+
+    def is_shown(char: str) -> bool:
+        return is_printable(char) and char.encode(encoding, "ignore") != b""
+
+    _write(
+        re.sub(r"[^ -~\n]", lambda found: found[0] if is_shown(found[0]) else json.dumps(found[0])[1:-1], text) + "\n"
+    )
 
 
-def _to_plain(value: Any) -> Any:
-    if hasattr(value, "_asdict"):
-        return value._asdict()
-    return str(value)
+def _make_finite(value: Any) -> Any:
+    """Return a value with None in place of every NaN and infinity, which JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _make_finite(inner) for key, inner in value.items()}
+    return [_make_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _make_console(**options: Any) -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def _print_rich(console: Console, renderable: Any) -> None:
+    with console.capture() as captured:
+        console.print(renderable)
+    _write(captured.get())
+
+
+def _write(text: str) -> None:
+    if sys.stdout is not None:  # a program without a console, or one started with >&-
+        sys.stdout.write(text)
 
 
 def print_faults(prefix: str, faults: Sequence[Fault], fine: str) -> None:
     if not faults:
-        print(fine)
+        print_line(fine)
         return
     raise PeftComboError.from_faults(f"{prefix}{len(faults)} fault{'s' if len(faults) > 1 else ''}:", faults)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, SetOption, recipes_app
-from peft_combo.cli.output import print_faults, print_json, print_table
+from peft_combo.cli.output import print_faults, print_json, print_line, print_table, print_text
 
 
 @recipes_app.command("list")
@@ -37,7 +37,7 @@ def recipes_show(
     if resolved or overrides:
         print_json(load_recipe(name, tuple(overrides or ())).model_dump(mode="json"))
     else:
-        print(read_recipe_text(name), end="")
+        print_text(read_recipe_text(name))
 
 
 @recipes_app.command("copy")
@@ -49,7 +49,7 @@ def recipes_copy(
     """Copy a recipe, to make it your own."""
     from peft_combo.recipe.files import copy_recipe
 
-    print(copy_recipe(name, destination, force=force))
+    print_line(copy_recipe(name, destination, force=force))
 
 
 @recipes_app.command("check")

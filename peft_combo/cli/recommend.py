@@ -20,7 +20,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
-from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_table, split_words
+from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_line, print_table, split_words
 from peft_combo.cli.tag import load_tagger
 from peft_combo.errors import DataError
 
@@ -138,7 +138,7 @@ def _answer_file(
 
     done = answer_file(recommender, source, target, defaults, callback.on_advance, tagger)
     callback.close()
-    print(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
+    print_line(f"{done.requests - len(done.errors):,} of {done.requests:,} requests answered in {target}")
     if done.errors:
         line, error = next(iter(done.errors.items()))
         raise DataError(
@@ -189,12 +189,12 @@ def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
     for place, bundle in enumerate(bundles, 1):
         price = "" if bundle.price is None else f", {bundle.price:.2f} in all"
         parts = ", ".join(f"{name} {value:+.2f}" for name, value in bundle.parts.items())
-        print(f"{place}. score {bundle.score:.2f}{price}" + (f" ({parts})" if explain else ""))
+        print_line(f"{place}. score {bundle.score:.2f}{price}" + (f" ({parts})" if explain else ""))
         why = {entry["item"]: entry for entry in bundle.evidence}
         for item, title, slot in zip(bundle.items, bundle.titles, bundle.slots, strict=True):
-            print(f"   {'+' if item in bundle.added else ' '} {slot:12} {item:12} {title}")
+            print_line(f"   {'+' if item in bundle.added else ' '} {slot:12} {item:12} {title}")
             if explain and item in why:
-                print(f"     {' ' * 25}{_format_reasons(why[item])}")
+                print_line(f"     {' ' * 25}{_format_reasons(why[item])}")
 
 
 def _format_reasons(entry: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
-from peft_combo.cli.output import format_figure, print_json, print_table
+from peft_combo.cli.output import format_figure, print_json, print_line, print_marked, print_table
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
@@ -99,11 +99,11 @@ def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) ->
     if as_json:
         print_json({"file": str(target), **told})
         return
-    print(
+    print_line(
         f"{given.total():,} of {len(tagged):,} items got a slot ({format_figure(told['slots_given']) or 'none'}); "
         f"{told['slots_before']:,} had one, {told['without_slot']:,} have none."
     )
-    print(f"Written to {target}. With the other tables beside it, as items.csv, it is a folder for --data.")
+    print_line(f"Written to {target}. With the other tables beside it, as items.csv, it is a folder for --data.")
 
 
 @app.command()
@@ -151,16 +151,12 @@ def _load_adapter(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter
 
 def _print_marked(text: str, entities: Sequence[Entity]) -> None:
     """Print a text with its entities in colour, and in brackets with their type, which survive a pipe."""
-    from rich.console import Console
-    from rich.text import Text
-
     colour = {
         name: _COLOURS[place % len(_COLOURS)] for place, name in enumerate(sorted({one.type for one in entities}))
     }
-    marked, place = Text(), 0
+    parts: list[tuple[str, str | None]] = []
+    place = 0
     for one in entities:
-        marked.append(text[place : one.start])
-        marked.append(f"[{one.text}]({one.type})", style=colour[one.type])
+        parts += [(text[place : one.start], None), (f"[{one.text}]({one.type})", colour[one.type])]
         place = one.end
-    marked.append(text[place:])
-    Console(highlight=False, soft_wrap=True).print(marked)
+    print_marked([*parts, (text[place:], None)])

@@ -19,7 +19,15 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
-from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, get_rank, print_json, print_table
+from peft_combo.cli.output import (
+    ConsoleWatch,
+    console_watch,
+    format_metric_name,
+    get_rank,
+    print_json,
+    print_line,
+    print_table,
+)
 
 if TYPE_CHECKING:
     from peft_combo.metrics.report import ResultRow
@@ -247,9 +255,9 @@ def _print_dry_run(
         return not short
     _print_plan(found)
     for problem in short:
-        print(f"Does not fit: {problem}")
+        print_line(f"Does not fit: {problem}")
     if not short:
-        print("Fits. Nothing was trained or stored.")
+        print_line("Fits. Nothing was trained or stored.")
     return not short
 
 
@@ -286,10 +294,10 @@ def _print_plan(plan: Plan) -> None:
         ("", _format_mib(disk.vectors), "vectors, once the catalogue is encoded with it"),
         ("time", duration(plan.seconds), f"on {plan.device}, without early stopping"),
     ]
-    print(f"{plan.recipe}: {plan.method} for {plan.category}")
+    print_line(f"{plan.recipe}: {plan.method} for {plan.category}")
     print_table(("", "", ""), rows)
     for advice in plan.advice:
-        print(f"Advice: {advice}")
+        print_line(f"Advice: {advice}")
 
 
 def _format_mib(size: float) -> str:
@@ -298,7 +306,8 @@ def _format_mib(size: float) -> str:
 
 def _print_continued(continued: Continued) -> None:
     versions = (continued.start.reference, continued.result.record.reference)
-    print(f"\n{versions[1]} went on from {versions[0]}")
+    print_line()
+    print_line(f"{versions[1]} went on from {versions[0]}")
     told = []
     for one in (*continued.validation, continued.test):
         gain = one.gain
@@ -307,8 +316,8 @@ def _print_continued(continued: Continued) -> None:
              f"{gain.value:+.4f}", f"{gain.interval[0]:+.4f} to {gain.interval[1]:+.4f}", f"{gain.p:.4f}")
         )  # fmt: skip
     print_table(("NDCG@10", "questions", *versions, "gain", "95 % interval", "p"), told, numbers=True)
-    print("The old test questions were asked once, for this report; nothing was chosen by them.")
-    print(continued.promotion)
+    print_line("The old test questions were asked once, for this report; nothing was chosen by them.")
+    print_line(continued.promotion)
 
 
 @app.command()
@@ -344,14 +353,14 @@ def embed(
         count = run(bank, texts, adapter, cache, process=process, processes=processes, progress=callback.on_advance)
     if callback.main:
         whose = adapter or "the frozen encoder"
-        print(f"{len(texts):,} items of {loaded.name} in {cache} for {whose}; {count:,} encoded now")
+        print_line(f"{len(texts):,} items of {loaded.name} in {cache} for {whose}; {count:,} encoded now")
 
 
 def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
     from peft_combo.tuning.resources import duration
 
     plan, table = result.plan, result.table
-    print(f"{recipe.category} by {recipe.adapter.method}: {table.asked}")
+    print_line(f"{recipe.category} by {recipe.adapter.method}: {table.asked}")
     columns = list(table.after.values)
     print_table(
         ("", *(told for name in columns for told in _format_headings(name, table.metric))),
@@ -362,23 +371,24 @@ def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
         numbers=True,
     )
     for detail in table.details:
-        print(f"\n{detail.title}")
+        print_line()
+        print_line(detail.title)
         print_table(detail.header, [[_format_cell(value) for value in row] for row in detail.rows], numbers=True)
     gain = table.gain
     verdict = (
         "better than" if gain.interval[0] > 0 else "not clearly better than" if gain.value > 0 else "no better than"
     )
-    print(
+    print_line(
         f"The tuned encoder is {verdict} the frozen one: {format_metric_name(table.metric)} {gain.value:+.4f} "
         f"[{gain.interval[0]:+.4f}, {gain.interval[1]:+.4f}], paired by group, p = {gain.p:.4f}."
     )
-    print(table.caveat)
+    print_line(table.caveat)
     steps = f"{'stopped early, ' if result.stopped_early else ''}best step {result.chosen['best_step']} of {plan.steps}"
     if "strength" in result.chosen:
         steps += f", head at {result.chosen['strength']:.0%} of what it learned"
     spent = f"{duration(result.seconds)}, peak memory {result.peak_mib / 1024:.1f} GiB"
-    print(f"Stored {result.record.reference} in {result.record.path}, read back and compared ({steps}; {spent}).")
-    print(f"Loss log: {result.run_folder / 'log.jsonl'}")
+    print_line(f"Stored {result.record.reference} in {result.record.path}, read back and compared ({steps}; {spent}).")
+    print_line(f"Loss log: {result.run_folder / 'log.jsonl'}")
 
 
 def _format_headings(name: str, interval_of: str) -> tuple[str, ...]:

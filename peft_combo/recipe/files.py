@@ -65,7 +65,7 @@ def check(name_or_path: str | Path, overrides: Iterable[str] = (), data: str | P
     try:
         load_recipe(name_or_path, overrides, data)
     except RecipeError as error:
-        return list(error.faults) or [Fault(str(name_or_path), str(error))]
+        return list(error.faults) or [Fault(str(name_or_path), " ".join(str(error).splitlines()))]
     return []
 
 
