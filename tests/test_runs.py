@@ -528,5 +528,6 @@ def test_the_remedy_trains_by_the_recipe_that_was_given(
     line: str, remedy: str, call: Callable[[str], tuple[int, str, str]], tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     (tmp_path / "own.yaml").write_text(json.dumps(tiny_recipe(name="own", store="none").model_dump(mode="json")))
+    (tmp_path / "my shop").mkdir()
     code, _, err = call(line)
     assert (code, err.splitlines()[-1]) == (1, f"Train one with: peft-combo {remedy}")

@@ -52,10 +52,11 @@ def load_ready_recipe(name: str, overrides: list[str] | None, data: Path | None,
         RecipeError: it does not hold together, or needs data that is not named.
         DataError: its data is not there.
     """
+    from peft_combo.files import literal_path
     from peft_combo.recipe.files import load_recipe
 
     recipe = load_recipe(name, tuple(overrides or ()), data).ready()
-    if recipe.data.path is not None and not Path(recipe.data.path).expanduser().exists():
+    if recipe.data.path is not None and not literal_path(recipe.data.path).exists():
         from peft_combo.data.sources import detect_layout
 
         detect_layout(recipe.data.path)

@@ -58,7 +58,8 @@ def from_tables(
         tables: items, and any of bundles, bundle_meta and interactions: each a `datasets.Dataset`, a pandas
             `DataFrame` or a pyarrow `Table` with the columns that a folder's tables have.
         config: columns, filters and sizes; default those of `DataConfig`.
-        needs, name: see `open_dataset`.
+        needs: see `open_dataset`.
+        name: of the dataset.
     Raises:
         DataError: a table is not known, or has faults; all of them are in the message.
     """
