@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+_NAME_LIMIT = 200  # characters; a longer text is no misspelt name
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -74,6 +76,8 @@ class TuningError(PeftComboError):
 
 def nearest(name: str, options: Iterable[str], cutoff: float = 0.5) -> str | None:
     """Return the option most like `name`, or None where none is as close as `cutoff` (a ratio of difflib)."""
+    if len(name) > _NAME_LIMIT:  # comparing takes the square of it
+        return None
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=cutoff)
     return close[0] if close else None
 

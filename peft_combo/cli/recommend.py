@@ -144,7 +144,7 @@ def _answer_file(
         raise DataError(
             f"{len(done.errors):,} of {done.requests:,} requests have no answer; {target} says why beside each. "
             f"The first, line {line}: {error}"
-        )
+        ) from done.fault
 
 
 def _find_missing(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:

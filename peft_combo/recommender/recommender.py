@@ -20,7 +20,7 @@ from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
-from peft_combo.errors import DataError, did_you_mean
+from peft_combo.errors import DataError, did_you_mean, shorten
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
@@ -110,8 +110,9 @@ class BundleRecommender:
             k: at most so many.
             explain: also tell what each given item adds; costs one more scoring for each.
         Raises:
-            DataError: an id is not known, or there is nothing to go by.
+            DataError: an id is not known, there is nothing to go by, or k is below 1.
         """
+        _check_count(k)
         given = self._find_rows(items)
         context = given if len(given) else self._find_recent(user)
         fused = self._score_all(context, user)
@@ -159,6 +160,8 @@ class BundleRecommender:
         context = self._find_rows(items)
         if not (len(context) or user is not None or query is not None):
             raise DataError("Nothing to go by: give items, a user or a query.")
+        if query is not None and not query.strip():
+            raise DataError("The query is empty: expected words such as linen dress. Leave it out to go by the rest.")
         fused = self._score_for(context, user)
         relevance = [] if fused is None else [fused.scores]
         matches: list[QueryMatch] = []
@@ -195,18 +198,30 @@ class BundleRecommender:
             user: for whom; None judges by how well the items go together.
             explain: as for `compose`.
         Raises:
-            DataError: an id is not known.
+            DataError: an id is not known, or a bundle lacks an item of `items` or has none beside them.
         """
         context = self._find_rows(items)
+        rows = [self._find_rows(bundle) for bundle in bundles]
+        for bundle, own in zip(bundles, rows, strict=True):
+            if not {*own} > {*context}:
+                expected = f"a bundle with {', '.join(items)} and at least one more item" if items else "a bundle"
+                raise DataError(f"Expected {expected}, found {', '.join(bundle) or 'an empty one'}.")
         fused = self._score_for(context, user)
         ranked = self._composer.rank(
-            [self._find_rows(bundle) for bundle in bundles], context=context,
+            rows, context=context,
             relevance=None if fused is None else fused.scores, compatibility=self._score_beside,
         )  # fmt: skip
         return self._describe(ranked, fused, explain)
 
     def search(self, query: str, k: int = 10) -> list[tuple[str, float]]:
-        """Return the items whose text is most like `query`, with the cosine of the frozen encoder."""
+        """Return the items whose text is most like `query`, with the cosine of the frozen encoder.
+
+        Raises:
+            DataError: the query is empty, or k is below 1.
+        """
+        _check_count(k)
+        if not query.strip():
+            raise DataError("The query is empty: expected words such as linen dress.")
         scores = self._compare_text(query)
         return [
             (self.dataset.catalog.item_ids[row], float(scores[row])) for row in np.argsort(-scores, kind="stable")[:k]
@@ -219,14 +234,16 @@ class BundleRecommender:
         for item in items:
             if item not in index:
                 close = did_you_mean(item, index)
-                raise DataError(f'No item "{item}" among the {len(index):,} of {self.dataset.name}. {close}'.rstrip())
+                raise DataError(
+                    f'No item "{shorten(item)}" among the {len(index):,} of {self.dataset.name}. {close}'.rstrip()
+                )
         return np.array(list(dict.fromkeys(index[item] for item in items)), np.int64)
 
     def _find_user(self, user: str) -> int:
         if user not in self._user_rows:
             close = did_you_mean(user, self._user_rows)
             raise DataError(
-                f'No user "{user}" among the {len(self._user_rows):,} of {self.dataset.name}. {close}'.rstrip()
+                f'No user "{shorten(user)}" among the {len(self._user_rows):,} of {self.dataset.name}. {close}'.rstrip()
             )
         return self._user_rows[user]
 
@@ -333,6 +350,11 @@ def _make_queries(contexts: NDArray[np.int64], user: str | None) -> Queries:
     """Return queries of one user, or of none: (Q, S) rows."""
     none = np.zeros(len(contexts), np.int64)
     return Queries(contexts, none, np.array([user or ""] * len(contexts)), none)
+
+
+def _check_count(k: int) -> None:
+    if k < 1:
+        raise DataError(f"k: expected at least 1, found {k}.")
 
 
 def _add_budget(constraints: Constraints, budget: float | None) -> Constraints:

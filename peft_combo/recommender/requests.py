@@ -7,6 +7,7 @@ scores.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -15,8 +16,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from peft_combo.errors import DataError, PeftComboError, did_you_mean
+from peft_combo.errors import DataError, PeftComboError, did_you_mean, shorten
 from peft_combo.files import atomic_file, check_file_target
+from peft_combo.recipe.fields import format_value
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
 
@@ -62,15 +64,25 @@ def parse_request(values: Mapping[str, Any]) -> Request:
     Raises:
         DataError: a field is unknown, or a value is none it may have.
     """
+    for name, value in values.items():
+        for text in (name, *(value if isinstance(value, list) else [value])):
+            if isinstance(text, str) and (half := re.search("[\ud800-\udfff]", text)):
+                raise DataError(
+                    f"{shorten(name)}: expected text, found half a character, {ascii(half[0])[1:-1]}, in "
+                    f"{format_value(text)}. It was cut inside an emoji: cut whole characters, not UTF-16 units."
+                )
     try:
         return Request.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        first = error.errors(include_url=False)[0]
+        name = shorten(".".join(str(part) for part in first["loc"]))
         if first["type"] == "extra_forbidden":
             hint = did_you_mean(name, Request.model_fields) or f"Fields: {', '.join(Request.model_fields)}."
             raise DataError(f'A request has no field "{name}". {hint}') from error
-        raise DataError(f"{name}: {first['msg']}, found {first['input']!r}.") from error
+        found = format_value(first["input"])
+        if first["loc"][0] == "id":
+            raise DataError(f"id: expected a text or an integer, found {found}.") from error
+        raise DataError(f"{name}: {first['msg']}, found {found}.") from error
 
 
 def answer(
@@ -105,10 +117,15 @@ def answer(
 
 @dataclass(frozen=True)
 class AnswerCounts:
-    """What became of a file: how many requests there were, and the errors of those that had no answer, by line."""
+    """What became of a file: how many requests there were, and the errors of those that had no answer, by line.
+
+    Attributes:
+        fault: the first error that was no refusal of a request but a fault of ours; None where there was none.
+    """
 
     requests: int
     errors: dict[int, str]
+    fault: Exception | None = None
 
 
 def answer_file(
@@ -128,9 +145,13 @@ def answer_file(
         advance: told 1 after each request.
         tagger: as for `answer`.
     Raises:
-        DataError: a file cannot be read or written, or the ending is another.
+        DataError: a file cannot be read or written, the ending is another, or both are one file.
     """
+    _check_source(source)
+    if target.exists() and target.samefile(source):
+        raise DataError(f"Answers would replace the requests in {source}. Name another file for them.")
     errors: dict[int, str] = {}
+    fault: Exception | None = None
     given = {} if defaults is None else defaults.model_dump(exclude={"id"}, exclude_unset=True)
     count = 0
     with _open_target(target) as write:
@@ -138,50 +159,103 @@ def answer_file(
             count += 1
             told: dict[str, Any] = {"line": number, "id": None, "results": [], "error": None}
             try:
-                request = _parse_line(line, given)
-                told["id"] = request.id
+                values = _parse_line(line)
+                told["id"] = _read_id(values)
+                request = parse_request({**given, **values})
                 told["results"] = [asdict(one) for one in answer(recommender, request, tagger)]
             except PeftComboError as error:
                 told["error"] = errors[number] = str(error)
+            except Exception as error:  # whatever it is, the answers to all other requests are not lost by it
+                told["error"] = errors[number] = f"A fault of peft-combo: {type(error).__name__}: {error}"
+                fault = fault or error
             write(told)
             if advance is not None:
                 advance(1)
-    return AnswerCounts(count, errors)
+    return AnswerCounts(count, errors, fault)
 
 
 def count_requests(source: Path) -> int:
-    """Return how many requests a file holds.
+    """Return how many requests a file holds; 0 of a pipe, which can be read only once.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or is no file of requests.
     """
-    return sum(1 for _ in _read_lines(source))
+    _check_source(source)
+    return 0 if source.exists() and not source.is_file() else sum(1 for _ in _read_lines(source))
 
 
-def _read_lines(source: Path) -> Iterator[tuple[int, bytes]]:
+def _check_source(source: Path) -> None:
+    """Refuse files of another kind at once, rather than line by line."""
+    ending = source.suffix.lower()
+    if ending in (".csv", ".tsv", ".xlsx", ".xls", ".parquet", ".gz", ".zip"):
+        raise DataError(f"Requests are read as .jsonl, a JSON object on each line; found {ending} ({source}).")
+    if source.is_file():
+        with _reading(source) as file:
+            start = file.read(4)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"Expected requests in UTF-8, found UTF-16 in {source}. Save the file as UTF-8.")
+        if start == b"PAR1" or start[:2] in (b"\x1f\x8b", b"PK"):
+            raise DataError(f"Expected a JSON object on each line, found a table or an archive in {source}.")
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[IO[bytes]]:
     try:
         with source.open("rb") as file:
-            number = 0
-            while line := file.readline(_LINE_LIMIT + 1):
-                number += 1
-                while len(line) > _LINE_LIMIT and not line.endswith(b"\n") and (more := file.readline(_LINE_LIMIT)):
-                    line = line[:_LINE_LIMIT] + b"?" + more[-1:]  # too long: its end is looked for, its rest dropped
-                if line.strip():
-                    yield number, line
+            yield file
     except OSError as error:
         raise DataError(f"The requests in {source} cannot be read: {error.strerror or error}.") from error
 
 
-def _parse_line(line: bytes, defaults: Mapping[str, Any]) -> Request:
+def _read_lines(source: Path) -> Iterator[tuple[int, bytes]]:
+    with _reading(source) as file:
+        number = 0
+        while line := file.readline(_LINE_LIMIT + 1):
+            number += 1
+            while len(line) > _LINE_LIMIT and not line.endswith(b"\n") and (more := file.readline(_LINE_LIMIT)):
+                line = line[:_LINE_LIMIT] + b"?" + more[-1:]  # too long: its end is looked for, its rest dropped
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, line
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
     if len(line) > _LINE_LIMIT:
         raise DataError(f"A request has at most {_LINE_LIMIT:,} bytes.")
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"Expected a JSON object: {str(error).splitlines()[0]}") from error
+        values = json.loads(line.decode(), object_pairs_hook=_refuse_repeats)
+    except UnicodeDecodeError as error:
+        byte = f"0x{line[error.start]:02x} at byte {error.start + 1}"
+        raise DataError(f"Expected UTF-8, found {byte}. Save the file as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"Expected a JSON object: {error.msg.removesuffix(' at')} at character {error.pos + 1}."
+        ) from error
+    except ValueError as error:  # the digits that Python makes an integer of are bounded
+        raise DataError("Expected a JSON object, found a number of very many digits in it.") from error
+    except RecursionError as error:
+        raise DataError("Expected a JSON object, found one that is nested too deep.") from error
     if not isinstance(values, dict):
-        raise DataError(f'Expected a JSON object such as {{"items": ["F1"]}}, found {type(values).__name__}.')
-    return parse_request({**defaults, **values})
+        raise DataError(f'Expected a JSON object such as {{"items": ["F1"]}}, found {format_value(values)}.')
+    return values
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{shorten(twice)} is given twice. Keep one of them.")
+    return values
+
+
+def _read_id(values: Mapping[str, Any]) -> str | int | None:
+    """Return the id a request gives itself, which comes back even where the rest of it is wrong."""
+    given = values.get("id")
+    if isinstance(given, str):
+        return given.encode("utf-8", "backslashreplace").decode()  # who reads the answers may refuse half a character
+    return given if isinstance(given, int) and not isinstance(given, bool) else None
 
 
 def check_files(source: Path, target: Path) -> int:

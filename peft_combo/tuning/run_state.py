@@ -130,6 +130,9 @@ class Progress:
             return cls()
         values = checkpoint.values
         then, now = flatten(_complete(values["recipe"])), flatten(recipe.model_dump(mode="json"))
+        for told in (then, now):  # null is what the base says of itself
+            if told.get("backbone.pooling") == "null":
+                told["backbone.pooling"] = setup.backbone.pooling
         changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in _FREE]
         if changed:
             shown = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed[:5])

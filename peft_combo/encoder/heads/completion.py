@@ -107,9 +107,9 @@ class BundleHead(CompletionHead):
             nn.init.zeros_(self.attention.weight)
 
     def query(self, items: Tensor, contexts: Tensor) -> Tensor:
-        """Encode sets of items, see `CompletionHead`; no set is empty."""
+        """Encode sets of items, see `CompletionHead`; NaN for an empty one, of which this head can say nothing."""
         present = contexts >= 0  # (Q, S)
-        members = items[contexts.clamp_min(0)]  # (Q, S, D)
+        members = torch.cat([items, items.new_zeros(1, self.dim)])[contexts]  # (Q, S, D); -1 is the last row
         if self.attention is None:
             weights = present.to(items.dtype)
             weights = weights / weights.sum(1, keepdim=True)
@@ -117,6 +117,7 @@ class BundleHead(CompletionHead):
             scores = self.attention(members)[..., 0].masked_fill(~present, float("-inf"))
             weights = scores.softmax(1)
         pooled = (weights[:, None] @ members)[:, 0]  # (Q, 1, S) @ (Q, S, D) -> (Q, D)
+        pooled = torch.where(present.any(1, keepdim=True), pooled, torch.nan)
         return project(self.dropout(pooled), self.query_projection)
 
 
@@ -149,9 +150,10 @@ def score_completion(
     Args:
         vectors: (N, D) item vectors of the whole catalogue.
         targets: (N, D) what `project_targets` made of them.
-        contexts: (Q, S) rows, -1 for none; a context may be empty where the head knows what to make of nothing.
+        contexts: (Q, S) rows, -1 for none; a context may be empty.
     Returns:
         (Q, N) float32 cosine between query and target, higher is better; context items are scored like all others.
+        NaN for an empty context where the head cannot say what begins a bundle (`BundleHead`).
     """
     query: NDArray[np.float32] = encode_contexts(head, vectors, contexts).float().cpu().numpy()
     return query @ targets.T  # (Q, D) @ (D, N) -> (Q, N)
