@@ -107,9 +107,10 @@ def test_it_learns_what_bundles_have_in_common(views: TextViews) -> None:
     held = questions(BUNDLES[16:])
     ranks = metrics.midranks(ranker(held), held.targets, held.excluded())
     assert metrics.per_query(ranks, "r@5").mean() > 0.95
-    (reason, value), *_ = ranker.explain([24, 25], 26)
-    assert value > 0
-    assert reason in ("same first words (brand)", "titles share 'silk'", "titles share 'silk' and 'hat'")
+    told = ranker.explain(np.array([24, 25]), [26, 30])
+    reason = next(iter(told[26]))
+    assert told[26][reason] > 0
+    assert reason in ("same first words (brand)", "titles share 'silk'")
 
 
 def test_answers_are_those_of_the_state(views: TextViews) -> None:

@@ -5,7 +5,6 @@ Owns how candidates are found and how likenesses to several context items become
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +72,7 @@ def name_columns(views: TextViews) -> tuple[str, ...]:
     return (*spread, *within, "all views", *views.item_names, *hubs)
 
 
-def describe_column(name: str, views: TextViews, context: Sequence[int], row: int) -> str:
+def describe_column(name: str, views: TextViews, context: NDArray[np.int64], row: int) -> str:
     """Say in words what a column of `name_columns` finds in an item beside a context."""
     view = name.rsplit(", ", 1)[0].removeprefix("place in its own list, ").removeprefix("hubness, ")
     if name.startswith("hubness") or view in views.item_names:
@@ -90,9 +89,9 @@ def describe_column(name: str, views: TextViews, context: Sequence[int], row: in
     return f"titles share {' and '.join(map(repr, shared))}" if shared else "titles are spelled alike"
 
 
-def _find_shared_words(views: TextViews, context: Sequence[int], row: int) -> list[str]:
+def _find_shared_words(views: TextViews, context: NDArray[np.int64], row: int) -> list[str]:
     """Return the two rarest words that an item's text shares with any of a context's."""
-    beside = views.words[np.asarray(context, np.int64)].indices
+    beside = views.words[context].indices
     shared = np.intersect1d(views.words[[row]].indices, beside)
     rarest = shared[np.argsort(-views.rarity[shared], kind="stable")][:2]
     return [views.terms[term] for term in rarest]

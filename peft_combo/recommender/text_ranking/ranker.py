@@ -94,23 +94,28 @@ class TextRanker:
                 own[:] = self._rank(found)
         return scores
 
-    def explain(self, context: Sequence[int], row: int, most: int = 3) -> list[tuple[str, float]]:
-        """Say what speaks for an item beside a context: a reason and what it adds to the score, the largest first.
+    def explain(self, context: NDArray[np.int64], rows: Sequence[int], most: int = 3) -> dict[int, dict[str, float]]:
+        """Say what speaks for items beside a context: per row reasons and what each adds to its score, largest first.
 
-        What it adds is told against the mean of the candidates. An item that is no candidate has no reasons.
+        What a reason adds is told against the mean of the candidates. Items that are no candidates are left out.
         """
-        found = gather(self.views, np.asarray(context, np.int64))
-        place = np.flatnonzero(found.rows == row)
-        if not len(place):
-            return []
+        if not len(context):
+            return {}
+        found = gather(self.views, context)
         cells = _standard(found.columns[:, self.columns], self.centre, self.spread) * self.weights
-        adds: dict[str, float] = {}
-        names = name_columns(self.views)
-        for column, value in zip(self.columns, cells[place[0]] - cells.mean(axis=0), strict=True):
-            reason = describe_column(names[column], self.views, context, row)
-            adds[reason] = adds.get(reason, 0.0) + float(value)
-        ranked = sorted(adds.items(), key=lambda one: -one[1])
-        return [(reason, value) for reason, value in ranked[:most] if value > 0]
+        cells -= cells.mean(axis=0)
+        names = [name_columns(self.views)[column] for column in self.columns]
+        told = {}
+        for row, adds in zip(found.rows.tolist(), cells, strict=True):
+            if row not in rows:
+                continue
+            reasons: dict[str, float] = {}
+            for name, value in zip(names, adds.tolist(), strict=True):
+                reason = describe_column(name, self.views, context, row)
+                reasons[reason] = reasons.get(reason, 0.0) + value
+            ranked = sorted(reasons.items(), key=lambda one: -one[1])
+            told[row] = {reason: value for reason, value in ranked[:most] if value > 0}
+        return told
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Give what was learned as arrays and JSON-ready values; the views are made anew from the catalogue."""

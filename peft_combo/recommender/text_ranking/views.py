@@ -226,9 +226,9 @@ def half_whiten(vectors: Floats) -> Floats:
     Lets small differences of meaning count beside the few directions that all texts of a shop share. (N, D) -> (N, D).
     """
     centred = vectors - vectors.mean(axis=0)
-    variance, axes = np.linalg.eigh(centred.T.astype(np.float64) @ centred)
+    variance, axes = np.linalg.eigh(_multiply_self(centred))
     spread = np.sqrt(np.maximum(variance, 1e-12 * max(variance.max(), 1e-12)))
-    return unit((centred @ (axes / np.sqrt(spread))).astype(np.float32))
+    return unit(centred @ (axes / np.sqrt(spread)).astype(np.float32))
 
 
 def unit(vectors: Floats) -> Floats:
@@ -247,10 +247,19 @@ def _dense_views(said: Csr, frozen: Floats | None) -> dict[str, Floats]:
     if frozen is not None:
         found["encoder"] = half_whiten(frozen)
     both = np.hstack(list(found.values())) if found else np.zeros((said.shape[0], 1), np.float32)
-    both = both - both.mean(axis=0)
-    _, axes = np.linalg.eigh(both.T.astype(np.float64) @ both)
-    found["joint"] = unit((both @ axes[:, ::-1][:, :_JOINT]).astype(np.float32))
+    both -= both.mean(axis=0)
+    _, axes = np.linalg.eigh(_multiply_self(both))
+    found["joint"] = unit(both @ axes[:, ::-1][:, :_JOINT].astype(np.float32))
     return found
+
+
+def _multiply_self(vectors: Floats) -> NDArray[np.float64]:
+    """Return ``vectors.T @ vectors`` in double precision, without a copy of all of them: (N, D) -> (D, D)."""
+    total = np.zeros((vectors.shape[1],) * 2)
+    for block in row_blocks(*vectors.shape):
+        part = vectors[block].astype(np.float64)
+        total += part.T @ part
+    return total
 
 
 def _word_pieces(texts: Sequence[str]) -> Csr:
