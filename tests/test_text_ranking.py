@@ -12,6 +12,7 @@ from peft_combo import metrics
 from peft_combo.data import demo_dataset, split
 from peft_combo.data.model import Catalog
 from peft_combo.data.queries import Queries
+from peft_combo.evaluation.measures import rank_among_cold
 from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.text_ranking import TextRanker, TextViews, half_whiten
 from peft_combo.recommender.text_ranking.columns import gather, name_columns
@@ -168,3 +169,26 @@ def test_shuffled_texts_leave_it_at_chance() -> None:
         found[name] = float(metrics.per_query(ranks, "r@10").mean())
     assert found["right"] > 0.08
     assert found["shuffled"] < 0.03  # 10 of about 996 candidates are .010
+
+
+def test_knowing_which_items_are_warm_gains_nothing_among_cold_items() -> None:
+    """Scores that put every cold item first lift cold targets, and not at all where cold items alone are candidates."""
+    rng = np.random.default_rng(0)
+    support = np.array([1] * 60 + [0] * 40)
+    targets = np.tile(np.arange(60, 100), 25)
+    asked = Queries(np.full((1000, 1), 0), targets, np.arange(1000).astype(str), np.arange(1000))
+    skill = rng.normal(size=(1000, 100)).astype(np.float32)
+    cheat = skill + 100 * (support == 0).astype(np.float32)
+    every = [metrics.midranks(one, targets, asked.excluded()).mean() for one in (skill, cheat)]
+    assert every[1] < 0.6 * every[0]
+    among = [rank_among_cold(one, asked, support == 0) for one in (skill, cheat)]
+    np.testing.assert_array_equal(*among)
+    assert among[0].mean() == pytest.approx(20.5, abs=1.5)  # 40 candidates and no skill
+
+
+def test_ranks_among_cold_items_by_hand() -> None:
+    scores = np.array([[9.0, 1.0, 3.0, 2.0, 5.0], [0.0, 4.0, 3.0, 2.0, 1.0]], np.float32)
+    asked = Queries(np.array([[4], [2]]), np.array([2, 0]), np.array(["u", "v"]), np.array([0, 1]))
+    cold = np.array([False, True, True, True, True])
+    # Item 2 is above 1 and 3, and the context item 4 is no candidate; the second target is warm.
+    np.testing.assert_array_equal(rank_among_cold(scores, asked, cold), [1, np.nan])
