@@ -106,15 +106,26 @@ def _print_report(report: Report) -> None:
     slices = [
         name
         for name in report.lines[0].slices
-        if name in ("warm target", "cold target", "same-leaf", "cross-leaf", "cross-category")
+        if name in ("warm target", "cold target", "same-leaf", "cross-leaf", "cross-category", "cold among cold")
     ]
     peers = sorted({name for line in report.lines for name in line.p})
     print_table(
-        ("", "R@1", "R@10", "R@20", "NDCG@10", "95 % interval", "MRR", *(f"p: {peer}" for peer in peers), *slices),
+        (
+            "",
+            "R@1",
+            "R@5",
+            "R@10",
+            "R@20",
+            "NDCG@10",
+            "95 % interval",
+            "MRR",
+            *(f"p: {peer}" for peer in peers),
+            *slices,
+        ),
         [
             (
                 line.name,
-                *(f"{line.values[name]:.3f}" for name in ("r@1", "r@10", "r@20", "ndcg@10")),
+                *(f"{line.values[name]:.3f}" for name in ("r@1", "r@5", "r@10", "r@20", "ndcg@10")),
                 "{:.3f} to {:.3f}".format(*line.intervals["ndcg@10"]),
                 f"{line.values['mrr']:.3f}",
                 *(f"{line.p[peer]:.4f}" if peer in line.p else "" for peer in peers),

@@ -46,7 +46,7 @@ class Queries:
                 group_of.append(group)
                 places.append(place)
         return cls(
-            np.array(contexts, np.int64).reshape(-1, width), np.array(targets, np.int64), np.array(group_of),
+            np.array(contexts, np.int64).reshape(len(contexts), width), np.array(targets, np.int64), np.array(group_of),
             np.array(places, np.int64),
         )  # fmt: skip
 

@@ -35,9 +35,11 @@ class QueryMetrics:
     Attributes:
         ranks: (Q,) of the target, 1 = best. lists: (Q, 10) the first items, -1 where fewer are known.
         fill_ins: (Q,) how far the target is told from three random items; NaN where there are no three.
+        cold: (Q,) rank of a target that no training bundle holds among the items that none holds; NaN for others.
     """
 
     ranks: dict[ScorerId, NDArray[np.float64]]
+    cold: dict[ScorerId, NDArray[np.float64]]
     lists: dict[ScorerId, NDArray[np.int64]]
     fill_ins: dict[ScorerId, NDArray[np.float64]]
 
@@ -54,6 +56,7 @@ def measure_queries(
     ranks: dict[ScorerId, list[NDArray[np.float64]]] = {scorer: [] for scorer in (*asks, FUSION)}
     lists: dict[ScorerId, list[NDArray[np.int64]]] = {scorer: [] for scorer in ranks}
     fill_ins: dict[ScorerId, list[NDArray[np.float64]]] = {scorer: [] for scorer in ranks}
+    cold: dict[ScorerId, list[NDArray[np.float64]]] = {scorer: [] for scorer in ranks}
     start = 0
     for part in split_blocks(test):
         scores = {scorer: ask(part) for scorer, ask in asks.items()}
@@ -61,11 +64,13 @@ def measure_queries(
         excluded = part.excluded()
         for scorer, values in scores.items():
             ranks[scorer].append(metrics.midranks(values, part.targets, excluded))
+            cold[scorer].append(rank_among_cold(values, part, known.support == 0))
             lists[scorer].append(_first_items(values, part))
             fill_ins[scorer].append(_fill_in(values, part.targets, distractors[start : start + len(part)]))
         start += len(part)
     return QueryMetrics(
         {scorer: np.concatenate(parts) for scorer, parts in ranks.items()},
+        {scorer: np.concatenate(parts) for scorer, parts in cold.items()},
         {scorer: np.concatenate(parts) for scorer, parts in lists.items()},
         {scorer: np.concatenate(parts) for scorer, parts in fill_ins.items()},
     )
@@ -98,7 +103,8 @@ def make_rows(
                 for other in (PEER, FROZEN)
                 if other in ranks and other != scorer
             },
-            slices=_slice_row(scorer, ranks, slices, test.groups, seed),
+            slices=_slice_row(scorer, ranks, slices, test.groups, seed)
+            | _slice_cold(scorer, measured.cold, test, seed),
             quality=_measure_lists(measured.lists[scorer], known.support, vectors),
             fill_in=None if np.isnan(fill_ins[scorer]).all() else float(np.nanmean(fill_ins[scorer])),
         )
@@ -178,6 +184,26 @@ def _slice_row(
                 float(metrics.per_query(mine, "r@10").mean()),
                 p,
             )
+    return found
+
+
+def _slice_cold(
+    name: ScorerId, cold: Mapping[ScorerId, NDArray[np.float64]], test: Queries, seed: int
+) -> dict[str, Slice]:
+    """Return how cold targets are told from cold items: nothing is gained here by knowing which items are warm."""
+    chosen = ~np.isnan(cold[name])
+    within = {scorer: np.where(chosen, own, 1.0) for scorer, own in cold.items()}
+    return _slice_row(name, within, {"cold among cold": chosen}, test.groups, seed)
+
+
+def rank_among_cold(scores: NDArray[np.float32], queries: Queries, cold: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Rank targets that are cold among the items that are: (Q,), NaN where the target is warm."""
+    found = np.full(len(queries), np.nan)
+    asked = np.flatnonzero(cold[queries.targets])
+    if len(asked):
+        place = np.cumsum(cold) - 1
+        excluded = [place[row[(row >= 0) & cold[row]]] for row in queries.contexts[asked]]
+        found[asked] = metrics.midranks(scores[asked][:, cold], place[queries.targets[asked]], excluded)
     return found
 
 

@@ -34,13 +34,15 @@ class FusedScores:
 
 
 def describe_item(
-    catalog: Catalog, row: int, fused: FusedScores, together: dict[str, int], because: dict[str, float]
-) -> Suggestion:
+    catalog: Catalog, row: int, fused: FusedScores, together: dict[str, int], because: dict[str, float],
+    reasons: dict[str, float],
+) -> Suggestion:  # fmt: skip
     """Return one item that completes a bundle, in the words of callers."""
     price = catalog.prices[row]
     return Suggestion(
         catalog.item_ids[row], catalog.titles[row], catalog.slots[row] or catalog.leaf(row),
         None if np.isnan(price) else float(price), float(fused.scores[row]), fused.shares(row), together, because,
+        reasons,
     )  # fmt: skip
 
 

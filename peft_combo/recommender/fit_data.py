@@ -19,6 +19,7 @@ from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.evidence import Evidence
+from peft_combo.recommender.text_ranking import TextViews
 from peft_combo.scoring.text import tfidf_vectors
 
 Tuned: TypeAlias = Mapping[str, tuple[NDArray[np.float32], CompletionHead]]
@@ -39,6 +40,7 @@ class FitData:
         frozen: (N, D) vectors of the encoder without adapter. tuned: per adapter its (N, D) vectors and its head.
         rated: the same of rating adapters. interactions: those of `past` with their times; None where there are none.
         areas: which adapter is at home with which items; None where no adapter is bound to a category.
+        groups: (B,) the user (or bundle) that each row of `history` belongs to.
     """
 
     history: sparse.csr_matrix[Any]
@@ -54,6 +56,7 @@ class FitData:
     coverage: CategoryCoverage | None = None
     rated: Rated = field(default_factory=dict)
     interactions: Interactions | None = None
+    groups: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -87,6 +90,7 @@ class FitData:
             history, users, past, user_rows,
             np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
             catalog.leaf_numbers, catalog, dataset.text_template, frozen, tuned, coverage, rated or {}, seen,
+            tuple(dataset.bundles.groups if bundles is None else (dataset.bundles.groups[row] for row in bundles)),
         )  # fmt: skip
 
     @cached_property
@@ -103,6 +107,17 @@ class FitData:
     def categorised(self) -> sparse.csr_array[Any, tuple[int, int]] | None:
         """The same with the category path among the words; None where no item has one."""
         return tfidf_vectors(self.catalog.texts(self.text + " {category}")) if any(self.catalog.categories) else None
+
+    @cached_property
+    def text_views(self) -> TextViews:
+        """What a text ranker reads of the items."""
+        return TextViews.of(self.catalog, self.text, self.frozen)
+
+    @cached_property
+    def questions(self) -> Queries:
+        """Leave-one-out queries of the bundles in `history`."""
+        rows = np.split(self.history.indices, self.history.indptr[1:-1])
+        return Queries.leave_one_out([one.astype(np.int32) for one in rows], self.groups)
 
     @property
     def taken(self) -> sparse.csr_array[Any, tuple[int, int]]:

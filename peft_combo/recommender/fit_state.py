@@ -138,7 +138,7 @@ def _refit(
     choices = list_scorers(known, set(known.user_rows), seed)
     return {
         scorer: as_before[scorer]
-        if scorer.reads_bundle_adapters
+        if scorer.stays_fitted
         else next(choice for choice in choices[scorer] if choice.setting == setting).fit()
         for scorer, setting in settings.items()
     }

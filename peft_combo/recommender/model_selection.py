@@ -20,7 +20,7 @@ from peft_combo import metrics
 from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.completion import CompletionHead, project_targets
-from peft_combo.errors import PeftComboError
+from peft_combo.errors import DataError, PeftComboError
 from peft_combo.recommender.category_calibration import Calibration
 from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fitted_scorers import (
@@ -47,8 +47,10 @@ from peft_combo.recommender.scorer_id import (
     FROZEN,
     PEER,
     RANDOM,
+    TEXT_RANKER,
     ScorerId,
 )
+from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.scoring.base import Scorer
 from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
@@ -97,6 +99,19 @@ class _Head:
 
     def fit(self) -> Fitted:
         return FittedHead.of(self.vectors, self.head)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranker:
+    known: FitData
+    seed: int
+    setting: str = ""
+
+    def fit(self) -> Fitted:
+        try:
+            return TextRanker.fit(self.known.text_views, self.known.questions, self.seed)
+        except ValueError as error:
+            raise DataError(str(error)) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +189,7 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
     # CEASE may read the category path as well: a peer should know what we know.
     if known.categorised is not None:
         found[PEER] += list_linear("words and category", known.categorised)
+    found[TEXT_RANKER] = [_Ranker(known, seed)]
     if known.frozen is not None:
         found[FROZEN] = cosine(known.frozen)
     dense: dict[str, NDArray[np.float32]] = {}

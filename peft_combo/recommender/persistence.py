@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -45,6 +46,7 @@ from peft_combo.recommender.fitted_scorers import (
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import Kind, ScorerId
+from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.scoring import Scorer, load_scorer
 
 FORMAT = 2
@@ -96,8 +98,8 @@ def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None
         with stage_folder(folder, replace=True) as staged:
             files: dict[str, _ScorerFile] = {}
             for scorer, fitted in recommender.state.serving.items():
-                if isinstance(fitted, FittedScorer):
-                    arrays, parameters = fitted.scorer.state()
+                if isinstance(fitted, FittedScorer | TextRanker):
+                    arrays, parameters = (fitted.scorer if isinstance(fitted, FittedScorer) else fitted).state()
                     path = staged.path / f"scorer-{len(files)}.safetensors"
                     save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
                     files[str(scorer)] = _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
@@ -245,6 +247,8 @@ def _rebuild(
                 return build_ensemble(known, settings[scorer])
             case ScorerId("rated", str(adapter)):
                 return build_rating(known, adapter, settings[scorer])
+            case ScorerId("text ranker"):
+                return TextRanker.from_state(known.text_views, *_read_state(folder, files[scorer]))
             case ScorerId("bought before" | "users alike"):
                 return build_past(known, neighbours=scorer.kind == "users alike", setting=settings[scorer])
             case _:
@@ -264,13 +268,18 @@ def _rebuild(
 
 
 def _load_scorer(folder: Path, stored: _ScorerFile, n_items: int) -> Scorer:
-    path = folder / stored.file
-    if path.is_symlink() or _sha256(path) != stored.sha256:
-        raise ValueError(f"{stored.file} was altered since it was written")
-    scorer = load_scorer(load_file(path), stored.parameters)
+    scorer = load_scorer(*_read_state(folder, stored))
     if len(scorer.support) != n_items:
         raise ValueError(f"{stored.file} knows {len(scorer.support)} items, the catalogue has {n_items}")
     return scorer
+
+
+def _read_state(folder: Path, stored: _ScorerFile) -> tuple[dict[str, NDArray[Any]], dict[str, JsonValue]]:
+    """Return arrays and parameters as they were written."""
+    path = folder / stored.file
+    if path.is_symlink() or _sha256(path) != stored.sha256:
+        raise ValueError(f"{stored.file} was altered since it was written")
+    return load_file(path), stored.parameters
 
 
 def _sha256(path: Path) -> str:

@@ -33,7 +33,8 @@ from peft_combo.recommender.fusion import make_comparable
 from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import QueryMatch, apply_matches, match_items, select_largest
 from peft_combo.recommender.results import Recommendation, Suggestion
-from peft_combo.recommender.scorer_id import ScorerId
+from peft_combo.recommender.scorer_id import TEXT_RANKER, ScorerId
+from peft_combo.recommender.text_ranking import TextRanker
 
 # A user is described by so many of the items taken last; older ones say more about a past than about a next purchase.
 _HISTORY = 5
@@ -108,7 +109,8 @@ class BundleRecommender:
             items: outside ids of what is there; may be empty where a user is given.
             user: outside id; without items the ones this user took last are the context.
             k: at most so many.
-            explain: also tell what each given item adds; costs one more scoring for each.
+            explain: also tell what each given item adds, which costs one more scoring for each, and what texts have in
+                common.
         Raises:
             DataError: an id is not known, there is nothing to go by, or k is below 1.
         """
@@ -121,9 +123,13 @@ class BundleRecommender:
         candidates = np.flatnonzero(allowed)
         first = candidates[select_largest(fused.scores[candidates], k)].tolist()
         because = self._credit_context(context, user, first, fused.scores) if explain and len(context) > 1 else {}
+        ranker = self.state.serving.get(TEXT_RANKER)
+        reasons = ranker.explain(context, first) if explain and isinstance(ranker, TextRanker) else {}
         catalog = self.dataset.catalog
         return [
-            describe_item(catalog, row, fused, self._count_together(row, context), because.get(row, {}))
+            describe_item(
+                catalog, row, fused, self._count_together(row, context), because.get(row, {}), reasons.get(row, {})
+            )
             for row in first
         ]
 

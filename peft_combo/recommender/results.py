@@ -16,6 +16,8 @@ class Suggestion:
         together: of the given items those that bundles held together with this one, and how often.
         because: where it was asked for and there are several given items, what each adds: the score less the score
             without it.
+        reasons: where it was asked for and the fusion weighs the text ranker: what the ranker finds in it beside the
+            given items, and what that adds to its own score.
     """
 
     item_id: str
@@ -26,6 +28,7 @@ class Suggestion:
     shares: dict[str, float]
     together: dict[str, int]
     because: dict[str, float]
+    reasons: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 Kind = Literal[
     "random", "popularity", "co-occurrence", "item-kNN", "user-kNN", "EASE", "ALS", "TF-IDF title", "CEASE-TFIDF",
     "bought before", "users alike", "frozen BERT", "tuned BERT", "ensemble", "tuned by category", "rated", "CEASE-BERT",
-    "fusion",
+    "text ranker", "fusion",
 ]  # fmt: skip
 
 
@@ -33,9 +33,14 @@ class ScorerId:
         """Whether it is an adapter tuned on bundles, or several of them as one scorer; it comes fitted."""
         return self.kind in ("tuned BERT", "ensemble", "tuned by category")
 
+    @property
+    def stays_fitted(self) -> bool:
+        """Whether it serves as it was judged on validation: it is not fitted again on all bundles."""
+        return self.reads_bundle_adapters or self == TEXT_RANKER
+
 
 RANDOM, PEER, FROZEN = ScorerId("random"), ScorerId("CEASE-TFIDF"), ScorerId("frozen BERT")
 ENSEMBLE, BY_CATEGORY = ScorerId("ensemble"), ScorerId("tuned by category")
 BOUGHT, ALIKE = ScorerId("bought before"), ScorerId("users alike")
-CEASE_BERT = ScorerId("CEASE-BERT")
+CEASE_BERT, TEXT_RANKER = ScorerId("CEASE-BERT"), ScorerId("text ranker")
 FUSION = ScorerId("fusion")

@@ -1,0 +1,143 @@
+"""Columns of a question: what each text view says of the candidates, beside its context and within the question.
+
+Owns how candidates are found and how likenesses to several context items become one number. Reads no support.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from peft_combo.recommender.text_ranking.views import Floats, TextViews
+
+# CandidateColumns that each view puts forward.
+DEPTH = 50
+_LEAST = ("words", "words and category", "joint", "encoder", "kinship", "place in its own list, words",
+          "place in its own list, joint")  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateColumns:
+    """The candidates of one question.
+
+    Attributes:
+        rows: (C,) of the catalogue. columns: (C, F). base: (N,) sum of z-scores of all views, -inf for the context.
+    """
+
+    rows: NDArray[np.int64]
+    columns: Floats
+    base: Floats
+
+
+def scan(views: TextViews, context: NDArray[np.int64]) -> dict[str, Floats]:
+    """Score the whole catalogue by the mean likeness of each view that candidates are sought with: name -> (N,)."""
+    found = {}
+    for name, (query, targets) in views.scans.items():
+        mean = sparse.csr_array(np.full((1, len(context)), 1 / len(context), np.float32))
+        found[name] = ((mean @ query[context]) @ targets).toarray().ravel()
+    vectors = views.dense["joint"]
+    found["joint"] = vectors @ vectors[context].mean(axis=0)
+    return found
+
+
+def gather(views: TextViews, context: NDArray[np.int64]) -> CandidateColumns:
+    """Find the candidates of a context and tell them apart: (S,) rows of the catalogue, at least one."""
+    scores = scan(views, context)
+    items = len(views.depth)
+    base = np.zeros(items, np.float32)
+    for values in scores.values():
+        values[context] = np.nan
+        base += (values - np.nanmean(values)) / (np.nanstd(values) + 1e-9)
+        values[context] = -np.inf
+    base[context] = -np.inf
+    scores["all views"] = base
+    depth = min(DEPTH, items - len(np.unique(context)))
+    chosen = [np.argpartition(values, items - depth)[items - depth :] for values in scores.values() if depth]
+    rows = np.unique(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
+    rows = rows[np.isfinite(base[rows])]
+    return CandidateColumns(rows, _tell_apart(views, context, rows, scores), base)
+
+
+def name_columns(views: TextViews) -> tuple[str, ...]:
+    """Return the names of the columns, in order."""
+    pairs = [*views.sparse.names, "kinship", "rarest shared word", *views.dense, *_reverse(views)]
+    spread = [
+        f"{name}, {how}" for name in pairs for how in ("mean", "best", "least") if how != "least" or name in _LEAST
+    ]
+    within = [f"{name}, {how}" for name in (*views.scans, "joint", "all views") for how in ("rank", "gap")]
+    hubs = [f"hubness, {name}, {how}" for name in views.crowding for how in ("nearest", "soft")]
+    return (*spread, *within, "all views", *views.item_names, *hubs)
+
+
+def describe_column(name: str, views: TextViews, context: NDArray[np.int64], row: int) -> str:
+    """Say in words what a column of `name_columns` finds in an item beside a context."""
+    view = name.rsplit(", ", 1)[0].removeprefix("place in its own list, ").removeprefix("hubness, ")
+    if name.startswith("hubness") or view in views.item_names:
+        return "few items are like it"
+    if view in ("leaf", "leaf's name"):
+        return "same category"
+    if view in ("category path", "kinship"):
+        return "near categories"
+    if view in ("first word", "first two words"):
+        return "same first words (brand)"
+    if view in ("latent words", "encoder", "joint"):
+        return "texts mean alike"
+    shared = _find_shared_words(views, context, row)
+    return f"titles share {' and '.join(map(repr, shared))}" if shared else "titles are spelled alike"
+
+
+def _find_shared_words(views: TextViews, context: NDArray[np.int64], row: int) -> list[str]:
+    """Return the two rarest words that an item's text shares with any of a context's."""
+    beside = views.words[context].indices
+    shared = np.intersect1d(views.words[[row]].indices, beside)
+    rarest = shared[np.argsort(-views.rarity[shared], kind="stable")][:2]
+    return [views.terms[term] for term in rarest]
+
+
+def _reverse(views: TextViews) -> list[str]:
+    return [f"place in its own list, {name}" for name in views.crowding]
+
+
+def _tell_apart(
+    views: TextViews, context: NDArray[np.int64], rows: NDArray[np.int64], scores: dict[str, Floats]
+) -> Floats:
+    alike = dict(zip(views.sparse.names, views.sparse.pairs(context, rows), strict=True))
+    steps = views.depth[context][:, None] + views.depth[rows][None, :]
+    alike["kinship"] = 2 * alike["category path"] / np.maximum(steps, 1)
+    alike["rarest shared word"] = _rarest(views, context, rows)
+    for name, vectors in views.dense.items():
+        alike[name] = vectors[context] @ vectors[rows].T
+    for name, crowd in views.crowding.items():
+        alike[f"place in its own list, {name}"] = -crowd.reverse_ranks(alike[name], rows)
+    columns: list[Floats] = []
+    for name, values in alike.items():
+        columns += [values.mean(axis=0), values.max(axis=0)]
+        if name in _LEAST:
+            columns.append(values.min(axis=0))
+    for values in scores.values():
+        ordered = np.sort(values)
+        place = len(ordered) - np.searchsorted(ordered, values[rows], side="right")
+        columns += [np.log1p(place).astype(np.float32), values[rows] - ordered[-1]]
+    columns.append(scores["all views"][rows])
+    columns += list(views.items[rows].T)
+    for crowd in views.crowding.values():
+        columns += list(crowd.hubness[rows].T)
+    return np.stack(columns, axis=1).astype(np.float32) if len(rows) else np.empty((0, len(columns)), np.float32)
+
+
+def _rarest(views: TextViews, context: NDArray[np.int64], rows: NDArray[np.int64]) -> Floats:
+    """Return the rarity of the rarest word that each pair shares, 0 for none: (S, C)."""
+    words = views.words[rows]
+    found = np.zeros((len(context), len(rows)), np.float32)
+    asked = np.zeros(words.shape[1], np.float32)
+    filled = np.flatnonzero(np.diff(words.indptr))
+    for place, item in enumerate(context):
+        own = views.words.indices[views.words.indptr[item] : views.words.indptr[item + 1]]
+        asked[own] = views.rarity[own]
+        if len(filled):
+            found[place, filled] = np.maximum.reduceat(asked[words.indices], words.indptr[:-1][filled])
+        asked[own] = 0
+    return found

@@ -1,0 +1,233 @@
+"""Text ranker: a conditional logit over what text views say of the candidates, fitted on questions of training bundles.
+
+Owns which columns count and how much. None of them reads how often an item occurs in bundles, and no view learns from
+bundles, so an item that no bundle holds is judged as any other.
+
+Source: McFadden 1974 (conditional logit); Copas 1988 (contaminated likelihood); Liu 2009, "Learning to rank for
+information retrieval" (features within a query).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize
+
+from peft_combo.data.queries import Queries
+from peft_combo.recommender.text_ranking.columns import CandidateColumns, describe_column, gather, name_columns
+from peft_combo.recommender.text_ranking.views import Floats, TextViews
+
+# Ridge penalties, and columns that may be left out as a whole: cross-validation on training bundles decides.
+_PENALTIES = (0.03, 0.1, 0.3)
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "all columns": (),
+    "without hubness": ("hubness", "place in its own list"),
+    "without categories": ("leaf", "category path", "kinship", "depth", "items of the leaf"),
+}
+_FOLDS = 3
+# How likely an answer is taken to come from anywhere, as in the fusion.
+_DOUBT = 0.01
+# Columns are in deviations; farther ones are outliers.
+_FAR = 6.0
+# Questions that are learned from: their columns are what fitting costs, and each grows with the catalogue.
+_QUESTIONS, _FEWEST, _CELLS = 4_000, 1_000, 40_000_000
+# Below the candidates, items follow in the order of the sum of all views, this close to each other.
+_STEP = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class TextRanker:
+    """Ranks a catalogue by its texts; called with (Q) queries it gives (Q, N) scores, NaN where a context is empty.
+
+    Attributes:
+        views: what it reads. columns: (F,) places of those it counts, of `name_columns`.
+        centre, spread: (F,) what columns are standardised by. weights: (F,).
+        setting: which columns and penalty cross-validation chose.
+    """
+
+    views: TextViews
+    columns: NDArray[np.int64]
+    centre: Floats
+    spread: Floats
+    weights: Floats
+    setting: str
+
+    @classmethod
+    def fit(cls, views: TextViews, queries: Queries, seed: int = 0) -> Self:
+        """Learn from questions whose answers are known; groups of them are never on both sides of a fold.
+
+        Raises:
+            ValueError: no question has its answer among the candidates.
+        """
+        most = int(min(_QUESTIONS, max(_FEWEST, _CELLS // max(1, len(views.depth)))))
+        asked = queries.take(np.flatnonzero((queries.contexts >= 0).any(axis=1))).sample(most, seed)
+        questions = _Questions.of([gather(views, row[row >= 0]) for row in asked.contexts], asked)
+        if not len(questions.answers):
+            raise ValueError("no training question has its answer among the candidates of the text views.")
+        names = name_columns(views)
+        labels = np.unique(questions.groups, return_inverse=True)[1]
+        fold_of = (np.random.default_rng(seed).permutation(labels.max() + 1) % _FOLDS)[labels]
+        tried: dict[tuple[str, float], float] = {}
+        for option, left_out in _OPTIONAL.items():
+            chosen = _without(names, left_out)
+            for penalty in _PENALTIES:
+                values = np.empty(len(labels))
+                for fold in range(_FOLDS if labels.max() else 0):
+                    held = fold_of == fold
+                    values[held] = questions.likelihood(_solve(questions, chosen, ~held, penalty), chosen, held)
+                tried[option, penalty] = float(values.mean()) if labels.max() else 0.0
+        option, penalty = max(tried, key=tried.__getitem__)
+        chosen = _without(names, _OPTIONAL[option])
+        solved = _solve(questions, chosen, np.ones(len(labels), bool), penalty)
+        return cls(views, chosen, *solved, f"{option}, penalty {penalty:g}")
+
+    def __call__(self, queries: Queries) -> Floats:
+        scores = np.full((len(queries), len(self.views.depth)), np.nan, np.float32)
+        for own, row in zip(scores, queries.contexts, strict=True):
+            context = row[row >= 0]
+            if len(context):
+                found = gather(self.views, context)
+                own[:] = self._rank(found)
+        return scores
+
+    def explain(self, context: NDArray[np.int64], rows: Sequence[int], most: int = 3) -> dict[int, dict[str, float]]:
+        """Say what speaks for items beside a context: per row reasons and what each adds to its score, largest first.
+
+        What a reason adds is told against the mean of the candidates. Items that are no candidates are left out.
+        """
+        if not len(context):
+            return {}
+        found = gather(self.views, context)
+        cells = _standard(found.columns[:, self.columns], self.centre, self.spread) * self.weights
+        cells -= cells.mean(axis=0)
+        names = [name_columns(self.views)[column] for column in self.columns]
+        told = {}
+        for row, adds in zip(found.rows.tolist(), cells, strict=True):
+            if row not in rows:
+                continue
+            reasons: dict[str, float] = {}
+            for name, value in zip(names, adds.tolist(), strict=True):
+                reason = describe_column(name, self.views, context, row)
+                reasons[reason] = reasons.get(reason, 0.0) + value
+            ranked = sorted(reasons.items(), key=lambda one: -one[1])
+            told[row] = {reason: value for reason, value in ranked[:most] if value > 0}
+        return told
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Give what was learned as arrays and JSON-ready values; the views are made anew from the catalogue."""
+        arrays: dict[str, NDArray[Any]] = {
+            "columns": self.columns,
+            "centre": self.centre,
+            "spread": self.spread,
+            "weights": self.weights,
+        }
+        return arrays, {"setting": self.setting}
+
+    @classmethod
+    def from_state(cls, views: TextViews, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> Self:
+        """Rebuild from `state`.
+
+        Raises:
+            ValueError: it is of another version's columns.
+        """
+        columns = np.asarray(arrays["columns"], np.int64)
+        centre, spread, weights = (np.asarray(arrays[name], np.float32) for name in ("centre", "spread", "weights"))
+        if any(part.shape != columns.shape for part in (centre, spread, weights)) or columns.max(initial=0) >= len(
+            name_columns(views)
+        ):
+            raise ValueError(f"a text ranker of {len(name_columns(views))} columns at most, found {columns.shape}.")
+        return cls(views, columns, centre, spread, weights, str(values["setting"]))
+
+    def _rank(self, found: CandidateColumns) -> Floats:
+        base = np.where(np.isfinite(found.base), found.base, -1 / _STEP)
+        if not len(found.rows):
+            return np.asarray(base * _STEP, np.float32)
+        own = _standard(found.columns[:, self.columns], self.centre, self.spread) @ self.weights
+        scores = np.asarray(own.min() - 1 + _STEP * (base - base.max()), np.float32)
+        scores[found.rows] = own
+        return scores
+
+
+@dataclass(frozen=True, eq=False)
+class _Questions:
+    """Columns of the candidates of many questions, one question after the other.
+
+    Attributes:
+        columns: (M, F). starts, sizes: (Q,). answers: (Q,) row of the answer in `columns`. groups: (Q,).
+    """
+
+    columns: Floats
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    answers: NDArray[np.int64]
+    groups: NDArray[np.str_]
+
+    @classmethod
+    def of(cls, candidates: Sequence[CandidateColumns], queries: Queries) -> Self:
+        """Keep the questions whose answer is among the candidates."""
+        places = [np.flatnonzero(one.rows == target) for one, target in zip(candidates, queries.targets, strict=True)]
+        kept = [row for row, place in enumerate(places) if len(place)]
+        sizes = np.array([len(candidates[row].rows) for row in kept], np.int64)
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64) if kept else np.empty(0, np.int64)
+        answers = starts + np.array([places[row][0] for row in kept], np.int64)
+        columns = np.concatenate([candidates[row].columns for row in kept]) if kept else np.empty((0, 0), np.float32)
+        return cls(columns, starts, sizes, answers, queries.groups[kept])
+
+    def take(self, chosen: NDArray[np.bool_]) -> _Questions:
+        """Return some of the questions."""
+        rows = np.flatnonzero(np.repeat(chosen, self.sizes))
+        sizes = self.sizes[chosen]
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+        offsets = self.answers[chosen] - self.starts[chosen]
+        return _Questions(self.columns[rows], starts, sizes, starts + offsets, self.groups[chosen])
+
+    def likelihood(
+        self, solved: tuple[Floats, Floats, Floats], columns: NDArray[np.int64], chosen: NDArray[np.bool_]
+    ) -> NDArray[np.float64]:
+        """Return ln(share of the answer + doubt) of the chosen questions."""
+        centre, spread, weights = solved
+        own = self.take(chosen)
+        share = _shares(_standard(own.columns[:, columns], centre, spread) @ weights, own.starts, own.sizes)
+        return np.asarray(np.log(share[own.answers].astype(np.float64) + _DOUBT), np.float64)
+
+
+def _without(names: Sequence[str], left_out: tuple[str, ...]) -> NDArray[np.int64]:
+    return np.flatnonzero([not name.startswith(left_out) if left_out else True for name in names])
+
+
+def _standard(columns: Floats, centre: Floats, spread: Floats) -> Floats:
+    return np.asarray(np.clip((columns - centre) / spread, -_FAR, _FAR), np.float32)
+
+
+def _shares(logits: Floats, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:
+    """Softmax within each question."""
+    share = np.exp(logits - np.repeat(np.maximum.reduceat(logits, starts), sizes))
+    return np.asarray(share / np.repeat(np.add.reduceat(share, starts), sizes), np.float32)
+
+
+def _solve(
+    questions: _Questions, columns: NDArray[np.int64], chosen: NDArray[np.bool_], penalty: float
+) -> tuple[Floats, Floats, Floats]:
+    """Maximise the mean of ln(share of the answer + doubt) less a ridge penalty; return centre, spread and weights."""
+    own = questions.take(chosen)
+    raw = own.columns[:, columns]
+    centre, spread = raw.mean(axis=0), raw.std(axis=0) + 1e-6
+    cells = _standard(raw, centre, spread)
+    right = cells[own.answers]
+
+    def loss(theta: NDArray[np.float64], doubt: float) -> tuple[float, NDArray[np.float64]]:
+        share = _shares(cells @ theta.astype(np.float32), own.starts, own.sizes)
+        answer = share[own.answers].astype(np.float64)
+        trust = (answer / (answer + doubt + 1e-12)).astype(np.float32)
+        slope = ((share * np.repeat(trust, own.sizes)) @ cells - trust @ right) / len(answer)
+        value = -np.log(answer + doubt + 1e-12).mean() + penalty * theta @ theta / 2
+        return float(value), slope.astype(np.float64) + penalty * theta
+
+    theta = np.zeros(len(columns))
+    for doubt in (0.0, _DOUBT):  # the first is convex, and where the second starts from
+        theta = optimize.minimize(loss, theta, args=(doubt,), jac=True, method="L-BFGS-B", options={"ftol": 1e-7}).x
+    return centre.astype(np.float32), spread.astype(np.float32), theta.astype(np.float32)
