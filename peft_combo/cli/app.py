@@ -50,17 +50,25 @@ def load_ready_recipe(name: str, overrides: list[str] | None, data: Path | None,
 
     Raises:
         RecipeError: it does not hold together, or needs data that is not named.
-        DataError: its data is not there.
     """
-    from peft_combo.files import literal_path
     from peft_combo.recipe.files import load_recipe
 
     recipe = load_recipe(name, tuple(overrides or ()), data).ready()
+    return recipe if store is None else recipe.model_copy(update={"store": str(store)})
+
+
+def check_data_path(recipe: Recipe) -> None:
+    """Refuse data that is not there before torch is loaded.
+
+    Raises:
+        DataError: it is not there; see `detect_layout`.
+    """
+    from peft_combo.files import literal_path
+
     if recipe.data.path is not None and not literal_path(recipe.data.path).exists():
         from peft_combo.data.sources import detect_layout
 
         detect_layout(recipe.data.path)
-    return recipe if store is None else recipe.model_copy(update={"store": str(store)})
 
 
 def open_workspace(
@@ -72,18 +80,22 @@ def open_workspace(
     Args:
         name, overrides, data, store: as the command was given them.
         options: of `Workspace.of`.
+    Raises:
+        StoreError: an adapter is not stored. DataError: the recipe's data is not there.
     """
     from peft_combo.errors import StoreError
     from peft_combo.recommender.workspace import Workspace
     from peft_combo.store.lookup import UnknownCategory
 
     try:
-        return Workspace.of(recipe, adapters=adapters, **options)
+        space = Workspace.of(recipe, adapters=adapters, **options)
     except UnknownCategory as error:
         changes = [*(overrides or ()), *([f"category={error.category}"] if error.category != recipe.category else ())]
         places = [word for option, value in (("--data", data), ("--store", store)) if value for word in (option, value)]
         words = ["peft-combo", "tune", "--recipe", name, *places, *(word for one in changes for word in ("--set", one))]
         raise StoreError(f"{error.problem}\nTrain one with: {shlex.join(map(str, words))}") from error
+    check_data_path(recipe)
+    return space
 
 
 def _print_version(asked: bool) -> None:

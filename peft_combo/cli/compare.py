@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app, load_ready_recipe
+from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app, check_data_path, load_ready_recipe
 from peft_combo.cli.output import console_watch, format_metric_name, print_error, print_json, print_line, print_table
 from peft_combo.errors import PeftComboError
 
@@ -114,7 +114,7 @@ def search(
     from peft_combo.files import check_folder_target
     from peft_combo.recipe.files import check_destination, write_recipe
 
-    load_ready_recipe(recipe, overrides, data)
+    check_data_path(load_ready_recipe(recipe, overrides, data))
     check_folder_target(folder)
     if to is not None:
         check_destination(to)
@@ -164,6 +164,7 @@ def lr_range(
     if plot is not None:
         check_ending(plot)
     loaded = load_ready_recipe(recipe, overrides, data)
+    check_data_path(loaded)
     with console_watch() as callback:
         from dataclasses import asdict
 

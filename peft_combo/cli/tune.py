@@ -16,6 +16,7 @@ from peft_combo.cli.app import (
     RecipeStoreOption,
     SetOption,
     app,
+    check_data_path,
     load_ready_recipe,
     open_workspace,
 )
@@ -132,6 +133,7 @@ def tune(
     if run_folder is None and resume:
         folder = find_run_folder(loaded)
     _check_cheaply(loaded, start, promote, None if dry_run else folder)
+    check_data_path(loaded)
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
     with console_watch() as callback:
         if dry_run:
