@@ -184,6 +184,7 @@ def test_a_pruned_adalora_is_folded_as_peft_reads_it(
     config = peft.AdaLoraConfig(
         init_r=6, target_r=2, tinit=1, tfinal=2, deltaT=1, total_step=8, target_modules=["query", "value"]
     )
+    torch.manual_seed(0)  # where it starts decides what is pruned
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(Backbone.load(str(tiny_bert)).model, config)
