@@ -34,12 +34,10 @@ _ATTEMPTS = 5  # another writer may take a name between two of our steps; so oft
 def literal_path(name: str | Path) -> Path:
     """Return a path as it is named; ~ at its start is the home folder, unless something is there that is called so."""
     path = Path(name)
-    if not str(name).startswith("~") or path.exists():
-        return path
-    try:
-        return path.expanduser()
-    except RuntimeError:  # ~x of no user x
-        return path
+    with suppress(RuntimeError, OSError, ValueError):  # ~x of no user x; a name too long, or with a NUL
+        if str(name).startswith("~") and not path.exists():
+            return path.expanduser()
+    return path
 
 
 def list_names(folder: Path) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from made_up import build_encoder, build_shop
 
+from peft_combo import __main__
 from peft_combo.callbacks import RunCallback
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,6 +49,24 @@ class StopAt(RunCallback):
     def on_step_end(self, step: int, loss: float) -> None:
         if step == self.step:
             raise SystemExit
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command as from a shell; give exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peft-combo", *map(str, arguments)])
+        code = 0
+        capsys.readouterr()
+        try:
+            __main__.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -433,15 +434,12 @@ def test_a_caveat_says_what_flatters_an_adapter(tiny_recipe: Callable[..., Any])
 
 
 def test_the_commands_from_a_tuned_adapter_on(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    shell: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     tiny_recipe: Callable[..., Any],
 ) -> None:  # fmt: skip
-    import sys
-
     import yaml
 
     import peft_combo.cli.adapter_tools  # noqa: F401  (registers the commands)
-    from peft_combo import __main__
     from peft_combo.tuning.loop import tune
 
     monkeypatch.chdir(tmp_path)
@@ -452,17 +450,7 @@ def test_the_commands_from_a_tuned_adapter_on(
     other = {"data.valid_fraction": 0.4, "data.split_seed": 3}
     Path("other.yaml").write_text(yaml.safe_dump(tiny_recipe(**other).model_dump(mode="json")))
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peft-combo", "adapters", *arguments])
-        code = 0
-        capsys.readouterr()
-        try:
-            __main__.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
+    call = partial(shell, "adapters")
     code, out, err = call("diff", "tiny", "tiny@v1", "--recipe", "new.yaml")
     assert code == 0, err
     assert "the first answer changes in 0.0%" in out

@@ -18,7 +18,6 @@ from test_adapter_store import write
 from test_importing import foreign
 from typer.testing import CliRunner
 
-from peft_combo import __main__
 from peft_combo.cli.app import app
 from peft_combo.data.labels.tags import Entity
 from peft_combo.store.adapter_store import KEPT_VERSIONS, AdapterStore
@@ -27,21 +26,10 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run a command as from a shell, in an empty folder; give exit code, stdout and stderr."""
+def run(shell: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run a command in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peft-combo", *arguments])
-        code = 0
-        try:
-            __main__.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return shell
 
 
 def commands() -> Iterator[tuple[str, Any]]:

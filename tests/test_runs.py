@@ -22,7 +22,6 @@ import torch
 from conftest import REPOSITORY, StopAt
 from safetensors.torch import load_file
 
-from peft_combo import __main__
 from peft_combo.callbacks import RunCallback
 from peft_combo.errors import TuningError
 from peft_combo.recipe.model import Recipe
@@ -474,22 +473,11 @@ def test_several_processes_save_together_and_go_on(tiny_recipe: MakeRecipe, tmp_
 
 @pytest.fixture
 def call(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line as from a shell, in an empty folder; give exit code, stdout and stderr."""
+    shell: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], tuple[int, str, str]]:
+    """Run a command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peft-combo", *shlex.split(line)])
-        code = 0
-        try:
-            __main__.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return lambda line: shell(*shlex.split(line))
 
 
 def test_every_command_with_a_recipe_looks_in_its_store_and_store_goes_before_it(

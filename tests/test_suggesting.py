@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from peft_combo import __main__
 from peft_combo.data.labels.annotation import find_unlabelled, write_to_label
 from peft_combo.data.model import Bundles, Catalog, Dataset
 from peft_combo.data.task_data import check_data
@@ -112,21 +110,6 @@ def test_a_file_to_fill_in_has_a_form_we_read(tmp_path: Path) -> None:
         write_to_label(tmp_path / "a.txt", [{"text": "a"}])
     with pytest.raises(DataError, match=r"ends in \.jsonl, found \.csv"):
         write_to_label(tmp_path / "a.csv", [{"text": "a", "spans": [[0, 1, "X"]]}])
-
-
-@pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peft-combo", *map(str, arguments)])
-        code = 0
-        try:
-            __main__.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def labelled(folder: Path) -> list[str]:

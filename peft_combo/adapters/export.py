@@ -42,7 +42,7 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.methods.merge_weights import merge_into_base
 from peft_combo.errors import BackboneError
-from peft_combo.files import StagedFolder, check_folder_target, stage_folder
+from peft_combo.files import StagedFolder, check_folder_target, literal_path, stage_folder
 
 __all__ = ["AGREEMENT", "Export", "ExportError", "Format", "choose_scheme", "export"]
 
@@ -87,7 +87,7 @@ def export(
             f"An export starts from the encoder in full precision, this one was loaded in {backbone.quantization}. "
             "Load it with quantization none."
         )
-    folder = Path(folder).expanduser().resolve()
+    folder = literal_path(folder).resolve()
     with _stage_export(folder) as staged:
         if format != "merged":
             onnx_graphs.require_onnx()
@@ -197,7 +197,7 @@ def check_export(folder: Path, format: Format) -> None:
         ExportError: the folder is taken. PeftComboError: it cannot be written.
         OnnxMissing: the extra is not installed.
     """
-    folder = folder.expanduser().resolve()
+    folder = literal_path(folder).resolve()
     check_folder_target(folder)
     _refuse_contents(folder)
     if format != "merged":

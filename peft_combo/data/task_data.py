@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 import numpy as np
 
 from peft_combo.data.assemble import Needs
-from peft_combo.data.labels.tags import TAG_SUFFIXES, TaggedTexts, entities, read_tags, weak_tags
+from peft_combo.data.labels.tags import TaggedTexts, entities, list_tag_files, read_tags, weak_tags
 from peft_combo.data.labels.texts import LabelledTexts, TextSplit, labels_of_catalogue, read_labels, split_texts
 from peft_combo.data.labels.unlabelled import PlainTexts
 from peft_combo.data.model import Dataset
@@ -148,8 +148,8 @@ def _kinds_in(data: DataConfig) -> list[str]:
     if path.is_file():
         return ["tags" if path.suffix == ".conll" or path.stem == "tags" else "labels"]
 
-    tagged = any((path / f"tags{suffix}").is_file() for suffix in TAG_SUFFIXES)
-    beside = [kind for kind, there in (("labels", holds_table(path, ["labels"])), ("tags", tagged)) if there]
+    kinds = (("labels", holds_table(path, ["labels"])), ("tags", bool(list_tag_files(path))))
+    beside = [kind for kind, there in kinds if there]
     return ["dataset", *beside] if holds_table(path, TABLES) or not beside else beside
 
 

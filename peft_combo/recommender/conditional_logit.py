@@ -23,7 +23,7 @@ Scores: TypeAlias = Mapping[Key, "NDArray[np.float32]"]
 # How likely an target is taken to come from anywhere. Without it the hopeless queries, most of them where R@10 is
 # 0.15, would have the say over weights that only matter near the top (cross-validated NDCG@10 on BundleRec electronics:
 # 0.087 without, 0.104 with; on clothing no difference).
-_DOUBT = 0.01
+DOUBT = 0.01
 _TINY = 1e-12
 # The softmax is taken over the target, the heads of all scorers' lists and some of the rest. The heads are where
 # NDCG@10 is decided; the rest keeps a scorer honest about what nobody puts forward.
@@ -98,7 +98,7 @@ def fit_conditional_logit(
         return float(value), slope.astype(np.float64) + precision * away
 
     theta = centre
-    for doubt in (0.0, _DOUBT):  # the first is convex, and where the second starts from
+    for doubt in (0.0, DOUBT):  # the first is convex, and where the second starts from
         theta = optimize.minimize(
             loss, theta, args=(doubt,), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-7}
         ).x

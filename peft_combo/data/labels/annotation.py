@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_combo.data.labels.tags import TAG_SUFFIXES, read_tags
-from peft_combo.data.labels.texts import text_key
+from peft_combo.data.labels.tags import list_tag_files, read_tags
+from peft_combo.data.labels.texts import find_labels, text_key
 from peft_combo.data.model import Catalog
-from peft_combo.data.readers.forms import find_table, holds_table, table_at
-from peft_combo.data.readers.tables import name_columns, read_table
+from peft_combo.data.readers.forms import holds_table
 from peft_combo.data.sources import open_dataset
 from peft_combo.errors import DataError, Fault
 from peft_combo.files import check_file_target, literal_path, write_text
@@ -112,13 +111,10 @@ def _from_table(task: ClassificationTask | TaggingTask) -> bool:
 def _of_table(folder: Path, data: DataConfig, task: ClassificationTask | TaggingTask) -> Iterable[tuple[str, bool]]:
     """Return the texts of the labels or tags table, where there is one, and whether each has a label."""
     if isinstance(task, TaggingTask):
-        there = folder.is_file() or any((folder / f"tags{suffix}").is_file() for suffix in TAG_SUFFIXES)
+        there = folder.is_file() or bool(list_tag_files(folder))
         return [(one.text, True) for one in read_tags(data).texts] if there else []
     faults: list[Fault] = []
-    files = table_at(folder, "labels", faults) if folder.is_file() else find_table(folder, "labels", faults)
-    mapping = data.columns.get("labels", {})
-    read = None if files is None else read_table(files, faults, [])
-    table = None if read is None else name_columns(read, "labels", mapping, ("text",), ("label",))
+    table = find_labels(folder, data, ("text",), ("label",), faults, [])
     if faults:
         raise DataError.from_faults(f"The labels in {folder} cannot be used:", faults)
     if table is None:

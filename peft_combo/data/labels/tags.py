@@ -157,10 +157,15 @@ def read_tags(config: DataConfig) -> TaggedTexts:
     return TaggedTexts.build(file.parent.resolve().name, texts, [decoded.note] if decoded.note else [])
 
 
+def list_tag_files(folder: Path) -> list[Path]:
+    """Return the tags tables in a folder; there should be one."""
+    return [file for suffix in TAG_SUFFIXES if (file := folder / f"tags{suffix}").is_file()]
+
+
 def _tags_file(path: Path) -> Path:
     if path.is_file() and path.suffix in TAG_SUFFIXES:
         return path
-    found = [path / f"tags{suffix}" for suffix in TAG_SUFFIXES if (path / f"tags{suffix}").is_file()]
+    found = list_tag_files(path)
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
         raise DataError(f"{names} exist in {path}; expected one. Remove all but one.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.model import CATEGORY_SEPARATOR, Dataset
+from peft_combo.data.readers.cells import Table
 from peft_combo.data.readers.forms import READ, find_table, table_at
 from peft_combo.data.readers.tables import name_columns, read_table
 from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
@@ -134,12 +135,9 @@ def read_labels(config: DataConfig, multi_label: bool) -> LabelledTexts:
     faults: list[Fault] = []
     notes: list[str] = []
     path = data_path(config, "labels")
-    files = table_at(path, "labels", faults) if path.is_file() else find_table(path, "labels", faults)
-    if files is None and not faults:
+    table = find_labels(path, config, ("text", "label"), (), faults, notes)
+    if table is None and not faults:
         raise DataError(f"Expected labels.csv (or {READ}) in {path}; found {list_entries(path)}.")
-    mapping: Mapping[str, str] = config.columns.get("labels", {})
-    read = None if files is None else read_table(files, faults, notes)
-    table = None if read is None else name_columns(read, "labels", mapping, ("text", "label"), ())
     if table is not None:
         table.doubt_words("label")
         table.note_missing_words(["text"])
@@ -151,6 +149,16 @@ def read_labels(config: DataConfig, multi_label: bool) -> LabelledTexts:
         raise DataError.from_faults(f"The labels in {path} cannot be used:", faults)
     folder = path.parent if path.is_file() else path
     return LabelledTexts.build(folder.resolve().name, texts, labels, multi_label, notes)
+
+
+def find_labels(
+    path: Path, config: DataConfig, required: Sequence[str], optional: Sequence[str], faults: list[Fault],
+    notes: list[str],
+) -> Table | None:  # fmt: skip
+    """Return the labels table that `path` is or holds; None where there is none, or with faults where it is faulty."""
+    files = table_at(path, "labels", faults) if path.is_file() else find_table(path, "labels", faults)
+    read = None if files is None else read_table(files, faults, notes)
+    return None if read is None else name_columns(read, "labels", config.columns.get("labels", {}), required, optional)
 
 
 def data_path(config: DataConfig, name: str) -> Path:

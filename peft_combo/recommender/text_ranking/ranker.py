@@ -15,9 +15,9 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
 
 from peft_combo.data.queries import Queries
+from peft_combo.recommender.conditional_logit import DOUBT, SampledCells, fit_conditional_logit
 from peft_combo.recommender.text_ranking.columns import CandidateColumns, describe_column, gather, name_columns
 from peft_combo.recommender.text_ranking.views import Floats, TextViews
 
@@ -29,8 +29,6 @@ _OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "without categories": ("leaf", "category path", "kinship", "depth", "items of the leaf"),
 }
 _FOLDS = 3
-# How likely an answer is taken to come from anywhere, as in the fusion.
-_DOUBT = 0.01
 # Columns are in deviations; farther ones are outliers.
 _FAR = 6.0
 # Questions that are learned from: their columns are what fitting costs, and each grows with the catalogue.
@@ -66,7 +64,7 @@ class TextRanker:
         most = int(min(_QUESTIONS, max(_FEWEST, _CELLS // max(1, len(views.depth)))))
         asked = queries.take(np.flatnonzero((queries.contexts >= 0).any(axis=1))).sample(most, seed)
         questions = _Questions.of([gather(views, row[row >= 0]) for row in asked.contexts], asked)
-        if not len(questions.answers):
+        if not len(questions.groups):
             raise ValueError("no training question has its answer among the candidates of the text views.")
         names = name_columns(views)
         labels = np.unique(questions.groups, return_inverse=True)[1]
@@ -78,7 +76,8 @@ class TextRanker:
                 values = np.empty(len(labels))
                 for fold in range(_FOLDS if labels.max() else 0):
                     held = fold_of == fold
-                    values[held] = questions.likelihood(_solve(questions, chosen, ~held, penalty), chosen, held)
+                    solved = _solve(questions, chosen, ~held, penalty)
+                    values[held] = questions.likelihood(solved, chosen)[held]
                 tried[option, penalty] = float(values.mean()) if labels.max() else 0.0
         option, penalty = max(tried, key=tried.__getitem__)
         chosen = _without(names, _OPTIONAL[option])
@@ -154,45 +153,43 @@ class TextRanker:
 
 @dataclass(frozen=True, eq=False)
 class _Questions:
-    """Columns of the candidates of many questions, one question after the other.
+    """What is said of the candidates of many questions, the answer of each first.
 
     Attributes:
-        columns: (M, F). starts, sizes: (Q,). answers: (Q,) row of the answer in `columns`. groups: (Q,).
+        sampled: the candidates. columns: (M, F) of each. groups: (Q,) of the questions.
     """
 
+    sampled: SampledCells
     columns: Floats
-    starts: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    answers: NDArray[np.int64]
     groups: NDArray[np.str_]
 
     @classmethod
     def of(cls, candidates: Sequence[CandidateColumns], queries: Queries) -> Self:
         """Keep the questions whose answer is among the candidates."""
-        places = [np.flatnonzero(one.rows == target) for one, target in zip(candidates, queries.targets, strict=True)]
-        kept = [row for row, place in enumerate(places) if len(place)]
-        sizes = np.array([len(candidates[row].rows) for row in kept], np.int64)
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64) if kept else np.empty(0, np.int64)
-        answers = starts + np.array([places[row][0] for row in kept], np.int64)
-        columns = np.concatenate([candidates[row].columns for row in kept]) if kept else np.empty((0, 0), np.float32)
-        return cls(columns, starts, sizes, answers, queries.groups[kept])
+        kept: list[int] = []
+        rows: list[NDArray[np.int64]] = []
+        columns: list[Floats] = []
+        for row, (one, target) in enumerate(zip(candidates, queries.targets, strict=True)):
+            order = np.argsort(one.rows != target, kind="stable")
+            if len(order) and one.rows[order[0]] == target:
+                kept.append(row)
+                rows.append(one.rows[order])
+                columns.append(one.columns[order])
+        sizes = np.array([len(part) for part in rows], np.int64)
+        sampled = SampledCells(
+            np.cumsum(sizes) - sizes, np.repeat(np.arange(len(kept)), sizes),
+            np.concatenate([np.empty(0, np.int64), *rows]),
+        )  # fmt: skip
+        return cls(sampled, np.concatenate(columns) if kept else np.empty((0, 0), np.float32), queries.groups[kept])
 
-    def take(self, chosen: NDArray[np.bool_]) -> _Questions:
-        """Return some of the questions."""
-        rows = np.flatnonzero(np.repeat(chosen, self.sizes))
-        sizes = self.sizes[chosen]
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        offsets = self.answers[chosen] - self.starts[chosen]
-        return _Questions(self.columns[rows], starts, sizes, starts + offsets, self.groups[chosen])
-
-    def likelihood(
-        self, solved: tuple[Floats, Floats, Floats], columns: NDArray[np.int64], chosen: NDArray[np.bool_]
-    ) -> NDArray[np.float64]:
-        """Return ln(share of the answer + doubt) of the chosen questions."""
+    def likelihood(self, solved: tuple[Floats, Floats, Floats], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return ln(share of the answer + doubt) of each question: (Q,)."""
         centre, spread, weights = solved
-        own = self.take(chosen)
-        share = _shares(_standard(own.columns[:, columns], centre, spread) @ weights, own.starts, own.sizes)
-        return np.asarray(np.log(share[own.answers].astype(np.float64) + _DOUBT), np.float64)
+        logits = _standard(self.columns[:, columns], centre, spread) @ weights
+        starts = self.sampled.starts
+        peaks = np.maximum.reduceat(logits, starts)
+        totals = np.add.reduceat(np.exp(logits - peaks[self.sampled.rows]), starts)
+        return np.asarray(np.log(np.exp(logits[starts] - peaks) / totals + DOUBT), np.float64)
 
 
 def _without(names: Sequence[str], left_out: tuple[str, ...]) -> NDArray[np.int64]:
@@ -203,31 +200,17 @@ def _standard(columns: Floats, centre: Floats, spread: Floats) -> Floats:
     return np.asarray(np.clip((columns - centre) / spread, -_FAR, _FAR), np.float32)
 
 
-def _shares(logits: Floats, starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> Floats:
-    """Softmax within each question."""
-    share = np.exp(logits - np.repeat(np.maximum.reduceat(logits, starts), sizes))
-    return np.asarray(share / np.repeat(np.add.reduceat(share, starts), sizes), np.float32)
-
-
 def _solve(
     questions: _Questions, columns: NDArray[np.int64], chosen: NDArray[np.bool_], penalty: float
 ) -> tuple[Floats, Floats, Floats]:
-    """Maximise the mean of ln(share of the answer + doubt) less a ridge penalty; return centre, spread and weights."""
-    own = questions.take(chosen)
-    raw = own.columns[:, columns]
-    centre, spread = raw.mean(axis=0), raw.std(axis=0) + 1e-6
-    cells = _standard(raw, centre, spread)
-    right = cells[own.answers]
-
-    def loss(theta: NDArray[np.float64], doubt: float) -> tuple[float, NDArray[np.float64]]:
-        share = _shares(cells @ theta.astype(np.float32), own.starts, own.sizes)
-        answer = share[own.answers].astype(np.float64)
-        trust = (answer / (answer + doubt + 1e-12)).astype(np.float32)
-        slope = ((share * np.repeat(trust, own.sizes)) @ cells - trust @ right) / len(answer)
-        value = -np.log(answer + doubt + 1e-12).mean() + penalty * theta @ theta / 2
-        return float(value), slope.astype(np.float64) + penalty * theta
-
-    theta = np.zeros(len(columns))
-    for doubt in (0.0, _DOUBT):  # the first is convex, and where the second starts from
-        theta = optimize.minimize(loss, theta, args=(doubt,), jac=True, method="L-BFGS-B", options={"ftol": 1e-7}).x
-    return centre.astype(np.float32), spread.astype(np.float32), theta.astype(np.float32)
+    """Fit the logit to the chosen questions with a ridge penalty; return centre, spread and weights."""
+    values = questions.columns[:, columns]
+    own = values[chosen[questions.sampled.rows]]
+    centre, spread = own.mean(axis=0), own.std(axis=0) + 1e-6
+    free = len(columns)
+    weights = fit_conditional_logit(
+        _standard(values, centre, spread).T, questions.sampled, chosen,
+        np.full(free, penalty * chosen.sum()),  # the solver's prior counts as one question
+        [(None, None)] * free, np.zeros(free),
+    )  # fmt: skip
+    return centre.astype(np.float32), spread.astype(np.float32), weights.astype(np.float32)
