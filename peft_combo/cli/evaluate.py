@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
-from peft_combo.cli.output import console_watch, print_json, print_line, print_table
+from peft_combo.cli.output import console_watch, format_metric_name, print_json, print_line, print_table
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from peft_combo.evaluation.composition import CompositionReport
     from peft_combo.evaluation.report import Report
+    from peft_combo.evaluation.text_queries import QueryReport
+    from peft_combo.recommender.workspace import Workspace
 
 
 @app.command()
@@ -40,6 +43,10 @@ def evaluate(
         bool,
         typer.Option("--compose", help="Composition of whole test bundles from one item too: composer, beam, top-k."),
     ] = False,
+    queries: Annotated[
+        bool,
+        typer.Option("--queries", help="Text queries in place of completion: test bundles found by their intents."),
+    ] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -47,9 +54,14 @@ def evaluate(
     cache: CacheOption = Path("vectors"),
     as_json: JsonOption = False,
 ) -> None:
-    """Measure completion of the test bundles, every baseline beside it: fitted on train, chosen on validation."""
+    """Measure completion of the test bundles, every baseline beside it: fitted on train, chosen on validation.
+
+    With --queries, how well they are found by their intents: the intent (or name) column of bundle_meta.
+    """
     from peft_combo.metrics.charts import check_ending
 
+    if queries and (compose or plot_file is not None):
+        raise DataError("--queries prints a table of its own, without --compose and --plot. Run it by itself.")
     if plot_file is not None:
         check_ending(plot_file)
     loaded = load_ready_recipe(recipe, overrides, data, store)
@@ -78,11 +90,15 @@ def evaluate(
         # Any other head is refused before anything is encoded.
         raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
         heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
-        callback.on_stage("Encoding the catalogue", len(space.dataset.texts) * (1 + len(live)))
+        callback.on_stage("Encoding the catalogue", len(space.dataset.texts) * (1 + queries + len(live)))
 
         def encode(reference: str | None) -> NDArray[np.float32]:
             return space.encode_catalog(reference, callback.on_advance)
 
+        if queries:
+            found = _search_by_intents(space, list(heads), loaded.seed, callback.on_advance)
+            (print_json(found.to_json()) if as_json else _print_queries(found))
+            return
         report = run(
             dataset, parts, frozen=encode(None), tuned={name: (encode(name), head) for name, head in heads.items()},
             rated={name: (encode(name), head) for name, head in raters.items()},
@@ -139,6 +155,49 @@ def _print_report(report: Report) -> None:
     if report.composition is not None:
         _print_composition(report.composition)
     for note in report.notes:
+        print_line(f"Note: {note}")
+
+
+def _search_by_intents(
+    space: Workspace, adapters: Sequence[str], seed: int, progress: Callable[[int], None]
+) -> QueryReport:
+    from peft_combo.evaluation.text_queries import check_intents, evaluate_queries
+    from peft_combo.recommender.text_search import build_views
+
+    check_intents(space.dataset, space.split.test)
+    frozen = space.encode_catalog(None, progress)
+    tuned = {name: space.encode_catalog(name, progress) for name in adapters}
+    views = build_views(space.dataset, space.bank, frozen, tuned, space.cache, progress)
+    return evaluate_queries(space.dataset, space.split, views, seed=seed)
+
+
+def _print_queries(found: QueryReport) -> None:
+    from peft_combo.evaluation.text_queries import BASELINE, TESTED, VALUES
+
+    counts = found.counts
+    print_line(
+        f"{found.dataset}: {counts['queries']:,} queries of {counts['groups']:,} groups, {counts['candidates']:,} "
+        f"bundles, {counts['items']:,} items; split {found.split_digest[:12]}"
+    )
+    heads = {name: name if name.startswith("items") else format_metric_name(name) for name in VALUES}
+    first, rest = VALUES[:2], VALUES[2:]
+    print_table(
+        ("", *map(heads.get, first), "95 % interval", *map(heads.get, rest), *(f"p: {heads[name]}" for name in TESTED)),
+        [
+            (
+                row.name,
+                *(f"{row.values[name]:.3f}" for name in first),
+                "{:.3f} to {:.3f}".format(*row.intervals["r@10"]),
+                *(f"{row.values[name]:.3f}" for name in rest),
+                *(f"{row.p[name]:.4f}" if name in row.p else "" for name in TESTED),
+            )
+            for row in found.rows
+        ],
+        numbers=True,
+    )
+    weights = ", ".join(f"{name} {value:g}" for name, value in found.weights.items())
+    print_line(f"The weights chosen on validation: {weights}. p: against {BASELINE}. {found.protocol}")
+    for note in found.notes:
         print_line(f"Note: {note}")
 
 

@@ -268,6 +268,7 @@ class Bundles:
         bundle_ids: outside ids, distinct.
         items: per bundle its distinct catalogue rows, in the order given.
         names: a name or intent; None where unknown.
+        intents: what a bundle is for, in the words of who asks for it; where the data tells none, its name.
         owners: outside id of the user a bundle belongs to; None where unknown.
         times: (B,) float64 seconds since 1970-01-01 UTC; NaN where unknown.
         groups: what a split may not divide: the owner where known, else the bundle itself.
@@ -281,6 +282,7 @@ class Bundles:
     times: NDArray[np.float64]
     groups: tuple[str, ...]
     baskets: NDArray[np.int64]
+    intents: tuple[str | None, ...]
 
     @classmethod
     def build(
@@ -292,6 +294,7 @@ class Bundles:
         times: ArrayLike | None = None,
         groups: Iterable[str] | None = None,
         baskets: ArrayLike | None = None,
+        intents: Iterable[str | None] | None = None,
     ) -> Self:
         """Make bundles, filling what is not given with "unknown".
 
@@ -303,16 +306,20 @@ class Bundles:
         owner_of = tuple(owners) if owners is not None else (None,) * n
         if groups is None:
             groups = [f"bundle:{ids[row]}" if owner is None else owner for row, owner in enumerate(owner_of)]
+        name_of = tuple(names) if names is not None else (None,) * n
         bundles = cls(
             bundle_ids=ids,
             items=tuple(np.asarray(rows, dtype=np.int32) for rows in items),
-            names=tuple(names) if names is not None else (None,) * n,
+            names=name_of,
             owners=owner_of,
             times=np.full(n, np.nan) if times is None else np.asarray(times, dtype=np.float64),
             groups=tuple(groups),
             baskets=np.full(n, -1, np.int64) if baskets is None else np.asarray(baskets, dtype=np.int64),
+            intents=tuple(intents) if intents is not None else name_of,
         )
-        for column in (bundles.items, bundles.names, bundles.times, bundles.groups, bundles.baskets):
+        for column in (
+            bundles.items, bundles.names, bundles.times, bundles.groups, bundles.baskets, bundles.intents,
+        ):  # fmt: skip
             if len(column) != n:
                 raise ValueError(f"{n} bundles but a column of {len(column)}")
         return bundles
@@ -336,6 +343,7 @@ class Bundles:
             times=self.times[order],
             groups=tuple(self.groups[row] for row in order),
             baskets=self.baskets[order],
+            intents=tuple(self.intents[row] for row in order),
         )
 
     def to_csr(
@@ -431,4 +439,6 @@ def _digest(catalog: Catalog, interactions: Interactions | None, bundles: Bundle
     numbers("bundle_times", bundles.times)
     text("groups", bundles.groups)
     numbers("bundle_baskets", bundles.baskets)
+    if bundles.intents != bundles.names:  # data that tells no intents beside names keeps the digest it had before
+        text("intents", bundles.intents)
     return total.hexdigest()

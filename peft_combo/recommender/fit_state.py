@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from peft_combo.data.leakage import rating_problem
 from peft_combo.data.model import Dataset
 from peft_combo.data.splits import Split
@@ -24,6 +26,7 @@ from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
 from peft_combo.recommender.scorer_id import RANDOM, ScorerId
+from peft_combo.recommender.text_search import TextQueries, TextSearch, build_views, list_intents, select_weights
 
 # Validation queries that settings and weights are chosen on.
 _QUERIES = 2_000
@@ -43,6 +46,7 @@ class FitState:
         text_side: judges how well an item goes with a set by its text alone.
         neighbours: what users alike took, where the fusion could not weigh it; None elsewhere.
         weights: of a composed bundle's objective, as validation chose them.
+        search: finds items and bundles by words; the weights of its views are those that validation intents chose.
         split_digest: of the split that settings and weights were chosen on.
         notes: what was left out, and why.
     """
@@ -56,6 +60,7 @@ class FitState:
     text_side: Fitted
     neighbours: FittedPast | None
     weights: ObjectiveWeights
+    search: TextSearch
     split_digest: str
     notes: tuple[str, ...]
 
@@ -103,6 +108,8 @@ def fit_scorers(
     relevance = fuse_scorers(fusion, {scorer: one.fitted for scorer, one in selected.items()}, known)
     weights = fit_weights(Composer(dataset.catalog, templates), valid, relevance, text_side, seed=seed)
 
+    search = _choose_search(dataset, parts, bank, side, cache, progress)
+
     # For serving, once more on every bundle there is.
     everything = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated)
     settings = {scorer: selected[scorer].setting for scorer in fusion.needs}
@@ -113,9 +120,21 @@ def fit_scorers(
     weighed = not known.user_rows.keys().isdisjoint(users)
     neighbours = None if weighed or not everything.user_rows else build_past(everything, neighbours=True)
     return FitState(
-        side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights, parts.digest,
-        tuple(notes),
+        side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights, search,
+        parts.digest, tuple(notes),
     )  # fmt: skip
+
+
+def _choose_search(
+    dataset: Dataset, parts: Split, bank: AdapterBank, side: TextSide, cache: VectorCache | None,
+    progress: Callable[[int], None] | None,
+) -> TextSearch:  # fmt: skip
+    """Choose the weights of the text search on validation intents; what others ask are then the intents of all."""
+    tuned = {name: own for name, (own, _) in side.tuned.items()}
+    views = build_views(dataset, bank, side.frozen, tuned, cache, progress)
+    valid = TextQueries.of(dataset.bundles, parts.valid, among=np.concatenate([parts.train, parts.valid]))
+    weights = select_weights(views, valid, list_intents(dataset.bundles, parts.train))
+    return TextSearch.of(views, weights, list_intents(dataset.bundles))
 
 
 def _leakage_notes(side: TextSide, dataset: Dataset, parts: Split) -> list[str]:

@@ -6,6 +6,7 @@ cache, adapters in their store, items and bundles in the data; a folder names al
     fitted/
       recommender.json      everything but arrays; written last
       scorer-0.safetensors  what a scorer learned
+      search.safetensors    what others ask, and how near each item is to it
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import Kind, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
-from peft_combo.scoring import Scorer, load_scorer
+from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorView, build_views
+from peft_combo.scoring import Scorer, State, load_scorer
 
-FORMAT = 2
+FORMAT = 3
+_READ = (2, FORMAT)  # format 2 knew of no text search: a query was compared with titles by the frozen encoder alone
 _MANIFEST = "recommender.json"
 _MANIFEST_LIMIT = 16 * 2**20
 
@@ -63,7 +66,7 @@ class _ScorerFile(_Stored):
     parameters: the second half of `Scorer.state`.
     """
 
-    file: str = Field(pattern=r"\Ascorer-[0-9]{1,3}\.safetensors\z")
+    file: str = Field(pattern=r"\A(scorer-[0-9]{1,3}|search)\.safetensors\z")
     sha256: str
     parameters: dict[str, JsonValue]
 
@@ -80,6 +83,7 @@ class _RecommenderManifest(_Stored):
     calibration: dict[str, JsonValue] | None
     text_side: str
     weights: dict[str, float]
+    search: _ScorerFile | None = None
     weighed_past: bool
     scorers: dict[str, _ScorerFile]
     notes: tuple[str, ...]
@@ -99,17 +103,24 @@ def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None
             files: dict[str, _ScorerFile] = {}
             for scorer, fitted in recommender.state.serving.items():
                 if isinstance(fitted, FittedScorer | TextRanker):
-                    arrays, parameters = (fitted.scorer if isinstance(fitted, FittedScorer) else fitted).state()
-                    path = staged.path / f"scorer-{len(files)}.safetensors"
-                    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
-                    files[str(scorer)] = _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
-            content = _build_manifest(recommender, files).model_dump(mode="json")
+                    learned = (fitted.scorer if isinstance(fitted, FittedScorer) else fitted).state()
+                    files[str(scorer)] = _write_state(staged.path / f"scorer-{len(files)}.safetensors", learned)
+            search = _write_state(staged.path / "search.safetensors", recommender.state.search.state())
+            content = _build_manifest(recommender, files, search).model_dump(mode="json")
             staged.manifest = (_MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
     except OSError as error:
         raise DataError(f"The recommender cannot be written to {folder}: {error.strerror or error}.") from error
 
 
-def _build_manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile]) -> _RecommenderManifest:
+def _write_state(path: Path, state: State) -> _ScorerFile:
+    arrays, parameters = state
+    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
+    return _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
+
+
+def _build_manifest(
+    recommender: BundleRecommender, files: dict[str, _ScorerFile], search: _ScorerFile
+) -> _RecommenderManifest:
     state = recommender.state
     calibrations = [
         one.calibration.state()
@@ -122,7 +133,7 @@ def _build_manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile
         adapters={one.reference: one.digest for one in state.adapters},
         settings={str(scorer): setting for scorer, setting in state.settings.items()},
         fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
-        text_side=str(state.text_scorer or ""), weights=asdict(state.weights),
+        text_side=str(state.text_scorer or ""), weights=asdict(state.weights), search=search,
         weighed_past=state.neighbours is None, scorers=files, notes=state.notes,
     )  # fmt: skip
 
@@ -199,7 +210,7 @@ def _read_manifest(folder: Path) -> _RecommenderManifest:
     try:
         values = json.loads(content)
         found = values.get("format") if isinstance(values, dict) else None
-        if found != FORMAT:
+        if found not in _READ:
             raise DataError(f"The recommender in {folder} has format {found}, expected {FORMAT}. Fit it anew.")
         return _RecommenderManifest.model_validate(values)
     except (ValueError, ValidationError, RecursionError) as error:
@@ -261,9 +272,15 @@ def _rebuild(
     if text_scorer is not None:
         text_side = serving[text_scorer] if text_scorer in serving else rebuild_scorer(text_scorer)
     neighbours = None if manifest.weighed_past or not known.user_rows else build_past(known, neighbours=True)
+    if manifest.search is None:
+        search = TextSearch.of({FROZEN_TITLE: VectorView(side.frozen, lambda texts: bank.encode(list(texts), None))})
+    else:
+        tuned = {name: own for name, (own, _) in side.tuned.items()}
+        views = build_views(dataset, bank, side.frozen, tuned, cache, progress)
+        search = TextSearch.from_state(views, *_read_state(folder, manifest.search))
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
-        ObjectiveWeights(**manifest.weights), manifest.split, manifest.notes,
+        ObjectiveWeights(**manifest.weights), search, manifest.split, manifest.notes,
     )  # fmt: skip
 
 

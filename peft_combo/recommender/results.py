@@ -32,6 +32,23 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
+class BundleMatch:
+    """One bundle that a text search found.
+
+    Attributes:
+        bundle_id: outside id; None for a bundle that was given. items, titles: of what it holds. name: None where
+            it has none.
+        score: of the search (`text_search`), comparable within one answer only.
+    """
+
+    bundle_id: str | None
+    items: tuple[str, ...]
+    titles: tuple[str, ...]
+    name: str | None
+    score: float
+
+
+@dataclass(frozen=True)
 class Recommendation:
     """One bundle.
 

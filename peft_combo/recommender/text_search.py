@@ -1,0 +1,413 @@
+"""Text search: items and bundles for a query in words, by their titles and categories.
+
+Owns how a text is compared with items and bundles, and how the ways to compare are weighed. Knows nothing of requests,
+of users, of what goes together, or of how an encoder was tuned.
+
+Each view v compares a query with an item, or with a bundle as a whole, by a cosine a_v. The score is a weighted sum of
+standard scores over the items or the bundles x that are searched, so that no view counts for more because its numbers
+are larger; what many other people's queries are near to is held against it:
+
+    s(q, x) = sum over v of w_v (a_v(q, x) - mean a_v(q, .)) / deviation a_v(q, .)
+    score   = s(q, x) - 1/2 mean of the ten largest s(r, x), r the queries that others asked
+
+Weights are the same everywhere unless validation queries clearly prefer others.
+Source: Fox and Shaw 1994 (CombSUM); Conneau et al. 2018, "Word translation without parallel data", 2.3 (CSLS, k = 10).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_combo import metrics
+from peft_combo.data.model import Bundles, Catalog, Dataset
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.vectors import VectorCache
+from peft_combo.scoring.base import State, Vectors, dense, unit_rows
+from peft_combo.scoring.text import Tfidf, cut_plurals
+
+Floats: TypeAlias = NDArray[np.float32]
+Rows: TypeAlias = NDArray[np.integer[Any]]
+EncodeTexts: TypeAlias = Callable[[Sequence[str]], Floats]
+
+WORDS, FROZEN_TITLE, FROZEN_ALL = "words", "frozen title", "frozen title and category"
+# Where nothing is chosen: words at half of what each of the two texts counts. On training and validation intents of
+# BundleRec clothing and electronics, R@10 .375 and .344; words at 1, 1/4 and 0: .358, .368 and .336; .324, .343, .310.
+_WEIGHTS = {WORDS: 0.5, FROZEN_TITLE: 1.0, FROZEN_ALL: 1.0}
+# What validation may choose for a tuned encoder, and for the words.
+_TUNED_SHARES, _WORD_SHARES = (0.0, 0.5, 1.0), (0.25, 0.5, 1.0)
+# Queries of others that hubness is measured by: so many at most, and none where there are fewer than the least.
+_MOST_ASKED, _LEAST_ASKED, _NEAREST = 512, 50, 10
+_FLAT = 1e-6  # a view whose cosines all lie closer together says nothing of this query
+
+
+# --- ways to compare --------------------------------------------------------------------------------------------------
+
+
+class View(Protocol):
+    """One way to compare texts: vectors of length 1, dense or CSR, of items, bundles and queries; 0 says nothing."""
+
+    @property
+    def items(self) -> Vectors:
+        """(N, D)."""
+        ...
+
+    def pool(self, bundles: Sequence[Rows]) -> Vectors:
+        """Return the vector of each bundle, (B, D), from the rows of its items."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Return the vectors of Q queries, (Q, D)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class WordView:
+    """TF-IDF of words, 1 + ln(count) times rarity among the items; a bundle is the texts of its items as one.
+
+    Attributes:
+        texts: of the items, as `read` leaves them. read: what a text is turned into before its words are told.
+    """
+
+    texts: tuple[str, ...]
+    read: Callable[[str], str]
+    tfidf: Tfidf
+    items: Vectors
+
+    @classmethod
+    def of(cls, texts: Sequence[str], read: Callable[[str], str] = cut_plurals) -> WordView:
+        """Read the texts of N items, plural and singular being one word."""
+        known = tuple(read(text) for text in texts)
+        tfidf = Tfidf.fit(known, sublinear=True)
+        return cls(known, read, tfidf, tfidf.vectors(known))
+
+    def pool(self, bundles: Sequence[Rows]) -> Vectors:
+        return self.tfidf.vectors([" ".join(self.texts[row] for row in rows) for rows in bundles])
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        return self.tfidf.vectors([self.read(text) for text in texts])
+
+
+@dataclass(frozen=True, eq=False)
+class VectorView:
+    """Vectors of an encoder, (N, D) of the items; a bundle is their mean.
+
+    Attributes:
+        encode_texts: encodes queries as the items' texts were encoded.
+    """
+
+    items: Floats
+    encode_texts: EncodeTexts
+
+    def pool(self, bundles: Sequence[Rows]) -> Vectors:
+        means = [self.items[rows].mean(axis=0) for rows in bundles]
+        return unit_rows(np.array(means, np.float32).reshape(len(bundles), self.items.shape[1]))
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        return self.encode_texts(texts)
+
+
+def build_views(
+    dataset: Dataset, bank: AdapterBank, frozen: Floats, tuned: Mapping[str, Floats], cache: VectorCache | None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, View]:  # fmt: skip
+    """Compare by words, by the frozen encoder on titles and on titles with category, and by each tuned encoder.
+
+    Args:
+        frozen: (N, D) vectors of ``dataset.texts``. tuned: the same per adapter of `bank`.
+        cache: keeps encoded texts on disk.
+        progress: told how many texts were encoded.
+    """
+
+    def encode_by(adapter: str | None) -> EncodeTexts:
+        return lambda texts: bank.encode(list(texts), adapter)
+
+    plain, described = dataset.texts, describe_items(dataset.catalog, dataset.text_template)
+    # Only what a category changes is encoded again: a text of both would let either catalogue oust the other's vectors.
+    longer = [row for row, text in enumerate(described) if text != plain[row]]
+    whole = frozen
+    if longer:
+        texts = [described[row] for row in longer]
+        fresh = bank.encode(texts, None) if cache is None else cache.vectors(bank, texts, None, progress)
+        if len(longer) == len(plain):
+            whole = fresh
+        else:
+            whole = np.array(frozen)
+            whole[longer] = fresh
+    views: dict[str, View] = {
+        WORDS: WordView.of(described),
+        FROZEN_TITLE: VectorView(frozen, encode_by(None)),
+        FROZEN_ALL: VectorView(whole, encode_by(None)),
+    }
+    return views | {name: VectorView(own, encode_by(name)) for name, own in tuned.items()}
+
+
+def describe_items(catalog: Catalog, template: str) -> list[str]:
+    """Return the text of each item with its category path; N of them."""
+    return catalog.texts(template if "{category}" in template else template + " {category}")
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BundleIndex:
+    """Bundles that can be searched: by view their vectors (B, D), and how near each is to what others ask (B,)."""
+
+    vectors: Mapping[str, Vectors]
+    hubness: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class TextSearch:
+    """Items and bundles for a text; safe to share between threads.
+
+    Attributes:
+        views: by name. weights: above 0; a view that has none is not asked.
+        asked: queries of others, and by view what they are encoded to; none where too few are known.
+        hubness: (N,) how near each item is to these.
+    """
+
+    views: Mapping[str, View]
+    weights: Mapping[str, float]
+    asked: tuple[str, ...]
+    others: Mapping[str, Vectors]
+    hubness: Floats
+
+    @classmethod
+    def of(
+        cls, views: Mapping[str, View], weights: Mapping[str, float] | None = None, asked: Sequence[str] = ()
+    ) -> TextSearch:
+        """Weigh some views, as ever where nothing is said of weights.
+
+        Args:
+            asked: what other people asked; few count as none, of many a sample is taken.
+        Raises:
+            ValueError: a weight is of no view, negative or not finite, or no view has one.
+        """
+        chosen = _check_weights(views, weights)
+        kept = _sample_asked(asked)
+        others = {name: views[name].encode(kept) for name in chosen} if kept else {}
+        items = {name: views[name].items for name in chosen}
+        return cls(views, chosen, kept, others, _measure_hubness(_sum_views(chosen, others, items, items)))
+
+    def score_items(self, queries: Sequence[str]) -> Floats:
+        """Score every item for each query, (Q, N); higher is better."""
+        items = {name: self.views[name].items for name in self.weights}
+        return _sum_views(self.weights, self._encode(queries), items, items) - self.hubness
+
+    def index_bundles(self, bundles: Sequence[Rows], among: BundleIndex | None = None) -> BundleIndex:
+        """Make bundles ready to be searched, from the rows of their items.
+
+        Args:
+            among: bundles that they are to be measured by; None takes themselves.
+        """
+        vectors = {name: self.views[name].pool(bundles) for name in self.weights}
+        base = vectors if among is None else among.vectors
+        return BundleIndex(vectors, _measure_hubness(_sum_views(self.weights, self.others, vectors, base)))
+
+    def score_bundles(self, queries: Sequence[str], index: BundleIndex, among: BundleIndex | None = None) -> Floats:
+        """Score bundles for each query, (Q, B); higher is better.
+
+        Args:
+            among: as they were indexed.
+        """
+        base = index.vectors if among is None else among.vectors
+        return _sum_views(self.weights, self._encode(queries), index.vectors, base) - index.hubness
+
+    def state(self) -> State:
+        """Return what `from_state` needs beside the views: arrays, and parameters as JSON values."""
+        arrays: dict[str, NDArray[Any]] = {
+            f"asked {name}": own for name, own in self.others.items() if isinstance(own, np.ndarray)
+        }
+        return {**arrays, "hubness": self.hubness}, {"weights": dict(self.weights), "asked": list(self.asked)}
+
+    @classmethod
+    def from_state(
+        cls, views: Mapping[str, View], arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]
+    ) -> TextSearch:
+        """Rebuild a search over the views it was made of.
+
+        Raises:
+            ValueError: the state is not one of these views. KeyError: a part of it is missing.
+        """
+        chosen, asked = _check_weights(views, params["weights"]), tuple(params["asked"])
+        hubness = np.asarray(arrays["hubness"], np.float32)
+        others: dict[str, Vectors] = {}
+        for name in chosen if asked else ():
+            key = f"asked {name}"
+            others[name] = np.asarray(arrays[key], np.float32) if key in arrays else views[name].encode(asked)
+        shapes = [(len(asked), views[name].items.shape[1]) for name in others]
+        if [one.shape for one in others.values()] != shapes or any(
+            hubness.shape != views[name].items.shape[:1] for name in chosen
+        ):
+            raise ValueError("the text search was stored for other items or another encoder")
+        return cls(views, chosen, asked, others, hubness)
+
+    def _encode(self, queries: Sequence[str]) -> dict[str, Vectors]:
+        return {name: self.views[name].encode(queries) for name in self.weights}
+
+
+def _check_weights(views: Mapping[str, View], weights: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the weights above 0, the usual ones of the views that are there where none are given."""
+    given = {name: weight for name, weight in _WEIGHTS.items() if name in views} if weights is None else weights
+    strange = [name for name, weight in given.items() if name not in views or not 0 <= weight < np.inf]
+    if strange or not any(given.values()):
+        raise ValueError(f"weights of a text search: expected numbers >= 0 of {', '.join(views)}, found {dict(given)}.")
+    return {name: float(weight) for name, weight in given.items() if weight > 0}
+
+
+def _sample_asked(asked: Sequence[str]) -> tuple[str, ...]:
+    distinct = sorted(set(asked))
+    if len(distinct) < _LEAST_ASKED:
+        return ()
+    return tuple(distinct[place] for place in np.random.default_rng(0).permutation(len(distinct))[:_MOST_ASKED])
+
+
+def _sum_views(
+    weights: Mapping[str, float], queries: Mapping[str, Vectors], vectors: Mapping[str, Vectors],
+    among: Mapping[str, Vectors],
+) -> Floats:  # fmt: skip
+    """Sum the standard scores of the views by their weights; no rows where there are no queries."""
+    found = {}
+    for name, asked in queries.items():
+        own = _compare(asked, vectors[name])
+        found[name] = standardize(own, own if vectors is among else _compare(asked, among[name]))
+    return _weigh(found, weights) if found else np.zeros((0, next(iter(vectors.values())).shape[0]), np.float32)
+
+
+def _weigh(found: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
+    return np.asarray(sum(np.float32(weight) * found[name] for name, weight in weights.items() if weight), np.float32)
+
+
+def standardize(values: Floats, among: Floats | None = None) -> Floats:
+    """Return standard scores by row, over `among` where given; 0 where all values of a row are alike."""
+    base = values if among is None else among
+    deviation = base.std(axis=1, keepdims=True, dtype=np.float64)
+    centred = values - base.mean(axis=1, keepdims=True, dtype=np.float64)
+    return np.where(deviation > _FLAT, centred / np.maximum(deviation, _FLAT), 0.0).astype(np.float32)
+
+
+def _compare(queries: Vectors, vectors: Vectors) -> Floats:
+    product: Any = queries @ vectors.T  # (Q, D) @ (D, X) -> (Q, X)
+    return np.asarray(dense(product), np.float32)
+
+
+def _measure_hubness(scores: Floats) -> Floats:
+    """Return half the mean of the ten largest scores that each column has for others' queries; 0 without queries."""
+    if not len(scores):
+        return np.zeros(scores.shape[1], np.float32)
+    nearest = min(_NEAREST, len(scores))
+    return np.asarray(np.partition(scores, len(scores) - nearest, axis=0)[-nearest:].mean(axis=0) / 2, np.float32)
+
+
+# --- queries with known answers, and the choice of weights ------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TextQueries:
+    """Bundles that are asked for by their intents.
+
+    Attributes:
+        texts: (Q) the intents. targets: (Q,) the place of the right bundle among the candidates. groups: (Q,) of whom.
+        candidates: the item rows of each distinct bundle.
+    """
+
+    texts: tuple[str, ...]
+    targets: NDArray[np.int64]
+    groups: NDArray[np.str_]
+    candidates: tuple[Rows, ...]
+
+    @classmethod
+    def of(cls, bundles: Bundles, rows: Rows, among: Rows | None = None) -> TextQueries:
+        """Ask for the bundles of some rows by their intents; those without one are left out.
+
+        Args:
+            among: rows of the candidates, `rows` included; None for all bundles.
+        """
+        kept = np.arange(len(bundles)) if among is None else np.unique(among)
+        first, numbers = find_distinct([bundles.items[row] for row in kept])
+        asked = [int(row) for row in rows if bundles.intents[row]]
+        return cls(
+            tuple(bundles.intents[row] or "" for row in asked),
+            numbers[np.searchsorted(kept, asked)],
+            np.array([bundles.groups[row] for row in asked], np.str_),
+            tuple(bundles.items[kept[place]] for place in first),
+        )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def list_intents(bundles: Bundles, rows: Rows | None = None) -> list[str]:
+    """Return the intents of bundles, or of some rows of them, where they have one."""
+    some = range(len(bundles)) if rows is None else rows
+    return [intent for row in some if (intent := bundles.intents[row])]
+
+
+def find_distinct(bundles: Sequence[Rows]) -> tuple[list[int], NDArray[np.int64]]:
+    """Number bundles by what they hold: the place where each distinct item set occurs first, and the number of each."""
+    numbers: dict[frozenset[int], int] = {}
+    first: list[int] = []
+    for place, rows in enumerate(bundles):
+        if numbers.setdefault(frozenset(rows.tolist()), len(first)) == len(first):
+            first.append(place)
+    return first, np.array([numbers[frozenset(rows.tolist())] for rows in bundles], np.int64)
+
+
+def select_weights(views: Mapping[str, View], valid: TextQueries, asked: Sequence[str]) -> dict[str, float]:
+    """Choose the weights of the views on validation queries; the usual ones where there are none.
+
+    Tries other shares of the words, and tuned encoders beside or in place of the frozen one. What is best by MRR is
+    taken only where it is above the usual weights by more than one standard error of the difference, for few queries
+    tell such weights apart by luck.
+
+    Args:
+        valid: validation queries; tuned encoders must not have seen their bundles.
+        asked: queries of others, of training bundles.
+    Source: Breiman et al. 1984, 3.4.3 (one standard error).
+    """
+    usual = _check_weights(views, None)
+    if not len(valid):
+        return usual
+    kept = _sample_asked(asked)
+    pooled = {name: view.pool(valid.candidates) for name, view in views.items()}
+    own = {name: standardize(_compare(view.encode(valid.texts), pooled[name])) for name, view in views.items()}
+    others = {name: standardize(_compare(view.encode(kept), pooled[name])) for name, view in views.items() if kept}
+
+    def measure(weights: Mapping[str, float]) -> NDArray[np.float64]:
+        scores = _weigh(own, weights)
+        if others:
+            scores = scores - _measure_hubness(_weigh(others, weights))
+        return metrics.per_query(metrics.midranks(scores, valid.targets), "mrr")
+
+    plain = measure(usual)
+    best, most = usual, 0.0
+    for weights in _list_weights(views):
+        gain = measure(weights) - plain
+        if gain.mean() > most and gain.mean() > _find_error(gain, valid.groups):
+            best, most = weights, float(gain.mean())
+    return _check_weights(views, best)
+
+
+def _list_weights(views: Mapping[str, View]) -> list[dict[str, float]]:
+    """Name the weights that validation chooses from."""
+    usual = {name: weight for name, weight in _WEIGHTS.items() if name in views}
+    tuned = [name for name in views if name not in _WEIGHTS]
+    found = [{**usual, WORDS: share} for share in _WORD_SHARES] if WORDS in views else []
+    for name, share in itertools.product(tuned, _TUNED_SHARES):
+        found.append({**usual, name: share})
+        found += [{**usual, replaced: 0.0, name: share} for replaced in (FROZEN_TITLE, FROZEN_ALL) if share]
+    return found
+
+
+def _find_error(values: NDArray[np.float64], groups: NDArray[np.str_]) -> float:
+    """Return the standard error of a mean over queries that come in groups: (Q,) values, (Q,) groups."""
+    codes = np.unique(groups, return_inverse=True)[1]
+    centred = np.bincount(codes, weights=values - values.mean())
+    return float(np.sqrt(np.square(centred).sum()) / len(values))
