@@ -199,12 +199,8 @@ class OneHot:
 def test_a_tuned_encoder_counts_where_validation_prefers_it(wrong: float, taken: bool) -> None:
     base = np.eye(60, dtype=np.float32)
     views = {FROZEN_TITLE: OneHot(base, 0.6), FROZEN_ALL: OneHot(base, 0.6), "tuned": OneHot(base, wrong)}
-    valid = TextQueries(
-        tuple(map(str, range(60))),
-        np.arange(60),
-        np.arange(60).astype(str),
-        tuple(np.array([row]) for row in range(60)),
-    )
+    every = np.arange(60)
+    valid = TextQueries(tuple(map(str, every)), every, every.astype(str), tuple(np.array([row]) for row in every))
     chosen = select_weights(views, valid, [])
     assert ("tuned" in chosen) == taken
     none = TextQueries((), np.arange(0), np.array([], str), ())

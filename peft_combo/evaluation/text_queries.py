@@ -165,8 +165,8 @@ def check_intents(dataset: Dataset, rows: NDArray[np.integer[Any]]) -> None:
     if not list_intents(dataset.bundles, rows):
         raise DataError(
             f"None of {len(rows):,} test bundles of {dataset.name!r} says what it is for, so there is no query. "
-            "Expected an intent in words for each: in a data folder the column intent of bundle_meta (bundle_id,intent), "
-            "or name where there are no intents; in BundleRec's layout bundle_intent.csv."
+            "Expected an intent in words for each: in a data folder the column intent of bundle_meta "
+            "(bundle_id,intent), or name where there are no intents; in BundleRec's layout bundle_intent.csv."
         )
 
 

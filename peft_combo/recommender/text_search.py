@@ -28,6 +28,7 @@ from peft_combo import metrics
 from peft_combo.data.model import Bundles, Catalog, Dataset
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
+from peft_combo.machine import row_blocks
 from peft_combo.scoring.base import State, Vectors, dense, unit_rows
 from peft_combo.scoring.text import Tfidf, cut_plurals
 
@@ -194,7 +195,7 @@ class TextSearch:
         kept = _sample_asked(asked)
         others = {name: views[name].encode(kept) for name in chosen} if kept else {}
         items = {name: views[name].items for name in chosen}
-        return cls(views, chosen, kept, others, _measure_hubness(_sum_views(chosen, others, items, items)))
+        return cls(views, chosen, kept, others, _find_hubness(chosen, others, items, items))
 
     def score_items(self, queries: Sequence[str]) -> Floats:
         """Score every item for each query, (Q, N); higher is better."""
@@ -209,7 +210,7 @@ class TextSearch:
         """
         vectors = {name: self.views[name].pool(bundles) for name in self.weights}
         base = vectors if among is None else among.vectors
-        return BundleIndex(vectors, _measure_hubness(_sum_views(self.weights, self.others, vectors, base)))
+        return BundleIndex(vectors, _find_hubness(self.weights, self.others, vectors, base))
 
     def score_bundles(self, queries: Sequence[str], index: BundleIndex, among: BundleIndex | None = None) -> Floats:
         """Score bundles for each query, (Q, B); higher is better.
@@ -273,12 +274,12 @@ def _sum_views(
     weights: Mapping[str, float], queries: Mapping[str, Vectors], vectors: Mapping[str, Vectors],
     among: Mapping[str, Vectors],
 ) -> Floats:  # fmt: skip
-    """Sum the standard scores of the views by their weights; no rows where there are no queries."""
+    """Sum the standard scores of the views by their weights: (Q, X)."""
     found = {}
     for name, asked in queries.items():
         own = _compare(asked, vectors[name])
         found[name] = standardize(own, own if vectors is among else _compare(asked, among[name]))
-    return _weigh(found, weights) if found else np.zeros((0, next(iter(vectors.values())).shape[0]), np.float32)
+    return _weigh(found, weights)
 
 
 def _weigh(found: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
@@ -288,9 +289,10 @@ def _weigh(found: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
 def standardize(values: Floats, among: Floats | None = None) -> Floats:
     """Return standard scores by row, over `among` where given; 0 where all values of a row are alike."""
     base = values if among is None else among
+    mean = base.mean(axis=1, keepdims=True, dtype=np.float64)
     deviation = base.std(axis=1, keepdims=True, dtype=np.float64)
-    centred = values - base.mean(axis=1, keepdims=True, dtype=np.float64)
-    return np.where(deviation > _FLAT, centred / np.maximum(deviation, _FLAT), 0.0).astype(np.float32)
+    scale = np.where(deviation > _FLAT, 1 / np.maximum(deviation, _FLAT), 0.0)
+    return np.asarray((values - mean.astype(np.float32)) * scale.astype(np.float32), np.float32)
 
 
 def _compare(queries: Vectors, vectors: Vectors) -> Floats:
@@ -298,12 +300,33 @@ def _compare(queries: Vectors, vectors: Vectors) -> Floats:
     return np.asarray(dense(product), np.float32)
 
 
+def _find_hubness(
+    weights: Mapping[str, float], others: Mapping[str, Vectors], vectors: Mapping[str, Vectors],
+    among: Mapping[str, Vectors],
+) -> Floats:  # fmt: skip
+    """Return half the mean of the ten largest scores that each of X items or bundles has for others' queries: (X,).
+
+    A block of queries at a time; 0 where there are none.
+    """
+    asked = next((one.shape[0] for one in others.values()), 0)
+    size = next(iter(vectors.values())).shape[0]
+    largest = np.zeros((0, size), np.float32)
+    for block in row_blocks(asked, size):
+        part: dict[str, Any] = {name: one[block] for name, one in others.items()}
+        largest = _keep_largest(np.concatenate([largest, _sum_views(weights, part, vectors, among)]))
+    return _measure_hubness(largest)
+
+
 def _measure_hubness(scores: Floats) -> Floats:
-    """Return half the mean of the ten largest scores that each column has for others' queries; 0 without queries."""
+    """Return half the mean of the ten largest of each column, (R, X) -> (X,); 0 without rows."""
     if not len(scores):
         return np.zeros(scores.shape[1], np.float32)
-    nearest = min(_NEAREST, len(scores))
-    return np.asarray(np.partition(scores, len(scores) - nearest, axis=0)[-nearest:].mean(axis=0) / 2, np.float32)
+    return np.asarray(_keep_largest(scores).mean(axis=0) / 2, np.float32)
+
+
+def _keep_largest(scores: Floats) -> Floats:
+    kept = min(_NEAREST, len(scores))
+    return np.partition(scores, len(scores) - kept, axis=0)[len(scores) - kept :]
 
 
 # --- queries with known answers, and the choice of weights ------------------------------------------------------------
