@@ -202,8 +202,7 @@ class BundleRecommender:
 
         Args:
             bundles: outside ids; each holds `items` and at least one more.
-            user, query: for whom, and what is looked for in words; with neither, what counts is how well the items go
-                together.
+            user: for whom. query: what is looked for, in words. Without both, what counts is how well items go together.
             explain: as for `compose`.
         Raises:
             DataError: an id is not known, the query is empty, or a bundle lacks an item of `items` or has none beside
