@@ -6,8 +6,8 @@
 
 PATH holds `bundlerec/clothing` and `bundlerec/electronic`; `--data-root` says the same. For each data set and split
 `evaluation.evaluate_queries`, on the validation bundles or, once, on the test bundles. The table shows means over the
-queries of all splits; intervals and p are of users over these. With `--tune` the shipped recipe is tuned on each split's
-training bundles first, and its encoder joins.
+queries of all splits; intervals and p are of users over these. With `--tune` the shipped recipe is tuned on the
+training bundles of each split first, and its encoder joins.
 """
 
 from __future__ import annotations

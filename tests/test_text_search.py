@@ -21,7 +21,6 @@ from peft_combo.recommender.text_search import (
     WordView,
     describe_items,
     find_distinct,
-    list_intents,
     select_weights,
 )
 from peft_combo.scoring.base import dense
@@ -118,40 +117,11 @@ def test_a_bundle_is_compared_as_a_whole(views: dict[str, View]) -> None:
 
 def test_given_bundles_score_as_they_would_among_those_that_are_known(views: dict[str, View]) -> None:
     search = TextSearch.of(views)
-    index = search.index_bundles(ROWS)
-    scores = search.score_bundles(["beach", "usb"], index)
+    pooled = search.pool_bundles(ROWS)
+    scores = search.score_bundles(["beach", "usb"], pooled)
     assert scores.argmax(axis=1).tolist() == [0, 2]
-    given = search.index_bundles(ROWS[1:3], index)
-    np.testing.assert_allclose(search.score_bundles(["beach", "usb"], given, index), scores[:, 1:3], atol=1e-5)
-
-
-def test_what_many_ask_for_is_held_against_an_item(views: dict[str, View]) -> None:
-    """Sixty others ask for beach towels in sixty ways; without them, nobody knows."""
-    asked = [f"beach towel {number}" for number in range(60)]
-    plain, known = TextSearch.of(views), TextSearch.of(views, asked=asked)
-    assert TextSearch.of(views, asked=asked[:49]).asked == ()
-    assert TextSearch.of(views, asked=asked * 2).asked == known.asked
-    assert len(known.asked) == 60
-    assert known.hubness.argmax() == 2
-    less = plain.score_items(["beach shorts"]) - known.score_items(["beach shorts"])
-    np.testing.assert_allclose(less[0], known.hubness, atol=1e-5)
-    # Half the mean of the ten nearest of the others' queries.
-    nearest = np.sort(plain.score_items(known.asked), axis=0)[-10:].mean(axis=0)
-    np.testing.assert_allclose(known.hubness, nearest / 2, atol=1e-5)
-    index = known.index_bundles(ROWS)
-    assert index.hubness.argmax() == 0
-
-
-def test_a_search_is_rebuilt_from_its_state(views: dict[str, View]) -> None:
-    made = TextSearch.of(views, {WORDS: 1.0, FROZEN_ALL: 0.5}, [f"coat {number}" for number in range(60)])
-    arrays, params = made.state()
-    again = TextSearch.from_state(views, arrays, params)
-    assert (again.weights, again.asked) == (made.weights, made.asked)
-    np.testing.assert_array_equal(again.score_items(["wool"]), made.score_items(["wool"]))
-    np.testing.assert_array_equal(again.index_bundles(ROWS).hubness, made.index_bundles(ROWS).hubness)
-    for name in arrays:
-        with pytest.raises(ValueError, match="other items or another encoder"):
-            TextSearch.from_state(views, {**arrays, name: arrays[name][:-1]}, params)
+    given = search.pool_bundles(ROWS[1:3])
+    np.testing.assert_allclose(search.score_bundles(["beach", "usb"], given, pooled), scores[:, 1:3], atol=1e-5)
 
 
 @pytest.mark.parametrize("weights", [{"strange": 1.0}, {WORDS: -1.0}, {WORDS: 0.0}, {WORDS: np.inf}, {}])
@@ -171,7 +141,6 @@ def test_bundles_that_hold_the_same_items_are_one(bundles: Bundles) -> None:
     few = TextQueries.of(bundles, np.array([3, 4]), among=np.array([1, 3, 4]))
     assert [rows.tolist() for rows in few.candidates] == [[0, 1], [3, 2], [1]]
     assert few.targets.tolist() == [1, 2]
-    assert list_intents(bundles, np.array([2, 4])) == ["winter"]
 
 
 def test_a_category_is_read_once(catalog: Catalog) -> None:
@@ -201,7 +170,7 @@ def test_a_tuned_encoder_counts_where_validation_prefers_it(wrong: float, taken:
     views = {FROZEN_TITLE: OneHot(base, 0.6), FROZEN_ALL: OneHot(base, 0.6), "tuned": OneHot(base, wrong)}
     every = np.arange(60)
     valid = TextQueries(tuple(map(str, every)), every, every.astype(str), tuple(np.array([row]) for row in every))
-    chosen = select_weights(views, valid, [])
+    chosen = select_weights(views, valid)
     assert ("tuned" in chosen) == taken
     none = TextQueries((), np.arange(0), np.array([], str), ())
-    assert select_weights(views, none, []) == {FROZEN_TITLE: 1.0, FROZEN_ALL: 1.0}
+    assert select_weights(views, none) == {FROZEN_TITLE: 1.0, FROZEN_ALL: 1.0}

@@ -26,17 +26,16 @@ from peft_combo.recommender.text_search import (
     TextSearch,
     View,
     WordView,
-    list_intents,
     select_weights,
 )
 
 PROTOCOL = (
     "The query is the intent of a held-out bundle. Every bundle of the data is a candidate, those that hold the same "
     "items counting as one, ties at mid-rank; R@1, R@10 and MRR rank the one bundle whose intent it is. Items: the "
-    "share of its items among the first 10, 20 and 50 of the whole catalogue, ties counting in part. Nothing is fitted "
-    "on test bundles or their intents: the chosen search has weights chosen on validation intents, and holds against a "
-    "bundle or item what intents of training bundles are near to (CSLS). 95 % intervals by bootstrap over groups; p by "
-    "paired permutation of groups, two-sided, of the difference to TF-IDF title."
+    "share of its items among the first 10, 20 and 50 of the whole catalogue, ties counting in part. A search "
+    "reads texts alone, never which bundles train knows; the weights of the chosen one are chosen on validation "
+    "intents. 95 % intervals by bootstrap over groups; p by paired permutation of groups, two-sided, of the difference "
+    "to TF-IDF title."
 )
 BASELINE, BOTH, CHOSEN = "TF-IDF title", "frozen and words", "chosen"
 LABELS = {WORDS: "TF-IDF title and category", FROZEN_TITLE: FROZEN_TITLE, FROZEN_ALL: FROZEN_ALL}
@@ -65,8 +64,7 @@ class QueryReport:
     """What an evaluation of text queries found.
 
     Attributes:
-        counts: queries, their groups, candidates (bundles of distinct item sets), items, validation queries, and
-            training queries that hubness is measured by.
+        counts: queries, their groups, candidates (bundles of distinct item sets), items, validation queries.
         rows: in the order of the table. weights: of the chosen search, by view.
         per_query: by row and value, (Q,); groups: (Q,). For further tests; not part of the JSON.
     """
@@ -133,10 +131,7 @@ def evaluate_queries(
     valid = TextQueries.of(dataset.bundles, parts.valid, among=np.concatenate([parts.train, parts.valid]))
     if not len(valid):
         notes.append("no validation bundle has an intent: the weights of the views are not chosen but the usual ones")
-    asked = list_intents(dataset.bundles, parts.train)
-    chosen = TextSearch.of(views, select_weights(views, valid, asked), asked)
-    if not chosen.asked:
-        notes.append(f"{len(set(asked))} training intents are too few to tell what many queries are near to")
+    chosen = TextSearch.of(views, select_weights(views, valid))
     searches = {BASELINE: TextSearch.of({WORDS: WordView.of(dataset.texts, str)})}
     searches |= {LABELS.get(name, f"tuned {name}"): TextSearch.of(views, {name: 1.0}) for name in views}
     searches |= {BOTH: TextSearch.of(views), CHOSEN: chosen}
@@ -147,7 +142,6 @@ def evaluate_queries(
         "candidates": len(wanted.candidates),
         "items": len(dataset.catalog),
         "validation queries": len(valid),
-        "training queries": len(chosen.asked),
     }
     lines = tuple(_make_row(name, own, found[BASELINE], wanted.groups, seed) for name, own in found.items())
     return QueryReport(
@@ -162,7 +156,7 @@ def check_intents(dataset: Dataset, rows: NDArray[np.integer[Any]]) -> None:
     Raises:
         DataError: no bundle of these rows has an intent.
     """
-    if not list_intents(dataset.bundles, rows):
+    if not any(dataset.bundles.intents[row] for row in rows):
         raise DataError(
             f"None of {len(rows):,} test bundles of {dataset.name!r} says what it is for, so there is no query. "
             "Expected an intent in words for each: in a data folder the column intent of bundle_meta "
@@ -172,12 +166,12 @@ def check_intents(dataset: Dataset, rows: NDArray[np.integer[Any]]) -> None:
 
 def _measure(search: TextSearch, wanted: TextQueries, n_items: int) -> dict[str, NDArray[np.float64]]:
     """Measure a search query by query: by `VALUES`, (Q,)."""
-    index = search.index_bundles(wanted.candidates)
+    pooled = search.pool_bundles(wanted.candidates)
     ranks = np.empty(len(wanted))
     shares = np.empty((len(wanted), len(DEPTHS)))
     for block in row_blocks(len(wanted), max(n_items, len(wanted.candidates))):
         texts = wanted.texts[block]
-        ranks[block] = metrics.midranks(search.score_bundles(texts, index), wanted.targets[block])
+        ranks[block] = metrics.midranks(search.score_bundles(texts, pooled), wanted.targets[block])
         scores = search.score_items(texts)
         for place, own in zip(range(block.start, block.stop), scores, strict=True):
             shares[place] = _share_found(own, wanted.candidates[wanted.targets[place]])

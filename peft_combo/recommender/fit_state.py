@@ -26,7 +26,7 @@ from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
 from peft_combo.recommender.scorer_id import RANDOM, ScorerId
-from peft_combo.recommender.text_search import TextQueries, TextSearch, build_views, list_intents, select_weights
+from peft_combo.recommender.text_search import TextQueries, TextSearch, build_views, select_weights
 
 # Validation queries that settings and weights are chosen on.
 _QUERIES = 2_000
@@ -129,12 +129,11 @@ def _choose_search(
     dataset: Dataset, parts: Split, bank: AdapterBank, side: TextSide, cache: VectorCache | None,
     progress: Callable[[int], None] | None,
 ) -> TextSearch:  # fmt: skip
-    """Choose the weights of the text search on validation intents; what others ask are then the intents of all."""
+    """Choose the weights of the text search on validation intents."""
     tuned = {name: own for name, (own, _) in side.tuned.items()}
     views = build_views(dataset, bank, side.frozen, tuned, cache, progress)
     valid = TextQueries.of(dataset.bundles, parts.valid, among=np.concatenate([parts.train, parts.valid]))
-    weights = select_weights(views, valid, list_intents(dataset.bundles, parts.train))
-    return TextSearch.of(views, weights, list_intents(dataset.bundles))
+    return TextSearch.of(views, select_weights(views, valid))
 
 
 def _leakage_notes(side: TextSide, dataset: Dataset, parts: Split) -> list[str]:

@@ -6,7 +6,6 @@ cache, adapters in their store, items and bundles in the data; a folder names al
     fitted/
       recommender.json      everything but arrays; written last
       scorer-0.safetensors  what a scorer learned
-      search.safetensors    what others ask, and how near each item is to it
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import Kind, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorView, build_views
-from peft_combo.scoring import Scorer, State, load_scorer
+from peft_combo.scoring import Scorer, load_scorer
 
 FORMAT = 3
 _READ = (2, FORMAT)  # format 2 knew of no text search: a query was compared with titles by the frozen encoder alone
@@ -66,7 +65,7 @@ class _ScorerFile(_Stored):
     parameters: the second half of `Scorer.state`.
     """
 
-    file: str = Field(pattern=r"\A(scorer-[0-9]{1,3}|search)\.safetensors\z")
+    file: str = Field(pattern=r"\Ascorer-[0-9]{1,3}\.safetensors\z")
     sha256: str
     parameters: dict[str, JsonValue]
 
@@ -83,7 +82,7 @@ class _RecommenderManifest(_Stored):
     calibration: dict[str, JsonValue] | None
     text_side: str
     weights: dict[str, float]
-    search: _ScorerFile | None = None
+    search: dict[str, float] | None = None
     weighed_past: bool
     scorers: dict[str, _ScorerFile]
     notes: tuple[str, ...]
@@ -103,24 +102,17 @@ def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None
             files: dict[str, _ScorerFile] = {}
             for scorer, fitted in recommender.state.serving.items():
                 if isinstance(fitted, FittedScorer | TextRanker):
-                    learned = (fitted.scorer if isinstance(fitted, FittedScorer) else fitted).state()
-                    files[str(scorer)] = _write_state(staged.path / f"scorer-{len(files)}.safetensors", learned)
-            search = _write_state(staged.path / "search.safetensors", recommender.state.search.state())
-            content = _build_manifest(recommender, files, search).model_dump(mode="json")
+                    arrays, parameters = (fitted.scorer if isinstance(fitted, FittedScorer) else fitted).state()
+                    path = staged.path / f"scorer-{len(files)}.safetensors"
+                    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
+                    files[str(scorer)] = _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
+            content = _build_manifest(recommender, files).model_dump(mode="json")
             staged.manifest = (_MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
     except OSError as error:
         raise DataError(f"The recommender cannot be written to {folder}: {error.strerror or error}.") from error
 
 
-def _write_state(path: Path, state: State) -> _ScorerFile:
-    arrays, parameters = state
-    save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, path)
-    return _ScorerFile(file=path.name, sha256=_sha256(path), parameters=parameters)
-
-
-def _build_manifest(
-    recommender: BundleRecommender, files: dict[str, _ScorerFile], search: _ScorerFile
-) -> _RecommenderManifest:
+def _build_manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile]) -> _RecommenderManifest:
     state = recommender.state
     calibrations = [
         one.calibration.state()
@@ -133,7 +125,7 @@ def _build_manifest(
         adapters={one.reference: one.digest for one in state.adapters},
         settings={str(scorer): setting for scorer, setting in state.settings.items()},
         fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
-        text_side=str(state.text_scorer or ""), weights=asdict(state.weights), search=search,
+        text_side=str(state.text_scorer or ""), weights=asdict(state.weights), search=dict(state.search.weights),
         weighed_past=state.neighbours is None, scorers=files, notes=state.notes,
     )  # fmt: skip
 
@@ -276,8 +268,7 @@ def _rebuild(
         search = TextSearch.of({FROZEN_TITLE: VectorView(side.frozen, lambda texts: bank.encode(list(texts), None))})
     else:
         tuned = {name: own for name, (own, _) in side.tuned.items()}
-        views = build_views(dataset, bank, side.frozen, tuned, cache, progress)
-        search = TextSearch.from_state(views, *_read_state(folder, manifest.search))
+        search = TextSearch.of(build_views(dataset, bank, side.frozen, tuned, cache, progress), manifest.search)
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
         ObjectiveWeights(**manifest.weights), search, manifest.split, manifest.notes,

@@ -36,7 +36,8 @@ from peft_combo.recommender.query_items import QueryMatch, apply_matches, match_
 from peft_combo.recommender.results import BundleMatch, Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import TEXT_RANKER, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
-from peft_combo.recommender.text_search import BundleIndex, find_distinct
+from peft_combo.recommender.text_search import find_distinct
+from peft_combo.scoring.base import Vectors
 
 # A user is described by so many of the items taken last; older ones say more about a past than about a next purchase.
 _HISTORY = 5
@@ -202,7 +203,8 @@ class BundleRecommender:
 
         Args:
             bundles: outside ids; each holds `items` and at least one more.
-            user: for whom. query: what is looked for, in words. Without both, what counts is how well items go together.
+            user: for whom. query: what is looked for, in words. Without either, it is how well the items go together
+                that counts.
             explain: as for `compose`.
         Raises:
             DataError: an id is not known, the query is empty, or a bundle lacks an item of `items` or has none beside
@@ -249,18 +251,18 @@ class BundleRecommender:
         _check_count(k)
         _check_query(query)
         catalog, known = self.dataset.catalog, self.dataset.bundles
-        search, (distinct, index) = self.state.search, self._known_bundles
+        search, (distinct, pooled) = self.state.search, self._known_bundles
         found: list[tuple[str | None, NDArray[Any], str | None]]
         if bundles is None:
             found = [(known.bundle_ids[row], known.items[row], known.names[row]) for row in distinct]
-            scores = search.score_bundles([query], index)[0]
+            scores = search.score_bundles([query], pooled)[0]
         else:
             if any(not bundle for bundle in bundles):
                 raise DataError("Expected bundles with items, found an empty one.")
             given = [self._find_rows(bundle) for bundle in bundles]
             found = [(None, rows, None) for rows in given]
-            among = index if len(distinct) > 1 else None
-            scores = search.score_bundles([query], search.index_bundles(given, among), among)[0]
+            among = pooled if len(distinct) > 1 else None
+            scores = search.score_bundles([query], search.pool_bundles(given), among)[0]
         matches = []
         for place in select_largest(scores, k):
             bundle_id, rows, name = found[place]
@@ -269,11 +271,11 @@ class BundleRecommender:
         return matches
 
     @cached_property
-    def _known_bundles(self) -> tuple[list[int], BundleIndex]:
+    def _known_bundles(self) -> tuple[list[int], dict[str, Vectors]]:
         """The rows of the dataset's distinct bundles, ready to be searched."""
         items = self.dataset.bundles.items
         distinct, _ = find_distinct(items)
-        return distinct, self.state.search.index_bundles([items[row] for row in distinct])
+        return distinct, self.state.search.pool_bundles([items[row] for row in distinct])
 
     # Ids become rows.
 

@@ -5,13 +5,12 @@ of users, of what goes together, or of how an encoder was tuned.
 
 Each view v compares a query with an item, or with a bundle as a whole, by a cosine a_v. The score is a weighted sum of
 standard scores over the items or the bundles x that are searched, so that no view counts for more because its numbers
-are larger; what many other people's queries are near to is held against it:
+are larger:
 
-    s(q, x) = sum over v of w_v (a_v(q, x) - mean a_v(q, .)) / deviation a_v(q, .)
-    score   = s(q, x) - 1/2 mean of the ten largest s(r, x), r the queries that others asked
+    score(q, x) = sum over v of w_v (a_v(q, x) - mean a_v(q, .)) / deviation a_v(q, .)
 
-Weights are the same everywhere unless validation queries clearly prefer others.
-Source: Fox and Shaw 1994 (CombSUM); Conneau et al. 2018, "Word translation without parallel data", 2.3 (CSLS, k = 10).
+Weights are the same everywhere unless validation queries clearly prefer others; nothing else is learned of bundles.
+Source: Fox and Shaw 1994 (CombSUM); Salton and Buckley 1988 (TF-IDF).
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from peft_combo import metrics
 from peft_combo.data.model import Bundles, Catalog, Dataset
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
-from peft_combo.machine import row_blocks
-from peft_combo.scoring.base import State, Vectors, dense, unit_rows
+from peft_combo.scoring.base import Vectors, dense, unit_rows
 from peft_combo.scoring.text import Tfidf, cut_plurals
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -41,9 +39,7 @@ WORDS, FROZEN_TITLE, FROZEN_ALL = "words", "frozen title", "frozen title and cat
 # electronics (docs/quality.md) R@10 .374 and .340; words at 3/4, 1/4 and 0: .371, .368 and .336; .339, .344 and .310.
 _WEIGHTS = {WORDS: 0.5, FROZEN_TITLE: 1.0, FROZEN_ALL: 1.0}
 # What validation may choose for a tuned encoder, and for the words.
-_TUNED_SHARES, _WORD_SHARES = (0.0, 0.5, 1.0), (0.25, 0.5, 1.0)
-# Queries of others that hubness is measured by: so many at most, and none where there are fewer than the least.
-_MOST_ASKED, _LEAST_ASKED, _NEAREST = 512, 50, 10
+_TUNED_SHARES, _WORD_SHARES = (0.5, 1.0), (0.25, 1.0)
 _FLAT = 1e-6  # a view whose cosines all lie closer together says nothing of this query
 
 
@@ -157,133 +153,59 @@ def describe_items(catalog: Catalog, template: str) -> list[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class BundleIndex:
-    """Bundles that can be searched: by view their vectors (B, D), and how near each is to what others ask (B,)."""
-
-    vectors: Mapping[str, Vectors]
-    hubness: Floats
-
-
-@dataclass(frozen=True, eq=False)
 class TextSearch:
     """Items and bundles for a text; safe to share between threads.
 
     Attributes:
         views: by name. weights: above 0; a view that has none is not asked.
-        asked: queries of others, and by view what they are encoded to; none where too few are known.
-        hubness: (N,) how near each item is to these.
     """
 
     views: Mapping[str, View]
     weights: Mapping[str, float]
-    asked: tuple[str, ...]
-    others: Mapping[str, Vectors]
-    hubness: Floats
 
     @classmethod
-    def of(
-        cls, views: Mapping[str, View], weights: Mapping[str, float] | None = None, asked: Sequence[str] = ()
-    ) -> TextSearch:
+    def of(cls, views: Mapping[str, View], weights: Mapping[str, float] | None = None) -> TextSearch:
         """Weigh some views, as ever where nothing is said of weights.
 
-        Args:
-            asked: what other people asked; few count as none, of many a sample is taken.
         Raises:
             ValueError: a weight is of no view, negative or not finite, or no view has one.
         """
-        chosen = _check_weights(views, weights)
-        kept = _sample_asked(asked)
-        others = {name: views[name].encode(kept) for name in chosen} if kept else {}
-        items = {name: views[name].items for name in chosen}
-        return cls(views, chosen, kept, others, _find_hubness(chosen, others, items, items))
+        given = {name: weight for name, weight in _WEIGHTS.items() if name in views} if weights is None else weights
+        strange = [name for name, weight in given.items() if name not in views or not 0 <= weight < np.inf]
+        if strange or not any(given.values()):
+            known = ", ".join(views)
+            raise ValueError(f"weights of a text search: expected numbers >= 0 of {known}, found {dict(given)}.")
+        return cls(views, {name: float(weight) for name, weight in given.items() if weight > 0})
 
     def score_items(self, queries: Sequence[str]) -> Floats:
         """Score every item for each query, (Q, N); higher is better."""
         items = {name: self.views[name].items for name in self.weights}
-        return _sum_views(self.weights, self._encode(queries), items, items) - self.hubness
+        return self._sum_views(queries, items, items)
 
-    def index_bundles(self, bundles: Sequence[Rows], among: BundleIndex | None = None) -> BundleIndex:
-        """Make bundles ready to be searched, from the rows of their items.
+    def pool_bundles(self, bundles: Sequence[Rows]) -> dict[str, Vectors]:
+        """Return what `score_bundles` reads of B bundles, from the rows of their items: by view (B, D)."""
+        return {name: self.views[name].pool(bundles) for name in self.weights}
 
-        Args:
-            among: bundles that they are to be measured by; None takes themselves.
-        """
-        vectors = {name: self.views[name].pool(bundles) for name in self.weights}
-        base = vectors if among is None else among.vectors
-        return BundleIndex(vectors, _find_hubness(self.weights, self.others, vectors, base))
-
-    def score_bundles(self, queries: Sequence[str], index: BundleIndex, among: BundleIndex | None = None) -> Floats:
+    def score_bundles(
+        self, queries: Sequence[str], pooled: Mapping[str, Vectors], among: Mapping[str, Vectors] | None = None
+    ) -> Floats:
         """Score bundles for each query, (Q, B); higher is better.
 
         Args:
-            among: as they were indexed.
+            pooled: of `pool_bundles`. among: of the bundles that mean and deviation are taken over; None takes those
+                that are scored.
         """
-        base = index.vectors if among is None else among.vectors
-        return _sum_views(self.weights, self._encode(queries), index.vectors, base) - index.hubness
+        return self._sum_views(queries, pooled, pooled if among is None else among)
 
-    def state(self) -> State:
-        """Return what `from_state` needs beside the views: arrays, and parameters as JSON values."""
-        arrays: dict[str, NDArray[Any]] = {
-            f"asked {name}": own for name, own in self.others.items() if isinstance(own, np.ndarray)
-        }
-        return {**arrays, "hubness": self.hubness}, {"weights": dict(self.weights), "asked": list(self.asked)}
-
-    @classmethod
-    def from_state(
-        cls, views: Mapping[str, View], arrays: Mapping[str, NDArray[Any]], params: Mapping[str, Any]
-    ) -> TextSearch:
-        """Rebuild a search over the views it was made of.
-
-        Raises:
-            ValueError: the state is not one of these views. KeyError: a part of it is missing.
-        """
-        chosen, asked = _check_weights(views, params["weights"]), tuple(params["asked"])
-        hubness = np.asarray(arrays["hubness"], np.float32)
-        others: dict[str, Vectors] = {}
-        for name in chosen if asked else ():
-            key = f"asked {name}"
-            others[name] = np.asarray(arrays[key], np.float32) if key in arrays else views[name].encode(asked)
-        shapes = [(len(asked), views[name].items.shape[1]) for name in others]
-        if [one.shape for one in others.values()] != shapes or any(
-            hubness.shape != views[name].items.shape[:1] for name in chosen
-        ):
-            raise ValueError("the text search was stored for other items or another encoder")
-        return cls(views, chosen, asked, others, hubness)
-
-    def _encode(self, queries: Sequence[str]) -> dict[str, Vectors]:
-        return {name: self.views[name].encode(queries) for name in self.weights}
-
-
-def _check_weights(views: Mapping[str, View], weights: Mapping[str, float] | None) -> dict[str, float]:
-    """Return the weights above 0, the usual ones of the views that are there where none are given."""
-    given = {name: weight for name, weight in _WEIGHTS.items() if name in views} if weights is None else weights
-    strange = [name for name, weight in given.items() if name not in views or not 0 <= weight < np.inf]
-    if strange or not any(given.values()):
-        raise ValueError(f"weights of a text search: expected numbers >= 0 of {', '.join(views)}, found {dict(given)}.")
-    return {name: float(weight) for name, weight in given.items() if weight > 0}
-
-
-def _sample_asked(asked: Sequence[str]) -> tuple[str, ...]:
-    distinct = sorted(set(asked))
-    if len(distinct) < _LEAST_ASKED:
-        return ()
-    return tuple(distinct[place] for place in np.random.default_rng(0).permutation(len(distinct))[:_MOST_ASKED])
-
-
-def _sum_views(
-    weights: Mapping[str, float], queries: Mapping[str, Vectors], vectors: Mapping[str, Vectors],
-    among: Mapping[str, Vectors],
-) -> Floats:  # fmt: skip
-    """Sum the standard scores of the views by their weights: (Q, X)."""
-    found = {}
-    for name, asked in queries.items():
-        own = _compare(asked, vectors[name])
-        found[name] = standardize(own, own if vectors is among else _compare(asked, among[name]))
-    return _weigh(found, weights)
-
-
-def _weigh(found: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
-    return np.asarray(sum(np.float32(weight) * found[name] for name, weight in weights.items() if weight), np.float32)
+    def _sum_views(
+        self, queries: Sequence[str], vectors: Mapping[str, Vectors], among: Mapping[str, Vectors]
+    ) -> Floats:
+        found = {}
+        for name in self.weights:
+            asked = self.views[name].encode(queries)
+            own = _compare(asked, vectors[name])
+            found[name] = standardize(own, own if vectors is among else _compare(asked, among[name]))
+        return _weigh(found, self.weights)
 
 
 def standardize(values: Floats, among: Floats | None = None) -> Floats:
@@ -300,33 +222,8 @@ def _compare(queries: Vectors, vectors: Vectors) -> Floats:
     return np.asarray(dense(product), np.float32)
 
 
-def _find_hubness(
-    weights: Mapping[str, float], others: Mapping[str, Vectors], vectors: Mapping[str, Vectors],
-    among: Mapping[str, Vectors],
-) -> Floats:  # fmt: skip
-    """Return half the mean of the ten largest scores that each of X items or bundles has for others' queries: (X,).
-
-    A block of queries at a time; 0 where there are none.
-    """
-    asked = next((one.shape[0] for one in others.values()), 0)
-    size = next(iter(vectors.values())).shape[0]
-    largest = np.zeros((0, size), np.float32)
-    for block in row_blocks(asked, size):
-        part: dict[str, Any] = {name: one[block] for name, one in others.items()}
-        largest = _keep_largest(np.concatenate([largest, _sum_views(weights, part, vectors, among)]))
-    return _measure_hubness(largest)
-
-
-def _measure_hubness(scores: Floats) -> Floats:
-    """Return half the mean of the ten largest of each column, (R, X) -> (X,); 0 without rows."""
-    if not len(scores):
-        return np.zeros(scores.shape[1], np.float32)
-    return np.asarray(_keep_largest(scores).mean(axis=0) / 2, np.float32)
-
-
-def _keep_largest(scores: Floats) -> Floats:
-    kept = min(_NEAREST, len(scores))
-    return np.partition(scores, len(scores) - kept, axis=0)[len(scores) - kept :]
+def _weigh(found: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
+    return np.asarray(sum(np.float32(weight) * found[name] for name, weight in weights.items() if weight), np.float32)
 
 
 # --- queries with known answers, and the choice of weights ------------------------------------------------------------
@@ -367,12 +264,6 @@ class TextQueries:
         return len(self.texts)
 
 
-def list_intents(bundles: Bundles, rows: Rows | None = None) -> list[str]:
-    """Return the intents of bundles, or of some rows of them, where they have one."""
-    some = range(len(bundles)) if rows is None else rows
-    return [intent for row in some if (intent := bundles.intents[row])]
-
-
 def find_distinct(bundles: Sequence[Rows]) -> tuple[list[int], NDArray[np.int64]]:
     """Number bundles by what they hold: the place where each distinct item set occurs first, and the number of each."""
     numbers: dict[frozenset[int], int] = {}
@@ -383,7 +274,7 @@ def find_distinct(bundles: Sequence[Rows]) -> tuple[list[int], NDArray[np.int64]
     return first, np.array([numbers[frozenset(rows.tolist())] for rows in bundles], np.int64)
 
 
-def select_weights(views: Mapping[str, View], valid: TextQueries, asked: Sequence[str]) -> dict[str, float]:
+def select_weights(views: Mapping[str, View], valid: TextQueries) -> dict[str, float]:
     """Choose the weights of the views on validation queries; the usual ones where there are none.
 
     Tries other shares of the words, and tuned encoders beside or in place of the frozen one. What is best by MRR is
@@ -392,21 +283,17 @@ def select_weights(views: Mapping[str, View], valid: TextQueries, asked: Sequenc
 
     Args:
         valid: validation queries; tuned encoders must not have seen their bundles.
-        asked: queries of others, of training bundles.
     """
-    usual = _check_weights(views, None)
+    usual = dict(TextSearch.of(views).weights)
     if not len(valid):
         return usual
-    kept = _sample_asked(asked)
-    pooled = {name: view.pool(valid.candidates) for name, view in views.items()}
-    own = {name: standardize(_compare(view.encode(valid.texts), pooled[name])) for name, view in views.items()}
-    others = {name: standardize(_compare(view.encode(kept), pooled[name])) for name, view in views.items() if kept}
+    found = {
+        name: standardize(_compare(view.encode(valid.texts), view.pool(valid.candidates)))
+        for name, view in views.items()
+    }
 
     def measure(weights: Mapping[str, float]) -> NDArray[np.float64]:
-        scores = _weigh(own, weights)
-        if others:
-            scores = scores - _measure_hubness(_weigh(others, weights))
-        return metrics.per_query(metrics.midranks(scores, valid.targets), "mrr")
+        return metrics.per_query(metrics.midranks(_weigh(found, weights), valid.targets), "mrr")
 
     plain = measure(usual)
     best, most = usual, 0.0
@@ -414,17 +301,16 @@ def select_weights(views: Mapping[str, View], valid: TextQueries, asked: Sequenc
         gain = measure(weights) - plain
         if gain.mean() > most and gain.mean() > 2 * _find_error(gain, valid.groups):
             best, most = weights, float(gain.mean())
-    return _check_weights(views, best)
+    return dict(TextSearch.of(views, best).weights)
 
 
 def _list_weights(views: Mapping[str, View]) -> list[dict[str, float]]:
-    """Name the weights that validation chooses from."""
+    """Name the weights that validation chooses from, beside the usual ones."""
     usual = {name: weight for name, weight in _WEIGHTS.items() if name in views}
-    tuned = [name for name in views if name not in _WEIGHTS]
-    found = [{**usual, WORDS: share} for share in _WORD_SHARES] if WORDS in views else []
-    for name, share in itertools.product(tuned, _TUNED_SHARES):
+    found = [{**usual, WORDS: share} for share in _WORD_SHARES if WORDS in usual]
+    for name, share in itertools.product([name for name in views if name not in _WEIGHTS], _TUNED_SHARES):
         found.append({**usual, name: share})
-        found += [{**usual, replaced: 0.0, name: share} for replaced in (FROZEN_TITLE, FROZEN_ALL) if share]
+        found += [{**usual, frozen: 0.0, name: share} for frozen in (FROZEN_TITLE, FROZEN_ALL) if frozen in usual]
     return found
 
 
