@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -122,7 +123,11 @@ def build_views(
     """
 
     def encode_by(adapter: str | None) -> EncodeTexts:
-        return lambda texts: bank.encode(list(texts), adapter)
+        @lru_cache(maxsize=4)  # two views ask the frozen encoder for the same query
+        def encode(texts: tuple[str, ...]) -> Floats:
+            return bank.encode(texts, adapter)
+
+        return lambda texts: encode(tuple(texts))
 
     plain, described = dataset.texts, describe_items(dataset.catalog, dataset.text_template)
     # Only what a category changes is encoded again: a text of both would let either catalogue oust the other's vectors.
@@ -136,10 +141,11 @@ def build_views(
         else:
             whole = np.array(frozen)
             whole[longer] = fresh
+    by_frozen = encode_by(None)
     views: dict[str, View] = {
         WORDS: WordView.of(described),
-        FROZEN_TITLE: VectorView(frozen, encode_by(None)),
-        FROZEN_ALL: VectorView(whole, encode_by(None)),
+        FROZEN_TITLE: VectorView(frozen, by_frozen),
+        FROZEN_ALL: VectorView(whole, by_frozen),
     }
     return views | {name: VectorView(own, encode_by(name)) for name, own in tuned.items()}
 
