@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from peft_combo.data.queries import Queries
-from peft_combo.encoder.heads.completion import BundleHead, rank_targets
+from peft_combo.encoder.heads.completion import BundleHead, project_targets, rank_targets, score_completion
+from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.errors import StoreError
-from peft_combo.recipe.task import BundleTask
+from peft_combo.recipe.task import BundleTask, SequenceTask
 from peft_combo.tuning.tasks.bundle import BundleBatch, BundleBatches, compute_bundle_logits, compute_bundle_loss
 
 # Four items on the axes of the plane: 0 and 2 point right, 1 points up, 3 points left.
@@ -39,6 +40,23 @@ def test_attention_pooling_weighs_the_items() -> None:
     with torch.no_grad():
         head.attention.weight.copy_(torch.tensor([[0.0, 100.0]]))  # looks at whatever points up
     torch.testing.assert_close(head.query(VECTORS, torch.tensor([[0, 1]])), torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_an_empty_context_has_no_scores_and_costs_no_other_query_its_own(pooling: str) -> None:
+    head = BundleHead(2, BundleTask.model_validate({"pooling": pooling})).eval()
+    vectors = VECTORS.numpy()
+    contexts = np.array([[-1, -1], [0, -1], [-1, -1]])
+    scores = score_completion(head, vectors, project_targets(head, vectors), contexts)
+    assert np.isnan(scores[[0, 2]]).all()
+    np.testing.assert_allclose(scores[1], [1.0, 0.0, 1.0, -1.0], atol=1e-6)
+
+
+def test_a_sequence_head_scores_what_begins_a_bundle() -> None:
+    head = SequenceHead(4, SequenceTask()).eval()
+    vectors = np.eye(4, dtype=np.float32)
+    scores = score_completion(head, vectors, project_targets(head, vectors), np.array([[-1, -1], [0, 1]]))
+    assert np.isfinite(scores).all()
 
 
 def test_the_loss_of_a_worked_case() -> None:

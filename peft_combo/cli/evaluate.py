@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +56,9 @@ def evaluate(
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
         references = adapters or []
-        space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
+        space = open_workspace(
+            loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
+        )
 
         from peft_combo.data.leakage import rating_problem, split_problem
         from peft_combo.encoder.heads.completion import CompletionHead
@@ -92,12 +95,12 @@ def evaluate(
     if as_json:
         print_json(report.to_json())
     else:
-        _print_report(report)
+        _print_report(report, {f"{dataset.name}: {note}" for note in dataset.notes})
     if plot_file is not None:
         plot(report, plot_file)
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: Report, told: Collection[str]) -> None:
     counts = report.counts
     print_line(
         f"{report.dataset}: {counts['test questions']:,} questions from {counts['test bundles']:,} test bundles, "
@@ -139,7 +142,8 @@ def _print_report(report: Report) -> None:
     if report.composition is not None:
         _print_composition(report.composition)
     for note in report.notes:
-        print_line(f"Note: {note}")
+        if note not in told:
+            print_line(f"Note: {note}")
 
 
 def _print_composition(found: CompositionReport) -> None:
