@@ -298,6 +298,8 @@ def _print_plan(plan: Plan) -> None:
     ]
     print_line(f"{plan.recipe}: {plan.method} for {plan.category}")
     print_table(("", "", ""), rows)
+    for note in plan.notes:
+        print_line(f"Note: {note}")
     for advice in plan.advice:
         print_line(f"Advice: {advice}")
 
