@@ -81,13 +81,16 @@ def evaluate(
         # Any other head is refused before anything is encoded.
         raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
         heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
-        callback.on_stage("Encoding the catalogue", len(space.dataset.texts) * (1 + len(live)))
+        callback.on_stage(
+            "Encoding the catalogue", len(space.dataset.texts) * (1 + len(live) + (dataset.described is not None))
+        )
 
         def encode(reference: str | None) -> NDArray[np.float32]:
             return space.encode_catalog(reference, callback.on_advance)
 
         report = run(
-            dataset, parts, frozen=encode(None), tuned={name: (encode(name), head) for name, head in heads.items()},
+            dataset, parts, frozen=encode(None), described=space.encode_described(callback.on_advance),
+            tuned={name: (encode(name), head) for name, head in heads.items()},
             rated={name: (encode(name), head) for name, head in raters.items()},
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
             seed=loaded.seed, compose=compose, advance=lambda name: callback.on_note(f"measured {name}"),

@@ -397,6 +397,13 @@ class Dataset:
         """
         return tuple(self.catalog.texts(self.text_template))
 
+    @cached_property
+    def described(self) -> tuple[str, ...] | None:
+        """The text of each item with its category path; None where that adds nothing to `texts`."""
+        if "{category}" in self.text_template or not any(self.catalog.categories):
+            return None
+        return tuple(self.catalog.texts(self.text_template + " {category}"))
+
     def find_items(self, items: Sequence[str]) -> NDArray[np.int64]:
         """Return the rows of items given by outside id, each once, in their order.
 

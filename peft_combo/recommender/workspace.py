@@ -152,3 +152,12 @@ class Workspace:
             progress: told how many texts were encoded.
         """
         return self.cache.vectors(self.bank, self.dataset.texts, adapter, progress)
+
+    def encode_described(self, progress: Callable[[int], None] | None = None) -> NDArray[np.float32] | None:
+        """Return the vectors (N, D) of the frozen encoder of texts with category paths; None where there is no other.
+
+        Args:
+            progress: told how many texts were encoded.
+        """
+        texts = self.dataset.described
+        return None if texts is None else self.cache.vectors(self.bank, texts, None, progress)
