@@ -31,6 +31,7 @@ from peft_combo.encoder.bank import AdapterBank
 from peft_combo.evaluation.text_queries import BASELINE, TESTED, VALUES, QueryReport, evaluate_queries
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recommender import Workspace
+from peft_combo.recommender.fit_data import encode_described
 from peft_combo.recommender.text_search import build_views
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
@@ -87,7 +88,9 @@ def search_split(
         names = [tune(space.recipe, run_folder=Path(scratch) / "run").record.reference] if tuned else []
         bank = AdapterBank(space.backbone, AdapterStore(f"{scratch}/adapters"))
         vectors = {name: bank.encode(texts, name) for name in names}
-        views = build_views(dataset, bank, bank.encode(texts, None), vectors, None)
+        frozen = bank.encode(dataset.plain, None)
+        described = encode_described(dataset, frozen, lambda texts: bank.encode(texts, None))
+        views = build_views(dataset, bank, frozen, described, vectors)
         rows = parts.valid if part == "valid" else parts.test
         report = evaluate_queries(dataset, parts, views, rows=rows, seed=seed)
     print(

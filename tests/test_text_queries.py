@@ -18,7 +18,7 @@ from peft_combo.data.splits import Split, split
 from peft_combo.errors import DataError
 from peft_combo.evaluation.text_queries import BASELINE, BOTH, CHOSEN, LABELS, VALUES, _share_found, evaluate_queries
 from peft_combo.recipe.model import DataConfig
-from peft_combo.recommender.text_search import FROZEN_ALL, FROZEN_TITLE, WORDS, View, WordView, describe_items
+from peft_combo.recommender.text_search import FROZEN_ALL, FROZEN_TITLE, WORDS, View, WordView
 
 ALL_WORDS = LABELS[WORDS]
 THINGS = tuple(f"thing{number:02d}" for number in range(40))
@@ -52,7 +52,7 @@ class Blind:
 
 @pytest.fixture
 def views(shop: Dataset) -> dict[str, View]:
-    words = WordView.of(describe_items(shop.catalog, "{title}"))
+    words = WordView.of(shop.described or ())
     return {WORDS: words, FROZEN_TITLE: Blind(), FROZEN_ALL: Blind()}
 
 
@@ -140,7 +140,7 @@ def test_a_folder_tells_intents(meta: str, expected: dict[str, str | None], tmp_
 def test_real_intents_are_found_by_words_far_above_chance(name: str) -> None:
     shop = open_dataset(DataConfig(source="bundlerec", path=str(shared_data(f"bundlerec/{name}"))))
     parts = split(shop, "user", 0.1, 0.2, 60)
-    words = WordView.of(describe_items(shop.catalog, "{title}"))
+    words = WordView.of(shop.described or ())
     found = evaluate_queries(shop, parts, {WORDS: words}, rows=parts.valid)
     assert found.counts["queries"] > 0.9 * len(parts.valid)
     assert found.row(ALL_WORDS).values["r@10"] > 0.2 > 30 * 10 / found.counts["candidates"] / 2

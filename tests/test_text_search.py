@@ -19,7 +19,6 @@ from peft_combo.recommender.text_search import (
     VectorView,
     View,
     WordView,
-    describe_items,
     find_distinct,
     select_weights,
 )
@@ -53,7 +52,7 @@ def encode_by_letters(texts: Sequence[str]) -> Array:
 
 @pytest.fixture
 def views(catalog: Catalog) -> dict[str, View]:
-    texts = describe_items(catalog, "{title}")
+    texts = catalog.texts("{title} {category}")
     return {
         WORDS: WordView.of(texts),
         FROZEN_TITLE: VectorView(encode_by_letters(TITLES), encode_by_letters),
@@ -141,11 +140,6 @@ def test_bundles_that_hold_the_same_items_are_one(bundles: Bundles) -> None:
     few = TextQueries.of(bundles, np.array([3, 4]), among=np.array([1, 3, 4]))
     assert [rows.tolist() for rows in few.candidates] == [[0, 1], [3, 2], [1]]
     assert few.targets.tolist() == [1, 2]
-
-
-def test_a_category_is_read_once(catalog: Catalog) -> None:
-    assert describe_items(catalog, "{title}")[0] == "linen dress Dresses"
-    assert describe_items(catalog, "{category}: {title}")[0] == "Dresses: linen dress"
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +19,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
-from peft_combo.cli.output import console_watch, format_metric_name, print_json, print_line, print_table
+from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, print_json, print_line, print_table
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
@@ -67,40 +67,38 @@ def evaluate(
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
         references = adapters or []
-        space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
+        space = open_workspace(
+            loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
+        )
 
-        from peft_combo.data.leakage import rating_problem, split_problem
         from peft_combo.encoder.heads.completion import CompletionHead
         from peft_combo.encoder.heads.rating import RatingHead
         from peft_combo.evaluation.completion import evaluate as run
         from peft_combo.evaluation.report import plot
         from peft_combo.recommender.category_calibration import CategoryCoverage
 
-        config, dataset, parts = loaded.data, space.dataset, space.split
-        for reference, record in zip(references, space.records, strict=True):
-            manifest = record.manifest
-            rates = manifest.task.get("kind") == RatingHead.kind
-            if problem := rating_problem(manifest, dataset, parts) if rates else split_problem(manifest, parts, config):
-                raise DataError(problem)
-            if manifest.imported is not None:
-                callback.on_note(
-                    f"{reference} was imported: whether it has learned from these test bundles is not known."
-                )
+        dataset, parts = space.dataset, space.split
+        _refuse_leaks(space, references, callback)
         live = {reference: space.bank.get(reference) for reference in references}
         # Any other head is refused before anything is encoded.
         raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
         heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
-        callback.on_stage("Encoding the catalogue", len(space.dataset.texts) * (1 + queries + len(live)))
+        told = {f"{dataset.name}: {note}" for note in dataset.notes}
+        callback.on_stage(
+            "Encoding the catalogue", len(space.dataset.texts) * (1 + len(live) + (dataset.described is not None))
+        )
 
         def encode(reference: str | None) -> NDArray[np.float32]:
             return space.encode_catalog(reference, callback.on_advance)
 
         if queries:
-            found = _search_by_intents(space, list(heads), loaded.seed, callback.on_advance)
-            (print_json(found.to_json()) if as_json else _print_queries(found))
+            found = _search_by_intents(space, list(heads), callback.on_advance)
+            (print_json(found.to_json()) if as_json else _print_queries(found, told))
             return
+        frozen = encode(None)
         report = run(
-            dataset, parts, frozen=encode(None), tuned={name: (encode(name), head) for name, head in heads.items()},
+            dataset, parts, frozen=frozen, described=space.encode_described(frozen, callback.on_advance),
+            tuned={name: (encode(name), head) for name, head in heads.items()},
             rated={name: (encode(name), head) for name, head in raters.items()},
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
             seed=loaded.seed, compose=compose, advance=lambda name: callback.on_note(f"measured {name}"),
@@ -108,12 +106,27 @@ def evaluate(
     if as_json:
         print_json(report.to_json())
     else:
-        _print_report(report)
+        _print_report(report, told)
     if plot_file is not None:
         plot(report, plot_file)
 
 
-def _print_report(report: Report) -> None:
+def _refuse_leaks(space: Workspace, references: Sequence[str], callback: ConsoleWatch) -> None:
+    """Refuse adapters that were tuned on other splits; note those of which that is not known."""
+    from peft_combo.data.leakage import rating_problem, split_problem
+    from peft_combo.encoder.heads.rating import RatingHead
+
+    dataset, parts, config = space.dataset, space.split, space.recipe.data
+    for reference, record in zip(references, space.records, strict=True):
+        manifest = record.manifest
+        rates = manifest.task.get("kind") == RatingHead.kind
+        if problem := rating_problem(manifest, dataset, parts) if rates else split_problem(manifest, parts, config):
+            raise DataError(problem)
+        if manifest.imported is not None:
+            callback.on_note(f"{reference} was imported: whether it has learned from these test bundles is not known.")
+
+
+def _print_report(report: Report, told: Collection[str]) -> None:
     counts = report.counts
     print_line(
         f"{report.dataset}: {counts['test questions']:,} questions from {counts['test bundles']:,} test bundles, "
@@ -155,23 +168,22 @@ def _print_report(report: Report) -> None:
     if report.composition is not None:
         _print_composition(report.composition)
     for note in report.notes:
-        print_line(f"Note: {note}")
+        if note not in told:
+            print_line(f"Note: {note}")
 
 
-def _search_by_intents(
-    space: Workspace, adapters: Sequence[str], seed: int, progress: Callable[[int], None]
-) -> QueryReport:
+def _search_by_intents(space: Workspace, adapters: Sequence[str], progress: Callable[[int], None]) -> QueryReport:
     from peft_combo.evaluation.text_queries import check_intents, evaluate_queries
     from peft_combo.recommender.text_search import build_views
 
     check_intents(space.dataset, space.split.test)
     frozen = space.encode_catalog(None, progress)
     tuned = {name: space.encode_catalog(name, progress) for name in adapters}
-    views = build_views(space.dataset, space.bank, frozen, tuned, space.cache, progress)
-    return evaluate_queries(space.dataset, space.split, views, seed=seed)
+    views = build_views(space.dataset, space.bank, frozen, space.encode_described(frozen, progress), tuned)
+    return evaluate_queries(space.dataset, space.split, views, seed=space.recipe.seed)
 
 
-def _print_queries(found: QueryReport) -> None:
+def _print_queries(found: QueryReport, told: Collection[str]) -> None:
     from peft_combo.evaluation.text_queries import BASELINE, TESTED, VALUES
 
     counts = found.counts
@@ -199,7 +211,8 @@ def _print_queries(found: QueryReport) -> None:
     weights = ", ".join(f"{name} {value:g}" for name, value in found.weights.items())
     print_line(f"The weights chosen on validation: {weights}. p: against {BASELINE}. {found.protocol}")
     for note in found.notes:
-        print_line(f"Note: {note}")
+        if note not in told:
+            print_line(f"Note: {note}")
 
 
 def _print_composition(found: CompositionReport) -> None:

@@ -132,7 +132,7 @@ def evaluate_queries(
     if not len(valid):
         notes.append("no validation bundle has an intent: the weights of the views are not chosen but the usual ones")
     chosen = TextSearch.of(views, select_weights(views, valid))
-    searches = {BASELINE: TextSearch.of({WORDS: WordView.of(dataset.texts, str)})}
+    searches = {BASELINE: TextSearch.of({WORDS: WordView.of(dataset.plain, str)})}
     searches |= {LABELS.get(name, f"tuned {name}"): TextSearch.of(views, {name: 1.0}) for name in views}
     searches |= {BOTH: TextSearch.of(views), CHOSEN: chosen}
     found = {name: _measure(search, wanted, len(dataset.catalog)) for name, search in searches.items()}

@@ -91,8 +91,9 @@ def fit_scorers(
 
     # Every scorer in every setting, fitted on training bundles; the best setting on validation stays.
     known = FitData.of(
-        dataset, parts.train, parts.train_interactions, side.frozen, side.tuned, side.coverage, side.rated
-    )
+        dataset, parts.train, parts.train_interactions, side.frozen, side.tuned, side.coverage, side.rated,
+        side.described,
+    )  # fmt: skip
     valid = make_queries(dataset, parts.valid, _QUERIES, seed, "valid", notes)
     users = {dataset.bundles.groups[row] for row in parts.valid}
     choices = {scorer: settings for scorer, settings in list_scorers(known, users, seed).items() if scorer != RANDOM}
@@ -108,10 +109,10 @@ def fit_scorers(
     relevance = fuse_scorers(fusion, {scorer: one.fitted for scorer, one in selected.items()}, known)
     weights = fit_weights(Composer(dataset.catalog, templates), valid, relevance, text_side, seed=seed)
 
-    search = _choose_search(dataset, parts, bank, side, cache, progress)
+    search = _choose_search(dataset, parts, bank, side)
 
     # For serving, once more on every bundle there is.
-    everything = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated)
+    everything = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated, side.described)
     settings = {scorer: selected[scorer].setting for scorer in fusion.needs}
     serving = _refit(everything, settings, seed, {scorer: selected[scorer].fitted for scorer in settings})
     if text_scorer:
@@ -125,13 +126,10 @@ def fit_scorers(
     )  # fmt: skip
 
 
-def _choose_search(
-    dataset: Dataset, parts: Split, bank: AdapterBank, side: TextSide, cache: VectorCache | None,
-    progress: Callable[[int], None] | None,
-) -> TextSearch:  # fmt: skip
+def _choose_search(dataset: Dataset, parts: Split, bank: AdapterBank, side: TextSide) -> TextSearch:
     """Choose the weights of the text search on validation intents."""
     tuned = {name: own for name, (own, _) in side.tuned.items()}
-    views = build_views(dataset, bank, side.frozen, tuned, cache, progress)
+    views = build_views(dataset, bank, side.frozen, side.described, tuned)
     valid = TextQueries.of(dataset.bundles, parts.valid, among=np.concatenate([parts.train, parts.valid]))
     return TextSearch.of(views, select_weights(views, valid))
 

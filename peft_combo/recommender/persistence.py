@@ -121,7 +121,7 @@ def _build_manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile
     ]
     return _RecommenderManifest(
         format=FORMAT, data=recommender.dataset.digest, split=state.split_digest,
-        backbone=recommender.bank.backbone.fingerprint, text=state.known.text,
+        backbone=recommender.bank.backbone.fingerprint, text=recommender.dataset.text_template,
         adapters={one.reference: one.digest for one in state.adapters},
         settings={str(scorer): setting for scorer, setting in state.settings.items()},
         fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
@@ -233,7 +233,7 @@ def _rebuild(
 ) -> FitState:  # fmt: skip
     dataset = replace(dataset, text_template=manifest.text)  # its scorers read texts as they did when fitted
     side = encode_catalog(dataset, bank, tuple(manifest.adapters), cache, progress)
-    known = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated)
+    known = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated, side.described)
     heads = {name: FittedHead.of(vectors, head) for name, (vectors, head) in side.tuned.items()}
     settings = {_parse_label(label): setting for label, setting in manifest.settings.items()}
     files = {_parse_label(label): file for label, file in manifest.scorers.items()}
@@ -268,7 +268,7 @@ def _rebuild(
         search = TextSearch.of({FROZEN_TITLE: VectorView(side.frozen, lambda texts: bank.encode(list(texts), None))})
     else:
         tuned = {name: own for name, (own, _) in side.tuned.items()}
-        search = TextSearch.of(build_views(dataset, bank, side.frozen, tuned, cache, progress), manifest.search)
+        search = TextSearch.of(build_views(dataset, bank, side.frozen, side.described, tuned), manifest.search)
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
         ObjectiveWeights(**manifest.weights), search, manifest.split, manifest.notes,

@@ -25,9 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo import metrics
-from peft_combo.data.model import Bundles, Catalog, Dataset
+from peft_combo.data.model import Bundles, Dataset
 from peft_combo.encoder.bank import AdapterBank
-from peft_combo.encoder.vectors import VectorCache
 from peft_combo.scoring.base import Vectors, dense, unit_rows
 from peft_combo.scoring.text import Tfidf, cut_plurals
 
@@ -111,15 +110,13 @@ class VectorView:
 
 
 def build_views(
-    dataset: Dataset, bank: AdapterBank, frozen: Floats, tuned: Mapping[str, Floats], cache: VectorCache | None,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, View]:  # fmt: skip
+    dataset: Dataset, bank: AdapterBank, frozen: Floats, described: Floats | None, tuned: Mapping[str, Floats]
+) -> dict[str, View]:
     """Compare by words, by the frozen encoder on titles and on titles with category, and by each tuned encoder.
 
     Args:
-        frozen: (N, D) vectors of ``dataset.texts``. tuned: the same per adapter of `bank`.
-        cache: keeps encoded texts on disk.
-        progress: told how many texts were encoded.
+        frozen: (N, D) vectors of ``dataset.plain``. described: the same of ``dataset.described``; None leaves them out.
+        tuned: per adapter of `bank` the (N, D) vectors of ``dataset.texts``.
     """
 
     def encode_by(adapter: str | None) -> EncodeTexts:
@@ -129,30 +126,13 @@ def build_views(
 
         return lambda texts: encode(tuple(texts))
 
-    plain, described = dataset.texts, describe_items(dataset.catalog, dataset.text_template)
-    # Only what a category changes is encoded again: a text of both would let either catalogue oust the other's vectors.
-    longer = [row for row, text in enumerate(described) if text != plain[row]]
-    whole = frozen
-    if longer:
-        texts = [described[row] for row in longer]
-        fresh = bank.encode(texts, None) if cache is None else cache.vectors(bank, texts, None, progress)
-        if len(longer) == len(plain):
-            whole = fresh
-        else:
-            whole = np.array(frozen)
-            whole[longer] = fresh
     by_frozen = encode_by(None)
     views: dict[str, View] = {
-        WORDS: WordView.of(described),
-        FROZEN_TITLE: VectorView(frozen, by_frozen),
-        FROZEN_ALL: VectorView(whole, by_frozen),
-    }
+        WORDS: WordView.of(dataset.described or dataset.plain), FROZEN_TITLE: VectorView(frozen, by_frozen),
+    }  # fmt: skip
+    if described is not None:
+        views[FROZEN_ALL] = VectorView(described, by_frozen)
     return views | {name: VectorView(own, encode_by(name)) for name, own in tuned.items()}
-
-
-def describe_items(catalog: Catalog, template: str) -> list[str]:
-    """Return the text of each item with its category path; N of them."""
-    return catalog.texts(template if "{category}" in template else template + " {category}")
 
 
 # --- the search -------------------------------------------------------------------------------------------------------

@@ -364,7 +364,7 @@ class Completion(Generic[CompletionHeadT]):
         ranks = {
             "popularity": self._scorer_ranks(Popularity().fit(history)),
             "item-kNN": self._scorer_ranks(ItemKNN().fit(history)),
-            "TF-IDF title": self._scorer_ranks(TextCosine().fit(history, items=tfidf_vectors(self.texts))),
+            "TF-IDF title": self._scorer_ranks(TextCosine().fit(history, items=tfidf_vectors(self._dataset.plain))),
             "frozen backbone": before,
             "tuned": after,
         }
@@ -412,6 +412,10 @@ class BundleCompletion(Completion[BundleHead]):
 
     def head(self, backbone: Backbone, max_length: int) -> BundleHead:
         return BundleHead(backbone.dim, self._config)
+
+    def start(self, head: BundleHead, frozen: Encode) -> None:
+        if head.whitened:
+            head.measure(frozen(None))
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> BundleBatch:
         return self._batches.batch(step, part, parts)
