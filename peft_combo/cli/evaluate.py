@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from peft_combo.evaluation.composition import CompositionReport
+    from peft_combo.evaluation.detection import DetectionReport
     from peft_combo.evaluation.report import Report
 
 
@@ -39,6 +40,9 @@ def evaluate(
     compose: Annotated[
         bool,
         typer.Option("--compose", help="Composition of whole test bundles from one item too: composer, beam, top-k."),
+    ] = False,
+    sessions: Annotated[
+        bool, typer.Option("--sessions", help="Detection of the bundles in test users' sessions too.")
     ] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")] = None,
     data: DataOption = None,
@@ -57,6 +61,10 @@ def evaluate(
         references = adapters or []
         space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
 
+        if sessions:
+            from peft_combo.evaluation.detection import check_sessions
+
+            check_sessions(space.dataset)
         from peft_combo.data.leakage import rating_problem, split_problem
         from peft_combo.encoder.heads.completion import CompletionHead
         from peft_combo.encoder.heads.rating import RatingHead
@@ -87,7 +95,8 @@ def evaluate(
             dataset, parts, frozen=encode(None), tuned={name: (encode(name), head) for name, head in heads.items()},
             rated={name: (encode(name), head) for name, head in raters.items()},
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
-            seed=loaded.seed, compose=compose, advance=lambda name: callback.on_note(f"measured {name}"),
+            seed=loaded.seed, compose=compose, sessions=sessions,
+            advance=lambda name: callback.on_note(f"measured {name}"),
         )  # fmt: skip
     if as_json:
         print_json(report.to_json())
@@ -138,6 +147,8 @@ def _print_report(report: Report) -> None:
     print_line(f"The fusion chosen on validation: {report.fusion.chosen}. Slices show NDCG@10. {report.protocol}")
     if report.composition is not None:
         _print_composition(report.composition)
+    if report.detection is not None:
+        print_detection(report.detection)
     for note in report.notes:
         print_line(f"Note: {note}")
 
@@ -164,3 +175,29 @@ def _print_composition(found: CompositionReport) -> None:
     )
     weights = ", ".join(f"{name} {value:g}" for name, value in found.weights.items())
     print_line(f"The composer's weights: {weights}. {found.protocol}")
+
+
+def print_detection(found: DetectionReport) -> None:
+    print_line()
+    print_line(
+        f"Detection of {found.bundles:,} bundles in {found.sessions:,} {found.part} sessions of {found.users:,} users"
+    )
+    print_table(
+        ("", "precision", "recall", "coverage", "Jaccard", "agreement", "95 % interval", "bundles", "p", "setting"),
+        [
+            (
+                row.name,
+                *(
+                    f"{row.values[name]:.3f}" if name in row.values else ""
+                    for name in ("precision", "recall", "coverage", "jaccard", "agreement")
+                ),
+                "{:.3f} to {:.3f}".format(*row.intervals["agreement"]),
+                f"{row.predicted:.2f}",
+                "" if row.p is None else f"{row.p:.4f}",
+                row.setting,
+            )
+            for row in found.rows
+        ],
+        numbers=True,
+    )
+    print_line(f"Bundles: predicted for a session. {found.protocol}")

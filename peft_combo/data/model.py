@@ -353,14 +353,36 @@ class Bundles:
 
 
 @dataclass(frozen=True, eq=False)
+class Sessions:
+    """What users looked at or took in one go, and the bundles that people made of it.
+
+    Attributes:
+        session_ids: outside ids, distinct.
+        items: per session its distinct catalogue rows, in the order given.
+        bundle_ids: per session the outside ids of the bundles made of its items; () for none, or where unknown.
+        owners: outside id of the user a session belongs to; None where unknown.
+    """
+
+    session_ids: tuple[str, ...]
+    items: tuple[NDArray[np.int32], ...]
+    bundle_ids: tuple[tuple[str, ...], ...]
+    owners: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.session_ids)
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A catalogue with what is known of its use.
 
     Attributes:
         name: what it is called in reports.
-        digest: sha256 over everything but name, notes and text template: equal digests mean equal data.
+        digest: sha256 over everything but name, notes, text template and sessions: equal digests mean equal data.
         notes: what was dropped or derived while reading, with counts.
         text_template: what makes the text of an item, see `Catalog.texts`; no part of the digest.
+        sessions: None where the source has none. No scorer or adapter learns from them, so they are no part of the
+            digest; see `data.sessions`.
     """
 
     name: str
@@ -370,6 +392,7 @@ class Dataset:
     digest: str
     notes: tuple[str, ...] = ()
     text_template: str = "{title}"
+    sessions: Sessions | None = None
 
     @classmethod
     def build(
@@ -380,13 +403,15 @@ class Dataset:
         bundles: Bundles,
         notes: Iterable[str] = (),
         text: str = "{title}",
+        sessions: Sessions | None = None,
     ) -> Self:
         """Make a dataset and compute its digest.
 
         Args:
             text: template of the items' texts, see `Catalog.texts`.
         """
-        return cls(name, catalog, interactions, bundles, _digest(catalog, interactions, bundles), tuple(notes), text)
+        digest = _digest(catalog, interactions, bundles)
+        return cls(name, catalog, interactions, bundles, digest, tuple(notes), text, sessions)
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
