@@ -183,7 +183,7 @@ def print_detection(found: DetectionReport) -> None:
         f"Detection of {found.bundles:,} bundles in {found.sessions:,} {found.part} sessions of {found.users:,} users"
     )
     print_table(
-        ("", "precision", "recall", "coverage", "Jaccard", "agreement", "95 % interval", "bundles", "p", "setting"),
+        ("", "precision", "recall", "coverage", "Jaccard", "agreement", "95 % interval", "bundles", "p"),
         [
             (
                 row.name,
@@ -194,10 +194,12 @@ def print_detection(found: DetectionReport) -> None:
                 "{:.3f} to {:.3f}".format(*row.intervals["agreement"]),
                 f"{row.predicted:.2f}",
                 "" if row.p is None else f"{row.p:.4f}",
-                row.setting,
             )
             for row in found.rows
         ],
         numbers=True,
     )
+    for row in found.rows:
+        if row.setting:
+            print_line(f"{row.name}: {row.setting}")
     print_line(f"Bundles: predicted for a session. {found.protocol}")

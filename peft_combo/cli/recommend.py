@@ -40,6 +40,7 @@ def recommend(
     session: Annotated[
         str | None, typer.Option("--session", help="Ids of a session's items, to detect the bundles in: F1,F7,F9.")
     ] = None,
+    sure: Annotated[bool, typer.Option("--sure", help="With --session: smaller and surer bundles.")] = False,
     user: Annotated[str | None, typer.Option("--user", help="Id of the user to personalise for.")] = None,
     query: Annotated[str | None, typer.Option("--query", help="Query in words.")] = None,
     tagger: Annotated[
@@ -89,9 +90,9 @@ def recommend(
     if tagger is not None and query is None and source is None:
         raise DataError("--tagger takes a query apart, and there is none. Add --query, or --from with queries.")
     given = {
-        "items": split_words(items), "session": split_words(session), "user": user, "query": query, "single": single,
-        "k": k, "slots": split_words(slots), "without_slots": split_words(without_slots), "budget": budget,
-        "max_price": max_price, "season": season, "categories": category, "size": size, "in_stock": in_stock,
+        "items": split_words(items), "session": split_words(session), "sure": sure, "user": user, "query": query,
+        "single": single, "k": k, "slots": split_words(slots), "without_slots": split_words(without_slots),
+        "budget": budget, "max_price": max_price, "season": season, "categories": category, "size": size, "in_stock": in_stock,
         "diversity": diversity, "substitute": substitute, "explain": explain,
     }  # fmt: skip
     request = parse_request({name: value for name, value in given.items() if value is not None})

@@ -207,7 +207,7 @@ def _predict_held_out(
         if len(np.unique(np.concatenate([labels[place] for place in seen] or [np.empty(0, bool)]))) < 2:
             seen = list(range(len(sessions)))  # too few to hold any out
         solved = _solve([pairs[place] for place in seen], [labels[place] for place in seen])
-        for place in np.flatnonzero(fold_of == fold):
+        for place in np.flatnonzero(fold_of == fold).tolist():
             found[place] = _square(_predict(pairs[place], *solved), len(sessions[place].items))
     return found
 

@@ -221,7 +221,7 @@ class BundleRecommender:
         )  # fmt: skip
         return self._describe(ranked, fused, explain)
 
-    def detect_bundles(self, items: Sequence[str], k: int | None = None) -> list[DetectedBundle]:
+    def detect_bundles(self, items: Sequence[str], k: int | None = None, *, sure: bool = False) -> list[DetectedBundle]:
         """Return the bundles hidden in a session's items, the surest first: disjoint, each of two items or more.
 
         Which items belong together is told by their texts, categories and known bundles, learned from the sessions of
@@ -230,6 +230,7 @@ class BundleRecommender:
         Args:
             items: outside ids of what a user looked at or took in one go; one given twice counts once.
             k: at most so many; None for all.
+            sure: smaller and surer ones, more of which lie inside one bundle, in place of those most like whole ones.
         Raises:
             DataError: an id is not known, there are fewer than two items, k is below 1, or the dataset has too few
                 bundles to learn from.
@@ -242,7 +243,10 @@ class BundleRecommender:
                 f"A session needs two different items or more, found {', '.join(map(shorten, items)) or 'none'}. "
                 "Give all that was taken together; what goes with one item is asked by items."
             )
-        return [describe_detected(self.dataset.catalog, one) for one in self._detector.detect(rows)[:k]]
+        return [
+            describe_detected(self.dataset.catalog, one)
+            for one in self._detector.detect(rows, "sure" if sure else "whole")[:k]
+        ]
 
     @cached_property
     def _detector(self) -> BundleDetector:

@@ -44,6 +44,7 @@ class Request(BaseModel):
     session: list[str] | None = Field(
         default=None, max_length=1000, description="Ids of a session's items, in which bundles are detected."
     )
+    sure: bool = Field(default=False, description="Smaller and surer bundles of a session.")
     user: str | None = Field(default=None, description="Id of the user to personalise for.")
     query: str | None = Field(default=None, max_length=10_000, description="Query in words.")
     single: bool = Field(default=False, description="Single items that complete, in place of bundles.")
@@ -93,11 +94,15 @@ def parse_request(values: Mapping[str, Any]) -> Request:
 def _check_session(request: Request) -> None:
     """Refuse what else is asked of a session; fewer than two items are told by the recommender, after unknown ones."""
     if request.session is None:
+        if request.sure:
+            raise DataError(
+                "sure: it is for the bundles of a session, and there is none. Add session, or leave it out."
+            )
         return
     beside = [
         name
         for name, field in Request.model_fields.items()
-        if name not in ("id", "session", "k") and getattr(request, name) != field.default
+        if name not in ("id", "session", "sure", "k") and getattr(request, name) != field.default
     ]
     if beside:
         raise DataError(
@@ -117,7 +122,8 @@ def answer(
         DataError: an id is not known, there is nothing to go by, or no bundle meets the constraints.
     """
     if request.session is not None:
-        return recommender.detect_bundles(request.session, request.k if "k" in request.model_fields_set else None)
+        most = request.k if "k" in request.model_fields_set else None
+        return recommender.detect_bundles(request.session, most, sure=request.sure)
     constraints = Constraints(
         budget=request.budget, price_max=request.max_price, in_stock=request.in_stock, season=request.season,
         categories=tuple(request.categories), size=None if request.size is None else (request.size, request.size),
