@@ -92,8 +92,8 @@ def recommend(
     given = {
         "items": split_words(items), "session": split_words(session), "sure": sure, "user": user, "query": query,
         "single": single, "k": k, "slots": split_words(slots), "without_slots": split_words(without_slots),
-        "budget": budget, "max_price": max_price, "season": season, "categories": category, "size": size, "in_stock": in_stock,
-        "diversity": diversity, "substitute": substitute, "explain": explain,
+        "budget": budget, "max_price": max_price, "season": season, "categories": category, "size": size,
+        "in_stock": in_stock, "diversity": diversity, "substitute": substitute, "explain": explain,
     }  # fmt: skip
     request = parse_request({name: value for name, value in given.items() if value is not None})
     count = 0 if source is None or target is None else check_files(source, target)
