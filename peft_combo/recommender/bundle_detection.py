@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import Literal, Self
 
@@ -109,18 +110,18 @@ class BundleDetector:
             DataError: there is nothing to tell apart: fewer than two different bundles, and no sessions.
         """
         sessions = [] if alone else list_sessions(dataset, parts, "train")
-        real = len(sessions) >= _FEWEST
+        real = len(sessions) >= _FEWEST and _tell_apart(sessions)
         if not real:
-            rows = np.split(known.history.indices, known.history.indptr[1:-1])
+            rows = [known.history.indices[start:stop] for start, stop in pairwise(known.history.indptr)]
             sessions = make_up_sessions(known.catalog, rows, known.groups, _MADE_UP, seed)
-        reader = PairReader.of(known.text_views, known.history, known.groups)
-        pairs = [reader.read(one.items, one.left_out) for one in sessions]
-        labels = [one.tell_pairs()[np.triu_indices(len(one.items), 1)] for one in sessions]
-        if not sessions or len(np.unique(np.concatenate(labels))) < 2:
+        if not _tell_apart(sessions):
             raise DataError(
                 f"{dataset.name!r} has too few bundles to learn what tells them apart: expected two or more with "
                 "different items. Add bundles, or a larger part of them to train on."
             )
+        reader = PairReader.of(known.text_views, known.history, known.groups)
+        pairs = [reader.read(one.items, one.left_out) for one in sessions]
+        labels = [_label_pairs(one) for one in sessions]
         held = _predict_held_out(pairs, labels, sessions, seed)
         groupings, scores = _choose_groupings(held, sessions)
         centre, spread, weights, offset = _solve(pairs, labels)
@@ -168,6 +169,16 @@ def _grow_tree(together: NDArray[np.float64], how: Linkage) -> NDArray[np.float6
     np.fill_diagonal(distance, 0.0)
     tree: NDArray[np.float64] = linkage(squareform(np.maximum(distance, 0.0), checks=False), how)
     return tree
+
+
+def _label_pairs(session: LabelledSession) -> NDArray[np.bool_]:
+    labels: NDArray[np.bool_] = session.tell_pairs()[np.triu_indices(len(session.items), 1)]
+    return labels
+
+
+def _tell_apart(sessions: Sequence[LabelledSession]) -> bool:
+    """Say whether some pairs share a bundle and some do not."""
+    return len({bool(label) for one in sessions for label in np.unique(_label_pairs(one))}) == 2
 
 
 def _square(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
