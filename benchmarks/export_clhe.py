@@ -13,7 +13,7 @@ its `utility.py` reads from a folder below `datasets/`:
 
 Each leave-one-out question is a bundle of its own there, so that its recall@k is ours. Users' items are those that
 train may see, never a held-out user's. There are no pictures here: content is the frozen encoder's vector of the title,
-description that of title and category. Its authors' item_cf_feature comes from LightGCN; here it is a truncated SVD of
+description that of title and category where there is one. Its authors' item_cf_feature comes from LightGCN; here it is a truncated SVD of
 users by items, 64 columns, zero for an item nobody took. `ids.json` says what rows are. The .pt files hold plain
 tensors (`torch.load(..., weights_only=True)` opens them), everything else opens without unpickling.
 """
@@ -88,11 +88,15 @@ def export(space: Workspace, folder: Path) -> None:
     dataset, parts = space.dataset, space.split
     arrays, bundle_ids = collect_pairs(dataset, parts)
     titles = space.encode_catalog()
-    described = space.bank.encode(dataset.catalog.texts(dataset.text_template + " {category}"), None)
+    described = space.encode_described()
     known = FitData.of(dataset, parts.train, parts.train_interactions, None, {})
     users = len(dataset.interactions.user_ids) if dataset.interactions is not None else 0
     counts = {"#U": max(1, users), "#B": len(bundle_ids), "#I": len(dataset.catalog)}
-    features = {"content_feature": titles, "description_feature": described, "item_cf_feature": factorise(known.taken)}
+    features = {
+        "content_feature": titles,
+        "description_feature": titles if described is None else described,
+        "item_cf_feature": factorise(known.taken),
+    }
     with stage_folder(folder) as staged:
         for name, pairs in arrays.items():
             np.save(staged.path / f"{name}.npy", pairs, allow_pickle=False)

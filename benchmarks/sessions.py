@@ -70,11 +70,11 @@ def open_space(name: str, folder: Path, cache: Path, changes: tuple[str, ...]) -
 def measure(name: str, space: Workspace, dataset: Dataset, seeds: list[int]) -> DetectionReport:
     """Detect the bundles of the validation sessions of every split, and print the table of all together."""
     clock = time.perf_counter()
-    frozen = space.encode_catalog()
+    frozen, described = space.encode_catalog(), space.encode_described()
     found = []
     for seed in seeds:
         parts = split(dataset, "user", seed=seed)
-        known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, {})
+        known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, {}, described=described)
         found.append(detect_held_out(dataset, parts, known, "valid", seed=seed))
         print(f"{name}, split {seed} ({parts.digest[:12]}): {len(found[-1].sessions)} sessions", flush=True)
     report = compare_detections(found, "validation")

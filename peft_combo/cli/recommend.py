@@ -100,7 +100,10 @@ def recommend(
     check_folder_target(fitted_folder)
     with console_watch() as callback:
         references = [] if frozen else adapters or [loaded.category]
-        space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
+        space = open_workspace(
+            loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
+        )
+        _check_ids(space, request)
         find_entities = None if tagger is None else load_tagger(tagger, Path(loaded.store))
         fitted = _fit_recommender(space, references, fitted_folder, callback)
         if source is not None and target is not None:
@@ -108,10 +111,15 @@ def recommend(
             _answer_file(fitted, source, target, request, find_entities, callback)
             return
         found = _answer_request(fitted, request, find_entities, callback)
-    if as_json:
-        print_json([asdict(one) for one in found])
-    else:
-        _print_answers(request, found)
+    _print_answers(request, found, as_json)
+
+
+def _check_ids(space: Workspace, request: Request) -> None:
+    """Refuse an id that is not there before anything is loaded or encoded."""
+    if request.items or request.session:
+        space.dataset.find_items([*request.items, *(request.session or ())])
+    if request.user is not None:
+        space.dataset.find_user(request.user)
 
 
 def _answer_request(
@@ -162,7 +170,10 @@ def _fit_recommender(
     """Return the fitted recommender kept in `folder`, or fit one; note what it was fitted without."""
     from peft_combo.recommender.persistence import load_or_fit
 
-    callback.on_stage("Encoding the catalogue", len(space.dataset.catalog) * (1 + len(adapters)))
+    dataset = space.dataset
+    callback.on_stage(
+        "Encoding the catalogue", len(dataset.catalog) * (1 + len(adapters) + (dataset.described is not None))
+    )
     made = load_or_fit(
         folder, space.dataset, space.split, space.bank, adapters, seed=space.recipe.seed,
         cache=space.cache, progress=callback.on_advance, done=lambda name: callback.on_note(f"fitted {name}"),
@@ -172,8 +183,12 @@ def _fit_recommender(
     return made
 
 
-def _print_answers(request: Request, found: list[Suggestion] | list[Recommendation] | list[DetectedBundle]) -> None:
-    if request.session is not None:
+def _print_answers(
+    request: Request, found: list[Suggestion] | list[Recommendation] | list[DetectedBundle], as_json: bool
+) -> None:
+    if as_json:
+        print_json([asdict(one) for one in found])
+    elif request.session is not None:
         _print_detected(cast("list[DetectedBundle]", found))
     elif request.single:
         _print_suggestions(cast("list[Suggestion]", found), request.explain)

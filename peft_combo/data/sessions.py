@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from peft_combo.data.model import Catalog, Dataset
 from peft_combo.data.splits import Split
+from peft_combo.errors import DataError, shorten
 
 # Made-up sessions: how many bundles one holds, as often as here, and items of no bundle for each of them at most.
 _BUNDLES_IN_ONE, _NOISE = (1, 1, 2, 2, 2, 3, 3), 1
@@ -49,6 +50,19 @@ class LabelledSession:
             together |= inside[:, None] & inside[None, :]
         np.fill_diagonal(together, False)
         return together
+
+
+def check_session_items(items: Sequence[str]) -> None:
+    """Refuse a session of fewer than two different items, by their outside ids.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    if len(set(items)) < 2:
+        raise DataError(
+            f"A session needs two different items or more, found {', '.join(map(shorten, items)) or 'none'}. "
+            "Give all that was taken together; what goes with one item is asked by items."
+        )
 
 
 def list_sessions(

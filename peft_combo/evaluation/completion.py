@@ -45,6 +45,7 @@ def evaluate(
     parts: Split,
     *,
     frozen: NDArray[np.float32] | None = None,
+    described: NDArray[np.float32] | None = None,
     tuned: Tuned | None = None,
     rated: Rated | None = None,
     coverage: CategoryCoverage | None = None,
@@ -58,6 +59,7 @@ def evaluate(
 
     Args:
         frozen: (N, D) vectors of the encoder without adapter; None leaves its rows out.
+        described: (N, D) vectors of the same of ``dataset.described``; None leaves them out.
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
         rated: the same of rating adapters, which must not have seen the users of test bundles: `rating_problem`.
         coverage: which of them is for which items, see `CategoryCoverage.of`; adds the row of all of them together.
@@ -72,7 +74,7 @@ def evaluate(
     _check_parts(dataset, parts, sessions)
     advance = advance or (lambda name: None)
     notes = [f"{dataset.name}: {note}" for note in dataset.notes]
-    known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated)
+    known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated, described)
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}
@@ -111,11 +113,8 @@ def evaluate(
         if side is None and frozen is not None:
             side = FittedHead.of_frozen(frozen)
         composition = compare_compositions(dataset, parts, known, asks, fusion, side, valid, test, seed, advance)
-    detection = None
-    if sessions:
-        detection = compare_detections(
-            [detect_held_out(dataset, parts, known, seed=seed, advance=advance)], "test", seed
-        )
+    held_out = [detect_held_out(dataset, parts, known, seed=seed, advance=advance)] if sessions else []
+    detection = compare_detections(held_out, "test", seed) if held_out else None
     return Report(
         dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, _count(dataset, parts, valid, test), lines, fusion,
         tuple(notes), answers, composition, detection,

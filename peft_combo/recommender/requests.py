@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from peft_combo.data.sessions import check_session_items
 from peft_combo.errors import DataError, PeftComboError, did_you_mean, shorten
 from peft_combo.files import atomic_file, check_file_target
 from peft_combo.recipe.fields import format_value
@@ -92,13 +93,14 @@ def parse_request(values: Mapping[str, Any]) -> Request:
 
 
 def _check_session(request: Request) -> None:
-    """Refuse what else is asked of a session; fewer than two items are told by the recommender, after unknown ones."""
+    """Refuse a session of fewer than two items, and what else is asked of it."""
     if request.session is None:
         if request.sure:
             raise DataError(
                 "sure: it is for the bundles of a session, and there is none. Add session, or leave it out."
             )
         return
+    check_session_items(request.session)
     beside = [
         name
         for name, field in Request.model_fields.items()
