@@ -14,8 +14,8 @@ its `utility.py` reads from a folder below `datasets/`:
 Each leave-one-out question is a bundle of its own there, so that its recall@k is ours. Users' items are those that
 train may see, never a held-out user's. There are no pictures here: content is the frozen encoder's vector of the title,
 description that of title and category where there is one. Its authors' item_cf_feature comes from LightGCN; here it is
-a truncated SVD of users by items, 64 columns, zero for an item nobody took. `ids.json` says what rows are. The .pt files
-hold plain tensors (`torch.load(..., weights_only=True)` opens them), everything else opens without unpickling.
+a truncated SVD of users by items, 64 columns, zero for an item nobody took. `ids.json` says what rows are. The .pt
+files hold plain tensors (`torch.load(..., weights_only=True)` opens them), everything else opens without unpickling.
 """
 
 from __future__ import annotations
