@@ -147,11 +147,12 @@ def one_split(
             )
             for short, result in results.items()
         }
-    frozen = backbone.encode(texts)
+    frozen = backbone.encode(dataset.plain)
+    described = None if dataset.described is None else backbone.encode(dataset.described)
     coverage = CategoryCoverage.of(
         dataset.catalog, {short: result.record.manifest.recipe for short, result in results.items()}
     )
-    report = evaluate(dataset, parts, frozen=frozen, tuned=tuned, coverage=coverage, seed=seed)
+    report = evaluate(dataset, parts, frozen=frozen, described=described, tuned=tuned, coverage=coverage, seed=seed)
     alive = run_canary(dataset, parts, frozen=frozen, tuned=tuned, seed=seed).alive
     print(
         f"{name}, split {seed} ({parts.digest[:12]}): tuned in {tuned_in:.0f} s ("

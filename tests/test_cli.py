@@ -256,7 +256,7 @@ def test_an_imported_adapter_is_recommended_with_embedded_and_evaluated(
     assert "Not measured." in run("adapters", "show", "tiny")[1]
     run("adapters", "alias", "tiny", "prod")
     use = ("--recipe", "./tiny.yaml", "--adapter", "tiny@prod")
-    assert "60 encoded now" in run("embed", *use)[1]
+    assert "60 texts encoded now" in run("embed", *use)[1]
     assert run("recommend", *use, "--items", "i0,i6", "-k", "2")[0] == 0
     code, out, err = run("evaluate", *use)
     assert code == 0, err
@@ -307,9 +307,9 @@ def test_embed_encodes_a_catalogue_once(run: Run, tiny_recipe: Callable[..., Any
     recipe = tiny_recipe(**{"training.epochs": 1})
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
     assert run("tune", "--recipe", "./tiny.yaml")[0] == 0
-    for adapter in ((), ("--adapter", "tiny")):
-        assert "60 encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
-        assert "0 encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
+    for adapter, texts in (((), 120), (("--adapter", "tiny"), 60)):  # titles, and titles with their category
+        assert f" {texts} texts encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
+        assert " 0 texts encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
     code, out, err = run("embed", "--recipe", "./tiny.yaml", "--adapter", "tinny")
     assert (code, out) == (1, "")
     assert 'Did you mean "tiny"?' in err

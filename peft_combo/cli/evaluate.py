@@ -96,8 +96,9 @@ def evaluate(
         def encode(reference: str | None) -> NDArray[np.float32]:
             return space.encode_catalog(reference, callback.on_advance)
 
+        frozen = encode(None)
         report = run(
-            dataset, parts, frozen=encode(None), described=space.encode_described(callback.on_advance),
+            dataset, parts, frozen=frozen, described=space.encode_described(frozen, callback.on_advance),
             tuned={name: (encode(name), head) for name, head in heads.items()},
             rated={name: (encode(name), head) for name, head in raters.items()},
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),

@@ -422,12 +422,29 @@ class Dataset:
         """
         return tuple(self.catalog.texts(self.text_template))
 
+    @property
+    def plain_template(self) -> str:
+        """The text template without category path: what words and the frozen encoder read beside the path."""
+        return " ".join(self.text_template.replace("{category}", " ").split()) or self.text_template
+
+    @cached_property
+    def plain(self) -> tuple[str, ...]:
+        """The text of each item without its category path; see `texts` for errors."""
+        return tuple(self.catalog.texts(self.plain_template))
+
     @cached_property
     def described(self) -> tuple[str, ...] | None:
-        """The text of each item with its category path; None where that adds nothing to `texts`."""
-        if "{category}" in self.text_template or not any(self.catalog.categories):
+        """The text of each item with its category path behind it; None where no item has one."""
+        if "{category}" in self.plain_template or not any(self.catalog.categories):
             return None
-        return tuple(self.catalog.texts(self.text_template + " {category}"))
+        return tuple(self.catalog.texts(self.plain_template + " {category}"))
+
+    @property
+    def read_frozen(self) -> list[tuple[str, ...]]:
+        """What the frozen encoder reads: `plain` texts, and those of `described` that a category changes."""
+        both = zip(self.described or (), self.plain, strict=False)
+        changed = tuple(text for text, plain in both if text != plain)
+        return [self.plain, changed] if changed else [self.plain]
 
     def find_items(self, items: Sequence[str]) -> NDArray[np.int64]:
         """Return the rows of items given by outside id, each once, in their order.

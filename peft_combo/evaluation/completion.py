@@ -58,8 +58,8 @@ def evaluate(
     """Fit every scorer on train, choose on validation, measure on test once.
 
     Args:
-        frozen: (N, D) vectors of the encoder without adapter; None leaves its rows out.
-        described: (N, D) vectors of the same of ``dataset.described``; None leaves them out.
+        frozen: (N, D) vectors of ``dataset.plain`` by the encoder without adapter; None leaves its rows out.
+        described: (N, D) the same of ``dataset.described``; None leaves them out.
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
         rated: the same of rating adapters, which must not have seen the users of test bundles: `rating_problem`.
         coverage: which of them is for which items, see `CategoryCoverage.of`; adds the row of all of them together.

@@ -118,7 +118,7 @@ def _build_manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile
     ]
     return _RecommenderManifest(
         format=FORMAT, data=recommender.dataset.digest, split=state.split_digest,
-        backbone=recommender.bank.backbone.fingerprint, text=state.known.text,
+        backbone=recommender.bank.backbone.fingerprint, text=recommender.dataset.text_template,
         adapters={one.reference: one.digest for one in state.adapters},
         settings={str(scorer): setting for scorer, setting in state.settings.items()},
         fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
