@@ -88,7 +88,7 @@ def export(space: Workspace, folder: Path) -> None:
     dataset, parts = space.dataset, space.split
     arrays, bundle_ids = collect_pairs(dataset, parts)
     titles = space.encode_catalog()
-    described = space.encode_described()
+    described = space.encode_described(titles)
     known = FitData.of(dataset, parts.train, parts.train_interactions, None, {})
     users = len(dataset.interactions.user_ids) if dataset.interactions is not None else 0
     counts = {"#U": max(1, users), "#B": len(bundle_ids), "#I": len(dataset.catalog)}

@@ -107,7 +107,8 @@ def shift_parts(dataset: Dataset, parts: Split, seed: int) -> Split:
 def measure(space: Workspace, parts: Split, python: Path | None, scratch: Path) -> None:
     """Print our rows, and those of RecTools where its interpreter is given."""
     dataset = space.dataset
-    report = evaluate(dataset, parts, frozen=space.encode_catalog(), described=space.encode_described())
+    frozen = space.encode_catalog()
+    report = evaluate(dataset, parts, frozen=frozen, described=space.encode_described(frozen))
     queries = {part: Queries.of(dataset.bundles, getattr(parts, part)) for part in ("valid", "test")}
     ranks = {name: (own, report.row(name).setting) for name, own in report.answers.ranks.items()}
     if python is None:

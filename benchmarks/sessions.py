@@ -70,7 +70,8 @@ def open_space(name: str, folder: Path, cache: Path, changes: tuple[str, ...]) -
 def measure(name: str, space: Workspace, dataset: Dataset, seeds: list[int]) -> DetectionReport:
     """Detect the bundles of the validation sessions of every split, and print the table of all together."""
     clock = time.perf_counter()
-    frozen, described = space.encode_catalog(), space.encode_described()
+    frozen = space.encode_catalog()
+    described = space.encode_described(frozen)
     found = []
     for seed in seeds:
         parts = split(dataset, "user", seed=seed)

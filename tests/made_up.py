@@ -84,7 +84,7 @@ def add_sessions(dataset: Dataset) -> Dataset:
 
     import numpy as np
 
-    from peft_combo.data.model import Sessions
+    from peft_combo.data.sessions import Sessions
 
     bundles = dataset.bundles
     owners = list(dict.fromkeys(bundles.groups))

@@ -13,8 +13,8 @@ import pytest
 from conftest import shared_data
 from made_up import add_sessions
 
-from peft_combo.data.model import Dataset, Sessions
-from peft_combo.data.sessions import LabelledSession, list_sessions, make_up_sessions
+from peft_combo.data.model import Dataset
+from peft_combo.data.sessions import LabelledSession, Sessions, list_sessions, make_up_sessions
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split
 from peft_combo.encoder.backbone import Backbone

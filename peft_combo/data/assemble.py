@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset, Interactions, Sessions
+from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset, Interactions
+from peft_combo.data.sessions import Sessions
 from peft_combo.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:

@@ -12,13 +12,16 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from peft_combo.errors import DataError, did_you_mean, shorten
+
+if TYPE_CHECKING:
+    from peft_combo.data.sessions import Sessions
 
 CATEGORY_SEPARATOR = " > "
 _BUILT_IN_FIELDS = ("title", "category", "leaf", "slot", "price", "description")
@@ -350,26 +353,6 @@ class Bundles:
         )
         matrix.sort_indices()
         return matrix
-
-
-@dataclass(frozen=True, eq=False)
-class Sessions:
-    """What users looked at or took in one go, and the bundles that people made of it.
-
-    Attributes:
-        session_ids: outside ids, distinct.
-        items: per session its distinct catalogue rows, in the order given.
-        bundle_ids: per session the outside ids of the bundles made of its items; () for none, or where unknown.
-        owners: outside id of the user a session belongs to; None where unknown.
-    """
-
-    session_ids: tuple[str, ...]
-    items: tuple[NDArray[np.int32], ...]
-    bundle_ids: tuple[tuple[str, ...], ...]
-    owners: tuple[str | None, ...]
-
-    def __len__(self) -> int:
-        return len(self.session_ids)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Sessions with the bundles that are hidden in them: what a detector of bundles learns from and is measured on.
+"""Sessions, and the bundles that are hidden in them: what a detector of bundles learns from and is measured on.
 
 Owns which sessions belong to which part of a split, and sessions that are made up of bundles where there are none.
 Knows nothing of scores.
@@ -21,6 +21,26 @@ from peft_combo.errors import DataError, shorten
 _BUNDLES_IN_ONE, _NOISE = (1, 1, 2, 2, 2, 3, 3), 1
 # Half of the items and bundles that are added lie in a leaf of what is there: others are told apart too easily.
 _NEAR = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Sessions:
+    """What users looked at or took in one go, and the bundles that people made of it.
+
+    Attributes:
+        session_ids: outside ids, distinct.
+        items: per session its distinct catalogue rows, in the order given.
+        bundle_ids: per session the outside ids of the bundles made of its items; () for none, or where unknown.
+        owners: outside id of the user a session belongs to; None where unknown.
+    """
+
+    session_ids: tuple[str, ...]
+    items: tuple[NDArray[np.int32], ...]
+    bundle_ids: tuple[tuple[str, ...], ...]
+    owners: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.session_ids)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from peft_combo.data.assemble import Found
-from peft_combo.data.model import Bundles, Catalog, Interactions, Sessions
+from peft_combo.data.model import Bundles, Catalog, Interactions
 from peft_combo.data.readers.csv_table import SHOWN_FAULTS, BrokenRecord, csv_records
 from peft_combo.data.readers.times import recognise
+from peft_combo.data.sessions import Sessions
 from peft_combo.errors import Fault, did_you_mean
 
 FILES: dict[str, tuple[str, ...]] = {
