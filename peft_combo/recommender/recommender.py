@@ -1,4 +1,4 @@
-"""Bundle recommender: completes, composes, ranks and searches, from fused scorers and a tuned encoder.
+"""Bundle recommender: completes, composes, ranks, detects and searches, from fused scorers and a tuned encoder.
 
 Owns what answers a request, and the border where outside ids become rows and back. Knows nothing of how scorers were
 fitted or an adapter tuned, or of the command line.
@@ -18,22 +18,24 @@ from scipy import sparse
 from peft_combo.data.labels.tags import Tagger
 from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
+from peft_combo.data.sessions import check_session_items
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
+from peft_combo.recommender.bundle_detection import BundleDetector
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
 from peft_combo.recommender.composing.options import OneOf, Options
 from peft_combo.recommender.composing.slots import SlotTemplates
-from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_item
+from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_detected, describe_item
 from peft_combo.recommender.fit_state import FitState, fit_scorers
 from peft_combo.recommender.fitted_scorers import score_beside
 from peft_combo.recommender.fusion import make_comparable
 from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import QueryMatch, apply_matches, match_items, select_largest
-from peft_combo.recommender.results import BundleMatch, Recommendation, Suggestion
+from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import TEXT_RANKER, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.recommender.text_search import find_distinct
@@ -225,6 +227,34 @@ class BundleRecommender:
             rows, context=context, relevance=_sum_standard(relevance), compatibility=self._score_beside
         )
         return self._describe(ranked, fused, explain)
+
+    def detect_bundles(self, items: Sequence[str], k: int | None = None, *, sure: bool = False) -> list[DetectedBundle]:
+        """Return the bundles hidden in a session's items, the surest first: disjoint, each of two items or more.
+
+        Which items belong together is told by their texts, categories and known bundles, learned from the sessions of
+        the dataset, or from its bundles where it has none. There is always one; items that fit none are left out.
+
+        Args:
+            items: outside ids of what a user looked at or took in one go; one given twice counts once.
+            k: at most so many; None for all.
+            sure: smaller and surer ones, more of which lie inside one bundle, in place of those most like whole ones.
+        Raises:
+            DataError: an id is not known, there are fewer than two items, k is below 1, or the dataset has too few
+                bundles to learn from.
+        """
+        if k is not None:
+            _check_count(k)
+        rows = self.dataset.find_items(items)
+        check_session_items(items)
+        return [
+            describe_detected(self.dataset.catalog, one)
+            for one in self._detector.detect(rows, "sure" if sure else "whole")[:k]
+        ]
+
+    @cached_property
+    def _detector(self) -> BundleDetector:
+        """Made when first asked for; as scorers that serve do, it learns from all there is."""
+        return BundleDetector.fit(self.state.known, self.dataset, None)
 
     def search(self, query: str, k: int = 10) -> list[tuple[str, float]]:
         """Return the items whose title and category are most like `query`, with the scores of `text_search`.
