@@ -3,11 +3,12 @@
 Owns the job from rows and scores to compositions; the search space, the search, the objective and the evidence have a
 module each. Knows nothing of who made the scores, of models, files or requests.
 
-The objective of a bundle B, of which C was given and A = B without C is added, is the sum of four parts:
+The objective of a bundle B, of which C was given and A = B without C is added, is the sum of five parts:
 
     relevance       weight * mean over i in A of r(i)              r: one score per item for the user, basket or query
     compatibility   weight * mean over i in A of c(i | B - i)      c: scores given a set; every item against all others
     slots           weight * log P(slots of B)                     `SlotTemplates.log_probability`; 0 for substitutes
+    agreement       weight * mean over i in A of a(i | B - i)      a: mean over the others, see `Agreement`
     redundancy     -weight * mean over i in A of max cosine(i, j)  over the other items j of B; no less than 0
 
 r and c are made comparable first: z-scores over the items the scorer knows, all of them for r and a fixed sample of the
@@ -29,6 +30,7 @@ from scipy import sparse
 
 from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, EvidenceSource
 from peft_combo.recommender.composing.feasibility import explain_infeasible
@@ -51,6 +53,7 @@ class Composer:
         templates: what bundles look like.
         vectors: (N, D) float32 of length 1, for likeness between items; None knows of equal titles only.
         history: (B, N) training bundles, for counts in the evidence.
+        agreement: what bundles agree on, of the same catalogue; None judges no bundle by it.
         weights: of the objective, where a request names none.
         sample: items that the mean and deviation of the compatibility term are taken over.
     Raises:
@@ -64,6 +67,7 @@ class Composer:
         *,
         vectors: NDArray[np.float32] | None = None,
         history: SparseRows | None = None,
+        agreement: Agreement | None = None,
         weights: ObjectiveWeights = ObjectiveWeights(),
         sample: int = _SCALE_SAMPLE,
     ) -> None:
@@ -76,7 +80,8 @@ class Composer:
         self.vectors = vectors
         self.weights = weights
         self._slotted = SlottedCatalog.of(catalog, templates)
-        self._evidence = EvidenceSource(self._slotted, vectors, csc)
+        self._agreement = agreement
+        self._evidence = EvidenceSource(self._slotted, vectors, csc, agreement)
         self._sample = np.sort(np.random.default_rng(0).permutation(len(catalog))[:sample])
 
     @property
@@ -195,7 +200,7 @@ class Composer:
             contexts: Q arrays of distinct rows.
             relevance, beside: (Q, N) scores; None for none.
         Returns:
-            "relevance", "compatibility" and "slots", (Q, N) each. Redundancy says nothing on what fits.
+            "relevance", "compatibility", "slots", "agreement" and "redundancy", (Q, N) each, the last as a loss.
         """
         zero = np.zeros((len(contexts), 1))
         logs = np.empty((len(contexts), len(self.catalog)))
@@ -210,7 +215,17 @@ class Composer:
             "relevance": ScoreScale(relevance).apply(relevance),
             "compatibility": zero if beside is None else ScoreScale(beside[:, self._sample]).apply(beside),
             "slots": logs,
+            "agreement": zero
+            if self._agreement is None
+            else self._agreement.score_beside([rows.tolist() for rows in contexts], np.arange(len(self.catalog))),
+            "redundancy": zero if self.vectors is None else self._measure_redundancy(contexts),
         }
+
+    def _measure_redundancy(self, contexts: Sequence[Rows]) -> NDArray[np.float64]:
+        """Return minus the greatest cosine of every item with those of each context, at most 0: (Q, N)."""
+        assert self.vectors is not None
+        alike = [(self.vectors @ self.vectors[rows].T).max(axis=1, initial=0.0) for rows in contexts]
+        return -np.stack(alike).astype(np.float64)
 
     def _check_rows(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[int, ...]:
         found = tuple(int(row) for row in rows)
@@ -229,6 +244,7 @@ class Composer:
             compatibility=compatibility,
             options=options,
             slotted=self._slotted,
+            agreement=self._agreement,
             vectors=self.vectors,
             sample=self._sample,
         )

@@ -1,4 +1,4 @@
-"""Objective of a bundle: relevance, compatibility, slot prior and redundancy on comparable scales."""
+"""Objective of a bundle: relevance, compatibility, slot prior, agreement of attributes and redundancy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.options import (
     Compatibility,
     ObjectiveWeights,
@@ -64,6 +65,7 @@ class ScoredBundle:
     parts: dict[str, float]
     relevance: tuple[float, ...]
     compatibility: tuple[float, ...]
+    agreement: tuple[float, ...]
 
     @property
     def score(self) -> float:
@@ -81,6 +83,7 @@ class Objective:
         options: Options,
         weights: ObjectiveWeights,
         slotted: SlottedCatalog,
+        agreement: Agreement | None,
         vectors: NDArray[np.float32] | None,
         sample: Rows,
     ) -> None:
@@ -91,6 +94,7 @@ class Objective:
         self._relevance = relevance
         self._compatibility = compatibility
         self._templates = slotted.templates
+        self._agreement = agreement
         self._vectors = vectors
         self._titles = slotted.index.titles
         self._sample = sample
@@ -127,6 +131,17 @@ class Objective:
             found[list(places)] = ScoreScale(scores[:, len(rows) :]).apply(scores[:, : len(rows)])
         return found
 
+    def weigh_beside(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
+        """What compatibility and agreement with sets add to the objective of a bundle of one added item, (S, C)."""
+        weights = self.weights
+        return weights.compatibility * self.score_beside(sets, rows) + weights.agreement * self.score_agreement(sets, rows)
+
+    def score_agreement(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
+        """How far rows agree with sets on what bundles agree on, (S, C); 0 where nothing was learned of it."""
+        if self._agreement is None or self.weights.agreement == 0:
+            return np.zeros((len(sets), len(rows)))
+        return self._agreement.score_beside(sets, rows)
+
     def has_scores(self, sets: Sequence[Iterable[int]]) -> bool:
         """Whether anything is known of what to put beside these sets."""
         return self._relevance is not None or (self._compatibility is not None and all(sets))
@@ -140,32 +155,36 @@ class Objective:
             for row in added:
                 rows_of_set.setdefault(tuple(other for other in whole if other != row), []).append(row)
         rows = np.unique(np.array([row for added in bundles for row in added], np.int64))
-        beside = self.score_beside(list(rows_of_set), rows)
+        sets = list(rows_of_set)
+        beside, agreeing = self.score_beside(sets, rows), self.score_agreement(sets, rows)
         known = {
-            (others, row): float(value)
-            for (others, wanted), values in zip(rows_of_set.items(), beside, strict=True)
-            for row, value in zip(wanted, values[np.searchsorted(rows, wanted)], strict=True)
+            (others, row): (float(beside[place, at]), float(agreeing[place, at]))
+            for place, (others, wanted) in enumerate(rows_of_set.items())
+            for row, at in zip(wanted, np.searchsorted(rows, wanted).tolist(), strict=True)
         }
         return [self._score_bundle(context, added, known) for added in bundles]
 
     def _score_bundle(
-        self, context: tuple[int, ...], added: tuple[int, ...], known: dict[tuple[tuple[int, ...], int], float]
-    ) -> ScoredBundle:
+        self, context: tuple[int, ...], added: tuple[int, ...],
+        known: dict[tuple[tuple[int, ...], int], tuple[float, float]],
+    ) -> ScoredBundle:  # fmt: skip
         weights, n = self.weights, len(added)
         whole = sorted((*context, *added))
         relevance = self.weigh_relevance(np.array(added, np.int64), n)
         beside = [known[tuple(other for other in whole if other != row), row] for row in added]
-        compatibility = weights.compatibility / n * np.array(beside)
+        compatibility, agreement = (np.array([weights.compatibility, weights.agreement]) / n * np.array(beside)).T
         return ScoredBundle(
             added=added,
             parts={
                 "relevance": math.fsum(relevance),
                 "compatibility": math.fsum(compatibility),
                 "slots": self._score_slots(whole),
+                "agreement": math.fsum(agreement),
                 "redundancy": -weights.redundancy * self._measure_redundancy(added, whole),
             },
             relevance=tuple(relevance.tolist()),
             compatibility=tuple(compatibility.tolist()),
+            agreement=tuple(agreement.tolist()),
         )
 
     def _score_slots(self, whole: list[int]) -> float:

@@ -110,9 +110,9 @@ def _compute_gains(
     space: SearchSpace, objective: Objective, sets: Sequence[tuple[int, ...]], slots: Sequence[int]
 ) -> dict[int, NDArray[np.float64]]:
     """Per slot what each candidate would add beside each set: (S, candidates)."""
-    weights, candidates = objective.weights, [space.candidates[slot] for slot in slots]
+    candidates = [space.candidates[slot] for slot in slots]
     rows = np.concatenate([np.empty(0, np.int64), *candidates])
-    gains = objective.weigh_relevance(rows) + weights.compatibility * objective.score_beside(sets, rows)
+    gains = objective.weigh_relevance(rows) + objective.weigh_beside(sets, rows)
     ends = np.cumsum([len(shelf) for shelf in candidates])[:-1]
     return dict(zip(slots, np.split(gains, ends, axis=1), strict=True))
 
