@@ -31,7 +31,7 @@ from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.files import stage_folder
 from peft_combo.recommender.category_calibration import Calibration
-from peft_combo.recommender.composing.options import ObjectiveWeights
+from peft_combo.recommender.composing.options import ModeWeights, ObjectiveWeights
 from peft_combo.recommender.fit_data import FitData, encode_catalog
 from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import (
@@ -49,7 +49,7 @@ from peft_combo.recommender.scorer_id import Kind, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.scoring import Scorer, load_scorer
 
-FORMAT = 2
+FORMAT = 3
 _MANIFEST = "recommender.json"
 _MANIFEST_LIMIT = 16 * 2**20
 
@@ -79,7 +79,7 @@ class _RecommenderManifest(_Stored):
     fusion: dict[str, JsonValue]
     calibration: dict[str, JsonValue] | None
     text_side: str
-    weights: dict[str, float]
+    weights: dict[str, dict[str, float]]
     weighed_past: bool
     scorers: dict[str, _ScorerFile]
     notes: tuple[str, ...]
@@ -209,7 +209,7 @@ def _read_manifest(folder: Path) -> _RecommenderManifest:
 def _parse_label(label: str) -> ScorerId:
     """Return the scorer that a stored label names, as `ScorerId.__str__` wrote it.
 
-    The one place where a label is read, and for stored files only: format 2 tells scorers by their labels.
+    The one place where a label is read, and for stored files only: the format tells scorers by their labels.
 
     Raises:
         ValueError: no scorer is called so.
@@ -263,7 +263,7 @@ def _rebuild(
     neighbours = None if manifest.weighed_past or not known.user_rows else build_past(known, neighbours=True)
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
-        ObjectiveWeights(**manifest.weights), manifest.split, manifest.notes,
+        ModeWeights(**{mode: ObjectiveWeights(**weights) for mode, weights in manifest.weights.items()}), manifest.split, manifest.notes,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError, did_you_mean, shorten
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
@@ -57,8 +58,9 @@ class BundleRecommender:
         self._frozen = state.known.frozen
         self._history: Any = sparse.csc_array(state.known.history)
         self._composer = Composer(
-            dataset.catalog, self.templates, vectors=self._frozen, history=state.known.history, weights=state.weights
-        )
+            dataset.catalog, self.templates, vectors=self._frozen, history=state.known.history,
+            agreement=Agreement.learn(dataset.catalog, dataset.bundles.items),
+        )  # fmt: skip
         self._user_rows = (
             {} if dataset.interactions is None else {u: r for r, u in enumerate(dataset.interactions.user_ids)}
         )
@@ -183,6 +185,7 @@ class BundleRecommender:
         if required is not None or forbidden is not None:
             edited = self.templates.with_rules(required=required, forbidden=forbidden)
             composer = composer.with_templates(edited)
+        options = self._add_weights(options or Options(), len(context), query=query is not None)
         composed = composer.compose(
             context, one_of=[OneOf(one.item.name, one.rows) for one in matches], relevance=_sum_standard(relevance),
             compatibility=self._score_beside, constraints=constraints, options=options,
@@ -300,6 +303,12 @@ class BundleRecommender:
         """Return the cosine of every item with a text, by the frozen encoder: search asks for what is alike."""
         scores: NDArray[np.float32] = self._frozen @ self.bank.encode([query], None)[0]  # (N, D) @ (D,) -> (N,)
         return scores
+
+    def _add_weights(self, options: Options, n_items: int, *, query: bool) -> Options:
+        """Return options with the weights of this kind of request, where they name none."""
+        if options.weights is not None:
+            return options
+        return replace(options, weights=self.state.weights.select(n_items, query=query))
 
     # Scores become explanations.
 

@@ -21,7 +21,7 @@ from scipy import sparse
 
 from peft_combo.data.model import Catalog
 from peft_combo.recommender.composing.options import Rows
-from peft_combo.recommender.composing.traits import Traits
+from peft_combo.recommender.composing.traits import Traits, name_audience
 
 _PAIRS = 20.0
 
@@ -92,9 +92,10 @@ class Agreement:
         """
         among = np.array(list(others), np.int64)
         order = [int(place) for place in np.argsort(-self.same, kind="stable") if self.same[place] > 0]
-        return tuple(
-            (self.traits.names[place], self.traits.values[place][self.traits.codes[place, row]])
+        shared = {
+            self.traits.names[place]: self.traits.values[place][self.traits.codes[place, row]]
             for place in order
             if self.traits.codes[place, row] >= 0
             and (self.traits.codes[place, among] == self.traits.codes[place, row]).any()
-        )
+        }
+        return tuple(name_audience(shared).items())

@@ -32,16 +32,20 @@ from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.constraints import Constraints
+from peft_combo.recommender.composing.diversity import diversify
 from peft_combo.recommender.composing.evidence import Composition, EvidenceSource
 from peft_combo.recommender.composing.feasibility import explain_infeasible
 from peft_combo.recommender.composing.objective import Objective, ScoreScale
 from peft_combo.recommender.composing.options import Compatibility, ObjectiveWeights, OneOf, Options, Rows, check_scores
 from peft_combo.recommender.composing.query_bundles import search_around
-from peft_combo.recommender.composing.search import diversify, search_bundles
+from peft_combo.recommender.composing.search import search_bundles
 from peft_combo.recommender.composing.search_space import SlottedCatalog, build_search_space
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.scoring.base import SparseRows
 
+NEAR_DUPLICATE = 0.95  # cosine of items that are nearly the same
+_SHARE = 0.05  # of training bundles with such items, above which they belong in bundles
+_BUNDLES = 2_000  # looked at for them
 _SCALE_SAMPLE = 2048  # items the mean and deviation of c are taken over; both are then known to 2 % of the deviation
 
 
@@ -52,7 +56,7 @@ class Composer:
         catalog: N items.
         templates: what bundles look like.
         vectors: (N, D) float32 of length 1, for likeness between items; None knows of equal titles only.
-        history: (B, N) training bundles, for counts in the evidence.
+        history: (B, N) training bundles, for counts in the evidence and whether near-duplicates belong in bundles.
         agreement: what bundles agree on, of the same catalogue; None judges no bundle by it.
         weights: of the objective, where a request names none.
         sample: items that the mean and deviation of the compatibility term are taken over.
@@ -82,6 +86,7 @@ class Composer:
         self._slotted = SlottedCatalog.of(catalog, templates)
         self._agreement = agreement
         self._evidence = EvidenceSource(self._slotted, vectors, csc, agreement)
+        self.near_duplicate = None if self._holds_near_duplicates(csc) else NEAR_DUPLICATE
         self._sample = np.sort(np.random.default_rng(0).permutation(len(catalog))[:sample])
 
     @property
@@ -235,9 +240,28 @@ class Composer:
             raise ValueError(f"rows must lie in 0..{len(self.catalog) - 1}, found {list(found)}.")
         return found
 
+    def _holds_near_duplicates(self, history: Any) -> bool:
+        """Whether a share of training bundles hold items that are nearly the same: of many a sample is looked at."""
+        if history is None:
+            return False
+        rows = sparse.csr_array(history)
+        several = np.flatnonzero(np.diff(rows.indptr) > 1)
+        looked_at = np.random.default_rng(0).permutation(several)[:_BUNDLES]
+        titles, found = self._slotted.index.titles, 0
+        for bundle in looked_at.tolist():
+            members = rows.indices[rows.indptr[bundle] : rows.indptr[bundle + 1]]
+            same = len(np.unique(titles[members])) < len(members)
+            if not same and self.vectors is not None:
+                own = self.vectors[members]
+                same = bool((np.triu(own @ own.T, 1) > NEAR_DUPLICATE).any())
+            found += same
+        return found > _SHARE * len(looked_at)
+
     def _make_objective(
         self, relevance: ArrayLike | None, compatibility: Compatibility | None, options: Options
     ) -> Objective:
+        if options.near_duplicate == "learned":
+            options = replace(options, near_duplicate=self.near_duplicate)
         return Objective(
             weights=options.weights or self.weights,
             relevance=None if relevance is None else check_scores(relevance, (len(self.catalog),), "relevance"),

@@ -22,6 +22,7 @@ from peft_combo.recommender.composing.options import (
 )
 from peft_combo.recommender.composing.search_space import SlottedCatalog
 
+_TIE = 1e-9  # far below what tells two scores apart
 _SETS = 256  # sets the scorer is asked about at once
 
 
@@ -31,12 +32,20 @@ class ScoreScale:
     def __init__(self, sample: NDArray[np.floating[Any]]) -> None:
         values = sample.astype(np.float64)
         known = np.isfinite(values)
+        if known.all() and values.size:
+            self._lowest = values.min(axis=1, keepdims=True)
+            self._mean = values.mean(axis=1, keepdims=True)
+            self._set_factor(values.std(axis=1, keepdims=True))
+            return
         count = np.maximum(known.sum(axis=1, keepdims=True), 1)
         self._lowest = np.where(known, values, np.inf).min(axis=1, keepdims=True, initial=np.inf)
         self._lowest[np.isinf(self._lowest)] = 0
         values[~known] = 0
         self._mean = values.sum(axis=1, keepdims=True) / count
         spread = np.sqrt(np.square(values - self._mean).sum(axis=1, keepdims=True, where=known) / count)
+        self._set_factor(spread)
+
+    def _set_factor(self, spread: NDArray[np.float64]) -> None:
         # Equal scores say nothing; their standard deviation is only nearly 0 in floating point.
         alike = spread <= 1e-9 * np.maximum(1.0, np.abs(self._mean))
         self._factor = np.where(alike, 0, 1 / np.where(alike, 1, spread))
@@ -50,11 +59,15 @@ class ScoreScale:
 
 
 @lru_cache(maxsize=4)
-def _draw_order(n: int, seed: int) -> Rows:
-    """Return the rows' places in a random order, (n,); kept, for requests rarely bring a seed of their own."""
-    order = np.random.default_rng(seed).permutation(n)
-    order.flags.writeable = False
-    return order
+def _draw_order(n: int, seed: int) -> tuple[Rows, NDArray[np.float64]]:
+    """Return the rows' places in a random order and numbers whose sums tell sets of rows apart, (n,) each.
+
+    Kept, for requests rarely bring a seed of their own.
+    """
+    rng = np.random.default_rng(seed)
+    order, ties = rng.permutation(n), rng.random(n)
+    order.flags.writeable = ties.flags.writeable = False
+    return order, ties
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class Objective:
         self.options = options
         self.weights = weights
         self.slot_of = slotted.slot_of
-        self.order = _draw_order(len(slotted.slot_of), options.seed)
+        self.order, self.ties = _draw_order(len(slotted.slot_of), options.seed)
         self._relevance = relevance
         self._compatibility = compatibility
         self._templates = slotted.templates
@@ -134,7 +147,9 @@ class Objective:
     def weigh_beside(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
         """What compatibility and agreement with sets add to the objective of a bundle of one added item, (S, C)."""
         weights = self.weights
-        return weights.compatibility * self.score_beside(sets, rows) + weights.agreement * self.score_agreement(sets, rows)
+        return weights.compatibility * self.score_beside(sets, rows) + weights.agreement * self.score_agreement(
+            sets, rows
+        )
 
     def score_agreement(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
         """How far rows agree with sets on what bundles agree on, (S, C); 0 where nothing was learned of it."""
@@ -219,12 +234,45 @@ class Objective:
         return same
 
     def measure_overlap(self, one: tuple[int, ...], other: tuple[int, ...]) -> float:
-        """How like two lists of added items are, 0..1: by shared items, and by cosine of the best matches."""
+        """How like two lists of added items are, 0..1: by shared items, and as much by cosine of the best matches."""
         shared = len(set(one) & set(other)) / len(set(one) | set(other))
         if self._vectors is None:
             return shared
         cosines = np.clip(self._vectors[list(one)] @ self._vectors[list(other)].T, 0, 1)
-        return max(shared, float(cosines.max(axis=1).mean() + cosines.max(axis=0).mean()) / 2)
+        return (shared + float(cosines.max(axis=1).mean() + cosines.max(axis=0).mean()) / 2) / 2
+
+    def compare(
+        self, rows: Rows, sets: Sequence[tuple[int, ...]], of_set: Rows
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Compare rows with the members of sets of one size, each row with those of the set that is named for it.
+
+        Args:
+            rows: (G,). sets: S of them. of_set: (G,) places in `sets`.
+        Returns:
+            (G,) the greatest cosine, at least 0, and (G,) whether the row is, or nearly is, among the set.
+        """
+        held = np.array(sets, np.int64).reshape(len(sets), -1)
+        if not held.size:
+            return np.zeros(len(rows)), np.zeros(len(rows), bool)
+        limit = self.options.near_duplicate
+        beside = held[of_set]  # (G, M)
+        taken = (beside == rows[:, None]).any(axis=1)
+        if limit is not None:
+            taken |= (self._titles[beside] == self._titles[rows][:, None]).any(axis=1)
+        if self._vectors is None:
+            return np.zeros(len(rows)), taken
+        own, of_row = np.unique(rows, return_inverse=True)
+        others, of_held = np.unique(held, return_inverse=True)
+        cosines = self._vectors[own] @ self._vectors[others].T  # (R, D) @ (D, H) -> (R, H)
+        greatest = cosines[of_row[:, None], of_held.reshape(held.shape)[of_set]].max(axis=1)
+        if limit is not None:
+            taken |= greatest > limit
+        return np.maximum(greatest, 0).astype(np.float64), taken
+
+    def break_ties(self, rows: Rows) -> NDArray[np.float64]:
+        """What to take from scores of rows so that equal ones come in the order of the seed: (len(rows),), tiny."""
+        less: NDArray[np.float64] = self.order[rows] * (_TIE / max(1, len(self.order)))
+        return less
 
     def make_tie_key(self, rows: Iterable[int]) -> tuple[int, ...]:
         return tuple(sorted(int(self.order[row]) for row in rows))

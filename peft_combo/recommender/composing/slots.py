@@ -28,6 +28,7 @@ MIN_BUNDLES = 10  # a category makes a slot of its own where at least so many tr
 Template: TypeAlias = tuple[int, ...]  # slot numbers in ascending order, one for each item
 
 _FRONTIER, _FAN = 12, 6  # growing templates: how many are kept per size, and how many slots each is tried with
+_RULE_OF_THREE = 3.0
 _REMEMBERED = 100_000  # log-probabilities kept, so that a second request does not compute them again
 
 
@@ -207,8 +208,22 @@ class SlotTemplates:
 
     @cached_property
     def most(self) -> NDArray[np.int64]:
-        """(S,) the most items of one slot in any training bundle, at least 1."""
-        most: NDArray[np.int64] = np.maximum(1, self._table.max(axis=0)).astype(np.int64)
+        """(S,) the most items of one slot a bundle may have, at least 1.
+
+        Those of any training bundle with the slot, and more where too few have it to tell: a count that is met over all
+        slots is ruled out for one where, if it were as usual there, three bundles at least should have shown it.
+
+        Source: Hanley and Lippman-Hand 1983, the rule of three: no event among n bounds its rate by 3 / n, at 95 %.
+        """
+        own = np.maximum(1, self._table.max(axis=0)).astype(np.int64)
+        # (C + 1,) the share of all slots of all bundles that have at least so many items.
+        counts = np.bincount(
+            self._table[self._table > 0], np.broadcast_to(self._weights[:, None], self._table.shape)[self._table > 0]
+        )
+        at_least = counts[::-1].cumsum()[::-1] / counts.sum()
+        shown = self.support[:, None] * at_least  # (S, C + 1) bundles that should have shown it
+        untold = np.where(shown < _RULE_OF_THREE, np.arange(len(at_least)), 0).max(axis=1)
+        most: NDArray[np.int64] = np.maximum(own, np.where(self.support > 0, untold, 1))
         return most
 
     @cached_property

@@ -1,10 +1,10 @@
 """Traits of items that bundles may agree on: attributes, category levels, and classes of words such as gender and age.
 
-Owns what an item says of itself beyond its slot and price, read off the catalogue, and the small lexicon of words behind
-the classes. Knows nothing of bundles, scores or how much agreeing is worth.
+Owns what an item says of itself beyond its slot and price, read off the catalogue, and the small lexicon of words
+behind the classes. Knows nothing of bundles, scores or how much agreeing is worth.
 
-A class of words is read where the catalogue has no attribute of its name: from the category path first, which shops keep
-with more care, then from the title. Two values of a class in one text ("for men and women") say nothing.
+A class of words is read where the catalogue has no attribute of its name: from the category path first, which shops
+keep with more care, then from the title. Two values of a class in one text ("for men and women") say nothing.
 """
 
 from __future__ import annotations
@@ -95,6 +95,16 @@ def read_class(name: str, text: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def name_audience(shared: Mapping[str, str]) -> dict[str, str]:
+    """Say a gender and an age that were read as shops do: women, men, girls, boys; the rest stays as it is."""
+    audience = {
+        ("female", "adult"): "women", ("male", "adult"): "men", ("female", "child"): "girls", ("male", "child"): "boys"
+    }.get((shared.get("gender", ""), shared.get("age", "")))  # fmt: skip
+    if audience is None:
+        return dict(shared)
+    return {"for": audience, **{name: value for name, value in shared.items() if name not in ("gender", "age")}}
+
+
 def _list_words(lowered: str) -> Iterable[str]:
     for word in _WORD.findall(lowered.replace("'s", "").replace("s'", "s")):
         yield {"womens": "women", "mens": "men", "childrens": "children", "ladie": "ladies"}.get(word, word)
@@ -115,7 +125,9 @@ def _read_classes(catalog: Catalog, given: Mapping[str, object]) -> dict[str, li
             continue
         of_level = {level: read_class(name, level) for path in set(catalog.categories) for level in path}
         # The first level that says something: below Women a leaf "Boy Shorts" is no gender.
-        of_path = {path: next((of_level[level] for level in path if of_level[level]), None) for path in catalog.categories}
+        of_path = {
+            path: next((of_level[level] for level in path if of_level[level]), None) for path in catalog.categories
+        }
         read[name] = [
             of_path[path] or read_class(name, title)
             for path, title in zip(catalog.categories, catalog.titles, strict=True)
