@@ -19,6 +19,7 @@ from scipy import sparse
 from peft_combo.data.model import Catalog
 from peft_combo.data.readers.demo import demo_dataset
 from peft_combo.errors import DataError
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import ALL_SEASONS, CatalogIndex, Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
@@ -868,7 +869,10 @@ def test_outfits_of_the_demo_shop_look_like_outfits_and_are_of_one_style() -> No
         ones = np.ones(len(items), np.float32)
         return scorer.score_baskets(sparse.csr_array((ones, (owner, items)), (len(sets), len(catalog))))[:, rows]
 
-    composer = Composer(catalog, SlotTemplates.learn(catalog, demo.bundles.items), history=history)
+    bundles = demo.bundles.items
+    composer = Composer(
+        catalog, SlotTemplates.learn(catalog, bundles), history=history, agreement=Agreement.learn(catalog, bundles)
+    )
     genders = []
     for bundle in demo.bundles.items[:12]:
         seed = [int(bundle[0])]
@@ -882,7 +886,7 @@ def test_outfits_of_the_demo_shop_look_like_outfits_and_are_of_one_style() -> No
             assert {"top", "bottom"} <= set(found.slots) or "dress" in found.slots
             assert len(set(found.slots)) == len(found.slots)
             genders.append(len({catalog.categories[row][1] for row in found.items}) == 1)
-    assert np.mean(genders) > 0.9
+    assert np.mean(genders) == 1
 
 
 def test_a_composition_of_five_thousand_items_is_quick() -> None:

@@ -263,7 +263,8 @@ def _rebuild(
     neighbours = None if manifest.weighed_past or not known.user_rows else build_past(known, neighbours=True)
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
-        ModeWeights(**{mode: ObjectiveWeights(**weights) for mode, weights in manifest.weights.items()}), manifest.split, manifest.notes,
+        ModeWeights(**{mode: ObjectiveWeights(**own) for mode, own in manifest.weights.items()}),
+        manifest.split, manifest.notes,
     )  # fmt: skip
 
 

@@ -83,7 +83,8 @@ class Agreement:
             worth = self.other[place] * known + (self.same[place] - self.other[place]) * counts
             worth[:, -1] = 0.0
             found += worth[:, codes[rows]]
-        return found / np.maximum(sizes, 1)[:, None]
+        mean: NDArray[np.float64] = found / np.maximum(sizes, 1)[:, None]
+        return mean
 
     def find_shared(self, row: int, others: Iterable[int]) -> tuple[tuple[str, str], ...]:
         """Return the traits on which an item agrees with any of some others, and agreeing counts: (name, value).

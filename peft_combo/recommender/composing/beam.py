@@ -72,8 +72,8 @@ class _Grown:
         """Estimate the objective, given the log-probability of a template for each of `nodes`; (G,)."""
         weights, n = objective.weights, 1 + len(self.states[0].added)
         own = (self.gain - weights.redundancy * self.likeness) / n
-        # Where slots do not count, a template that is not there still must not end.
-        logs = np.where(np.isfinite(log_probability), weights.slots * log_probability, log_probability)
+        possible = np.isfinite(log_probability)
+        logs = np.where(possible, weights.slots * np.where(possible, log_probability, 0), -np.inf)
         estimate: NDArray[np.float64] = own + logs[self.node]
         return estimate
 

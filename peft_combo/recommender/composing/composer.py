@@ -161,7 +161,7 @@ class Composer:
             found = search_bundles(self._slotted, space, objective)
         if not found:
             raise DataError(
-                f"No bundle was found in which no two items are alike (near_duplicate {options.near_duplicate}), "
+                f"No bundle was found in which no two items are alike (near_duplicate {objective.near_duplicate}), "
                 "though the other constraints leave enough items. Raise near_duplicate, or ask for fewer items."
             )
         ranked = sorted(
@@ -260,8 +260,6 @@ class Composer:
     def _make_objective(
         self, relevance: ArrayLike | None, compatibility: Compatibility | None, options: Options
     ) -> Objective:
-        if options.near_duplicate == "learned":
-            options = replace(options, near_duplicate=self.near_duplicate)
         return Objective(
             weights=options.weights or self.weights,
             relevance=None if relevance is None else check_scores(relevance, (len(self.catalog),), "relevance"),
@@ -269,6 +267,7 @@ class Composer:
             options=options,
             slotted=self._slotted,
             agreement=self._agreement,
+            near_duplicate=self.near_duplicate if options.near_duplicate == "learned" else options.near_duplicate,
             vectors=self.vectors,
             sample=self._sample,
         )

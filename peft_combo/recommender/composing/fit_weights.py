@@ -14,7 +14,7 @@ each kind of request is put to validation bundles as it will be asked:
 
 Weights are chosen one after the other. Of the settings that are within half a standard error (of the paired difference)
 of the best, and that are no worse than relevance alone, the one with the most weight is taken: order that costs nothing
-measurable is kept.
+measurable is kept. Compatibility keeps a little weight beside a text and a user, however few bundles there were to ask.
 Source: Breiman et al. 1984, the one-standard-error rule, halved.
 """
 
@@ -41,6 +41,7 @@ GRID: Mapping[str, tuple[float, ...]] = {
     "slots": (0.0, 0.01, 0.05, 0.1, 0.2, 0.35, 0.5),
     "redundancy": (0.0, 0.25, 0.5),
 }
+LEAST_COMPATIBILITY = 0.25  # beside a text or a user's past
 _ZERO = ObjectiveWeights(compatibility=0.0, slots=0.0, agreement=0.0, redundancy=0.0)
 _QUERIES = 400
 _OPENINGS = 150
@@ -81,14 +82,14 @@ def fit_weights(
         return _choose(lambda weights: np.concatenate([part.measure(weights) for part in parts]), axes)
 
     basket = choose(several, lambda block: relevance(several.take(block)))
-    query = user = replace(basket, compatibility=max(basket.compatibility, 0.5))
+    query = user = basket
     told, past = _find_past(queries, valid)
     if len(told) >= _LEAST:
         user = choose(told, lambda block: relevance(past.take(block)))
     if vectors is not None:
         asked_for = _find_texts(queries, texts, vectors)
         query = choose(queries, lambda block: asked_for[block] @ vectors.T)
-    return ModeWeights(query=query, user=user, basket=basket, item=item)
+    return ModeWeights(query=_add_compatibility(query), user=_add_compatibility(user), basket=basket, item=item)
 
 
 def fit_item_weights(
@@ -106,6 +107,11 @@ def fit_item_weights(
         return measure_recall(compose_openings(openings, composer, scores, judge, options), openings)
 
     return _choose(measure, [axis for axis in GRID if axis != "compatibility" or compatibility is not None])
+
+
+def _add_compatibility(weights: ObjectiveWeights) -> ObjectiveWeights:
+    """Return weights for what says nothing of how items go together, so that something does."""
+    return replace(weights, compatibility=max(weights.compatibility, LEAST_COMPATIBILITY))
 
 
 def make_judge(fitted: Fitted | None) -> Compatibility | None:

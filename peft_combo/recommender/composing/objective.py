@@ -97,11 +97,13 @@ class Objective:
         weights: ObjectiveWeights,
         slotted: SlottedCatalog,
         agreement: Agreement | None,
+        near_duplicate: float | None,
         vectors: NDArray[np.float32] | None,
         sample: Rows,
     ) -> None:
         self.options = options
         self.weights = weights
+        self.near_duplicate = near_duplicate
         self.slot_of = slotted.slot_of
         self.order, self.ties = _draw_order(len(slotted.slot_of), options.seed)
         self._relevance = relevance
@@ -225,7 +227,7 @@ class Objective:
 
     def find_duplicates(self, rows: Rows, others: Sequence[int]) -> NDArray[np.bool_]:
         """(len(rows),) True where a row is nearly the same as one of the others."""
-        limit = self.options.near_duplicate
+        limit = self.near_duplicate
         if limit is None or not others:
             return np.zeros(len(rows), bool)
         same = is_among(self._titles[rows], self._titles[list(others)])
@@ -254,7 +256,7 @@ class Objective:
         held = np.array(sets, np.int64).reshape(len(sets), -1)
         if not held.size:
             return np.zeros(len(rows)), np.zeros(len(rows), bool)
-        limit = self.options.near_duplicate
+        limit = self.near_duplicate
         beside = held[of_set]  # (G, M)
         taken = (beside == rows[:, None]).any(axis=1)
         if limit is not None:
@@ -271,8 +273,7 @@ class Objective:
 
     def break_ties(self, rows: Rows) -> NDArray[np.float64]:
         """What to take from scores of rows so that equal ones come in the order of the seed: (len(rows),), tiny."""
-        less: NDArray[np.float64] = self.order[rows] * (_TIE / max(1, len(self.order)))
-        return less
+        return np.asarray(self.order[rows] * (_TIE / max(1, len(self.order))), np.float64)
 
     def make_tie_key(self, rows: Iterable[int]) -> tuple[int, ...]:
         return tuple(sorted(int(self.order[row]) for row in rows))
