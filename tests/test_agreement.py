@@ -47,7 +47,7 @@ def told(catalog: Catalog, name: str) -> list[str | None]:
         ("season", "Winter Coat", "winter"),
         ("size system", "Plus-Size Wrap Dress", "plus size"),
         ("size", "Chinos, Size XS", "xs"),
-        ("skin type", "Cream for Dry to Very dry Skin", None),
+        ("skin type", "Cream for Dry to Very dry Skin", "dry"),
         ("skin type", "Cream for sensitive skin", "sensitive"),
         ("voltage", "Cordless Drill 18V", "18v"),
         ("voltage", "Drill, 18 volt", "18 v"),

@@ -96,12 +96,11 @@ def read_class(name: str, text: str) -> str | None:
 
 
 def name_audience(shared: Mapping[str, str]) -> dict[str, str]:
-    """Say a gender and an age that were read as shops do: women, men, girls, boys; the rest stays as it is."""
-    audience = {
-        ("female", "adult"): "women", ("male", "adult"): "men", ("female", "child"): "girls", ("male", "child"): "boys"
-    }.get((shared.get("gender", ""), shared.get("age", "")))  # fmt: skip
-    if audience is None:
+    """Say a gender and an age that were read as shops do: for women, men, girls or boys; the rest stays as it is."""
+    gender, young = shared.get("gender"), shared.get("age") in ("child", "baby")
+    if gender not in ("female", "male"):
         return dict(shared)
+    audience = {"female": ("women", "girls"), "male": ("men", "boys")}[gender][young]
     return {"for": audience, **{name: value for name, value in shared.items() if name not in ("gender", "age")}}
 
 
