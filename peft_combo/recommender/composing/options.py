@@ -26,7 +26,7 @@ class ObjectiveWeights:
     relevance: float = 1.0
     compatibility: float = 1.0
     slots: float = 0.5
-    agreement: float = 0.25
+    agreement: float = 0.5
     redundancy: float = 0.5
 
     def __post_init__(self) -> None:
