@@ -44,7 +44,7 @@ from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.scoring.base import SparseRows
 
 NEAR_DUPLICATE = 0.95  # cosine of items that are nearly the same
-_SHARE = 0.05  # of training bundles with such items, above which they belong in bundles
+_SHARE = 0.01  # of training bundles with such items, above which they belong in bundles
 _BUNDLES = 2_000  # looked at for them
 _SCALE_SAMPLE = 2048  # items the mean and deviation of c are taken over; both are then known to 2 % of the deviation
 
@@ -86,7 +86,7 @@ class Composer:
         self._slotted = SlottedCatalog.of(catalog, templates)
         self._agreement = agreement
         self._evidence = EvidenceSource(self._slotted, vectors, csc, agreement)
-        self.near_duplicate = None if self._holds_near_duplicates(csc) else NEAR_DUPLICATE
+        self.near_duplicate = self._learn_near_duplicate(csc)
         self._sample = np.sort(np.random.default_rng(0).permutation(len(catalog))[:sample])
 
     @property
@@ -240,22 +240,26 @@ class Composer:
             raise ValueError(f"rows must lie in 0..{len(self.catalog) - 1}, found {list(found)}.")
         return found
 
-    def _holds_near_duplicates(self, history: Any) -> bool:
-        """Whether a share of training bundles hold items that are nearly the same: of many a sample is looked at."""
+    def _learn_near_duplicate(self, history: Any) -> float | None:
+        """Return the cosine above which items do not belong in one bundle, as training bundles have it.
+
+        1 where they hold items that are nearly the same, but not of the same title; None where they hold these too. Of
+        many bundles a sample is looked at.
+        """
         if history is None:
-            return False
+            return NEAR_DUPLICATE
         rows = sparse.csr_array(history)
-        several = np.flatnonzero(np.diff(rows.indptr) > 1)
-        looked_at = np.random.default_rng(0).permutation(several)[:_BUNDLES]
-        titles, found = self._slotted.index.titles, 0
-        for bundle in looked_at.tolist():
+        several = np.random.default_rng(0).permutation(np.flatnonzero(np.diff(rows.indptr) > 1))[:_BUNDLES]
+        titles, same, alike = self._slotted.index.titles, 0, 0
+        for bundle in several.tolist():
             members = rows.indices[rows.indptr[bundle] : rows.indptr[bundle + 1]]
-            same = len(np.unique(titles[members])) < len(members)
-            if not same and self.vectors is not None:
+            same += len(np.unique(titles[members])) < len(members)
+            if self.vectors is not None:
                 own = self.vectors[members]
-                same = bool((np.triu(own @ own.T, 1) > NEAR_DUPLICATE).any())
-            found += same
-        return found > _SHARE * len(looked_at)
+                alike += bool((np.triu(own @ own.T, 1) > NEAR_DUPLICATE).any())
+        if same > _SHARE * len(several):
+            return None
+        return 1.0 if alike > _SHARE * len(several) else NEAR_DUPLICATE
 
     def _make_objective(
         self, relevance: ArrayLike | None, compatibility: Compatibility | None, options: Options

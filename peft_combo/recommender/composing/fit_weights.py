@@ -12,9 +12,10 @@ each kind of request is put to validation bundles as it will be asked:
              where it has none; NDCG@10
     user     one item is missing, relevance is that beside other bundles of the same group; NDCG@10
 
-Weights are chosen one after the other. Of the settings that are within half a standard error (of the paired difference)
-of the best, and that are no worse than relevance alone, the one with the most weight is taken: order that costs nothing
-measurable is kept. Compatibility keeps a little weight beside a text and a user, however few bundles there were to ask.
+Weights are chosen one after the other, each the best of its grid, of equals the greatest: order that costs nothing is
+kept. Agreement comes last, and is the greatest that is within half a standard error (of the paired difference) of the
+best and no worse than relevance alone: who asks for a bundle for one person is not served by a tie. Compatibility keeps
+a little weight beside a text and a user, however few bundles there were to ask.
 Source: Breiman et al. 1984, the one-standard-error rule, halved.
 """
 
@@ -36,15 +37,15 @@ from peft_combo.recommender.fitted_scorers import Fitted, score_beside
 from peft_combo.recommender.model_selection import split_blocks
 
 GRID: Mapping[str, tuple[float, ...]] = {
-    "agreement": (0.0, 0.03, 0.06, 0.1, 0.2, 0.4),
     "compatibility": (0.0, 0.25, 0.5, 1.0),
     "slots": (0.0, 0.01, 0.05, 0.1, 0.2, 0.35, 0.5),
     "redundancy": (0.0, 0.25, 0.5),
+    "agreement": (0.0, 0.03, 0.06, 0.1, 0.2, 0.4),
 }
 LEAST_COMPATIBILITY = 0.25  # beside a text or a user's past
 _ZERO = ObjectiveWeights(compatibility=0.0, slots=0.0, agreement=0.0, redundancy=0.0)
 _QUERIES = 400
-_OPENINGS = 150
+_OPENINGS = 200
 _LEAST = 20  # queries of a kind; with fewer the weights of the next best kind serve
 _BLOCK = 128  # queries whose parts are computed at once
 _RECENT = 5  # items of other bundles that stand for a user's past
@@ -64,7 +65,7 @@ def fit_weights(
 
     Args:
         composer: with templates and agreement of training bundles; its own weights do not matter.
-        valid: validation queries; of more than 400 a seeded sample is asked, and 150 bundles are composed at most.
+        valid: validation queries; of more than 400 a seeded sample is asked, and 200 bundles are composed at most.
         relevance, compatibility: what the composer will be given, fitted on training bundles.
         texts: (B, D) unit vectors of the validation bundles' names, by `valid.bundles`; NaN where a bundle has none.
         vectors: (N, D) item vectors of the same encoder; None weighs queries like users, and these like baskets.
@@ -120,7 +121,7 @@ def make_judge(fitted: Fitted | None) -> Compatibility | None:
 
 
 def _choose(measure: Callable[[ObjectiveWeights], NDArray[np.float64]], axes: Sequence[str]) -> ObjectiveWeights:
-    """Choose one weight after the other: the greatest of those that are as good as the best of its grid.
+    """Choose one weight after the other, see the module.
 
     Args:
         measure: what each validation query gains under some weights, (Q,).
@@ -135,11 +136,12 @@ def _choose(measure: Callable[[ObjectiveWeights], NDArray[np.float64]], axes: Se
     chosen, floor = _ZERO, float(gain(_ZERO).mean())
     for axis in axes:
         tried = [replace(chosen, **{axis: value}) for value in GRID[axis]]
-        best = max(tried, key=lambda weights: gain(weights).mean())
-        for weights in reversed(tried):
+        best = max(reversed(tried), key=lambda weights: round(float(gain(weights).mean()), 6))
+        chosen = best
+        for weights in reversed(tried) if axis == "agreement" else ():
             less = gain(best) - gain(weights)
-            error = float(less.std()) / max(1.0, np.sqrt(len(less)))
-            if less.mean() <= 0.5 * error + 1e-9 and (gain(weights).mean() >= floor - 1e-9 or weights == best):
+            tolerance = 0.5 * float(less.std()) / max(1.0, float(np.sqrt(len(less))))
+            if less.mean() <= tolerance and gain(weights).mean() >= min(floor, float(gain(best).mean())) - 1e-9:
                 chosen = weights
                 break
     return chosen

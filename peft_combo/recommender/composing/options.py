@@ -63,7 +63,7 @@ class Options:
             Carbonell and Goldstein 1998: (1 - diversity) * score scaled to 0..1 - diversity * greatest likeness), and
             two bundles share at most 1 - diversity of their added items, where there are others.
         near_duplicate: an added item may not have a higher cosine than this with another item of the bundle, nor the
-            same title; None switches both off. "learned" is 0.95, or off where training bundles hold such items too.
+            same title; None switches both off. "learned" is 0.95, or what bundles of training ask for that hold such.
         seed: breaks ties; nothing else is random.
         beam: partial bundles kept per step.
         per_slot: items tried per slot and partial bundle.
