@@ -412,6 +412,38 @@ def test_diversity_trades_score_for_difference() -> None:
     assert overlap(varied) < overlap(best)
 
 
+@pytest.mark.parametrize("context", [[], [1]])
+def test_a_list_does_not_repeat_itself_unless_it_is_asked_to(context: list[int]) -> None:
+    composer, relevance, pairs = random_shop(np.random.default_rng(6), 120)
+    asked: dict[str, Any] = {"relevance": relevance, "compatibility": table(pairs)}
+    found = composer.compose(context, constraints=Constraints(size=(4, 4)), **asked)
+    assert len(found) == 5
+    for one, other in itertools.combinations(found, 2):
+        assert len({*one.added} & {*other.added}) <= 0.5 * len(one.added)
+    assert max(Counter(row for one in found for row in one.added).values()) <= 3
+    assert found[0].score == max(one.score for one in found)
+    # Where there is nothing else, bundles repeat all the same.
+    few, relevance, pairs = random_shop(np.random.default_rng(6), 8)
+    assert len(few.compose([1], relevance=relevance, constraints=Constraints(size=(3, 3)))) == 5
+
+
+def test_near_duplicates_belong_in_bundles_where_training_bundles_hold_them(small: Composer) -> None:
+    vectors = np.eye(6, dtype=np.float32)
+    vectors[1] = vectors[0]
+    catalog = replace(small.catalog, titles=("a", "b", "c", "d", "c", "e"))
+
+    def learned(*bundles: list[int]) -> float | None:
+        rows = np.repeat(np.arange(len(bundles)), [len(one) for one in bundles])
+        cells = (np.ones(len(rows), np.float32), (rows, np.concatenate(bundles)))
+        history = sparse.csr_array(cells, shape=(len(bundles), 6))
+        return Composer(catalog, small.templates, vectors=vectors, history=history).near_duplicate
+
+    assert Composer(catalog, small.templates, vectors=vectors).near_duplicate == 0.95
+    assert learned([0, 2], [0, 3]) == 0.95
+    assert learned([0, 1], [0, 3]) == 1.0  # nearly the same, but for the title
+    assert learned([2, 4], [0, 3]) is None
+
+
 def test_a_heavier_redundancy_gives_bundles_less_alike() -> None:
     composer, relevance, _ = random_shop(np.random.default_rng(7), 80)
     light, heavy = (

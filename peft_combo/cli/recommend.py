@@ -205,7 +205,7 @@ def _format_reasons(entry: Mapping[str, Any]) -> str:
         told = [one["wish"] + ("" if one["named"] else f", as another {one['type']}") for one in entry["answers"]]
         reasons.append(f"answers: {'; '.join(told)}")
     if "agrees" in entry:
-        reasons.append("both " + ", ".join(f"{value} ({name})" for name, value in entry["agrees"].items()))
+        reasons.append("both " + ", ".join(f"{name} {value}" for name, value in entry["agrees"].items()))
     if "together" in entry:
         reasons.append(f"in {entry['together']['bundles']} bundles with {entry['together']['with']}")
     if "rule" in entry:
