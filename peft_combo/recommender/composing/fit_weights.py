@@ -104,7 +104,8 @@ def fit_item_weights(
     judge = make_judge(compatibility)
 
     def measure(weights: ObjectiveWeights) -> NDArray[np.float64]:
-        options = Options(k=1, weights=weights, seed=seed)
+        # The beam, for looking at every bundle of a small catalogue, time and again, would take most of a fit.
+        options = Options(k=1, weights=weights, seed=seed, exact_limit=0)
         return measure_recall(compose_openings(openings, composer, scores, judge, options), openings)
 
     return _choose(measure, [axis for axis in GRID if axis != "compatibility" or compatibility is not None])
