@@ -42,7 +42,7 @@ def answering(scores: NDArray[np.float32]) -> Fitted:
 def test_slots_count_where_they_tell_the_answer(composer: Composer) -> None:
     questions, noise = asked()
     found = fit_weights(composer, questions, answering(noise), None)
-    assert found.item.slots == found.basket.slots == 0.5
+    assert min(found.item.slots, found.basket.slots) > 0
     # Nothing compatible was offered to choose from, so nothing speaks for it.
     assert found.item.compatibility == found.basket.compatibility == 0
 
@@ -55,7 +55,7 @@ def test_slots_do_not_count_where_they_mislead(composer: Composer) -> None:
     scores[np.arange(len(targets)), targets] = 1.05
     misled = Queries(questions.contexts, targets, questions.groups, questions.bundles)
     found = fit_weights(composer, misled, answering(scores), None)
-    assert found.basket.slots < 0.02  # as little as changes nothing
+    assert found.basket.slots == 0
 
 
 def test_compatibility_counts_as_far_as_it_helps(composer: Composer) -> None:
@@ -63,15 +63,15 @@ def test_compatibility_counts_as_far_as_it_helps(composer: Composer) -> None:
     right = noise.copy()
     right[np.arange(len(questions)), questions.targets] = 3
     found = fit_weights(composer, questions, answering(noise), answering(right))
-    assert found.basket.compatibility == 1
+    assert found.basket.compatibility >= 0.5
     # Beside one item composing asks for nothing that relevance was not asked for, but it asks the better scorer.
-    assert found.item.compatibility == 1
+    assert found.item.compatibility >= 0.5
     found = fit_weights(composer, questions, answering(right), answering(right))
     # The answer is known already: all weights are as good, so those with the most order are taken.
     assert (found.basket.slots, found.basket.compatibility) == (0.5, 1.0)
-    # And where what is compatible says the opposite, it is not listened to so far as to win.
+    # And where what is compatible says the opposite, it is not listened to.
     wrong = -right
-    assert fit_weights(composer, questions, answering(right), answering(wrong)).item.compatibility < 1
+    assert fit_weights(composer, questions, answering(right), answering(wrong)).item.compatibility == 0
 
 
 def test_a_text_and_a_user_are_weighed_by_what_they_leave_open(composer: Composer) -> None:
@@ -83,12 +83,12 @@ def test_a_text_and_a_user_are_weighed_by_what_they_leave_open(composer: Compose
     vectors = np.random.default_rng(1).normal(size=(len(questions), 8)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     found = fit_weights(composer, pairs, answering(right), answering(right), vectors=vectors)
-    assert found.query.compatibility == found.user.compatibility == 1
+    assert min(found.query.compatibility, found.user.compatibility) >= 0.5
     # A name that tells the missing item needs nothing else; what else is as good stays.
     names = vectors[questions.targets]
     misled = fit_weights(composer, pairs, answering(right), answering(-right), names, vectors=vectors)
     assert misled.query.compatibility == misled.user.compatibility == LEAST_COMPATIBILITY
-    assert misled.basket.compatibility < 1
+    assert misled.basket.compatibility == 0
 
 
 def test_a_request_has_the_weights_of_its_kind() -> None:

@@ -12,11 +12,12 @@ each kind of request is put to validation bundles as it will be asked:
              where it has none; NDCG@10
     user     one item is missing, relevance is that beside other bundles of the same group; NDCG@10
 
-Weights are chosen one after the other, each the best of its grid, of equals the greatest: order that costs nothing is
-kept. Agreement comes last, and is the greatest that is within half a standard error (of the paired difference) of the
-best and no worse than relevance alone: who asks for a bundle for one person is not served by a tie. Compatibility keeps
-a little weight beside a text and a user, however few bundles there were to ask.
-Source: Breiman et al. 1984, the one-standard-error rule, halved.
+Weights are chosen one after the other. Compatibility and slots count as little as is within one standard error of the
+best (of the paired difference): a few hundred bundles name a best by luck, and relevance alone, the plain list, is hard
+to beat. Agreement and redundancy count as much as is within half a standard error of the best and no worse than
+relevance alone: order that costs nothing is kept. Where every value is as good, the greatest is taken. Compatibility
+keeps a little weight beside a text and a user, however few bundles there were to ask.
+Source: Breiman et al. 1984, the one-standard-error rule.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from peft_combo.recommender.model_selection import split_blocks
 GRID: Mapping[str, tuple[float, ...]] = {
     "compatibility": (0.0, 0.25, 0.5, 1.0),
     "slots": (0.0, 0.01, 0.05, 0.1, 0.2, 0.35, 0.5),
-    "redundancy": (0.0, 0.25, 0.5),
     "agreement": (0.0, 0.03, 0.06, 0.1, 0.2, 0.4),
+    "redundancy": (0.0, 0.25, 0.5),
 }
+_KEPT = ("agreement", "redundancy")  # what counts as much as costs nothing
 LEAST_COMPATIBILITY = 0.25  # beside a text or a user's past
 _ZERO = ObjectiveWeights(compatibility=0.0, slots=0.0, agreement=0.0, redundancy=0.0)
 _QUERIES = 400
@@ -134,17 +136,22 @@ def _choose(measure: Callable[[ObjectiveWeights], NDArray[np.float64]], axes: Se
             known[weights] = measure(weights)
         return known[weights]
 
+    def falls_short(weights: ObjectiveWeights, best: ObjectiveWeights, errors: float) -> bool:
+        less = gain(best) - gain(weights)
+        return bool(less.mean() > errors * less.std() / max(1, len(less)) ** 0.5 + 1e-9)
+
     chosen, floor = _ZERO, float(gain(_ZERO).mean())
     for axis in axes:
         tried = [replace(chosen, **{axis: value}) for value in GRID[axis]]
-        best = max(reversed(tried), key=lambda weights: round(float(gain(weights).mean()), 6))
-        chosen = best
-        for weights in reversed(tried) if axis == "agreement" else ():
-            less = gain(best) - gain(weights)
-            tolerance = 0.5 * float(less.std()) / max(1.0, float(np.sqrt(len(less))))
-            if less.mean() <= tolerance and gain(weights).mean() >= min(floor, float(gain(best).mean())) - 1e-9:
-                chosen = weights
-                break
+        best = max(tried, key=lambda weights: gain(weights).mean())
+        if all(np.array_equal(gain(weights), gain(best)) for weights in tried):
+            chosen = tried[-1]
+        elif axis in _KEPT:
+            least = min(floor, float(gain(best).mean())) - 1e-9
+            kept = [one for one in tried if not falls_short(one, best, 0.5) and gain(one).mean() >= least]
+            chosen = kept[-1]
+        else:
+            chosen = next(one for one in tried if not falls_short(one, best, 1.0))
     return chosen
 
 
