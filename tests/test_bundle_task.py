@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from peft_combo.data.queries import Queries
-from peft_combo.encoder.heads.completion import BundleHead, rank_targets
+from peft_combo.encoder.heads.completion import BundleHead, project_targets, rank_targets, score_completion
+from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.errors import StoreError
-from peft_combo.recipe.task import BundleTask
+from peft_combo.recipe.task import BundleTask, SequenceTask
+from peft_combo.scoring.whitening import half_whiten
 from peft_combo.tuning.tasks.bundle import BundleBatch, BundleBatches, compute_bundle_logits, compute_bundle_loss
 
 # Four items on the axes of the plane: 0 and 2 point right, 1 points up, 3 points left.
@@ -39,6 +42,48 @@ def test_attention_pooling_weighs_the_items() -> None:
     with torch.no_grad():
         head.attention.weight.copy_(torch.tensor([[0.0, 100.0]]))  # looks at whatever points up
     torch.testing.assert_close(head.query(VECTORS, torch.tensor([[0, 1]])), torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_a_half_whitened_head_starts_from_the_cosine_of_half_whitened_vectors(pooling: str) -> None:
+    rng = np.random.default_rng(3)
+    vectors = (rng.normal(size=(50, 8)) * np.geomspace(9, 1, 8) + 2).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    head = BundleHead(8, BundleTask.model_validate({"pooling": pooling, "whitening": "half"})).eval()
+    head.measure(vectors)
+    contexts = np.array([[0, 1], [7, -1]])
+    expected = half_whiten(vectors)
+    means = np.array([expected[[0, 1]].mean(axis=0), expected[7]])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    scores = score_completion(head, vectors, project_targets(head, vectors), contexts)
+    np.testing.assert_allclose(scores, means @ expected.T, atol=1e-5)
+    again = BundleHead.from_spec(head.spec(), head.state_dict())
+    np.testing.assert_array_equal(score_completion(again, vectors, project_targets(again, vectors), contexts), scores)
+    far = copy.deepcopy(head)
+    with torch.no_grad():
+        for weight in far.step_weights():
+            weight.fill_(0.1)
+    back = far.interpolate(0)
+    np.testing.assert_allclose(
+        score_completion(back, vectors, project_targets(back, vectors), contexts), scores, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_an_empty_context_has_no_scores_and_costs_no_other_query_its_own(pooling: str) -> None:
+    head = BundleHead(2, BundleTask.model_validate({"pooling": pooling})).eval()
+    vectors = VECTORS.numpy()
+    contexts = np.array([[-1, -1], [0, -1], [-1, -1]])
+    scores = score_completion(head, vectors, project_targets(head, vectors), contexts)
+    assert np.isnan(scores[[0, 2]]).all()
+    np.testing.assert_allclose(scores[1], [1.0, 0.0, 1.0, -1.0], atol=1e-6)
+
+
+def test_a_sequence_head_scores_what_begins_a_bundle() -> None:
+    head = SequenceHead(4, SequenceTask()).eval()
+    vectors = np.eye(4, dtype=np.float32)
+    scores = score_completion(head, vectors, project_targets(head, vectors), np.array([[-1, -1], [0, 1]]))
+    assert np.isfinite(scores).all()
 
 
 def test_the_loss_of_a_worked_case() -> None:

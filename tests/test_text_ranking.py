@@ -14,9 +14,10 @@ from peft_combo.data.model import Catalog
 from peft_combo.data.queries import Queries
 from peft_combo.evaluation.measures import rank_among_cold
 from peft_combo.recommender.fit_data import FitData
-from peft_combo.recommender.text_ranking import TextRanker, TextViews, half_whiten
+from peft_combo.recommender.text_ranking import TextRanker, TextViews
 from peft_combo.recommender.text_ranking.columns import gather, name_columns
-from peft_combo.recommender.text_ranking.views import Crowding, SparseViews
+from peft_combo.recommender.text_ranking.views import Crowding, SparseViews, _join
+from peft_combo.scoring.whitening import half_whiten
 
 WORDS = ["red", "blue", "linen", "wool", "silk", "navy"]
 THINGS = ["shirt", "dress", "hat", "belt", "shoes", "scarf"]
@@ -64,6 +65,16 @@ def test_half_whitening_evens_out_the_components() -> None:
     assert np.median(ratio[:, 0] / ratio[:, 1]) == pytest.approx(
         4 * np.median(np.abs(drawn[:, 0] / drawn[:, 1])) / 16, rel=0.1
     )
+
+
+def test_dense_views_are_joined_by_their_principal_components() -> None:
+    """The joint view's likenesses are those of all views side by side, up to the components that are left out."""
+    rng = np.random.default_rng(4)
+    parts = [rng.normal(size=(300, width)).astype(np.float32) for width in (5, 40)]
+    beside = np.hstack(parts) - np.hstack(parts).mean(axis=0)
+    beside /= np.linalg.norm(beside, axis=1, keepdims=True)
+    joint = _join(parts)
+    np.testing.assert_allclose(joint @ joint.T, beside @ beside.T, atol=1e-4)
 
 
 def test_a_place_in_its_own_list_counts_closer_items() -> None:
@@ -119,8 +130,10 @@ def test_answers_are_those_of_the_state(views: TextViews) -> None:
     arrays, values = ranker.state()
     held = questions(BUNDLES[16:])
     np.testing.assert_array_equal(TextRanker.from_state(views, arrays, values)(held), ranker(held))
-    with pytest.raises(ValueError, match="columns"):
-        TextRanker.from_state(views, {**arrays, "columns": arrays["columns"] + 500}, values)
+    with pytest.raises(ValueError, match="'smell, mean', which is not known here"):
+        TextRanker.from_state(views, arrays, {**values, "columns": [*values["columns"][:-1], "smell, mean"]})
+    with pytest.raises(ValueError, match="1 columns, found"):
+        TextRanker.from_state(views, arrays, {**values, "columns": values["columns"][:1]})
 
 
 def test_an_empty_context_says_nothing(views: TextViews) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from safetensors.numpy import load_file, save_file
 from test_adapter_store import write
 
 from peft_combo.data.splits import split_as
 from peft_combo.errors import StoreError
+from peft_combo.recipe.files import write_recipe
 from peft_combo.recommender import Workspace
 from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.tuning.loop import tune
 
 
 def test_each_thing_is_opened_once_and_on_first_use(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
@@ -33,6 +37,51 @@ def test_each_thing_is_opened_once_and_on_first_use(tiny_recipe: Callable[..., A
     assert len(vectors) == len(space.dataset.texts)
     for name in ("dataset", "split", "backbone", "bank", "cache"):
         assert getattr(space, name) is getattr(space, name)
+
+
+@pytest.mark.parametrize("command", ["embed", "evaluate", "recommend", "tune --dry-run", "rate"])
+def test_what_is_noticed_of_base_and_data_is_told_by_every_command(
+    command: str, tiny_recipe: Callable[..., Any], tiny_bert: Path, tiny_shop: Path, tmp_path: Path,
+    shell: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    base = shutil.copytree(tiny_bert, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file({f"module.{name}": value for name, value in weights.items()}, base / "model.safetensors")
+    shop = shutil.copytree(tiny_shop, tmp_path / "shop")
+    with open(shop / "items.csv", "a", encoding="utf-8") as file:
+        file.write("caf\u00e9,w1 w2,Style 1\ncafe\u0301,w1 w3,Style 1\n")  # ids that look alike
+    rates = {"task": {"kind": "rating"}, "data.split": "user"} if command == "rate" else {}
+    if rates:
+        members = (shop / "bundles.csv").read_text().splitlines()[1:]
+        rows = [f"u{int(line.split(',')[0][1:]) % 30},{line.split(',')[1]},{n}" for n, line in enumerate(members)]
+        (shop / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    changes = {"backbone.model": str(base), "data.path": str(shop), "training.epochs": 1}
+    recipe = tiny_recipe(**changes, **rates)
+    write_recipe(recipe, tmp_path / "tiny.yaml", ("tiny",))
+    monkeypatch.chdir(tmp_path)
+    words: list[str] = [*command.split(), "--recipe", "./tiny.yaml"]
+    if command == "recommend":
+        words += ["--items", "i0", "--frozen"]
+    elif command == "rate":
+        tune(recipe, run_folder=tmp_path / "runs")
+        words = ["rate", "--adapter", "tiny", "--liked", "i0", "--store", recipe.store]
+    code, out, err = shell(*words)
+    assert code == 0, err
+    assert (out + err).count('start with "module."') == 1
+    assert (out + err).count("look alike") == 1
+
+
+@pytest.mark.parametrize(("words", "told"), [(("--items", "i0,i61"), '"i61"'), (("--user", "u3"), '"u3"')])
+def test_an_unknown_id_is_refused_before_the_encoder_is_loaded(
+    words: tuple[str, str], told: str, tiny_recipe: Callable[..., Any], tmp_path: Path,
+    shell: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    write_recipe(tiny_recipe(**{"backbone.model": str(tmp_path / "no-encoder")}), tmp_path / "tiny.yaml", ("tiny",))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = shell("recommend", "--recipe", "./tiny.yaml", "--frozen", *words)
+    assert code == 1
+    assert told in err
+    assert "no-encoder" not in err
 
 
 def test_an_unknown_adapter_is_refused_before_anything_is_opened(

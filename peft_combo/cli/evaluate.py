@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +56,9 @@ def evaluate(
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback:
         references = adapters or []
-        space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
+        space = open_workspace(
+            loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
+        )
 
         from peft_combo.data.leakage import rating_problem, split_problem
         from peft_combo.encoder.heads.completion import CompletionHead
@@ -78,13 +81,16 @@ def evaluate(
         # Any other head is refused before anything is encoded.
         raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
         heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
-        callback.on_stage("Encoding the catalogue", len(space.dataset.texts) * (1 + len(live)))
+        callback.on_stage(
+            "Encoding the catalogue", len(space.dataset.texts) * (1 + len(live) + (dataset.described is not None))
+        )
 
         def encode(reference: str | None) -> NDArray[np.float32]:
             return space.encode_catalog(reference, callback.on_advance)
 
         report = run(
-            dataset, parts, frozen=encode(None), tuned={name: (encode(name), head) for name, head in heads.items()},
+            dataset, parts, frozen=encode(None), described=space.encode_described(callback.on_advance),
+            tuned={name: (encode(name), head) for name, head in heads.items()},
             rated={name: (encode(name), head) for name, head in raters.items()},
             coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
             seed=loaded.seed, compose=compose, advance=lambda name: callback.on_note(f"measured {name}"),
@@ -92,12 +98,12 @@ def evaluate(
     if as_json:
         print_json(report.to_json())
     else:
-        _print_report(report)
+        _print_report(report, {f"{dataset.name}: {note}" for note in dataset.notes})
     if plot_file is not None:
         plot(report, plot_file)
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: Report, told: Collection[str]) -> None:
     counts = report.counts
     print_line(
         f"{report.dataset}: {counts['test questions']:,} questions from {counts['test bundles']:,} test bundles, "
@@ -139,7 +145,8 @@ def _print_report(report: Report) -> None:
     if report.composition is not None:
         _print_composition(report.composition)
     for note in report.notes:
-        print_line(f"Note: {note}")
+        if note not in told:
+            print_line(f"Note: {note}")
 
 
 def _print_composition(found: CompositionReport) -> None:

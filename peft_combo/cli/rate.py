@@ -34,7 +34,9 @@ def rate(
     with console_watch() as callback:
         from peft_combo.recommender.workspace import Workspace
 
-        space = Workspace.of_adapter(adapter, data=data, store=store, cache=cache, needs="interactions")
+        space = Workspace.of_adapter(
+            adapter, data=data, store=store, cache=cache, needs="interactions", on_note=callback.on_note
+        )
 
         from peft_combo.encoder.heads.rating import RatingHead
         from peft_combo.recommender.rating import Rater

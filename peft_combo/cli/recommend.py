@@ -96,7 +96,10 @@ def recommend(
     check_folder_target(fitted_folder)
     with console_watch() as callback:
         references = [] if frozen else adapters or [loaded.category]
-        space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
+        space = open_workspace(
+            loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
+        )
+        _check_ids(space, request)
         find_entities = None if tagger is None else load_tagger(tagger, Path(loaded.store))
         fitted = _fit_recommender(space, references, fitted_folder, callback)
         if source is not None and target is not None:
@@ -110,6 +113,14 @@ def recommend(
         _print_suggestions(cast("list[Suggestion]", found), explain)
     else:
         _print_bundles(cast("list[Recommendation]", found), explain)
+
+
+def _check_ids(space: Workspace, request: Request) -> None:
+    """Refuse an id that is not there before anything is loaded or encoded."""
+    if request.items:
+        space.dataset.find_items(request.items)
+    if request.user is not None:
+        space.dataset.find_user(request.user)
 
 
 def _answer_request(
@@ -160,7 +171,10 @@ def _fit_recommender(
     """Return the fitted recommender kept in `folder`, or fit one; note what it was fitted without."""
     from peft_combo.recommender.persistence import load_or_fit
 
-    callback.on_stage("Encoding the catalogue", len(space.dataset.catalog) * (1 + len(adapters)))
+    dataset = space.dataset
+    callback.on_stage(
+        "Encoding the catalogue", len(dataset.catalog) * (1 + len(adapters) + (dataset.described is not None))
+    )
     made = load_or_fit(
         folder, space.dataset, space.split, space.bank, adapters, seed=space.recipe.seed,
         cache=space.cache, progress=callback.on_advance, done=lambda name: callback.on_note(f"fitted {name}"),

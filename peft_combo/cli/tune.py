@@ -298,6 +298,8 @@ def _print_plan(plan: Plan) -> None:
     ]
     print_line(f"{plan.recipe}: {plan.method} for {plan.category}")
     print_table(("", "", ""), rows)
+    for note in plan.notes:
+        print_line(f"Note: {note}")
     for advice in plan.advice:
         print_line(f"Advice: {advice}")
 
@@ -342,13 +344,13 @@ def embed(
 
         check_folder_target(cache)
         references = [] if adapter is None else [adapter]
-        space = open_workspace(loaded, recipe, overrides, data, store, references, cache=cache)
+        space = open_workspace(
+            loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
+        )
 
         from peft_combo.encoder.vectors import embed as run
 
         bank = space.bank  # before the data: a base that is not whole is told at once
-        for note in space.backbone.notes:
-            callback.on_note(note)
         texts = space.dataset.texts
         process, processes = get_rank(), int(os.environ.get("WORLD_SIZE", "1"))
         callback.on_stage("Encoding the catalogue", len(set(texts)) // processes)

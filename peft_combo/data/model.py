@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-from peft_combo.errors import DataError, did_you_mean
+from peft_combo.errors import DataError, did_you_mean, shorten
 
 CATEGORY_SEPARATOR = " > "
 _BUILT_IN_FIELDS = ("title", "category", "leaf", "slot", "price", "description")
@@ -396,6 +396,43 @@ class Dataset:
             DataError: the template names a field that no item has, or cannot be read.
         """
         return tuple(self.catalog.texts(self.text_template))
+
+    @cached_property
+    def described(self) -> tuple[str, ...] | None:
+        """The text of each item with its category path; None where that adds nothing to `texts`."""
+        if "{category}" in self.text_template or not any(self.catalog.categories):
+            return None
+        return tuple(self.catalog.texts(self.text_template + " {category}"))
+
+    def find_items(self, items: Sequence[str]) -> NDArray[np.int64]:
+        """Return the rows of items given by outside id, each once, in their order.
+
+        Raises:
+            DataError: an id is not of the catalogue.
+        """
+        index = self.catalog.index
+        for item in items:
+            if item not in index:
+                close = did_you_mean(item, index)
+                raise DataError(f'No item "{shorten(item)}" among the {len(index):,} of {self.name}. {close}'.rstrip())
+        return np.array(list(dict.fromkeys(index[item] for item in items)), np.int64)
+
+    def find_user(self, user: str) -> int:
+        """Return the row of a user given by outside id.
+
+        Raises:
+            DataError: nobody of that id has an interaction.
+        """
+        if user not in self._user_rows:
+            close = did_you_mean(user, self._user_rows)
+            raise DataError(
+                f'No user "{shorten(user)}" among the {len(self._user_rows):,} of {self.name}. {close}'.rstrip()
+            )
+        return self._user_rows[user]
+
+    @cached_property
+    def _user_rows(self) -> dict[str, int]:
+        return {} if self.interactions is None else {user: row for row, user in enumerate(self.interactions.user_ids)}
 
 
 def _digest(catalog: Catalog, interactions: Interactions | None, bundles: Bundles) -> str:

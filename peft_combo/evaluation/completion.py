@@ -44,6 +44,7 @@ def evaluate(
     parts: Split,
     *,
     frozen: NDArray[np.float32] | None = None,
+    described: NDArray[np.float32] | None = None,
     tuned: Tuned | None = None,
     rated: Rated | None = None,
     coverage: CategoryCoverage | None = None,
@@ -56,6 +57,7 @@ def evaluate(
 
     Args:
         frozen: (N, D) vectors of the encoder without adapter; None leaves its rows out.
+        described: (N, D) vectors of the same of ``dataset.described``; None leaves them out.
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
         rated: the same of rating adapters, which must not have seen the users of test bundles: `rating_problem`.
         coverage: which of them is for which items, see `CategoryCoverage.of`; adds the row of all of them together.
@@ -73,7 +75,7 @@ def evaluate(
         )
     advance = advance or (lambda name: None)
     notes = [f"{dataset.name}: {note}" for note in dataset.notes]
-    known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated)
+    known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated, described)
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}

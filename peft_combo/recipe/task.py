@@ -70,6 +70,10 @@ class BundleTask(CompletionTask):
     pooling: Literal["mean", "attention"] = Field(
         default="mean", description="How the items of a partial bundle become one query."
     )
+    whitening: Literal["none", "half"] = Field(
+        default="none", description="What the head starts from: the cosine of the encoder's vectors as they are, or "
+        "with each principal component of the catalogue divided by the root of its deviation.",
+    )  # fmt: skip
     context_dropout: Real = Field(
         default=0.0, ge=0, lt=1, description="Chance of leaving out each item of the partial bundle; one always stays."
     )

@@ -21,6 +21,7 @@ from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.evidence import Evidence
 from peft_combo.recommender.text_ranking import TextViews
 from peft_combo.scoring.text import tfidf_vectors
+from peft_combo.scoring.whitening import half_whiten, unit
 
 Tuned: TypeAlias = Mapping[str, tuple[NDArray[np.float32], CompletionHead]]
 Rated: TypeAlias = Mapping[str, tuple[NDArray[np.float32], RatingHead]]
@@ -37,7 +38,8 @@ class FitData:
             anything.
         support: (N,) bundles that hold each item.
         text: template of what the word-based scorers read.
-        frozen: (N, D) vectors of the encoder without adapter. tuned: per adapter its (N, D) vectors and its head.
+        frozen: (N, D) vectors of the encoder without adapter. described: the same of the texts with their category
+            path; None where there is no other. tuned: per adapter its (N, D) vectors and its head.
         rated: the same of rating adapters. interactions: those of `past` with their times; None where there are none.
         areas: which adapter is at home with which items; None where no adapter is bound to a category.
         groups: (B,) the user (or bundle) that each row of `history` belongs to.
@@ -57,6 +59,7 @@ class FitData:
     rated: Rated = field(default_factory=dict)
     interactions: Interactions | None = None
     groups: tuple[str, ...] = ()
+    described: NDArray[np.float32] | None = None
 
     @classmethod
     def of(
@@ -68,6 +71,7 @@ class FitData:
         tuned: Tuned,
         coverage: CategoryCoverage | None = None,
         rated: Rated | None = None,
+        described: NDArray[np.float32] | None = None,
     ) -> FitData:
         """Gather what some rows say.
 
@@ -91,6 +95,7 @@ class FitData:
             np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
             catalog.leaf_numbers, catalog, dataset.text_template, frozen, tuned, coverage, rated or {}, seen,
             tuple(dataset.bundles.groups if bundles is None else (dataset.bundles.groups[row] for row in bundles)),
+            described,
         )  # fmt: skip
 
     @cached_property
@@ -111,7 +116,15 @@ class FitData:
     @cached_property
     def text_views(self) -> TextViews:
         """What a text ranker reads of the items."""
-        return TextViews.of(self.catalog, self.text, self.frozen)
+        return TextViews.of(self.catalog, self.text, self.frozen, self.described)
+
+    @cached_property
+    def whitened(self) -> NDArray[np.float32] | None:
+        """What the frozen encoder says, half-whitened: (N, D) or, with category paths read as well, (N, 2 D)."""
+        if self.frozen is None:
+            return None
+        views = [half_whiten(one) for one in (self.frozen, self.described) if one is not None]
+        return unit(np.hstack(views))
 
     @cached_property
     def questions(self) -> Queries:
@@ -152,12 +165,14 @@ class TextSide:
     """What encoders say of a catalogue.
 
     Attributes:
-        live: the adapters. frozen: (N, D). tuned: per adapter of bundles its (N, D) vectors and its head. rated: the
-            same of rating adapters. areas: which adapter is for which items, where some are for a category.
+        live: the adapters. frozen: (N, D). described: the same of texts with category paths; None where there is no
+            other. tuned: per adapter of bundles its (N, D) vectors and its head. rated: the same of rating adapters.
+        coverage: which adapter is for which items, where some are for a category.
     """
 
     live: tuple[LiveAdapter, ...]
     frozen: NDArray[np.float32]
+    described: NDArray[np.float32] | None
     tuned: dict[str, tuple[NDArray[np.float32], CompletionHead]]
     rated: dict[str, tuple[NDArray[np.float32], RatingHead]]
     coverage: CategoryCoverage | None
@@ -174,7 +189,6 @@ def encode_catalog(
         DataError: the adapters do not go together.
     """
     references = () if adapters is None else (adapters,) if isinstance(adapters, str) else tuple(adapters)
-    texts = dataset.texts
     live = tuple(bank.get(reference) for reference in references)
     # Any other head is refused before anything is encoded.
     raters = {one.reference: one.task_head for one in live if isinstance(one.task_head, RatingHead)}
@@ -183,11 +197,14 @@ def encode_catalog(
         dataset.catalog, {one.reference: one.record.manifest.recipe for one in live if one.reference in heads}
     )
 
-    def encode(reference: str | None) -> NDArray[np.float32]:
+    def encode(reference: str | None, texts: Sequence[str] = dataset.texts) -> NDArray[np.float32]:
         if cache is None:
             return bank.encode(texts, reference)
         return cache.vectors(bank, texts, reference, progress)
 
     frozen = encode(None)
+    described = None if dataset.described is None else encode(None, dataset.described)
     rated = {name: (encode(name), head) for name, head in raters.items()}
-    return TextSide(live, frozen, {name: (encode(name), head) for name, head in heads.items()}, rated, coverage)
+    return TextSide(
+        live, frozen, described, {name: (encode(name), head) for name, head in heads.items()}, rated, coverage
+    )

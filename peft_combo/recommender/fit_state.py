@@ -91,8 +91,9 @@ def fit_scorers(
 
     # Every scorer in every setting, fitted on training bundles; the best setting on validation stays.
     known = FitData.of(
-        dataset, parts.train, parts.train_interactions, side.frozen, side.tuned, side.coverage, side.rated
-    )
+        dataset, parts.train, parts.train_interactions, side.frozen, side.tuned, side.coverage, side.rated,
+        side.described,
+    )  # fmt: skip
     valid = make_queries(dataset, parts.valid, _QUERIES, seed, "valid", notes)
     users = {dataset.bundles.groups[row] for row in parts.valid}
     choices = {scorer: settings for scorer, settings in list_scorers(known, users, seed).items() if scorer != RANDOM}
@@ -114,7 +115,7 @@ def fit_scorers(
     weights = fit_weights(composer, valid, relevance, text_side, names, vectors=side.frozen, seed=seed)
 
     # For serving, once more on every bundle there is.
-    everything = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated)
+    everything = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated, side.described)
     settings = {scorer: selected[scorer].setting for scorer in fusion.needs}
     serving = _refit(everything, settings, seed, {scorer: selected[scorer].fitted for scorer in settings})
     if text_scorer:

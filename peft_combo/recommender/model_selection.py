@@ -57,6 +57,7 @@ from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, tfidf_vectors
+from peft_combo.scoring.whitening import half_whiten
 
 _QUERY_BLOCK = 256
 # Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
@@ -156,19 +157,6 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
             choices.append(_Choice(f"{setting} with users".strip(), scorer, known.users))
         return choices
 
-    def cosine(items: ItemVectors) -> list[Setting]:
-        return [
-            _Choice("nearest to the mean", TextCosine("mean"), known.history, items),
-            _Choice("nearest to any", TextCosine("max"), known.history, items),
-        ]
-
-    def list_linear(label: str, items: ItemVectors) -> list[Setting]:
-        grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
-        return [
-            _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}", CEASE(l2, alpha), known.history, items)
-            for l2, alpha in grid
-        ]
-
     found: dict[ScorerId, list[Setting]] = {
         RANDOM: [_Choice("", Random(seed), known.history)],
         ScorerId("popularity"): counting(Popularity()),
@@ -177,8 +165,11 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
         ScorerId("user-kNN"): counting(UserKNN()),
         ScorerId("EASE"): [choice for l2 in (1.0, 10.0, 100.0) for choice in counting(EASE(l2), f"l2 {l2:g}")],
         ScorerId("ALS"): counting(ALS(seed=seed)),
-        ScorerId("TF-IDF title"): cosine(known.words),
-        PEER: list_linear("words", known.words) + list_linear("words and pairs", tfidf_vectors(known.texts, longest=2)),
+        ScorerId("TF-IDF title"): _list_cosines(known, known.words),
+        PEER: [
+            *_list_linear(known, "words", known.words),
+            *_list_linear(known, "words and pairs", tfidf_vectors(known.texts, longest=2)),
+        ],
     }
     met = bool(owners & set(known.user_rows))
     if met:
@@ -188,10 +179,20 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
             found[ALIKE] += [_Past(known, neighbours=True, setting=_RATINGS)]
     # CEASE may read the category path as well: a peer should know what we know.
     if known.categorised is not None:
-        found[PEER] += list_linear("words and category", known.categorised)
+        found[PEER] += _list_linear(known, "words and category", known.categorised)
     found[TEXT_RANKER] = [_Ranker(known, seed)]
-    if known.frozen is not None:
-        found[FROZEN] = cosine(known.frozen)
+    return found | _list_encoders(known, met)
+
+
+def _list_encoders(known: FitData, met: bool) -> dict[ScorerId, list[Setting]]:
+    """Name the scorers that read vectors of an encoder, frozen or tuned."""
+    found: dict[ScorerId, list[Setting]] = {}
+    if known.frozen is not None and known.whitened is not None:
+        label = "half-whitened" if known.described is None else "half-whitened, with category"
+        found[FROZEN] = [
+            *_list_cosines(known, known.frozen),
+            _Choice(f"{label}, nearest to the mean", TextCosine("mean"), known.history, known.whitened),
+        ]
     dense: dict[str, NDArray[np.float32]] = {}
     for name, (vectors, head) in known.tuned.items():
         found[ScorerId("tuned BERT", name)] = [_Head(vectors, head)]
@@ -208,13 +209,31 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
     if dense:
         found[CEASE_BERT] = []
     for name, targets in dense.items():
-        found[CEASE_BERT] += list_linear(name, targets)
+        found[CEASE_BERT] += _list_linear(known, name, targets)
+        if known.described is not None:  # what a title says, and what it says with its category before it
+            own = targets if name in known.tuned else half_whiten(targets)
+            views = np.hstack([own, half_whiten(known.described)])
+            found[CEASE_BERT] += _list_linear(known, f"{name} beside title and category", views)
         for label, words in (("words", known.words), ("words and category", known.categorised)):
             if words is not None:
                 # Rows are scaled to length 1 there, so each side has half the weight.
                 beside: Any = sparse.hstack([words, sparse.csr_array(targets)], format="csr", dtype=np.float32)
-                found[CEASE_BERT] += list_linear(f"{name} beside {label}", sparse.csr_array(beside))
+                found[CEASE_BERT] += _list_linear(known, f"{name} beside {label}", sparse.csr_array(beside))
     return found
+
+
+def _list_cosines(known: FitData, items: ItemVectors) -> list[Setting]:
+    return [
+        _Choice("nearest to the mean", TextCosine("mean"), known.history, items),
+        _Choice("nearest to any", TextCosine("max"), known.history, items),
+    ]
+
+
+def _list_linear(known: FitData, label: str, items: ItemVectors) -> list[Setting]:
+    grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
+    return [
+        _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}", CEASE(l2, alpha), known.history, items) for l2, alpha in grid
+    ]
 
 
 @dataclass(frozen=True, eq=False)

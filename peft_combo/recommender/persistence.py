@@ -230,7 +230,7 @@ def _rebuild(
 ) -> FitState:  # fmt: skip
     dataset = replace(dataset, text_template=manifest.text)  # its scorers read texts as they did when fitted
     side = encode_catalog(dataset, bank, tuple(manifest.adapters), cache, progress)
-    known = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated)
+    known = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated, side.described)
     heads = {name: FittedHead.of(vectors, head) for name, (vectors, head) in side.tuned.items()}
     settings = {_parse_label(label): setting for label, setting in manifest.settings.items()}
     files = {_parse_label(label): file for label, file in manifest.scorers.items()}

@@ -20,7 +20,7 @@ from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
-from peft_combo.errors import DataError, did_you_mean, shorten
+from peft_combo.errors import DataError
 from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
@@ -61,9 +61,6 @@ class BundleRecommender:
             dataset.catalog, self.templates, vectors=self._frozen, history=state.known.history,
             agreement=Agreement.learn(dataset.catalog, dataset.bundles.items),
         )  # fmt: skip
-        self._user_rows = (
-            {} if dataset.interactions is None else {u: r for r, u in enumerate(dataset.interactions.user_ids)}
-        )
 
     @classmethod
     def fit(
@@ -117,7 +114,7 @@ class BundleRecommender:
             DataError: an id is not known, there is nothing to go by, or k is below 1.
         """
         _check_count(k)
-        given = self._find_rows(items)
+        given = self.dataset.find_items(items)
         context = given if len(given) else self._find_recent(user)
         fused = self._score_all(context, user)
         allowed = self._composer.find_allowed(constraints or Constraints()) & np.isfinite(fused.scores)
@@ -165,7 +162,7 @@ class BundleRecommender:
         Raises:
             DataError: an id or slot is not known, nothing is given to go by, or no bundle meets the constraints.
         """
-        context = self._find_rows(items)
+        context = self.dataset.find_items(items)
         if not (len(context) or user is not None or query is not None):
             raise DataError("Nothing to go by: give items, a user or a query.")
         if query is not None and not query.strip():
@@ -209,8 +206,8 @@ class BundleRecommender:
         Raises:
             DataError: an id is not known, or a bundle lacks an item of `items` or has none beside them.
         """
-        context = self._find_rows(items)
-        rows = [self._find_rows(bundle) for bundle in bundles]
+        context = self.dataset.find_items(items)
+        rows = [self.dataset.find_items(bundle) for bundle in bundles]
         for bundle, own in zip(bundles, rows, strict=True):
             if not {*own} > {*context}:
                 expected = f"a bundle with {', '.join(items)} and at least one more item" if items else "a bundle"
@@ -238,29 +235,11 @@ class BundleRecommender:
 
     # Ids become rows.
 
-    def _find_rows(self, items: Sequence[str]) -> NDArray[np.int64]:
-        index = self.dataset.catalog.index
-        for item in items:
-            if item not in index:
-                close = did_you_mean(item, index)
-                raise DataError(
-                    f'No item "{shorten(item)}" among the {len(index):,} of {self.dataset.name}. {close}'.rstrip()
-                )
-        return np.array(list(dict.fromkeys(index[item] for item in items)), np.int64)
-
-    def _find_user(self, user: str) -> int:
-        if user not in self._user_rows:
-            close = did_you_mean(user, self._user_rows)
-            raise DataError(
-                f'No user "{shorten(user)}" among the {len(self._user_rows):,} of {self.dataset.name}. {close}'.rstrip()
-            )
-        return self._user_rows[user]
-
     def _find_recent(self, user: str | None) -> NDArray[np.int64]:
         """Return the items a user took last, as the context they stand for."""
         if user is None:
             raise DataError("Nothing to go by: give items or a user.")
-        row = self._find_user(user)
+        row = self.dataset.find_user(user)
         interactions = self.dataset.interactions
         assert interactions is not None
         mine = np.flatnonzero(interactions.users == row)
@@ -278,7 +257,7 @@ class BundleRecommender:
     def _score_all(self, context: NDArray[np.int64], user: str | None) -> FusedScores:
         """Score all items for one context, and keep what each scorer gave."""
         if user is not None:
-            self._find_user(user)
+            self.dataset.find_user(user)
         query = _make_queries(context[None], user)
         fused, parts = self.state.fusion.explain(self._score_parts(query), self.state.known.evidence(query))
         scores: NDArray[np.float32] = self._add_neighbours(fused, query)[0]

@@ -34,12 +34,14 @@ class Workspace:
         recipe: what is worked on.
         store: the adapters.
         records: the adapters that were asked for, in order; their manifests are read, their weights are not.
+        on_note: told what was noticed while the data was read and the encoder loaded.
     """
 
     def __init__(
-        self, recipe: Recipe, store: AdapterStore, records: tuple[AdapterRecord, ...], cache: Path, needs: Needs
-    ) -> None:
-        self.recipe, self.store, self.records = recipe, store, records
+        self, recipe: Recipe, store: AdapterStore, records: tuple[AdapterRecord, ...], cache: Path, needs: Needs,
+        on_note: Callable[[str], None] = lambda note: None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.store, self.records, self.on_note = recipe, store, records, on_note
         self._cache_folder, self._needs = cache, needs
 
     @classmethod
@@ -51,6 +53,7 @@ class Workspace:
         store: str | Path | None = None,
         cache: str | Path = "vectors",
         needs: Needs = "bundles",
+        on_note: Callable[[str], None] = lambda note: None,
     ) -> Self:
         """Resolve adapters in the store; nothing else is opened yet.
 
@@ -59,11 +62,12 @@ class Workspace:
             store: folder of the adapter store; None takes the recipe's.
             cache: folder of the vector cache.
             needs: what the data must hold beside items; see `open_dataset`.
+            on_note: told what is noticed while the data is read and the encoder loaded.
         Raises:
             StoreError: an adapter is not stored, or its manifest cannot be read.
         """
         opened = AdapterStore(recipe.store if store is None else store)
-        return cls(recipe, opened, tuple(map(opened.open, adapters)), Path(cache), needs)
+        return cls(recipe, opened, tuple(map(opened.open, adapters)), Path(cache), needs, on_note)
 
     @classmethod
     def of_adapter(
@@ -74,11 +78,13 @@ class Workspace:
         data: Path | None = None,
         cache: str | Path = "vectors",
         needs: Needs = "bundles",
+        on_note: Callable[[str], None] = lambda note: None,
     ) -> Self:
         """Open the recipe that an adapter was tuned with.
 
         Args:
             data: folder of other data, in place of the recipe's.
+            store, cache, needs, on_note: as for `of`.
         Raises:
             StoreError: the adapter is not stored.
             RecipeError: it has no recipe, or one that cannot be read.
@@ -90,7 +96,7 @@ class Workspace:
             source = "bundlerec" if recipe.data.source == "bundlerec" else "folder"
             config = recipe.data.model_copy(update={"source": source, "path": str(data)})
             recipe = recipe.model_copy(update={"data": config})
-        return cls(recipe, opened, (record,), Path(cache), needs)
+        return cls(recipe, opened, (record,), Path(cache), needs, on_note)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -101,7 +107,10 @@ class Workspace:
         """
         from peft_combo.data.sources import open_dataset
 
-        return open_dataset(self.recipe.data, self._needs)
+        found = open_dataset(self.recipe.data, self._needs)
+        for note in found.notes:
+            self.on_note(f"{found.name}: {note}")
+        return found
 
     @cached_property
     def split(self) -> Split:
@@ -115,7 +124,10 @@ class Workspace:
         """The frozen encoder that the recipe names."""
         from peft_combo.encoder.backbone import Backbone
 
-        return Backbone.of(self.recipe.backbone)
+        found = Backbone.of(self.recipe.backbone)
+        for note in found.notes:
+            self.on_note(note)
+        return found
 
     @cached_property
     def bank(self) -> AdapterBank:
@@ -140,3 +152,12 @@ class Workspace:
             progress: told how many texts were encoded.
         """
         return self.cache.vectors(self.bank, self.dataset.texts, adapter, progress)
+
+    def encode_described(self, progress: Callable[[int], None] | None = None) -> NDArray[np.float32] | None:
+        """Return the vectors (N, D) of the frozen encoder of texts with category paths; None where there is no other.
+
+        Args:
+            progress: told how many texts were encoded.
+        """
+        texts = self.dataset.described
+        return None if texts is None else self.cache.vectors(self.bank, texts, None, progress)

@@ -88,7 +88,7 @@ class Plan:
         steps: optimizer steps, of which the first `warmup_steps` raise the learning rate.
         evaluations: how often validation is asked.
         seconds: estimate of the whole run, without early stopping.
-        advice: what the figures say against the recipe as it stands.
+        notes: what was noticed of the base and the data. advice: what the figures say against the recipe as it stands.
     """
 
     recipe: str
@@ -113,6 +113,7 @@ class Plan:
     memory: Memory
     disk: Disk
     seconds: float
+    notes: tuple[str, ...]
     advice: tuple[str, ...]
 
     def line(self) -> str:
@@ -256,7 +257,7 @@ def build_plan(recipe: Recipe, task: AnyTask, attached: AttachedAdapter, setting
             vectors=costs.vectors,
         ),
         seconds=costs.seconds,
-        advice=(),
+        notes=(), advice=(),
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
         head_parameters=head_parameters,
     )
     found = build_plan(recipe, task, whole, setting, costs)
-    return replace(found, advice=(*shapes.notes, *_advise(recipe, found, slower)))
+    return replace(found, notes=(*shapes.notes, *task.notes), advice=_advise(recipe, found, slower))
 
 
 def _slowdown(recipe: Recipe, task: AnyTask, trial: _TwinTrial, total: int, device: str) -> float:

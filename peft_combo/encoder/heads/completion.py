@@ -17,6 +17,7 @@ from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.base import TaskHead, rebuild_head
 from peft_combo.metrics.report import ResultRow
 from peft_combo.recipe.task import BundleTask, CompletionTask
+from peft_combo.scoring.whitening import measure_whitening
 
 # Scoring is done for so many queries at once: 512 rows of a catalogue of 100k items are 200 MiB.
 _QUERY_BLOCK = 512
@@ -99,16 +100,38 @@ class BundleHead(CompletionHead):
     kind = "bundle"
     described_by = BundleTask
     config: BundleTask
+    centre: Tensor
+    change: Tensor
 
     def __init__(self, dim: int, config: BundleTask) -> None:
         super().__init__(dim, config)
         self.attention = nn.Linear(dim, 1, bias=False) if config.pooling == "attention" else None
         if self.attention is not None:
             nn.init.zeros_(self.attention.weight)
+        self.whitened = config.whitening == "half"
+        if self.whitened:  # measured, not learned; until then the vectors stay as they are
+            self.register_buffer("centre", torch.zeros(dim))
+            self.register_buffer("change", torch.eye(dim))
+
+    def measure(self, vectors: NDArray[np.float32]) -> None:
+        """Measure on (N, D) vectors of a catalogue what half-whitens them; nothing where the recipe wants none."""
+        if self.whitened:
+            for buffer, value in zip((self.centre, self.change), measure_whitening(vectors), strict=True):
+                buffer.copy_(torch.from_numpy(value))
+
+    def _whiten(self, items: Tensor) -> Tensor:
+        """Half-whiten (M, D) vectors of length 1, where the recipe says so."""
+        if not self.whitened:
+            return items
+        return functional.normalize((items - self.centre) @ self.change, dim=-1)
+
+    def target(self, items: Tensor) -> Tensor:
+        return super().target(self._whiten(items))
 
     def query(self, items: Tensor, contexts: Tensor) -> Tensor:
         """Encode sets of items, see `CompletionHead`; NaN for an empty one, of which this head can say nothing."""
         present = contexts >= 0  # (Q, S)
+        items = self._whiten(items)
         members = torch.cat([items, items.new_zeros(1, self.dim)])[contexts]  # (Q, S, D); -1 is the last row
         if self.attention is None:
             weights = present.to(items.dtype)

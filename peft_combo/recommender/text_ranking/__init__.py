@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from peft_combo.recommender.text_ranking.ranker import TextRanker
-from peft_combo.recommender.text_ranking.views import TextViews, half_whiten
+from peft_combo.recommender.text_ranking.views import TextViews
 
-__all__ = ["TextRanker", "TextViews", "half_whiten"]
+__all__ = ["TextRanker", "TextViews"]

@@ -83,7 +83,7 @@ def describe_column(name: str, views: TextViews, context: NDArray[np.int64], row
         return "near categories"
     if view in ("first word", "first two words"):
         return "same first words (brand)"
-    if view in ("latent words", "encoder", "joint"):
+    if view in ("latent words", "encoder", "encoder with category", "joint"):
         return "texts mean alike"
     shared = _find_shared_words(views, context, row)
     return f"titles share {' and '.join(map(repr, shared))}" if shared else "titles are spelled alike"

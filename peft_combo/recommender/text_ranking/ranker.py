@@ -119,26 +119,26 @@ class TextRanker:
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Give what was learned as arrays and JSON-ready values; the views are made anew from the catalogue."""
         arrays: dict[str, NDArray[Any]] = {
-            "columns": self.columns,
-            "centre": self.centre,
-            "spread": self.spread,
-            "weights": self.weights,
-        }
-        return arrays, {"setting": self.setting}
+            "centre": self.centre, "spread": self.spread, "weights": self.weights,
+        }  # fmt: skip
+        names = name_columns(self.views)
+        return arrays, {"setting": self.setting, "columns": [names[column] for column in self.columns]}
 
     @classmethod
     def from_state(cls, views: TextViews, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> Self:
         """Rebuild from `state`.
 
         Raises:
-            ValueError: it is of another version's columns.
+            ValueError: it counts columns that there are not here.
         """
-        columns = np.asarray(arrays["columns"], np.int64)
+        known = {name: place for place, name in enumerate(name_columns(views))}
+        names = [str(name) for name in values["columns"]]
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"a text ranker counts the column {unknown[0]!r}, which is not known here.")
+        columns = np.array([known[name] for name in names], np.int64)
         centre, spread, weights = (np.asarray(arrays[name], np.float32) for name in ("centre", "spread", "weights"))
-        if any(part.shape != columns.shape for part in (centre, spread, weights)) or columns.max(initial=0) >= len(
-            name_columns(views)
-        ):
-            raise ValueError(f"a text ranker of {len(name_columns(views))} columns at most, found {columns.shape}.")
+        if any(part.shape != columns.shape for part in (centre, spread, weights)):
+            raise ValueError(f"a text ranker of {len(columns)} columns, found {weights.shape} weights.")
         return cls(views, columns, centre, spread, weights, str(values["setting"]))
 
     def _rank(self, found: CandidateColumns) -> Floats:

@@ -19,6 +19,7 @@ from peft_combo.data.model import Catalog
 from peft_combo.machine import row_blocks
 from peft_combo.scoring.base import binary
 from peft_combo.scoring.text import Tfidf
+from peft_combo.scoring.whitening import half_whiten, multiply_self, unit
 
 Csr: TypeAlias = "sparse.csr_array[Any, tuple[int, int]]"
 Floats: TypeAlias = NDArray[np.float32]
@@ -162,11 +163,14 @@ class TextViews:
     crowding: dict[str, Crowding]
 
     @classmethod
-    def of(cls, catalog: Catalog, text: str, frozen: Floats | None) -> TextViews:
+    def of(
+        cls, catalog: Catalog, text: str, frozen: Floats | None, described: Floats | None = None
+    ) -> TextViews:  # fmt: skip
         """Read a catalogue.
 
         Args:
             text: template of an item's text. frozen: (N, D) vectors of the encoder without adapter.
+            described: (N, D) the same of the texts with their category path.
         """
         texts = catalog.texts(text)
         with_category = catalog.texts(text + " {category}")
@@ -180,7 +184,7 @@ class TextViews:
         brand = _one_hot([own[0] if own else "" for own in tokens])
         makers = np.asarray(brand.sum(axis=0)).ravel()
         paths = _one_hot_paths(catalog)
-        dense = _dense_views(said, frozen)
+        dense = _dense_views(said, frozen, described)
         maker, kind_of_leaf = (
             _one_hot([" ".join(own[:2]) for own in tokens]),
             _one_hot([str(leaf) if leaf >= 0 else "" for leaf in leaves]),
@@ -220,23 +224,7 @@ class TextViews:
         )  # fmt: skip
 
 
-def half_whiten(vectors: Floats) -> Floats:
-    """Centre vectors and divide each principal component by the root of its deviation; rows of length 1.
-
-    Lets small differences of meaning count beside the few directions that all texts of a shop share. (N, D) -> (N, D).
-    """
-    centred = vectors - vectors.mean(axis=0)
-    variance, axes = np.linalg.eigh(_multiply_self(centred))
-    spread = np.sqrt(np.maximum(variance, 1e-12 * max(variance.max(), 1e-12)))
-    return unit(centred @ (axes / np.sqrt(spread)).astype(np.float32))
-
-
-def unit(vectors: Floats) -> Floats:
-    """Scale rows to length 1; a zero row stays zero."""
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9), np.float32)
-
-
-def _dense_views(said: Csr, frozen: Floats | None) -> dict[str, Floats]:
+def _dense_views(said: Csr, frozen: Floats | None, described: Floats | None) -> dict[str, Floats]:
     from sklearn.decomposition import TruncatedSVD
 
     size = min(_LATENT, min(said.shape) - 1)
@@ -246,20 +234,29 @@ def _dense_views(said: Csr, frozen: Floats | None) -> dict[str, Floats]:
         found["latent words"] = unit(np.asarray(latent, np.float32))
     if frozen is not None:
         found["encoder"] = half_whiten(frozen)
-    both = np.hstack(list(found.values())) if found else np.zeros((said.shape[0], 1), np.float32)
-    both -= both.mean(axis=0)
-    _, axes = np.linalg.eigh(_multiply_self(both))
-    found["joint"] = unit(both @ axes[:, ::-1][:, :_JOINT].astype(np.float32))
+    if described is not None:
+        found["encoder with category"] = half_whiten(described)
+    found["joint"] = _join(list(found.values()) or [np.zeros((said.shape[0], 1), np.float32)])
     return found
 
 
-def _multiply_self(vectors: Floats) -> NDArray[np.float64]:
-    """Return ``vectors.T @ vectors`` in double precision, without a copy of all of them: (N, D) -> (D, D)."""
-    total = np.zeros((vectors.shape[1],) * 2)
-    for block in row_blocks(*vectors.shape):
-        part = vectors[block].astype(np.float64)
-        total += part.T @ part
-    return total
+def _join(parts: Sequence[Floats]) -> Floats:
+    """Return the first principal components of vectors side by side, rows of length 1, without a copy of them all."""
+    items = len(parts[0])
+    centres = [part.mean(axis=0) for part in parts]
+    size = sum(part.shape[1] for part in parts)
+    product = np.zeros((size, size))
+    for block in row_blocks(items, size):
+        beside = np.hstack([part[block] - centre for part, centre in zip(parts, centres, strict=True)])
+        product += multiply_self(beside)
+    axes = np.linalg.eigh(product)[1][:, ::-1][:, :_JOINT].astype(np.float32)
+    joint = np.zeros((items, axes.shape[1]), np.float32)
+    place = 0
+    for part, centre in zip(parts, centres, strict=True):
+        own = axes[place : place + part.shape[1]]
+        joint += part @ own - centre @ own
+        place += part.shape[1]
+    return unit(joint)
 
 
 def _word_pieces(texts: Sequence[str]) -> Csr:

@@ -413,6 +413,10 @@ class BundleCompletion(Completion[BundleHead]):
     def head(self, backbone: Backbone, max_length: int) -> BundleHead:
         return BundleHead(backbone.dim, self._config)
 
+    def start(self, head: BundleHead, frozen: Encode) -> None:
+        if head.whitened:
+            head.measure(frozen(None))
+
     def batch(self, step: int, part: int = 0, parts: int = 1) -> BundleBatch:
         return self._batches.batch(step, part, parts)
 

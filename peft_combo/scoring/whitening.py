@@ -1,0 +1,43 @@
+"""Half-whitening: vectors centred, each principal component divided by the root of its deviation.
+
+Lets small differences of meaning count beside the few directions that all texts of a shop share. Dividing by the whole
+deviation (whitening; Su et al. 2021, "Whitening sentence representations") raises noise as well: halfway is better.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_combo.machine import row_blocks
+
+
+def measure_whitening(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the centre (D,) and the map (D, D) that half-whiten: ``(vectors - centre) @ map``. From (N, D) vectors."""
+    centre = vectors.mean(axis=0)
+    variance, axes = np.linalg.eigh(multiply_self(vectors - centre))
+    spread = np.sqrt(np.maximum(variance, 1e-12 * max(variance.max(), 1e-12)))
+    # Back to the axes that the vectors came in, so that a component of little meaning keeps its place.
+    return centre, np.asarray((axes / np.sqrt(spread)) @ axes.T, np.float32)
+
+
+def half_whiten(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Half-whiten vectors by themselves: (N, D) -> (N, D), rows of length 1."""
+    centre, change = measure_whitening(vectors)
+    return unit(np.asarray((vectors - centre) @ change, np.float32))
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale rows to length 1; a zero row stays zero."""
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9), np.float32)
+
+
+def multiply_self(vectors: NDArray[Any]) -> NDArray[np.float64]:
+    """Return ``vectors.T @ vectors`` in double precision, without a copy of all of them: (N, D) -> (D, D)."""
+    total = np.zeros((vectors.shape[1],) * 2)
+    for block in row_blocks(*vectors.shape):
+        part = vectors[block].astype(np.float64)
+        total += part.T @ part
+    return total
