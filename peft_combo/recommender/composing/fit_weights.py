@@ -14,8 +14,9 @@ each kind of request is put to validation bundles as it will be asked:
 
 Weights are chosen one after the other. Compatibility and slots count as little as is within one standard error of the
 best (of the paired difference): a few hundred bundles name a best by luck, and relevance alone, the plain list, is hard
-to beat. Agreement and redundancy count as much as is within half a standard error of the best and no worse than
-relevance alone: order that costs nothing is kept. Where every value is as good, the greatest is taken. Compatibility
+to beat. Agreement and redundancy count as much as is within half a standard error of the best, redundancy only while it
+is no worse than relevance alone: order that costs nothing measurable is kept, and a bundle for one person is worth a
+tie. Where every value is as good, the greatest is taken. Compatibility
 keeps a little weight beside a text and a user, however few bundles there were to ask.
 Source: Breiman et al. 1984, the one-standard-error rule.
 """
@@ -147,7 +148,7 @@ def _choose(measure: Callable[[ObjectiveWeights], NDArray[np.float64]], axes: Se
         if all(np.array_equal(gain(weights), gain(best)) for weights in tried):
             chosen = tried[-1]
         elif axis in _KEPT:
-            least = min(floor, float(gain(best).mean())) - 1e-9
+            least = min(floor, float(gain(best).mean())) - 1e-9 if axis == "redundancy" else -np.inf
             kept = [one for one in tried if not falls_short(one, best, 0.5) and gain(one).mean() >= least]
             chosen = kept[-1]
         else:
