@@ -20,6 +20,8 @@ from peft_combo.recommender.composing.search_space import SearchSpace
 from peft_combo.recommender.composing.shortlists import compute_gains, make_shortlists
 from peft_combo.recommender.composing.slots import Template
 
+_VARIANTS = 12  # partial bundles that are ranked for each one that is kept
+
 
 @dataclass(eq=False)
 class _Node:
@@ -230,7 +232,7 @@ def _select(
 def _list_finished(grown: _Grown, objective: Objective, count: int) -> list[tuple[float, float, tuple[int, ...], int]]:
     """The best bundles that may end here: estimate, tie, rows and the template's number."""
     estimates = grown.estimate(objective, np.array([node.log_probability for node in grown.nodes]))
-    ranked = _rank(grown, estimates)
+    ranked = _rank(grown, estimates, _VARIANTS * count)
     listed = [(grown.list_added(place), id(grown.nodes[int(grown.node[place])])) for place in ranked]
     return [
         (float(estimates[ranked[place]]), float(grown.order[ranked[place]]), *listed[place])
@@ -242,7 +244,7 @@ def _keep_beam(grown: _Grown, space: SearchSpace, objective: Objective) -> list[
     """The beam: the best partial bundles that can go on, each set once, none taking more than its share."""
     options = objective.options
     best = np.array([node.best if node.children else -np.inf for node in grown.nodes])
-    ranked = _rank(grown, grown.estimate(objective, best))
+    ranked = _rank(grown, grown.estimate(objective, best), _VARIANTS * options.beam)
     listed = [(grown.list_added(place), id(grown.nodes[int(grown.node[place])])) for place in ranked]
     states = []
     for chosen in limit_variants(listed, options.beam, options.k):
@@ -256,9 +258,11 @@ def _keep_beam(grown: _Grown, space: SearchSpace, objective: Objective) -> list[
     return states
 
 
-def _rank(grown: _Grown, estimates: NDArray[np.float64]) -> list[int]:
-    """Places by estimate, best first, without those that are -inf."""
+def _rank(grown: _Grown, estimates: NDArray[np.float64], most: int) -> list[int]:
+    """The first places by estimate, best first, without those that are -inf."""
     places = np.flatnonzero(np.isfinite(estimates))
+    if len(places) > most:  # far more than are kept: the rest is not worth sorting
+        places = places[np.argpartition(-estimates[places], most - 1)[:most]]
     ranked: list[int] = places[np.lexsort((grown.order[places], -estimates[places]))].tolist()
     return ranked
 

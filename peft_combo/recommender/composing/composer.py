@@ -46,7 +46,7 @@ from peft_combo.scoring.base import SparseRows
 NEAR_DUPLICATE = 0.95  # cosine of items that are nearly the same
 _SHARE = 0.01  # of training bundles with such items, above which they belong in bundles
 _BUNDLES = 2_000  # looked at for them
-_SCALE_SAMPLE = 2048  # items the mean and deviation of c are taken over; both are then known to 2 % of the deviation
+_SCALE_SAMPLE = 1024  # items the mean and deviation of c are taken over; both are then known to 3 % of the deviation
 
 
 class Composer:

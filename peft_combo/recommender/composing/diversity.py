@@ -25,12 +25,12 @@ def diversify(ranked: list[ScoredBundle], options: Options, objective: Objective
     scaled = (scores - scores.min()) / width if width > 0 else np.ones(len(scores))
     kept = 1 - options.diversity
     most = max(1, math.ceil(kept * options.k))
-    chosen = [0]
+    chosen, added = [0], [one.added for one in ranked]
     uses = Counter(ranked[0].added)
     likeness, shared = np.zeros(len(ranked)), np.zeros(len(ranked))
     while len(chosen) < min(options.k, len(ranked)):
         last = ranked[chosen[-1]].added
-        likeness = np.maximum(likeness, [objective.measure_overlap(one.added, last) for one in ranked])
+        likeness = np.maximum(likeness, objective.measure_overlaps(added, last))
         shared = np.maximum(shared, [_measure_shared(one.added, last) for one in ranked])
         worth = kept * scaled - options.diversity * likeness
         # What repeats comes behind everything that does not, the least repetitive first.

@@ -15,9 +15,9 @@ each kind of request is put to validation bundles as it will be asked:
 Weights are chosen one after the other. Compatibility and slots count as little as is within one standard error of the
 best (of the paired difference): a few hundred bundles name a best by luck, and relevance alone, the plain list, is hard
 to beat. Agreement and redundancy count as much as is within half a standard error of the best, redundancy only while it
-is no worse than relevance alone: order that costs nothing measurable is kept, and a bundle for one person is worth a
-tie. Where every value is as good, the greatest is taken. Compatibility
-keeps a little weight beside a text and a user, however few bundles there were to ask.
+is no worse than relevance alone: order that costs nothing measurable is kept. Agreement never counts for nothing, for
+who asks for a bundle wants it for one person, nor does compatibility beside a text and a user, however few bundles
+there were to ask. Where every value is as good, the greatest is taken.
 Source: Breiman et al. 1984, the one-standard-error rule.
 """
 
@@ -41,7 +41,7 @@ from peft_combo.recommender.model_selection import split_blocks
 GRID: Mapping[str, tuple[float, ...]] = {
     "compatibility": (0.0, 0.25, 0.5, 1.0),
     "slots": (0.0, 0.01, 0.05, 0.1, 0.2, 0.35, 0.5),
-    "agreement": (0.0, 0.03, 0.06, 0.1, 0.2, 0.4),
+    "agreement": (0.06, 0.1, 0.2, 0.4),
     "redundancy": (0.0, 0.25, 0.5),
 }
 _KEPT = ("agreement", "redundancy")  # what counts as much as costs nothing

@@ -235,13 +235,19 @@ class Objective:
             same |= (self._vectors[rows] @ self._vectors[list(others)].T > limit).any(axis=1)
         return same
 
-    def measure_overlap(self, one: tuple[int, ...], other: tuple[int, ...]) -> float:
-        """How like two lists of added items are, 0..1: by shared items, and as much by cosine of the best matches."""
-        shared = len(set(one) & set(other)) / len(set(one) | set(other))
+    def measure_overlaps(self, bundles: Sequence[tuple[int, ...]], chosen: tuple[int, ...]) -> NDArray[np.float64]:
+        """How like lists of added items are to one, 0..1: by shared items, as much by cosine of the best matches."""
+        shared = np.array([len({*one} & {*chosen}) / len({*one} | {*chosen}) for one in bundles])
         if self._vectors is None:
             return shared
-        cosines = np.clip(self._vectors[list(one)] @ self._vectors[list(other)].T, 0, 1)
-        return (shared + float(cosines.max(axis=1).mean() + cosines.max(axis=0).mean()) / 2) / 2
+        rows = np.concatenate(bundles)
+        cosines = np.clip(self._vectors[rows] @ self._vectors[list(chosen)].T, 0, 1)  # (R, D) @ (D, A) -> (R, A)
+        starts = np.cumsum([0, *map(len, bundles[:-1])])
+        sizes = np.array([len(one) for one in bundles])
+        forth = np.add.reduceat(cosines.max(axis=1), starts) / sizes
+        back = np.maximum.reduceat(cosines, starts, axis=0).mean(axis=1)
+        likeness: NDArray[np.float64] = (shared + (forth + back) / 2) / 2
+        return likeness
 
     def compare(
         self, rows: Rows, sets: Sequence[tuple[int, ...]], of_set: Rows

@@ -82,7 +82,7 @@ class Options:
     seed: int = 0
     beam: int = 16
     per_slot: int = 12
-    shortlist: int = 256
+    shortlist: int = 128
     plans: int = 32
     exact_limit: int = 2_000
 

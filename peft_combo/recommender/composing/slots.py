@@ -30,6 +30,7 @@ Template: TypeAlias = tuple[int, ...]  # slot numbers in ascending order, one fo
 _FRONTIER, _FAN = 12, 6  # growing templates: how many are kept per size, and how many slots each is tried with
 _RULE_OF_THREE = 3.0
 _REMEMBERED = 100_000  # log-probabilities kept, so that a second request does not compute them again
+_PLANS = 1_000  # lists of plans, likewise
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,17 @@ class SlotTemplates:
         Returns:
             Pairs of a template and its `log_probability`.
         """
+        key = (held, room.tobytes(), sizes, limit)
+        known = self._plans.get(key)
+        if known is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            known = self._plans[key] = self._list_plans(held, room, sizes, limit)
+        return list(known)
+
+    def _list_plans(
+        self, held: Template, room: NDArray[np.int64], sizes: tuple[int, int], limit: int
+    ) -> list[tuple[Template, float]]:
         low, high = max(sizes[0], len(held) + 1), sizes[1]
         counts = np.bincount(np.array(held, np.int64), minlength=len(self.names))
         least = counts.copy()
@@ -338,6 +350,10 @@ class SlotTemplates:
 
     @cached_property
     def _remembered(self) -> dict[Template, float]:
+        return {}
+
+    @cached_property
+    def _plans(self) -> dict[tuple[Template, bytes, tuple[int, int], int], list[tuple[Template, float]]]:
         return {}
 
     def _log_probability(self, template: Template) -> float:
