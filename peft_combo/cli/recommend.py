@@ -191,7 +191,7 @@ def _print_suggestions(suggestions: Sequence[Suggestion], explain: bool) -> None
         if explain:
             words = ", ".join(f"{reason} {share:+.2f}" for reason, share in one.reasons.items())
             shares = ", ".join(f"{name} {share:+.2f}" for name, share in one.shares.items())
-            together = ", ".join(f"{count} bundles with {item}" for item, count in one.together.items())
+            together = ", ".join(f"{_count_bundles(count)} with {item}" for item, count in one.together.items())
             because = ", ".join(f"{share:+.2f} for {item}" for item, share in one.because.items())
             why = "; ".join(filter(None, (words, together, shares, because)))
         price = "" if one.price is None else f"{one.price:.2f}"
@@ -221,7 +221,7 @@ def _format_reasons(entry: Mapping[str, Any]) -> str:
     if "agrees" in entry:
         reasons.append("both " + ", ".join(f"{name} {value}" for name, value in entry["agrees"].items()))
     if "together" in entry:
-        reasons.append(f"in {entry['together']['bundles']} bundles with {entry['together']['with']}")
+        reasons.append(f"in {_count_bundles(entry['together']['bundles'])} with {entry['together']['with']}")
     if "rule" in entry:
         rule = entry["rule"]
         share = f"{rule['confidence']:.0%} of bundles with {rule['given']} have {rule['slot']}"
@@ -232,3 +232,7 @@ def _format_reasons(entry: Mapping[str, Any]) -> str:
     if "scorers" in entry:
         reasons.append(", ".join(f"{name} {share:+.2f}" for name, share in entry["scorers"].items()))
     return "; ".join(reasons)
+
+
+def _count_bundles(count: int) -> str:
+    return "1 bundle" if count == 1 else f"{count:,} bundles"

@@ -16,7 +16,7 @@ def diversify(ranked: list[ScoredBundle], options: Options, objective: Objective
     """Choose k of the ranked bundles by maximal marginal relevance, and without what repeats itself.
 
     At a diversity d no two of them share more than 1 - d of their added items, and no item is in more than 1 - d of
-    them (rounded up), as long as there are other bundles to choose from.
+    them (rounded down), as long as there are other bundles to choose from.
     """
     if options.diversity == 0 or not ranked:
         return ranked[: options.k]
@@ -24,7 +24,7 @@ def diversify(ranked: list[ScoredBundle], options: Options, objective: Objective
     width = scores[0] - scores.min()
     scaled = (scores - scores.min()) / width if width > 0 else np.ones(len(scores))
     kept = 1 - options.diversity
-    most = max(1, math.ceil(kept * options.k))
+    most = max(1, math.floor(kept * options.k))
     chosen, added = [0], [one.added for one in ranked]
     uses = Counter(ranked[0].added)
     likeness, shared = np.zeros(len(ranked)), np.zeros(len(ranked))
