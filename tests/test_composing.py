@@ -375,8 +375,8 @@ def test_the_scorer_is_asked_once_a_step_and_once_to_judge() -> None:
         options=Options(shortlist=50),
     )
     assert len(asked) == 3 + 1
-    assert asked[0] == (1, 1_500 + 2_000)  # the context, beside the slots it leaves open and the sample
-    assert all(rows <= 4 * 50 + 2_000 for _, rows in asked[1:])
+    assert asked[0] == (1, 1_500 + 1_024)  # the context, beside the slots it leaves open and the sample
+    assert all(rows <= 4 * 50 + 1_024 for _, rows in asked[1:])
 
 
 def test_the_scale_of_compatibility_is_that_of_a_sample() -> None:
