@@ -258,7 +258,7 @@ def test_an_imported_adapter_is_recommended_with_embedded_and_evaluated(
     assert "Not measured." in run("adapters", "show", "tiny")[1]
     run("adapters", "alias", "tiny", "prod")
     use = ("--recipe", "./tiny.yaml", "--adapter", "tiny@prod")
-    assert "60 encoded now" in run("embed", *use)[1]
+    assert "60 texts encoded now" in run("embed", *use)[1]
     assert run("recommend", *use, "--items", "i0,i6", "-k", "2")[0] == 0
     code, out, err = run("evaluate", *use)
     assert code == 0, err
@@ -309,9 +309,9 @@ def test_embed_encodes_a_catalogue_once(run: Run, tiny_recipe: Callable[..., Any
     recipe = tiny_recipe(**{"training.epochs": 1})
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
     assert run("tune", "--recipe", "./tiny.yaml")[0] == 0
-    for adapter in ((), ("--adapter", "tiny")):
-        assert "60 encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
-        assert "0 encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
+    for adapter, texts in (((), 120), (("--adapter", "tiny"), 60)):  # titles, and titles with their category
+        assert f" {texts} texts encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
+        assert " 0 texts encoded now" in run("embed", "--recipe", "./tiny.yaml", *adapter)[1]
     code, out, err = run("embed", "--recipe", "./tiny.yaml", "--adapter", "tinny")
     assert (code, out) == (1, "")
     assert 'Did you mean "tiny"?' in err
@@ -456,6 +456,44 @@ def test_evaluate_prints_every_row_and_guards_the_split(
     code, out, err = run(*ask, "--set", "data.split_seed=1")
     assert (code, out) == (1, "")
     assert "another split" in err
+
+
+def test_evaluate_finds_bundles_by_their_intents(
+    run: Run, tiny_recipe: Callable[..., Any], tiny_shop: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shop"
+    shutil.copytree(tiny_shop, folder)
+    recipe = tiny_recipe(**{"data.path": str(folder), "training.epochs": 1})
+    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    ask = ("evaluate", "--recipe", "./tiny.yaml", "--queries")
+    code, out, err = run(*ask)
+    assert (code, out) == (1, "")
+    assert "says what it is for" in err
+    assert "the column intent of bundle_meta" in err
+    # Every bundle is asked for by the title of its first item.
+    titles = dict(line.split(",")[:2] for line in (folder / "items.csv").read_text().splitlines()[1:])
+    first = dict(reversed([line.split(",") for line in (folder / "bundles.csv").read_text().splitlines()[1:]]))
+    header, *rows = (folder / "bundle_meta.csv").read_text().splitlines()
+    lines = [f"{header},intent", *(f"{row},{titles[first[row.split(',')[0]]]}" for row in rows)]
+    (folder / "bundle_meta.csv").write_text("\n".join(lines) + "\n")
+    assert run("tune", "--recipe", "./tiny.yaml")[0] == 0
+    code, out, err = run(*ask, "--adapter", "tiny")
+    assert code == 0, err
+    for row in (
+        "TF-IDF title",
+        "TF-IDF title and category",
+        "frozen title",
+        "tuned tiny",
+        "frozen and words",
+        "chosen",
+    ):
+        assert re.search(rf"^{row} +\d\.\d+", out, re.MULTILINE)
+    told = json.loads(run(*ask, "--json")[1])
+    assert {"split_digest", "protocol", "rows", "weights", "counts"} <= told.keys()
+    assert told["rows"][0]["values"]["r@10"] > 0.5
+    code, out, err = run(*ask, "--compose")
+    assert (code, out) == (1, "")
+    assert "--queries prints a table of its own" in err
 
 
 def test_a_rating_adapter_rates_and_joins_the_comparison(

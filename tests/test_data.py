@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from data_folders import BUNDLES, INTERACTIONS, ITEMS, META, WRITERS, write_folder, write_text
 
-from peft_combo.data.model import Catalog, Interactions
+from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
 from peft_combo.data.readers.demo import demo_dataset
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.stats import describe
@@ -196,6 +196,27 @@ def test_category_filter_keeps_what_lies_under_it(tmp_path: Path) -> None:
     assert dataset.interactions.users.tolist() == [0, -1]
     with pytest.raises(DataError, match=r'Top categories: Clothing, Shoes. Did you mean "Clothing > Men"'):
         open_dataset(config.model_copy(update={"category_filter": "Clothing > Mem"}))
+
+
+@pytest.mark.parametrize(
+    ("template", "plain", "described"),
+    [
+        ("{title}", ("Shirt", "Jeans"), ("Shirt Clothing > Tops", "Jeans")),
+        ("{title} {category}", ("Shirt", "Jeans"), ("Shirt Clothing > Tops", "Jeans")),
+        ("{category} {brand} {title}", ("Nor Shirt", "Jeans"), ("Nor Shirt Clothing > Tops", "Jeans")),
+        ("{category}", ("Clothing > Tops", ""), None),
+    ],
+)
+def test_the_frozen_encoder_reads_texts_without_and_with_their_category(
+    template: str, plain: tuple[str, ...], described: tuple[str, ...] | None
+) -> None:
+    catalog = Catalog.build(
+        ["a", "b"], ["Shirt", "Jeans"], [("Clothing", "Tops"), ()], attributes={"brand": ["Nor", ""]}
+    )
+    dataset = Dataset.build("two", catalog, None, Bundles.build([], []), text=template)
+    assert (dataset.plain, dataset.described) == (plain, described)
+    # What a category does not change is not read again.
+    assert dataset.read_frozen == [plain] + ([] if described is None else [described[:1]])
 
 
 def test_texts_follow_the_template() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +101,7 @@ def test_a_user_and_a_text_are_enough(fitted: BundleRecommender, dataset: Datase
     assert fitted.compose(user="u1")
     assert fitted.complete(user="u1", k=3)
     title = dataset.catalog.titles[7]
-    assert fitted.search(title, k=1)[0] == ("i7", pytest.approx(1.0, abs=1e-5))
+    assert [item for item, _ in fitted.search(title, k=1)] == ["i7"]
     assert fitted.compose(query=title)
 
 
@@ -127,6 +128,30 @@ def test_given_bundles_are_ranked_by_how_well_they_go_together(fitted: BundleRec
     ranked = fitted.rank([["i0", "i1"], ["i0", "i6"]])
     assert {bundle.items for bundle in ranked} == {("i0", "i1"), ("i0", "i6")} or len(ranked) == 2
     assert set(ranked[0].items) == {"i0", "i6"}
+
+
+def test_bundles_are_found_by_a_text(fitted: BundleRecommender, dataset: Dataset) -> None:
+    titles, known = dataset.catalog.titles, dataset.bundles
+    rows = known.items[3]
+    found = fitted.search_bundles(" ".join(titles[row] for row in rows), k=3)
+    assert len(found) == 3
+    assert set(found[0].items) == {dataset.catalog.item_ids[row] for row in rows}
+    assert found[0].bundle_id in known.bundle_ids
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    # Given bundles score as they do among those that are known.
+    (alone,) = fitted.search_bundles(" ".join(titles[row] for row in rows), bundles=[found[0].items])
+    assert (alone.bundle_id, alone.titles) == (None, found[0].titles)
+    assert alone.score == pytest.approx(found[0].score, abs=1e-3)
+    given = [["i1", "i2"], ["i7", "i8"], ["i3", "i4"]]
+    assert fitted.search_bundles(titles[7], bundles=given)[0].items == ("i7", "i8")
+    assert fitted.rank(given, query=titles[7])[0].parts["relevance"] == max(
+        one.parts["relevance"] for one in fitted.rank(given, query=titles[7])
+    )
+    for ask in (lambda: fitted.search_bundles(" "), lambda: fitted.rank(given, query=""), lambda: fitted.search("")):
+        with pytest.raises(DataError, match="query is empty"):
+            ask()
+    with pytest.raises(DataError, match="found an empty one"):
+        fitted.search_bundles("w10", bundles=[[]])
 
 
 def test_constraints_hold(fitted: BundleRecommender) -> None:
@@ -226,6 +251,8 @@ def answers_as_before(made: BundleRecommender, tmp_path: Path) -> None:
     for ask in ({"items": ["i0", "i6"]}, {"user": "u3"}):
         assert again.complete(**ask, k=20) == made.complete(**ask, k=20)
         assert again.compose(**ask) == made.compose(**ask)
+    assert again.search("w10 w45", k=20) == made.search("w10 w45", k=20)
+    assert again.search_bundles("w10 w45", k=20) == made.search_bundles("w10 w45", k=20)
     save_recommender(again, tmp_path / "kept")  # over itself
     assert load_recommender(tmp_path / "kept", made.dataset, made.bank).state.fusion == made.state.fusion
     assert [path.name for path in tmp_path.glob(".kept*")] == []
@@ -287,11 +314,18 @@ def test_a_kept_recommender_is_refused_for_other_data_or_altered_bytes(
         manifest.write_text(text)
         with pytest.raises(DataError, match=r"damaged|format"):
             load_recommender(folder, dataset, bank)
-    manifest.write_text(said.replace('"format": 3', '"format": 2'))
-    with pytest.raises(DataError, match="has format 2, expected 3"):
+    manifest.write_text(said.replace('"format": 4', '"format": 1'))
+    with pytest.raises(DataError, match="has format 1, expected 4"):
         load_recommender(folder, dataset, bank)
     manifest.write_text(said)
     assert load_recommender(folder, dataset, bank).state.weights == fitted.state.weights
+    # What format 3 kept: one set of weights for all kinds of request, and no agreement.
+    values = json.loads(said)
+    old = {"relevance": 1.0, "compatibility": 0.5, "slots": 0.2, "redundancy": 0.5}
+    manifest.write_text(json.dumps({**values, "format": 3, "weights": old}))
+    read = load_recommender(folder, dataset, bank).state.weights
+    assert read.query == read.item == ObjectiveWeights(**old, agreement=0)
+    manifest.write_text(said)
     with pytest.raises(DataError, match="No recommender in"):
         load_recommender(tmp_path / "nowhere", dataset, bank)
     (tmp_path / "mine").mkdir()
@@ -349,12 +383,10 @@ def test_the_words_on_a_thing_choose_among_those_that_answer(fitted: BundleRecom
     """Title 43 is "w13 w83 w121", as no other is; the words on the other thing do not draw it away."""
     assert fitted.dataset.catalog.titles[43] == "w13 w83 w121"
     items = parse_query("w13 w83 w121 and w10 w40 w124", by_last_word).items
-    titles, vectors = fitted.dataset.catalog.titles, fitted.state.known.frozen
-    assert vectors is not None
-    found = match_items(items, by_last_word, fitted.bank, titles, vectors)
+    found = match_items(items, by_last_word, fitted.state.search, fitted.dataset.catalog.titles)
     assert [one.item.text for one in found] == ["w13 w83 w121", "w10 w40 w124"]
     assert found[0].rows[0] == 43
-    assert found[0].likeness[43] == pytest.approx(1.0, abs=1e-5)
+    assert found[0].likeness.argmax() == 43
 
 
 def test_what_the_catalogue_does_not_have_is_answered_by_its_type_or_not_at_all(fitted: BundleRecommender) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peft_combo.recommender.query import QueryItem
     from peft_combo.recommender.recommender import BundleRecommender
     from peft_combo.recommender.requests import Request
-    from peft_combo.recommender.results import Recommendation, Suggestion
+    from peft_combo.recommender.results import DetectedBundle, Recommendation, Suggestion
     from peft_combo.recommender.workspace import Workspace
 
 
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 def recommend(
     recipe: RecipeOption,
     items: Annotated[str | None, typer.Option("--items", help="Ids of items that every bundle holds: F1,F7.")] = None,
+    session: Annotated[
+        str | None, typer.Option("--session", help="Ids of a session's items, to detect the bundles in: F1,F7,F9.")
+    ] = None,
+    sure: Annotated[bool, typer.Option("--sure", help="With --session: smaller and surer bundles.")] = False,
     user: Annotated[str | None, typer.Option("--user", help="Id of the user to personalise for.")] = None,
     query: Annotated[str | None, typer.Option("--query", help="Query in words.")] = None,
     tagger: Annotated[
@@ -76,7 +80,7 @@ def recommend(
     fitted_folder: Annotated[Path, typer.Option("--fitted", help="Folder of fitted recommenders.")] = Path("fitted"),
     as_json: JsonOption = False,
 ) -> None:
-    """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
+    """Recommend bundles or single items for items, a user or a text; detect a session's bundles; answer a file."""
     from peft_combo.files import check_folder_target
     from peft_combo.recommender.requests import check_files, parse_request
 
@@ -86,10 +90,10 @@ def recommend(
     if tagger is not None and query is None and source is None:
         raise DataError("--tagger takes a query apart, and there is none. Add --query, or --from with queries.")
     given = {
-        "items": split_words(items), "user": user, "query": query, "single": single, "k": k,
-        "slots": split_words(slots), "without_slots": split_words(without_slots), "budget": budget,
-        "max_price": max_price, "season": season, "categories": category, "size": size, "in_stock": in_stock,
-        "diversity": diversity, "substitute": substitute, "explain": explain,
+        "items": split_words(items), "session": split_words(session), "sure": sure, "user": user, "query": query,
+        "single": single, "k": k, "slots": split_words(slots), "without_slots": split_words(without_slots),
+        "budget": budget, "max_price": max_price, "season": season, "categories": category, "size": size,
+        "in_stock": in_stock, "diversity": diversity, "substitute": substitute, "explain": explain,
     }  # fmt: skip
     request = parse_request({name: value for name, value in given.items() if value is not None})
     count = 0 if source is None or target is None else check_files(source, target)
@@ -107,25 +111,20 @@ def recommend(
             _answer_file(fitted, source, target, request, find_entities, callback)
             return
         found = _answer_request(fitted, request, find_entities, callback)
-    if as_json:
-        print_json([asdict(one) for one in found])
-    elif single:
-        _print_suggestions(cast("list[Suggestion]", found), explain)
-    else:
-        _print_bundles(cast("list[Recommendation]", found), explain)
+    _print_answers(request, found, as_json)
 
 
 def _check_ids(space: Workspace, request: Request) -> None:
     """Refuse an id that is not there before anything is loaded or encoded."""
-    if request.items:
-        space.dataset.find_items(request.items)
+    if request.items or request.session:
+        space.dataset.find_items([*request.items, *(request.session or ())])
     if request.user is not None:
         space.dataset.find_user(request.user)
 
 
 def _answer_request(
     recommender: BundleRecommender, request: Request, tagger: Tagger | None, callback: ConsoleWatch
-) -> list[Suggestion] | list[Recommendation]:
+) -> list[Suggestion] | list[Recommendation] | list[DetectedBundle]:
     """Answer a request; note what was understood of its query, and what of it nothing answers."""
     from peft_combo.recommender.query import parse_query
     from peft_combo.recommender.requests import answer
@@ -158,7 +157,7 @@ def _answer_file(
         ) from done.fault
 
 
-def _find_missing(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:
+def _find_missing(items: Sequence[QueryItem], found: Sequence[object]) -> list[str]:
     """Return the names of query items that no item of any bundle answers."""
     evidence = [entry for one in found for entry in getattr(one, "evidence", ())]
     answered = {told["wish"] for entry in evidence for told in entry.get("answers", ())}
@@ -182,6 +181,19 @@ def _fit_recommender(
     for note in made.state.notes:
         callback.on_note(f"Note: {note}")
     return made
+
+
+def _print_answers(
+    request: Request, found: list[Suggestion] | list[Recommendation] | list[DetectedBundle], as_json: bool
+) -> None:
+    if as_json:
+        print_json([asdict(one) for one in found])
+    elif request.session is not None:
+        _print_detected(cast("list[DetectedBundle]", found))
+    elif request.single:
+        _print_suggestions(cast("list[Suggestion]", found), request.explain)
+    else:
+        _print_bundles(cast("list[Recommendation]", found), request.explain)
 
 
 def _print_suggestions(suggestions: Sequence[Suggestion], explain: bool) -> None:
@@ -210,6 +222,14 @@ def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
             print_line(f"   {'+' if item in bundle.added else ' '} {slot:12} {item:12} {title}")
             if explain and item in why:
                 print_line(f"     {' ' * 25}{_format_reasons(why[item])}")
+
+
+def _print_detected(bundles: Sequence[DetectedBundle]) -> None:
+    for place, bundle in enumerate(bundles, 1):
+        price = "" if bundle.price is None else f", {bundle.price:.2f} in all"
+        print_line(f"{place}. score {bundle.score:.2f}{price}")
+        for item, title, slot, belongs in zip(bundle.items, bundle.titles, bundle.slots, bundle.belongs, strict=True):
+            print_line(f"   {belongs:4.2f} {slot:12} {item:12} {title}")
 
 
 def _format_reasons(entry: Mapping[str, Any]) -> str:

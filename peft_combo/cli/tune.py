@@ -351,13 +351,17 @@ def embed(
         from peft_combo.encoder.vectors import embed as run
 
         bank = space.bank  # before the data: a base that is not whole is told at once
-        texts = space.dataset.texts
+        dataset = space.dataset
+        wanted = [dataset.texts] if adapter else dataset.read_frozen
         process, processes = get_rank(), int(os.environ.get("WORLD_SIZE", "1"))
-        callback.on_stage("Encoding the catalogue", len(set(texts)) // processes)
-        count = run(bank, texts, adapter, cache, process=process, processes=processes, progress=callback.on_advance)
+        callback.on_stage("Encoding the catalogue", sum(len(set(texts)) for texts in wanted) // processes)
+        shared: dict[str, Any] = {"process": process, "processes": processes, "progress": callback.on_advance}
+        count = sum(run(bank, texts, adapter, cache, **shared) for texts in wanted)
     if callback.main:
         whose = adapter or "the frozen encoder"
-        print_line(f"{len(texts):,} items of {loaded.name} in {cache} for {whose}; {count:,} encoded now")
+        print_line(
+            f"{len(dataset.catalog):,} items of {loaded.name} in {cache} for {whose}; {count:,} texts encoded now"
+        )
 
 
 def _print_tuned(result: TuneResult, recipe: Recipe) -> None:

@@ -37,6 +37,7 @@ def join_datasets(old: Dataset, new: Dataset) -> tuple[Dataset, int]:
         [*old.bundles.owners, *later.owners],
         np.concatenate([old.bundles.times, later.times]),
         [*old.bundles.groups, *later.groups],
+        intents=[*old.bundles.intents, *later.intents],
     )
     changed = 0
     for row, bundle_id in enumerate(new.bundles.bundle_ids):

@@ -6,19 +6,21 @@ of files, sources or splits. Outside ids are strings and appear here only; every
 
 from __future__ import annotations
 
-import hashlib
-import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
+from peft_combo.data.digest import compute_digest
 from peft_combo.errors import DataError, did_you_mean, shorten
+
+if TYPE_CHECKING:
+    from peft_combo.data.sessions import Sessions
 
 CATEGORY_SEPARATOR = " > "
 _BUILT_IN_FIELDS = ("title", "category", "leaf", "slot", "price", "description")
@@ -268,6 +270,7 @@ class Bundles:
         bundle_ids: outside ids, distinct.
         items: per bundle its distinct catalogue rows, in the order given.
         names: a name or intent; None where unknown.
+        intents: what a bundle is for, in the words of who asks for it; where the data tells none, its name.
         owners: outside id of the user a bundle belongs to; None where unknown.
         times: (B,) float64 seconds since 1970-01-01 UTC; NaN where unknown.
         groups: what a split may not divide: the owner where known, else the bundle itself.
@@ -281,6 +284,7 @@ class Bundles:
     times: NDArray[np.float64]
     groups: tuple[str, ...]
     baskets: NDArray[np.int64]
+    intents: tuple[str | None, ...]
 
     @classmethod
     def build(
@@ -292,6 +296,7 @@ class Bundles:
         times: ArrayLike | None = None,
         groups: Iterable[str] | None = None,
         baskets: ArrayLike | None = None,
+        intents: Iterable[str | None] | None = None,
     ) -> Self:
         """Make bundles, filling what is not given with "unknown".
 
@@ -303,16 +308,20 @@ class Bundles:
         owner_of = tuple(owners) if owners is not None else (None,) * n
         if groups is None:
             groups = [f"bundle:{ids[row]}" if owner is None else owner for row, owner in enumerate(owner_of)]
+        name_of = tuple(names) if names is not None else (None,) * n
         bundles = cls(
             bundle_ids=ids,
             items=tuple(np.asarray(rows, dtype=np.int32) for rows in items),
-            names=tuple(names) if names is not None else (None,) * n,
+            names=name_of,
             owners=owner_of,
             times=np.full(n, np.nan) if times is None else np.asarray(times, dtype=np.float64),
             groups=tuple(groups),
             baskets=np.full(n, -1, np.int64) if baskets is None else np.asarray(baskets, dtype=np.int64),
+            intents=tuple(intents) if intents is not None else name_of,
         )
-        for column in (bundles.items, bundles.names, bundles.times, bundles.groups, bundles.baskets):
+        for column in (
+            bundles.items, bundles.names, bundles.times, bundles.groups, bundles.baskets, bundles.intents,
+        ):  # fmt: skip
             if len(column) != n:
                 raise ValueError(f"{n} bundles but a column of {len(column)}")
         return bundles
@@ -336,6 +345,7 @@ class Bundles:
             times=self.times[order],
             groups=tuple(self.groups[row] for row in order),
             baskets=self.baskets[order],
+            intents=tuple(self.intents[row] for row in order),
         )
 
     def to_csr(
@@ -358,9 +368,11 @@ class Dataset:
 
     Attributes:
         name: what it is called in reports.
-        digest: sha256 over everything but name, notes and text template: equal digests mean equal data.
+        digest: sha256 over everything but name, notes, text template and sessions: equal digests mean equal data.
         notes: what was dropped or derived while reading, with counts.
         text_template: what makes the text of an item, see `Catalog.texts`; no part of the digest.
+        sessions: None where the source has none. No scorer or adapter learns from them, so they are no part of the
+            digest; see `data.sessions`.
     """
 
     name: str
@@ -370,6 +382,7 @@ class Dataset:
     digest: str
     notes: tuple[str, ...] = ()
     text_template: str = "{title}"
+    sessions: Sessions | None = None
 
     @classmethod
     def build(
@@ -380,13 +393,15 @@ class Dataset:
         bundles: Bundles,
         notes: Iterable[str] = (),
         text: str = "{title}",
+        sessions: Sessions | None = None,
     ) -> Self:
         """Make a dataset and compute its digest.
 
         Args:
             text: template of the items' texts, see `Catalog.texts`.
         """
-        return cls(name, catalog, interactions, bundles, _digest(catalog, interactions, bundles), tuple(notes), text)
+        digest = compute_digest(catalog, interactions, bundles)
+        return cls(name, catalog, interactions, bundles, digest, tuple(notes), text, sessions)
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
@@ -397,12 +412,29 @@ class Dataset:
         """
         return tuple(self.catalog.texts(self.text_template))
 
+    @property
+    def plain_template(self) -> str:
+        """The text template without category path: what words and the frozen encoder read beside the path."""
+        return " ".join(self.text_template.replace("{category}", " ").split()) or self.text_template
+
+    @cached_property
+    def plain(self) -> tuple[str, ...]:
+        """The text of each item without its category path; see `texts` for errors."""
+        return tuple(self.catalog.texts(self.plain_template))
+
     @cached_property
     def described(self) -> tuple[str, ...] | None:
-        """The text of each item with its category path; None where that adds nothing to `texts`."""
-        if "{category}" in self.text_template or not any(self.catalog.categories):
+        """The text of each item with its category path behind it; None where no item has one."""
+        if "{category}" in self.plain_template or not any(self.catalog.categories):
             return None
-        return tuple(self.catalog.texts(self.text_template + " {category}"))
+        return tuple(self.catalog.texts(self.plain_template + " {category}"))
+
+    @property
+    def read_frozen(self) -> list[tuple[str, ...]]:
+        """What the frozen encoder reads: `plain` texts, and those of `described` that a category changes."""
+        both = zip(self.described or (), self.plain, strict=False)
+        changed = tuple(text for text, plain in both if text != plain)
+        return [self.plain, changed] if changed else [self.plain]
 
     def find_items(self, items: Sequence[str]) -> NDArray[np.int64]:
         """Return the rows of items given by outside id, each once, in their order.
@@ -433,39 +465,3 @@ class Dataset:
     @cached_property
     def _user_rows(self) -> dict[str, int]:
         return {} if self.interactions is None else {user: row for row, user in enumerate(self.interactions.user_ids)}
-
-
-def _digest(catalog: Catalog, interactions: Interactions | None, bundles: Bundles) -> str:
-    """Hash every column under its name, as JSON for text and little-endian bytes for numbers."""
-    total = hashlib.sha256(b"peft-combo dataset 1\n")
-
-    def text(name: str, values: Any) -> None:
-        total.update(f"{name}\n".encode())
-        total.update(json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
-
-    def numbers(name: str, values: NDArray[Any]) -> None:
-        little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-        total.update(f"{name} {little.dtype.str} {little.shape}\n".encode())
-        # Every NaN is written alike: its sign and payload bits differ between platforms.
-        total.update((np.where(np.isnan(little), np.nan, little) if little.dtype.kind == "f" else little).tobytes())
-
-    text("item_ids", catalog.item_ids)
-    text("titles", catalog.titles)
-    text("categories", catalog.categories)
-    text("slots", catalog.slots)
-    numbers("prices", catalog.prices)
-    text("descriptions", catalog.descriptions)
-    text("attributes", {name: catalog.attributes[name] for name in sorted(catalog.attributes)})
-    if interactions is not None:
-        text("user_ids", interactions.user_ids)
-        for name in ("users", "items", "weights", "times", "baskets"):
-            numbers(name, getattr(interactions, name))
-    text("bundle_ids", bundles.bundle_ids)
-    numbers("sizes", bundles.sizes)
-    numbers("members", np.concatenate([np.empty(0, np.int32), *bundles.items]))
-    text("names", bundles.names)
-    text("owners", bundles.owners)
-    numbers("bundle_times", bundles.times)
-    text("groups", bundles.groups)
-    numbers("bundle_baskets", bundles.baskets)
-    return total.hexdigest()

@@ -9,10 +9,12 @@ from peft_combo.evaluation.comparison import compare
 from peft_combo.evaluation.completion import evaluate
 from peft_combo.evaluation.lr_range import lr_range
 from peft_combo.evaluation.search import search
+from peft_combo.evaluation.text_queries import evaluate_queries
 
 __all__ = [
     "compare",
     "evaluate",
+    "evaluate_queries",
     "lr_range",
     "search",
 ]

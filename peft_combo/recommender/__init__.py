@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft_combo.recommender.persistence import load_recommender, save_recommender
     from peft_combo.recommender.recommender import BundleRecommender
     from peft_combo.recommender.requests import Request, answer
-    from peft_combo.recommender.results import Recommendation, Suggestion
+    from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
     from peft_combo.recommender.workspace import Workspace
 
 _HOMES = {
@@ -26,14 +26,18 @@ _HOMES = {
     "BundleRecommender": "peft_combo.recommender.recommender",
     "Request": "peft_combo.recommender.requests",
     "answer": "peft_combo.recommender.requests",
+    "BundleMatch": "peft_combo.recommender.results",
+    "DetectedBundle": "peft_combo.recommender.results",
     "Recommendation": "peft_combo.recommender.results",
     "Suggestion": "peft_combo.recommender.results",
     "Workspace": "peft_combo.recommender.workspace",
 }
 
 __all__ = [
+    "BundleMatch",
     "BundleRecommender",
     "Constraints",
+    "DetectedBundle",
     "Options",
     "Recommendation",
     "Request",

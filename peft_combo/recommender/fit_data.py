@@ -37,7 +37,7 @@ class FitData:
         past: (U, N) what each user took before, of the interactions alone; user_rows: the row of each user who took
             anything.
         support: (N,) bundles that hold each item.
-        text: template of what the word-based scorers read.
+        text: template of what the word-based scorers read, `Dataset.plain_template`.
         frozen: (N, D) vectors of the encoder without adapter. described: the same of the texts with their category
             path; None where there is no other. tuned: per adapter its (N, D) vectors and its head.
         rated: the same of rating adapters. interactions: those of `past` with their times; None where there are none.
@@ -93,7 +93,7 @@ class FitData:
         return cls(
             history, users, past, user_rows,
             np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
-            catalog.leaf_numbers, catalog, dataset.text_template, frozen, tuned, coverage, rated or {}, seen,
+            catalog.leaf_numbers, catalog, dataset.plain_template, frozen, tuned, coverage, rated or {}, seen,
             tuple(dataset.bundles.groups if bundles is None else (dataset.bundles.groups[row] for row in bundles)),
             described,
         )  # fmt: skip
@@ -202,9 +202,26 @@ def encode_catalog(
             return bank.encode(texts, reference)
         return cache.vectors(bank, texts, reference, progress)
 
-    frozen = encode(None)
-    described = None if dataset.described is None else encode(None, dataset.described)
+    frozen = encode(None, dataset.plain)
+    described = encode_described(dataset, frozen, lambda texts: encode(None, texts))
     rated = {name: (encode(name), head) for name, head in raters.items()}
     return TextSide(
         live, frozen, described, {name: (encode(name), head) for name, head in heads.items()}, rated, coverage
     )
+
+
+def encode_described(
+    dataset: Dataset, frozen: NDArray[np.float32], encode: Callable[[Sequence[str]], NDArray[np.float32]]
+) -> NDArray[np.float32] | None:
+    """Encode texts with category paths, (N, D), those only that a category changes; None where there is none.
+
+    Args:
+        frozen: (N, D) vectors of ``dataset.plain``. encode: the frozen encoder.
+    """
+    if dataset.described is None:
+        return None
+    rows = [row for row, text in enumerate(dataset.described) if text != dataset.plain[row]]
+    described = np.array(frozen)
+    if rows:
+        described[rows] = encode(dataset.read_frozen[1])
+    return described

@@ -29,6 +29,7 @@ from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
 from peft_combo.recommender.scorer_id import RANDOM, ScorerId
+from peft_combo.recommender.text_search import TextQueries, TextSearch, build_views, select_weights
 
 # Validation queries that settings and weights are chosen on.
 _QUERIES = 2_000
@@ -48,6 +49,7 @@ class FitState:
         text_side: judges how well an item goes with a set by its text alone.
         neighbours: what users alike took, where the fusion could not weigh it; None elsewhere.
         weights: of a composed bundle's objective by kind of request, as validation chose them.
+        search: finds items and bundles by words; the weights of its views are those that validation intents chose.
         split_digest: of the split that settings and weights were chosen on.
         notes: what was left out, and why.
     """
@@ -61,6 +63,7 @@ class FitState:
     text_side: Fitted
     neighbours: FittedPast | None
     weights: ModeWeights
+    search: TextSearch
     split_digest: str
     notes: tuple[str, ...]
 
@@ -114,6 +117,8 @@ def fit_scorers(
     names = _encode_names(dataset, parts, valid, bank)
     weights = fit_weights(composer, valid, relevance, text_side, names, vectors=side.frozen, seed=seed)
 
+    search = _choose_search(dataset, parts, bank, side)
+
     # For serving, once more on every bundle there is.
     everything = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated, side.described)
     settings = {scorer: selected[scorer].setting for scorer in fusion.needs}
@@ -124,8 +129,8 @@ def fit_scorers(
     weighed = not known.user_rows.keys().isdisjoint(users)
     neighbours = None if weighed or not everything.user_rows else build_past(everything, neighbours=True)
     return FitState(
-        side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights, parts.digest,
-        tuple(notes),
+        side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights, search,
+        parts.digest, tuple(notes),
     )  # fmt: skip
 
 
@@ -139,6 +144,14 @@ def _encode_names(dataset: Dataset, parts: Split, valid: Queries, bank: AdapterB
         if name is not None and np.isnan(vectors[bundle, 0]):
             vectors[bundle] = bank.encode([name], None)[0]
     return vectors
+
+
+def _choose_search(dataset: Dataset, parts: Split, bank: AdapterBank, side: TextSide) -> TextSearch:
+    """Choose the weights of the text search on validation intents."""
+    tuned = {name: own for name, (own, _) in side.tuned.items()}
+    views = build_views(dataset, bank, side.frozen, side.described, tuned)
+    valid = TextQueries.of(dataset.bundles, parts.valid, among=np.concatenate([parts.train, parts.valid]))
+    return TextSearch.of(views, select_weights(views, valid))
 
 
 def _leakage_notes(side: TextSide, dataset: Dataset, parts: Split) -> list[str]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,9 +47,13 @@ from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import Kind, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
+from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorView, build_views
 from peft_combo.scoring import Scorer, load_scorer
 
-FORMAT = 3
+FORMAT = 4
+# Format 2 knew of no text search: a query was compared with titles by the frozen encoder alone. Up to format 3 there was
+# one set of weights for all kinds of request, and no agreement.
+_READ = (2, 3, FORMAT)
 _MANIFEST = "recommender.json"
 _MANIFEST_LIMIT = 16 * 2**20
 
@@ -79,7 +83,8 @@ class _RecommenderManifest(_Stored):
     fusion: dict[str, JsonValue]
     calibration: dict[str, JsonValue] | None
     text_side: str
-    weights: dict[str, dict[str, float]]
+    weights: dict[str, float] | dict[str, dict[str, float]]
+    search: dict[str, float] | None = None
     weighed_past: bool
     scorers: dict[str, _ScorerFile]
     notes: tuple[str, ...]
@@ -118,11 +123,11 @@ def _build_manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile
     ]
     return _RecommenderManifest(
         format=FORMAT, data=recommender.dataset.digest, split=state.split_digest,
-        backbone=recommender.bank.backbone.fingerprint, text=state.known.text,
+        backbone=recommender.bank.backbone.fingerprint, text=recommender.dataset.text_template,
         adapters={one.reference: one.digest for one in state.adapters},
         settings={str(scorer): setting for scorer, setting in state.settings.items()},
         fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
-        text_side=str(state.text_scorer or ""), weights=asdict(state.weights),
+        text_side=str(state.text_scorer or ""), weights=asdict(state.weights), search=dict(state.search.weights),
         weighed_past=state.neighbours is None, scorers=files, notes=state.notes,
     )  # fmt: skip
 
@@ -199,7 +204,7 @@ def _read_manifest(folder: Path) -> _RecommenderManifest:
     try:
         values = json.loads(content)
         found = values.get("format") if isinstance(values, dict) else None
-        if found != FORMAT:
+        if found not in _READ:
             raise DataError(f"The recommender in {folder} has format {found}, expected {FORMAT}. Fit it anew.")
         return _RecommenderManifest.model_validate(values)
     except (ValueError, ValidationError, RecursionError) as error:
@@ -261,11 +266,24 @@ def _rebuild(
     if text_scorer is not None:
         text_side = serving[text_scorer] if text_scorer in serving else rebuild_scorer(text_scorer)
     neighbours = None if manifest.weighed_past or not known.user_rows else build_past(known, neighbours=True)
+    if manifest.search is None:
+        search = TextSearch.of({FROZEN_TITLE: VectorView(side.frozen, lambda texts: bank.encode(list(texts), None))})
+    else:
+        tuned = {name: own for name, (own, _) in side.tuned.items()}
+        search = TextSearch.of(build_views(dataset, bank, side.frozen, side.described, tuned), manifest.search)
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
-        ModeWeights(**{mode: ObjectiveWeights(**own) for mode, own in manifest.weights.items()}),
-        manifest.split, manifest.notes,
+        _parse_weights(manifest.weights), search, manifest.split, manifest.notes,
     )  # fmt: skip
+
+
+def _parse_weights(stored: Mapping[str, float | Mapping[str, float]]) -> ModeWeights:
+    """Return stored weights, by kind of request or, as up to format 3, one set for all."""
+    kinds = {kind: own for kind, own in stored.items() if isinstance(own, Mapping)}
+    if kinds:
+        return ModeWeights(**{kind: ObjectiveWeights(**own) for kind, own in kinds.items()})
+    own = {name: value for name, value in stored.items() if not isinstance(value, Mapping)}
+    return ModeWeights(*(ObjectiveWeights(**{"agreement": 0.0, **own}) for _ in fields(ModeWeights)))
 
 
 def _load_scorer(folder: Path, stored: _ScorerFile, n_items: int) -> Scorer:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.labels.tags import Tagger, head_entity
-from peft_combo.encoder.bank import AdapterBank
 from peft_combo.recommender.query import QueryItem, is_same_noun
+from peft_combo.recommender.text_search import TextSearch
 
 # Items whose titles are read for a query item: so many most like its words, and so many most like its name alone.
 _READ = 128
@@ -21,7 +21,7 @@ _READ = 128
 
 @dataclass(frozen=True, eq=False)
 class QueryMatch:
-    """The items that answer a query item, the likest first, and the cosine of every item with its words (N,).
+    """The items that answer a query item, the likest first, and how like its words every item is (N,).
 
     Attributes:
         named: whether the items are called as the query item is; where none is, those of its type answer.
@@ -34,20 +34,19 @@ class QueryMatch:
 
 
 def match_items(
-    items: Sequence[QueryItem], tagger: Tagger, bank: AdapterBank, titles: Sequence[str], vectors: NDArray[np.float32]
+    items: Sequence[QueryItem], tagger: Tagger, search: TextSearch, titles: Sequence[str]
 ) -> list[QueryMatch]:
     """Find the items that answer each query item by what their titles name; a query item that none answers is left out.
 
     Args:
-        titles: of N items. vectors: (N, D) of the frozen encoder.
+        titles: of the N items that are searched.
     """
     if not items:
         return []
-    asked = bank.encode([text for item in items for text in (item.text, item.name)], None)
-    alike = vectors @ asked.T  # (N, D) @ (D, 2 W) -> (N, 2 W)
+    alike = search.score_items([text for item in items for text in (item.text, item.name)])  # (2 W, N)
     matches = []
     for place, item in enumerate(items):
-        likeness, by_name = alike[:, 2 * place], alike[:, 2 * place + 1]
+        likeness, by_name = alike[2 * place], alike[2 * place + 1]
         read = np.array(
             list(dict.fromkeys([*select_largest(likeness, _READ), *select_largest(by_name, _READ)])), np.int64
         )

@@ -1,4 +1,4 @@
-"""Bundle recommender: completes, composes, ranks and searches, from fused scorers and a tuned encoder.
+"""Bundle recommender: completes, composes, ranks, detects and searches, from fused scorers and a tuned encoder.
 
 Owns what answers a request, and the border where outside ids become rows and back. Knows nothing of how scorers were
 fitted or an adapter tuned, or of the command line.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -17,25 +18,29 @@ from scipy import sparse
 from peft_combo.data.labels.tags import Tagger
 from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
+from peft_combo.data.sessions import check_session_items
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
+from peft_combo.recommender.bundle_detection import BundleDetector
 from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
 from peft_combo.recommender.composing.options import OneOf, Options
 from peft_combo.recommender.composing.slots import SlotTemplates
-from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_item
+from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_detected, describe_item
 from peft_combo.recommender.fit_state import FitState, fit_scorers
 from peft_combo.recommender.fitted_scorers import score_beside
 from peft_combo.recommender.fusion import make_comparable
 from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import QueryMatch, apply_matches, match_items, select_largest
-from peft_combo.recommender.results import Recommendation, Suggestion
+from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import TEXT_RANKER, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
+from peft_combo.recommender.text_search import find_distinct
+from peft_combo.scoring.base import Vectors
 
 # A user is described by so many of the items taken last; older ones say more about a past than about a next purchase.
 _HISTORY = 5
@@ -55,10 +60,9 @@ class BundleRecommender:
         assert state.known.frozen is not None
         self.dataset, self.bank, self.state = dataset, bank, state
         self.templates = SlotTemplates.learn(dataset.catalog, dataset.bundles.items)
-        self._frozen = state.known.frozen
         self._history: Any = sparse.csc_array(state.known.history)
         self._composer = Composer(
-            dataset.catalog, self.templates, vectors=self._frozen, history=state.known.history,
+            dataset.catalog, self.templates, vectors=state.known.frozen, history=state.known.history,
             agreement=Agreement.learn(dataset.catalog, dataset.bundles.items),
         )  # fmt: skip
 
@@ -165,8 +169,7 @@ class BundleRecommender:
         context = self.dataset.find_items(items)
         if not (len(context) or user is not None or query is not None):
             raise DataError("Nothing to go by: give items, a user or a query.")
-        if query is not None and not query.strip():
-            raise DataError("The query is empty: expected words such as linen dress. Leave it out to go by the rest.")
+        _check_query(query)
         fused = self._score_for(context, user)
         relevance = [] if fused is None else [fused.scores]
         matches: list[QueryMatch] = []
@@ -175,9 +178,8 @@ class BundleRecommender:
                 parsed = parse_query(query, tagger)
                 constraints, query = _add_budget(constraints or Constraints(), parsed.budget), parsed.text
                 if options is None or options.mode == "complement":
-                    titles = self.dataset.catalog.titles
-                    matches = match_items(parsed.items, tagger, self.bank, titles, self._frozen)
-            relevance.append(apply_matches(self._compare_text(query), matches))
+                    matches = match_items(parsed.items, tagger, self.state.search, self.dataset.catalog.titles)
+            relevance.append(apply_matches(self.state.search.score_items([query])[0], matches))
         composer = self._composer
         if required is not None or forbidden is not None:
             edited = self.templates.with_rules(required=required, forbidden=forbidden)
@@ -195,17 +197,21 @@ class BundleRecommender:
         *,
         items: Sequence[str] = (),
         user: str | None = None,
+        query: str | None = None,
         explain: bool = False,
     ) -> list[Recommendation]:
-        """Score given bundles with the composer's objective, best first.
+        """Score given bundles with the composer's objective, best first; see `search_bundles` for words alone.
 
         Args:
             bundles: outside ids; each holds `items` and at least one more.
-            user: for whom; None judges by how well the items go together.
+            user: for whom. query: what is looked for, in words. Without either, it is how well the items go together
+                that counts.
             explain: as for `compose`.
         Raises:
-            DataError: an id is not known, or a bundle lacks an item of `items` or has none beside them.
+            DataError: an id is not known, the query is empty, or a bundle lacks an item of `items` or has none beside
+                them.
         """
+        _check_query(query)
         context = self.dataset.find_items(items)
         rows = [self.dataset.find_items(bundle) for bundle in bundles]
         for bundle, own in zip(bundles, rows, strict=True):
@@ -213,25 +219,93 @@ class BundleRecommender:
                 expected = f"a bundle with {', '.join(items)} and at least one more item" if items else "a bundle"
                 raise DataError(f"Expected {expected}, found {', '.join(bundle) or 'an empty one'}.")
         fused = self._score_for(context, user)
+        relevance = [] if fused is None else [fused.scores]
+        if query is not None:
+            relevance.append(self.state.search.score_items([query])[0])
         ranked = self._composer.rank(
-            rows, context=context,
-            relevance=None if fused is None else fused.scores, compatibility=self._score_beside,
+            rows, context=context, relevance=_sum_standard(relevance), compatibility=self._score_beside,
+            options=self._add_weights(Options(), len(context), query=query is not None),
         )  # fmt: skip
         return self._describe(ranked, fused, explain)
 
+    def detect_bundles(self, items: Sequence[str], k: int | None = None, *, sure: bool = False) -> list[DetectedBundle]:
+        """Return the bundles hidden in a session's items, the surest first: disjoint, each of two items or more.
+
+        Which items belong together is told by their texts, categories and known bundles, learned from the sessions of
+        the dataset, or from its bundles where it has none. There is always one; items that fit none are left out.
+
+        Args:
+            items: outside ids of what a user looked at or took in one go; one given twice counts once.
+            k: at most so many; None for all.
+            sure: smaller and surer ones, more of which lie inside one bundle, in place of those most like whole ones.
+        Raises:
+            DataError: an id is not known, there are fewer than two items, k is below 1, or the dataset has too few
+                bundles to learn from.
+        """
+        if k is not None:
+            _check_count(k)
+        rows = self.dataset.find_items(items)
+        check_session_items(items)
+        return [
+            describe_detected(self.dataset.catalog, one)
+            for one in self._detector.detect(rows, "sure" if sure else "whole")[:k]
+        ]
+
+    @cached_property
+    def _detector(self) -> BundleDetector:
+        """Made when first asked for; as scorers that serve do, it learns from all there is."""
+        return BundleDetector.fit(self.state.known, self.dataset, None)
+
     def search(self, query: str, k: int = 10) -> list[tuple[str, float]]:
-        """Return the items whose text is most like `query`, with the cosine of the frozen encoder.
+        """Return the items whose title and category are most like `query`, with the scores of `text_search`.
 
         Raises:
             DataError: the query is empty, or k is below 1.
         """
         _check_count(k)
-        if not query.strip():
-            raise DataError("The query is empty: expected words such as linen dress.")
-        scores = self._compare_text(query)
-        return [
-            (self.dataset.catalog.item_ids[row], float(scores[row])) for row in np.argsort(-scores, kind="stable")[:k]
-        ]
+        _check_query(query)
+        scores = self.state.search.score_items([query])[0]
+        return [(self.dataset.catalog.item_ids[row], float(scores[row])) for row in select_largest(scores, k)]
+
+    def search_bundles(
+        self, query: str, k: int = 10, *, bundles: Sequence[Sequence[str]] | None = None
+    ) -> list[BundleMatch]:
+        """Return the bundles whose items are most like `query`, on the mean; how well they go together is not asked.
+
+        Args:
+            bundles: outside ids of the items of each; None searches the bundles of the dataset, of those that hold the
+                same items the first.
+        Raises:
+            DataError: the query is empty, k is below 1, an id is not known, or a given bundle is empty.
+        """
+        _check_count(k)
+        _check_query(query)
+        catalog, known = self.dataset.catalog, self.dataset.bundles
+        search, (distinct, pooled) = self.state.search, self._known_bundles
+        found: list[tuple[str | None, NDArray[Any], str | None]]
+        if bundles is None:
+            found = [(known.bundle_ids[row], known.items[row], known.names[row]) for row in distinct]
+            scores = search.score_bundles([query], pooled)[0]
+        else:
+            if any(not bundle for bundle in bundles):
+                raise DataError("Expected bundles with items, found an empty one.")
+            given = [self.dataset.find_items(bundle) for bundle in bundles]
+            found = [(None, rows, None) for rows in given]
+            among = pooled if len(distinct) > 1 else None
+            scores = search.score_bundles([query], search.pool_bundles(given), among)[0]
+        matches = []
+        for place in select_largest(scores, k):
+            bundle_id, rows, name = found[place]
+            ids, titles = zip(*((catalog.item_ids[row], catalog.titles[row]) for row in rows), strict=True)
+            matches.append(BundleMatch(bundle_id, ids, titles, name, float(scores[place])))
+        return matches
+
+    @cached_property
+    def _known_bundles(self) -> tuple[list[int], dict[str, Vectors]]:
+        """The rows of the dataset's distinct bundles, ready to be searched."""
+        items = self.dataset.bundles.items
+        distinct, _ = find_distinct(items)
+        return distinct, self.state.search.pool_bundles([items[row] for row in distinct])
 
     # Ids become rows.
 
@@ -277,11 +351,6 @@ class BundleRecommender:
 
     def _score_beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return score_beside(self.state.text_side, sets, rows)
-
-    def _compare_text(self, query: str) -> NDArray[np.float32]:
-        """Return the cosine of every item with a text, by the frozen encoder: search asks for what is alike."""
-        scores: NDArray[np.float32] = self._frozen @ self.bank.encode([query], None)[0]  # (N, D) @ (D,) -> (N,)
-        return scores
 
     def _add_weights(self, options: Options, n_items: int, *, query: bool) -> Options:
         """Return options with the weights of this kind of request, where they name none."""
@@ -349,6 +418,11 @@ def _make_queries(contexts: NDArray[np.int64], user: str | None) -> Queries:
 def _check_count(k: int) -> None:
     if k < 1:
         raise DataError(f"k: expected at least 1, found {k}.")
+
+
+def _check_query(query: str | None) -> None:
+    if query is not None and not query.strip():
+        raise DataError("The query is empty: expected words such as linen dress. Leave it out to go by the rest.")
 
 
 def _add_budget(constraints: Constraints, budget: float | None) -> Constraints:

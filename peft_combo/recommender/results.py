@@ -1,4 +1,4 @@
-"""Results of the recommender: suggested items and recommended bundles, with scores, shares and evidence."""
+"""Results of the recommender: suggested items, recommended and detected bundles, with scores, shares and evidence."""
 
 from __future__ import annotations
 
@@ -32,6 +32,23 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
+class BundleMatch:
+    """One bundle that a text search found.
+
+    Attributes:
+        bundle_id: outside id; None for a bundle that was given. items, titles: of what it holds. name: None where
+            it has none.
+        score: of the search (`text_search`), comparable within one answer only.
+    """
+
+    bundle_id: str | None
+    items: tuple[str, ...]
+    titles: tuple[str, ...]
+    name: str | None
+    score: float
+
+
+@dataclass(frozen=True)
 class Recommendation:
     """One bundle.
 
@@ -53,3 +70,22 @@ class Recommendation:
     parts: dict[str, float]
     price: float | None
     evidence: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class DetectedBundle:
+    """One bundle found in a session.
+
+    Attributes:
+        items: outside ids, in the order they were given.
+        belongs: per item the mean probability that it shares a bundle with each other item.
+        score: the mean of `belongs`, comparable between sessions.
+        price: of the whole bundle; None where a price is unknown.
+    """
+
+    items: tuple[str, ...]
+    titles: tuple[str, ...]
+    slots: tuple[str, ...]
+    belongs: tuple[float, ...]
+    score: float
+    price: float | None

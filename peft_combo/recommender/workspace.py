@@ -148,16 +148,25 @@ class Workspace:
     ) -> NDArray[np.float32]:
         """Return the item vectors (N, D) under an adapter, or of the frozen encoder; from the cache where it has them.
 
-        Args:
-            progress: told how many texts were encoded.
-        """
-        return self.cache.vectors(self.bank, self.dataset.texts, adapter, progress)
-
-    def encode_described(self, progress: Callable[[int], None] | None = None) -> NDArray[np.float32] | None:
-        """Return the vectors (N, D) of the frozen encoder of texts with category paths; None where there is no other.
+        An adapter reads texts as the recipe has them, the frozen encoder without category; see `encode_described`.
 
         Args:
             progress: told how many texts were encoded.
         """
-        texts = self.dataset.described
-        return None if texts is None else self.cache.vectors(self.bank, texts, None, progress)
+        texts = self.dataset.plain if adapter is None else self.dataset.texts
+        return self.cache.vectors(self.bank, texts, adapter, progress)
+
+    def encode_described(
+        self, frozen: NDArray[np.float32], progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32] | None:
+        """Return the frozen encoder's vectors (N, D) of texts with category paths; None where no item has one.
+
+        Args:
+            frozen: what `encode_catalog` gives of the frozen encoder.
+            progress: told how many texts were encoded.
+        """
+        from peft_combo.recommender.fit_data import encode_described
+
+        return encode_described(
+            self.dataset, frozen, lambda texts: self.cache.vectors(self.bank, texts, None, progress)
+        )

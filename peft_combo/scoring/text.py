@@ -160,6 +160,17 @@ class TextCosine(HistoryScorer[TextVectors]):
         return mask_missing(scores, familiar, has_text)
 
 
+def cut_plurals(text: str) -> str:
+    """Return the words of a text in lower case, a plural s cut off, with one space between: "Beach dresses" asks for a
+    "beach dresse", and so does a title of dresses.
+
+    On queries for bundles this finds more than whole words do, and no less than a stemmer of English would need a
+    package for.
+    """
+    words = _WORD.findall(text.lower())
+    return " ".join(word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words)
+
+
 def has_vector(vectors: Vectors) -> NDArray[np.bool_]:
     """Tell which rows are not zero: (N,)."""
     if isinstance(vectors, sparse.csr_array):

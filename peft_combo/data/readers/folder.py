@@ -198,6 +198,7 @@ def _bundles(table: Table, meta: Table | None, catalog: Catalog, config: DataCon
         notes.append(f"{repeats:,} rows of {table.name} repeat an item within its bundle and were left out")
 
     names: list[str | None] = [None] * len(bundle_ids)
+    intents: list[str | None] = [None] * len(bundle_ids)
     owners: list[str | None] = [None] * len(bundle_ids)
     times = np.full(len(bundle_ids), np.nan)
     if meta is not None:
@@ -209,6 +210,7 @@ def _bundles(table: Table, meta: Table | None, catalog: Catalog, config: DataCon
         meta.note_missing_words(("name", "intent"))
         place = {bundle_id: row for row, bundle_id in enumerate(bundle_ids)}
         shown = meta.strings("name" if "name" in meta else "intent")
+        asked = meta.strings("intent" if "intent" in meta else "name")
         users = meta.strings("user_id")
         moments = _times(meta, "bundle_meta", config) if "timestamp" in meta else np.full(meta.rows, np.nan)
         strangers = 0
@@ -218,6 +220,7 @@ def _bundles(table: Table, meta: Table | None, catalog: Catalog, config: DataCon
                 continue
             at = place[bundle_id]
             names[at] = " ".join(shown[row].split()) or None
+            intents[at] = " ".join(asked[row].split()) or names[at]
             owners[at] = users[row] or None
             times[at] = moments[row]
         if strangers == meta.rows:
@@ -226,7 +229,7 @@ def _bundles(table: Table, meta: Table | None, catalog: Catalog, config: DataCon
             )
         elif strangers:
             notes.append(f"{strangers:,} rows of {meta.name} name bundles without items and were left out")
-    return Bundles.build(bundle_ids, members, names, owners, times)
+    return Bundles.build(bundle_ids, members, names, owners, times, intents=intents)
 
 
 def _baskets(meta: Table, bundles: Bundles, basket_ids: Sequence[str]) -> NDArray[np.int64]:
