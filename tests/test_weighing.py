@@ -80,13 +80,10 @@ def test_a_text_and_a_user_are_weighed_by_what_they_leave_open(composer: Compose
     pairs = Queries(questions.contexts, questions.targets, (questions.bundles // 2).astype(np.str_), questions.bundles)
     right = noise.copy()
     right[np.arange(len(questions)), questions.targets] = 3
-    vectors = np.random.default_rng(1).normal(size=(len(questions), 8)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = fit_weights(composer, pairs, answering(right), answering(right), vectors=vectors)
+    found = fit_weights(composer, pairs, answering(right), answering(right), answering(noise))
     assert min(found.query.compatibility, found.user.compatibility) >= 0.5
     # A name that tells the missing item needs nothing else; what else is as good stays.
-    names = vectors[questions.targets]
-    misled = fit_weights(composer, pairs, answering(right), answering(-right), names, vectors=vectors)
+    misled = fit_weights(composer, pairs, answering(right), answering(-right), answering(right))
     assert misled.query.compatibility == misled.user.compatibility == LEAST_COMPATIBILITY
     assert misled.basket.compatibility == 0
 

@@ -114,10 +114,9 @@ def fit_scorers(
         agreement=Agreement.learn(dataset.catalog, seen),
     )  # fmt: skip
     relevance = fuse_scorers(fusion, {scorer: one.fitted for scorer, one in selected.items()}, known)
-    names = _encode_names(dataset, parts, valid, bank)
-    weights = fit_weights(composer, valid, relevance, text_side, names, vectors=side.frozen, seed=seed)
-
     search = _choose_search(dataset, parts, bank, side)
+    words = _AskedInWords.of(search, dataset, parts.valid)
+    weights = fit_weights(composer, valid, relevance, text_side, words, seed=seed)
 
     # For serving, once more on every bundle there is.
     everything = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated, side.described)
@@ -134,16 +133,31 @@ def fit_scorers(
     )  # fmt: skip
 
 
-def _encode_names(dataset: Dataset, parts: Split, valid: Queries, bank: AdapterBank) -> NDArray[np.float32]:
-    """Encode what the bundles of validation queries are called, by `valid.bundles`: (B, D); NaN for no name."""
-    bundles = dataset.bundles
-    name_of = {frozenset(bundles.items[row].tolist()): bundles.names[row] for row in parts.valid.tolist()}
-    vectors = np.full((int(valid.bundles.max()) + 1, bank.backbone.dim), np.nan, np.float32)
-    for context, target, bundle in zip(valid.contexts, valid.targets.tolist(), valid.bundles.tolist(), strict=True):
-        name = name_of[frozenset([*context[context >= 0].tolist(), target])]
-        if name is not None and np.isnan(vectors[bundle, 0]):
-            vectors[bundle] = bank.encode([name], None)[0]
-    return vectors
+@dataclass(frozen=True, eq=False)
+class _AskedInWords:
+    """Queries asked by what their bundle is called, or by the title of an item that is there where it has no name.
+
+    Attributes:
+        names: by the items of a bundle.
+    """
+
+    search: TextSearch
+    names: Mapping[frozenset[int], str | None]
+    titles: Sequence[str]
+
+    @classmethod
+    def of(cls, search: TextSearch, dataset: Dataset, rows: NDArray[np.int32]) -> _AskedInWords:
+        """Take the names of some bundles."""
+        bundles = dataset.bundles
+        names = {frozenset(bundles.items[row].tolist()): bundles.intents[row] for row in rows.tolist()}
+        return cls(search, names, dataset.catalog.titles)
+
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
+        texts = []
+        for context, target in zip(queries.contexts, queries.targets.tolist(), strict=True):
+            rows = context[context >= 0].tolist()
+            texts.append(self.names.get(frozenset([*rows, target])) or self.titles[rows[0]])
+        return self.search.score_items(texts)
 
 
 def _choose_search(dataset: Dataset, parts: Split, bank: AdapterBank, side: TextSide) -> TextSearch:

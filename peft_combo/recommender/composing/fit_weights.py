@@ -8,8 +8,8 @@ each kind of request is put to validation bundles as it will be asked:
 
     item     each bundle is composed from one of its items; recall of the others
     basket   one item of a bundle is missing, two or more are there; NDCG@10 of the missing one
-    query    one item is missing, relevance is the likeness to the bundle's name, or to the text of one of its items
-             where it has none; NDCG@10
+    query    one item is missing, relevance is the likeness to what the bundle is called, or to the title of one of its
+             items where it is called nothing; NDCG@10
     user     one item is missing, relevance is that beside other bundles of the same group; NDCG@10
 
 Weights are chosen one after the other. Compatibility and slots count as little as is within one standard error of the
@@ -59,9 +59,8 @@ def fit_weights(
     valid: Queries,
     relevance: Fitted,
     compatibility: Fitted | None,
-    texts: NDArray[np.float32] | None = None,
+    words: Fitted | None = None,
     *,
-    vectors: NDArray[np.float32] | None = None,
     seed: int = 0,
 ) -> ModeWeights:
     """Choose the weights of every kind of request; relevance counts 1 in each.
@@ -70,8 +69,7 @@ def fit_weights(
         composer: with templates and agreement of training bundles; its own weights do not matter.
         valid: validation queries; of more than 400 a seeded sample is asked, and 200 bundles are composed at most.
         relevance, compatibility: what the composer will be given, fitted on training bundles.
-        texts: (B, D) unit vectors of the validation bundles' names, by `valid.bundles`; NaN where a bundle has none.
-        vectors: (N, D) item vectors of the same encoder; None weighs queries like users, and these like baskets.
+        words: scores all items by what the bundle of each query is called; None weighs text queries like baskets.
     """
     item = fit_item_weights(composer, valid, relevance, compatibility, seed=seed)
     queries = valid.sample(_QUERIES, seed)
@@ -90,9 +88,8 @@ def fit_weights(
     told, past = _find_past(queries, valid)
     if len(told) >= _LEAST:
         user = choose(told, lambda block: relevance(past.take(block)))
-    if vectors is not None:
-        asked_for = _find_texts(queries, texts, vectors)
-        query = choose(queries, lambda block: asked_for[block] @ vectors.T)
+    if words is not None:
+        query = choose(queries, lambda block: words(queries.take(block)))
     return ModeWeights(query=_add_compatibility(query), user=_add_compatibility(user), basket=basket, item=item)
 
 
@@ -194,14 +191,3 @@ def _find_past(queries: Queries, valid: Queries) -> tuple[Queries, Queries]:
             contexts.append(np.array(past[:_RECENT], np.int64))
     told = queries.take(np.array(places, np.int64))
     return told, replace(told, contexts=pad_contexts(contexts))
-
-
-def _find_texts(
-    queries: Queries, texts: NDArray[np.float32] | None, vectors: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Return what is asked for in words, as vectors: (Q, D)."""
-    found = vectors[queries.contexts[:, 0]]  # the first item that is there
-    if texts is not None:
-        named = np.isfinite(texts[queries.bundles]).all(axis=1)
-        found[named] = texts[queries.bundles[named]]
-    return found
