@@ -1,7 +1,11 @@
 """How well adapters, their peers and their fusion complete bundles of real data.
 
-    PEFT_COMBO_DATA=PATH OMP_NUM_THREADS=2 python benchmarks/quality.py                 # three splits, about an hour
-    PEFT_COMBO_DATA=PATH OMP_NUM_THREADS=2 python benchmarks/quality.py --quick clothing  # one split, minutes
+    PEFT_COMBO_DATA=PATH python benchmarks/quality.py --all --write docs/quality.md   # every table; five splits, hours
+    PEFT_COMBO_DATA=PATH python benchmarks/quality.py clothing electronic             # two tables; about an hour
+    PEFT_COMBO_DATA=PATH python benchmarks/quality.py --quick clothing                # one split, minutes
+
+What a split gave is kept in `--folder`, so a run that was ended goes on where it was; a change of the program, of a
+recipe or of `--set` wants another folder. `--write` puts the tables between the markers of a Markdown file.
 
 PATH holds `bundlerec/clothing`, `bundlerec/electronic`, `online_retail` and `polyvore`; `--data-root` says the same.
 For each data set and split: tune an adapter by its recipe (on training bundles; validation chooses the step), then
@@ -22,12 +26,15 @@ import os
 import tempfile
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _smoke import add_smoke, make_tiny
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from peft_combo import metrics
@@ -35,10 +42,12 @@ from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.evaluation.canary import run_canary
 from peft_combo.evaluation.completion import evaluate
-from peft_combo.evaluation.report import Report
+from peft_combo.evaluation.report import CompletionRow, QueryResults, Report, Slice
+from peft_combo.files import write_text
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recommender import Workspace
 from peft_combo.recommender.category_calibration import CategoryCoverage
+from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.scorer_id import BY_CATEGORY, FROZEN, FUSION, PEER, ScorerId
 from peft_combo.tuning.loop import tune
 
@@ -63,9 +72,9 @@ class Case:
 _CLOTHES = "Clothing, Shoes & Jewelry > "
 CASES = {
     "clothing": Case(
-        "bundlerec/clothing", "lora-fashion", ("data.split=user",), (10, 11, 12), (str(PEER), str(FROZEN))
+        "bundlerec/clothing", "lora-fashion", ("data.split=user",), (70, 71, 72, 73, 74), (str(PEER), str(FROZEN))
     ),
-    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (10, 11, 12), (str(PEER), str(FROZEN))),
+    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (70, 71, 72, 73, 74), (str(PEER), str(FROZEN))),
     "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", str(PEER))),
     "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (10, 11, 12), (str(FROZEN), "TF-IDF title")),
     "clothing_categories": Case(
@@ -83,12 +92,14 @@ COLUMNS = ("r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--all", action="store_true", help="every case")
     parser.add_argument("--data-root", type=Path, default=os.environ.get("PEFT_COMBO_DATA"))
     parser.add_argument("--quick", action="store_true", help="the first split only")
     parser.add_argument("--recipe", action="append", default=[], metavar="CASE=RECIPE")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
-    parser.add_argument("--json", type=Path, help="write all reports here")
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="results of splits, where it goes on")
+    parser.add_argument("--write", type=Path, help="Markdown file whose marked tables are replaced")
     add_smoke(parser)
     options = parser.parse_args()
     if unknown := [name for name in options.cases if name not in CASES]:
@@ -99,13 +110,15 @@ def main() -> None:
         case = CASES["clothing"]
         with make_tiny() as tiny:
             report = one_split("clothing", case, case.recipe, tiny.shop, (*case.changes, *tiny.changes), 10)
-        show("clothing", [report], case)
+            keep(tiny.folder / "clothing-10.json", report)
+            report = read(tiny.folder / "clothing-10.json")
+        print("\n".join(make_table("clothing", [report], case)))
         return
     if options.data_root is None:
         parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
+    if not options.cases and not options.all:
+        parser.error("name cases, or --all")
     recipes = dict(pair.split("=", 1) for pair in options.recipe)
-
-    written: dict[str, Any] = {}
     for name in options.cases or CASES:
         case = CASES[name]
         folder = Path(options.data_root) / case.folder
@@ -114,12 +127,57 @@ def main() -> None:
             continue
         reports = []
         for seed in case.seeds[:1] if options.quick else case.seeds:
-            changes = (*case.changes, *options.changes)
-            reports.append(one_split(name, case, recipes.get(name, case.recipe), folder, changes, seed))
-            if options.json:
-                written.setdefault(name, []).append(reports[-1].to_json())
-                options.json.write_text(json.dumps(written, indent=1))
-        show(name, reports, case)
+            kept = options.folder / f"{name}-{seed}.json"
+            if not kept.exists():
+                changes = (*case.changes, *options.changes)
+                keep(kept, one_split(name, case, recipes.get(name, case.recipe), folder, changes, seed))
+            reports.append(read(kept))
+        lines = make_table(name, reports, case)
+        print("\n".join(["", *lines]))
+        if options.write:
+            write_between(options.write, name, lines)
+
+
+def keep(path: Path, report: Report) -> None:
+    """Keep a report and its single answers; the JSON comes last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answers = report.answers
+    names, groups = np.unique(answers.groups, return_inverse=True)
+    arrays = {"groups": groups.astype(np.int64)}
+    for kind in ("slices", "ranks", "fill_ins"):
+        arrays |= {f"{kind}/{name}": np.ascontiguousarray(own) for name, own in getattr(answers, kind).items()}
+    save_file(arrays, path.with_suffix(".safetensors"))
+    write_text(path, json.dumps({"report": report.to_json(), "groups": names.tolist()}, indent=1) + "\n")
+
+
+def read(path: Path) -> Report:
+    """Read what `keep` wrote."""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    told, arrays = kept["report"], load_arrays(path.with_suffix(".safetensors"))
+    parts: dict[str, dict[str, Any]] = {"slices": {}, "ranks": {}, "fill_ins": {}}
+    for key, own in arrays.items():
+        kind, _, name = key.partition("/")
+        if name:
+            parts[kind][name] = own
+    answers = QueryResults(np.array(kept["groups"])[arrays["groups"]], **parts)
+    rows = []
+    for row in told["rows"]:
+        slices = {name: Slice(**part) for name, part in row["slices"].items()}
+        quality = {name: np.nan if value is None else value for name, value in row["quality"].items()}
+        rows.append(CompletionRow(**{**row, "slices": slices, "quality": quality}))
+    return Report(
+        told["dataset"], told["data_digest"], told["split_digest"], told["seed"], told["protocol"], told["counts"],
+        tuple(rows), Fusion.from_state(told["fusion"], str), tuple(told["notes"]), answers,
+    )  # fmt: skip
+
+
+def write_between(path: Path, name: str, lines: list[str]) -> None:
+    """Put lines between ``<!-- NAME -->`` and ``<!-- end -->`` of a Markdown file."""
+    text = path.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(f"<!-- {name} -->\n")
+    if not mark or "<!-- end -->" not in rest:
+        raise SystemExit(f"{path} has no <!-- {name} --> with an <!-- end --> behind it.")
+    write_text(path, before + mark + "\n" + "\n".join(lines) + "\n\n" + rest[rest.index("<!-- end -->") :])
 
 
 def one_split(
@@ -166,39 +224,45 @@ def one_split(
     return report
 
 
-def show(name: str, reports: list[Report], case: Case) -> None:
-    """Print means over the splits, and what is significant over all their questions."""
-    counts = ", ".join(f"{report.counts['test questions']:,}" for report in reports)
-    print(f"\n{name}: {reports[0].counts['items']:,} items, {counts} test questions; mean of {len(reports)} split(s)")
+def make_table(name: str, reports: list[Report], case: Case) -> list[str]:
+    """Return means over the splits as Markdown, and what is significant over all their questions."""
+    seeds = ", ".join(str(seed) for seed in case.seeds[: len(reports)])
+    questions = sum(report.counts["test questions"] for report in reports)
     slices = [
         part
-        for part in ("cold target", "cross-leaf", "cross-slot", "cross-category")
-        if part in reports[0].answers.slices
+        for part in ("cross-leaf", "cross-slot", "cross-category", "cold among cold")
+        if part in reports[0].answers.slices or part in reports[0].row(case.row).slices
     ]
-    fill_in = reports[0].row(str(FUSION)).fill_in is not None
-    heads = [*COLUMNS, *(f"{part}" for part in slices), *(["fill-in"] if fill_in else []), "coverage"]
-    print(f"{'':20}" + "".join(f"{head:>12}" for head in heads) + "   setting")
-    rows = [row.name for row in reports[0].lines if all(row.name in report.answers.ranks for report in reports)]
-    for row in rows:
-        lines = [report.row(row) for report in reports]
-        cells = [np.mean([line.values[column] for line in lines]) for column in COLUMNS]
-        cells += [np.mean([line.slices[part].ndcg for line in lines if part in line.slices]) for part in slices]
-        cells += [np.mean([line.fill_in for line in lines if line.fill_in is not None])] if fill_in else []
-        cells += [np.mean([line.quality["coverage"] for line in lines])]
-        setting = " | ".join(dict.fromkeys(line.setting for line in lines))
-        print(f"{row:20}" + "".join(f"{cell:12.4f}" for cell in cells) + f"   {setting}")
-    print("  slices show NDCG@10")
-    for peer in case.peers:
-        for measure in ("ndcg@10", "r@10"):
-            compare(reports, case.row, peer, measure, None)
+    fill_in = reports[0].row(case.row).fill_in is not None
+    heads = [*(column.upper() for column in COLUMNS), *(f"{part} NDCG@10" for part in slices)]
+    heads += ["fill-in"] if fill_in else []
+    lines = [
+        f"{name}: {reports[0].counts['items']:,} items, {questions:,} test questions; splits {seeds}.", "",
+        f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads),
+    ]  # fmt: skip
+    for row in (row.name for row in reports[0].lines if all(row.name in report.answers.ranks for report in reports)):
+        own = [report.row(row) for report in reports]
+        cells = [f"{np.mean([line.values[column] for line in own]):.4f}" for column in COLUMNS]
         for part in slices:
-            compare(reports, case.row, peer, "ndcg@10", part)
-        if fill_in:
-            compare_fill_ins(reports, case.row, peer)
+            found = [line.slices[part].ndcg for line in own if part in line.slices]
+            cells.append(f"{np.mean(found):.3f}" if found else "")
+        cells += [f"{np.mean([line.fill_in for line in own if line.fill_in is not None]):.3f}"] if fill_in else []
+        name = f"**{row}**" if row == case.row else row
+        lines.append(f"| {name} | {' | '.join(cell.replace('0.', '.', 1) for cell in cells)} |")
+    lines.append("")
+    for peer in case.peers:
+        told = [compare(reports, case.row, peer, measure, None) for measure in ("ndcg@10", "r@10")]
+        told += [compare(reports, case.row, peer, "ndcg@10", part) for part in slices if part != "cold among cold"]
+        told += [compare_fill_ins(reports, case.row, peer)] if fill_in else []
+        lines.append(f"- {case.row} over {peer}: {'; '.join(filter(None, told))}.")
+    chosen = Counter(report.fusion.chosen for report in reports)
+    ways = ", ".join(f"{way} ({count})" for way, count in chosen.items())
+    lines.append(f"- Chosen as the fusion on validation, in so many splits: {ways}.")
+    return lines
 
 
-def compare(reports: list[Report], row: str, peer: str, measure: str, part: str | None) -> None:
-    """Print a row's lead over a peer, with a 95 % interval and p, over the questions of all splits."""
+def compare(reports: list[Report], row: str, peer: str, measure: str, part: str | None) -> str:
+    """Tell a row's lead over a peer, with a 95 % interval and p, over the questions of all splits."""
     gains, clusters = [], []
     for report in reports:
         answers = report.answers
@@ -206,22 +270,24 @@ def compare(reports: list[Report], row: str, peer: str, measure: str, part: str 
         mine = metrics.per_query(answers.ranks[row], measure)[keep]
         gains.append(mine - metrics.per_query(answers.ranks[peer], measure)[keep])
         clusters.append(answers.groups[keep])
-    if sum(map(len, gains)):  # a slice may be empty
-        what = f"{measure}{'' if part is None else f', {part}'}"
-        verdict(what, row, peer, np.concatenate(gains), np.concatenate(clusters))
+    if not sum(map(len, gains)):  # a slice may be empty
+        return ""
+    return verdict(
+        f"{'' if part is None else f'{part} '}{measure.upper()}", np.concatenate(gains), np.concatenate(clusters)
+    )
 
 
-def compare_fill_ins(reports: list[Report], row: str, peer: str) -> None:
-    """Print a row's lead in fill-in-the-blank."""
+def compare_fill_ins(reports: list[Report], row: str, peer: str) -> str:
+    """Tell a row's lead in fill-in-the-blank."""
     gains = np.concatenate([r.answers.fill_ins[row] - r.answers.fill_ins[peer] for r in reports])
     clusters = np.concatenate([report.answers.groups for report in reports])
-    verdict("fill-in", row, peer, gains[~np.isnan(gains)], clusters[~np.isnan(gains)])
+    return verdict("fill-in", gains[~np.isnan(gains)], clusters[~np.isnan(gains)])
 
 
-def verdict(what: str, row: str, peer: str, gains: np.ndarray[Any, Any], clusters: np.ndarray[Any, Any]) -> None:
+def verdict(what: str, gains: np.ndarray[Any, Any], clusters: np.ndarray[Any, Any]) -> str:
     low, high = metrics.bootstrap_interval(gains, clusters)
     p = metrics.paired_permutation(gains, np.zeros_like(gains), clusters)
-    print(f"  {row} - {peer}, {what}: {gains.mean():+.4f} [{low:+.4f}, {high:+.4f}], p = {p:.4f}")
+    return f"{what} {gains.mean():+.4f} [{low:+.4f}, {high:+.4f}], p = {p:.4f}"
 
 
 if __name__ == "__main__":

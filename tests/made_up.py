@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_combo.data.model import Dataset
 
 # For each architecture: how to make a tiny, randomly built encoder of it. 32 wide, 4 heads, 3 layers, 200 words.
 _SIZES: dict[str, dict[str, Any]] = {
@@ -73,3 +76,24 @@ def build_shop(folder: Path, above: str = "") -> Path:
     (folder / "bundles.csv").write_text("bundle_id,item_id\n" + "\n".join(members) + "\n")
     (folder / "bundle_meta.csv").write_text("bundle_id,user_id\n" + "\n".join(meta) + "\n")
     return folder
+
+
+def add_sessions(dataset: Dataset) -> Dataset:
+    """Give a dataset a session for each user: the items of all that user's bundles, mixed."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from peft_combo.data.sessions import Sessions
+
+    bundles = dataset.bundles
+    owners = list(dict.fromkeys(bundles.groups))
+    items, made = [], []
+    for place, owner in enumerate(owners):
+        rows = [row for row, group in enumerate(bundles.groups) if group == owner]
+        together = list(dict.fromkeys(item for row in rows for item in bundles.items[row].tolist()))
+        random.Random(place).shuffle(together)
+        items.append(np.array(together, np.int32))
+        made.append(tuple(bundles.bundle_ids[row] for row in rows))
+    sessions = Sessions(tuple(f"s{owner}" for owner in owners), tuple(items), tuple(made), tuple(owners))
+    return replace(dataset, sessions=sessions)

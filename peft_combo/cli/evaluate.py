@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from peft_combo.evaluation.composition import CompositionReport
+    from peft_combo.evaluation.detection import DetectionReport
     from peft_combo.evaluation.report import Report
     from peft_combo.evaluation.text_queries import QueryReport
     from peft_combo.recommender.workspace import Workspace
@@ -47,6 +48,9 @@ def evaluate(
         bool,
         typer.Option("--queries", help="Text queries in place of completion: test bundles found by their intents."),
     ] = False,
+    sessions: Annotated[
+        bool, typer.Option("--sessions", help="Detection of the bundles in test users' sessions too.")
+    ] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -60,8 +64,10 @@ def evaluate(
     """
     from peft_combo.metrics.charts import check_ending
 
-    if queries and (compose or plot_file is not None):
-        raise DataError("--queries prints a table of its own, without --compose and --plot. Run it by itself.")
+    if queries and (compose or sessions or plot_file is not None):
+        raise DataError(
+            "--queries prints a table of its own, without --compose, --sessions and --plot. Run it by itself."
+        )
     if plot_file is not None:
         check_ending(plot_file)
     loaded = load_ready_recipe(recipe, overrides, data, store)
@@ -71,44 +77,57 @@ def evaluate(
             loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
         )
 
-        from peft_combo.encoder.heads.completion import CompletionHead
-        from peft_combo.encoder.heads.rating import RatingHead
-        from peft_combo.evaluation.completion import evaluate as run
-        from peft_combo.evaluation.report import plot
-        from peft_combo.recommender.category_calibration import CategoryCoverage
+        if sessions:
+            from peft_combo.evaluation.detection import check_sessions
 
-        dataset, parts = space.dataset, space.split
+            check_sessions(space.dataset)
+        dataset = space.dataset
         _refuse_leaks(space, references, callback)
-        live = {reference: space.bank.get(reference) for reference in references}
-        # Any other head is refused before anything is encoded.
-        raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
-        heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
         told = {f"{dataset.name}: {note}" for note in dataset.notes}
-        callback.on_stage(
-            "Encoding the catalogue", len(space.dataset.texts) * (1 + len(live) + (dataset.described is not None))
-        )
-
-        def encode(reference: str | None) -> NDArray[np.float32]:
-            return space.encode_catalog(reference, callback.on_advance)
-
         if queries:
-            found = _search_by_intents(space, list(heads), callback.on_advance)
+            found = _search_by_intents(space, references, callback)
             (print_json(found.to_json()) if as_json else _print_queries(found, told))
             return
-        frozen = encode(None)
-        report = run(
-            dataset, parts, frozen=frozen, described=space.encode_described(frozen, callback.on_advance),
-            tuned={name: (encode(name), head) for name, head in heads.items()},
-            rated={name: (encode(name), head) for name, head in raters.items()},
-            coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
-            seed=loaded.seed, compose=compose, advance=lambda name: callback.on_note(f"measured {name}"),
-        )  # fmt: skip
+        report = _measure_completion(space, references, compose, sessions, callback)
     if as_json:
         print_json(report.to_json())
     else:
         _print_report(report, told)
     if plot_file is not None:
+        from peft_combo.evaluation.report import plot
+
         plot(report, plot_file)
+
+
+def _measure_completion(
+    space: Workspace, references: Sequence[str], compose: bool, sessions: bool, callback: ConsoleWatch
+) -> Report:
+    """Encode the catalogue with and without adapters, and measure every scorer on it."""
+    from peft_combo.encoder.heads.completion import CompletionHead
+    from peft_combo.encoder.heads.rating import RatingHead
+    from peft_combo.evaluation.completion import evaluate as run
+    from peft_combo.recommender.category_calibration import CategoryCoverage
+
+    dataset = space.dataset
+    live = {reference: space.bank.get(reference) for reference in references}
+    # Any other head is refused before anything is encoded.
+    raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
+    heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
+    read = sum(map(len, dataset.read_frozen))
+    callback.on_stage("Encoding the catalogue", read + len(dataset.texts) * len(live))
+
+    def encode(reference: str | None) -> NDArray[np.float32]:
+        return space.encode_catalog(reference, callback.on_advance)
+
+    frozen = encode(None)
+    return run(
+        dataset, space.split, frozen=frozen, described=space.encode_described(frozen, callback.on_advance),
+        tuned={name: (encode(name), head) for name, head in heads.items()},
+        rated={name: (encode(name), head) for name, head in raters.items()},
+        coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
+        seed=space.recipe.seed, compose=compose, sessions=sessions,
+        advance=lambda name: callback.on_note(f"measured {name}"),
+    )  # fmt: skip
 
 
 def _refuse_leaks(space: Workspace, references: Sequence[str], callback: ConsoleWatch) -> None:
@@ -167,20 +186,29 @@ def _print_report(report: Report, told: Collection[str]) -> None:
     print_line(f"The fusion chosen on validation: {report.fusion.chosen}. Slices show NDCG@10. {report.protocol}")
     if report.composition is not None:
         _print_composition(report.composition)
+    if report.detection is not None:
+        print_detection(report.detection)
     for note in report.notes:
         if note not in told:
             print_line(f"Note: {note}")
 
 
-def _search_by_intents(space: Workspace, adapters: Sequence[str], progress: Callable[[int], None]) -> QueryReport:
+def _search_by_intents(space: Workspace, adapters: Sequence[str], callback: ConsoleWatch) -> QueryReport:
+    """Encode the catalogue with and without adapters of bundles, and look for the test bundles by their intents."""
+    from peft_combo.encoder.heads.completion import CompletionHead
     from peft_combo.evaluation.text_queries import check_intents, evaluate_queries
     from peft_combo.recommender.text_search import build_views
 
-    check_intents(space.dataset, space.split.test)
+    dataset, progress = space.dataset, callback.on_advance
+    check_intents(dataset, space.split.test)
+    for name in adapters:
+        space.bank.get(name).head_as(CompletionHead)  # any other is refused before anything is encoded
+    read = sum(map(len, dataset.read_frozen))
+    callback.on_stage("Encoding the catalogue", read + len(dataset.texts) * len(adapters))
     frozen = space.encode_catalog(None, progress)
     tuned = {name: space.encode_catalog(name, progress) for name in adapters}
-    views = build_views(space.dataset, space.bank, frozen, space.encode_described(frozen, progress), tuned)
-    return evaluate_queries(space.dataset, space.split, views, seed=space.recipe.seed)
+    views = build_views(dataset, space.bank, frozen, space.encode_described(frozen, progress), tuned)
+    return evaluate_queries(dataset, space.split, views, seed=space.recipe.seed)
 
 
 def _print_queries(found: QueryReport, told: Collection[str]) -> None:
@@ -237,3 +265,31 @@ def _print_composition(found: CompositionReport) -> None:
     )
     weights = ", ".join(f"{name} {value:g}" for name, value in found.weights.items())
     print_line(f"The composer's weights: {weights}. {found.protocol}")
+
+
+def print_detection(found: DetectionReport) -> None:
+    print_line()
+    print_line(
+        f"Detection of {found.bundles:,} bundles in {found.sessions:,} {found.part} sessions of {found.users:,} users"
+    )
+    print_table(
+        ("", "precision", "recall", "coverage", "Jaccard", "agreement", "95 % interval", "bundles", "p"),
+        [
+            (
+                row.name,
+                *(
+                    f"{row.values[name]:.3f}" if name in row.values else ""
+                    for name in ("precision", "recall", "coverage", "jaccard", "agreement")
+                ),
+                "{:.3f} to {:.3f}".format(*row.intervals["agreement"]),
+                f"{row.predicted:.2f}",
+                "" if row.p is None else f"{row.p:.4f}",
+            )
+            for row in found.rows
+        ],
+        numbers=True,
+    )
+    for row in found.rows:
+        if row.setting:
+            print_line(f"{row.name}: {row.setting}")
+    print_line(f"Bundles: predicted for a session. {found.protocol}")

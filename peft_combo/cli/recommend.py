@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peft_combo.recommender.query import QueryItem
     from peft_combo.recommender.recommender import BundleRecommender
     from peft_combo.recommender.requests import Request
-    from peft_combo.recommender.results import Recommendation, Suggestion
+    from peft_combo.recommender.results import DetectedBundle, Recommendation, Suggestion
     from peft_combo.recommender.workspace import Workspace
 
 
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 def recommend(
     recipe: RecipeOption,
     items: Annotated[str | None, typer.Option("--items", help="Ids of items that every bundle holds: F1,F7.")] = None,
+    session: Annotated[
+        str | None, typer.Option("--session", help="Ids of a session's items, to detect the bundles in: F1,F7,F9.")
+    ] = None,
+    sure: Annotated[bool, typer.Option("--sure", help="With --session: smaller and surer bundles.")] = False,
     user: Annotated[str | None, typer.Option("--user", help="Id of the user to personalise for.")] = None,
     query: Annotated[str | None, typer.Option("--query", help="Query in words.")] = None,
     tagger: Annotated[
@@ -61,7 +65,7 @@ def recommend(
     in_stock: Annotated[bool, typer.Option("--in-stock", help="New items in stock only.")] = False,
     diversity: Annotated[
         float | None,
-        typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.3."),
+        typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.5."),
     ] = None,
     substitute: Annotated[bool, typer.Option("--substitute", help="Substitutes, in place of complements.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Explanation of every item: scores and evidence.")] = False,
@@ -76,7 +80,7 @@ def recommend(
     fitted_folder: Annotated[Path, typer.Option("--fitted", help="Folder of fitted recommenders.")] = Path("fitted"),
     as_json: JsonOption = False,
 ) -> None:
-    """Recommend bundles, or single items, for items, a user or a text; or answer a file of such requests."""
+    """Recommend bundles or single items for items, a user or a text; detect a session's bundles; answer a file."""
     from peft_combo.files import check_folder_target
     from peft_combo.recommender.requests import check_files, parse_request
 
@@ -86,10 +90,10 @@ def recommend(
     if tagger is not None and query is None and source is None:
         raise DataError("--tagger takes a query apart, and there is none. Add --query, or --from with queries.")
     given = {
-        "items": split_words(items), "user": user, "query": query, "single": single, "k": k,
-        "slots": split_words(slots), "without_slots": split_words(without_slots), "budget": budget,
-        "max_price": max_price, "season": season, "categories": category, "size": size, "in_stock": in_stock,
-        "diversity": diversity, "substitute": substitute, "explain": explain,
+        "items": split_words(items), "session": split_words(session), "sure": sure, "user": user, "query": query,
+        "single": single, "k": k, "slots": split_words(slots), "without_slots": split_words(without_slots),
+        "budget": budget, "max_price": max_price, "season": season, "categories": category, "size": size,
+        "in_stock": in_stock, "diversity": diversity, "substitute": substitute, "explain": explain,
     }  # fmt: skip
     request = parse_request({name: value for name, value in given.items() if value is not None})
     count = 0 if source is None or target is None else check_files(source, target)
@@ -107,25 +111,20 @@ def recommend(
             _answer_file(fitted, source, target, request, find_entities, callback)
             return
         found = _answer_request(fitted, request, find_entities, callback)
-    if as_json:
-        print_json([asdict(one) for one in found])
-    elif single:
-        _print_suggestions(cast("list[Suggestion]", found), explain)
-    else:
-        _print_bundles(cast("list[Recommendation]", found), explain)
+    _print_answers(request, found, as_json)
 
 
 def _check_ids(space: Workspace, request: Request) -> None:
     """Refuse an id that is not there before anything is loaded or encoded."""
-    if request.items:
-        space.dataset.find_items(request.items)
+    if request.items or request.session:
+        space.dataset.find_items([*request.items, *(request.session or ())])
     if request.user is not None:
         space.dataset.find_user(request.user)
 
 
 def _answer_request(
     recommender: BundleRecommender, request: Request, tagger: Tagger | None, callback: ConsoleWatch
-) -> list[Suggestion] | list[Recommendation]:
+) -> list[Suggestion] | list[Recommendation] | list[DetectedBundle]:
     """Answer a request; note what was understood of its query, and what of it nothing answers."""
     from peft_combo.recommender.query import parse_query
     from peft_combo.recommender.requests import answer
@@ -158,7 +157,7 @@ def _answer_file(
         ) from done.fault
 
 
-def _find_missing(items: Sequence[QueryItem], found: Sequence[Suggestion] | Sequence[Recommendation]) -> list[str]:
+def _find_missing(items: Sequence[QueryItem], found: Sequence[object]) -> list[str]:
     """Return the names of query items that no item of any bundle answers."""
     evidence = [entry for one in found for entry in getattr(one, "evidence", ())]
     answered = {told["wish"] for entry in evidence for told in entry.get("answers", ())}
@@ -184,15 +183,29 @@ def _fit_recommender(
     return made
 
 
+def _print_answers(
+    request: Request, found: list[Suggestion] | list[Recommendation] | list[DetectedBundle], as_json: bool
+) -> None:
+    if as_json:
+        print_json([asdict(one) for one in found])
+    elif request.session is not None:
+        _print_detected(cast("list[DetectedBundle]", found))
+    elif request.single:
+        _print_suggestions(cast("list[Suggestion]", found), request.explain)
+    else:
+        _print_bundles(cast("list[Recommendation]", found), request.explain)
+
+
 def _print_suggestions(suggestions: Sequence[Suggestion], explain: bool) -> None:
     rows = []
     for one in suggestions:
         why = ""
         if explain:
+            words = ", ".join(f"{reason} {share:+.2f}" for reason, share in one.reasons.items())
             shares = ", ".join(f"{name} {share:+.2f}" for name, share in one.shares.items())
-            together = ", ".join(f"{count} bundles with {item}" for item, count in one.together.items())
+            together = ", ".join(f"{_count_bundles(count)} with {item}" for item, count in one.together.items())
             because = ", ".join(f"{share:+.2f} for {item}" for item, share in one.because.items())
-            why = "; ".join(filter(None, (shares, because, together)))
+            why = "; ".join(filter(None, (words, together, shares, because)))
         price = "" if one.price is None else f"{one.price:.2f}"
         rows.append((one.item_id, one.title, one.slot or "", price, f"{one.score:.2f}", why))
     header = ("item", "title", "slot", "price", "score", "why" if explain else "")
@@ -211,21 +224,35 @@ def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
                 print_line(f"     {' ' * 25}{_format_reasons(why[item])}")
 
 
+def _print_detected(bundles: Sequence[DetectedBundle]) -> None:
+    for place, bundle in enumerate(bundles, 1):
+        price = "" if bundle.price is None else f", {bundle.price:.2f} in all"
+        print_line(f"{place}. score {bundle.score:.2f}{price}")
+        for item, title, slot, belongs in zip(bundle.items, bundle.titles, bundle.slots, bundle.belongs, strict=True):
+            print_line(f"   {belongs:4.2f} {slot:12} {item:12} {title}")
+
+
 def _format_reasons(entry: Mapping[str, Any]) -> str:
-    reasons = [f"relevance {entry['relevance']:+.2f}, compatibility {entry['compatibility']:+.2f}"]
+    """Say why an item is in a bundle: what was counted and read first, in words, then what each part adds."""
+    reasons = []
     if "answers" in entry:
         told = [one["wish"] + ("" if one["named"] else f", as another {one['type']}") for one in entry["answers"]]
-        reasons.insert(0, f"answers: {'; '.join(told)}")
-    if "together" in entry:
-        reasons.append(f"in {entry['together']['bundles']} bundles with {entry['together']['with']}")
+        reasons.append(f"answers: {'; '.join(told)}")
     if "agrees" in entry:
-        reasons.append("same " + ", ".join(f"{name} {value}" for name, value in entry["agrees"].items()))
-    if "scorers" in entry:
-        reasons.append(", ".join(f"{name} {share:+.2f}" for name, share in entry["scorers"].items()))
-    if "because" in entry:
-        reasons.append("goes with " + ", ".join(f"{item} {gain:+.2f}" for item, gain in entry["because"].items()))
+        reasons.append("both " + ", ".join(f"{name} {value}" for name, value in entry["agrees"].items()))
+    if "together" in entry:
+        reasons.append(f"in {_count_bundles(entry['together']['bundles'])} with {entry['together']['with']}")
     if "rule" in entry:
         rule = entry["rule"]
         share = f"{rule['confidence']:.0%} of bundles with {rule['given']} have {rule['slot']}"
         reasons.append(f"{share} ({rule['support']} of {rule['of']})")
+    if "because" in entry:
+        reasons.append("goes with " + ", ".join(f"{item} {gain:+.2f}" for item, gain in entry["because"].items()))
+    reasons.append(", ".join(f"{part} {entry[part]:+.2f}" for part in ("relevance", "compatibility", "agreement")))
+    if "scorers" in entry:
+        reasons.append(", ".join(f"{name} {share:+.2f}" for name, share in entry["scorers"].items()))
     return "; ".join(reasons)
+
+
+def _count_bundles(count: int) -> str:
+    return "1 bundle" if count == 1 else f"{count:,} bundles"

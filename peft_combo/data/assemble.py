@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset, Interactions
+from peft_combo.data.sessions import Sessions
 from peft_combo.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Found:
     bundles: Bundles | None
     notes: tuple[str, ...] = ()
     origin: str = "the data"
+    sessions: Sessions | None = None
 
 
 def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
@@ -97,7 +99,9 @@ def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
             + (f"Also: {'; '.join(notes)}. " if notes else "")
             + "Change data.min_bundle_size or data.max_bundle_size, or loosen the filters."
         )
-    return Dataset.build(found.name, found.catalog, found.interactions, bundles, notes, config.text)
+    return Dataset.build(
+        found.name, found.catalog, found.interactions, bundles, notes, config.text, found.sessions
+    )  # fmt: skip
 
 
 def _rows_under(catalog: Catalog, category_filter: str) -> NDArray[np.int64]:
@@ -141,9 +145,18 @@ def _list_moved(found: Found, rows: NDArray[np.int64], new_row: NDArray[np.int32
         )
     bundles = found.bundles
     if bundles is not None:
-        items = tuple(_distinct(moved[moved >= 0]) for members in bundles.items for moved in [new_row[members]])
-        bundles = replace(bundles, items=items)
-    return replace(found, catalog=found.catalog.take(rows), interactions=interactions, bundles=bundles)
+        bundles = replace(bundles, items=_move(bundles.items, new_row))
+    sessions = found.sessions
+    if sessions is not None:
+        sessions = replace(sessions, items=_move(sessions.items, new_row))
+    return replace(
+        found, catalog=found.catalog.take(rows), interactions=interactions, bundles=bundles, sessions=sessions
+    )
+
+
+def _move(sets: Sequence[NDArray[np.int32]], new_row: NDArray[np.int32]) -> tuple[NDArray[np.int32], ...]:
+    """Return sets of items at their new rows, without those that went nowhere."""
+    return tuple(_distinct(moved[moved >= 0]) for members in sets for moved in [new_row[members]])
 
 
 def _distinct(rows: NDArray[np.int32]) -> NDArray[np.int32]:

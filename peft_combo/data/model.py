@@ -6,19 +6,21 @@ of files, sources or splits. Outside ids are strings and appear here only; every
 
 from __future__ import annotations
 
-import hashlib
-import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
+from peft_combo.data.digest import compute_digest
 from peft_combo.errors import DataError, did_you_mean, shorten
+
+if TYPE_CHECKING:
+    from peft_combo.data.sessions import Sessions
 
 CATEGORY_SEPARATOR = " > "
 _BUILT_IN_FIELDS = ("title", "category", "leaf", "slot", "price", "description")
@@ -366,9 +368,11 @@ class Dataset:
 
     Attributes:
         name: what it is called in reports.
-        digest: sha256 over everything but name, notes and text template: equal digests mean equal data.
+        digest: sha256 over everything but name, notes, text template and sessions: equal digests mean equal data.
         notes: what was dropped or derived while reading, with counts.
         text_template: what makes the text of an item, see `Catalog.texts`; no part of the digest.
+        sessions: None where the source has none. No scorer or adapter learns from them, so they are no part of the
+            digest; see `data.sessions`.
     """
 
     name: str
@@ -378,6 +382,7 @@ class Dataset:
     digest: str
     notes: tuple[str, ...] = ()
     text_template: str = "{title}"
+    sessions: Sessions | None = None
 
     @classmethod
     def build(
@@ -388,13 +393,15 @@ class Dataset:
         bundles: Bundles,
         notes: Iterable[str] = (),
         text: str = "{title}",
+        sessions: Sessions | None = None,
     ) -> Self:
         """Make a dataset and compute its digest.
 
         Args:
             text: template of the items' texts, see `Catalog.texts`.
         """
-        return cls(name, catalog, interactions, bundles, _digest(catalog, interactions, bundles), tuple(notes), text)
+        digest = compute_digest(catalog, interactions, bundles)
+        return cls(name, catalog, interactions, bundles, digest, tuple(notes), text, sessions)
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
@@ -458,41 +465,3 @@ class Dataset:
     @cached_property
     def _user_rows(self) -> dict[str, int]:
         return {} if self.interactions is None else {user: row for row, user in enumerate(self.interactions.user_ids)}
-
-
-def _digest(catalog: Catalog, interactions: Interactions | None, bundles: Bundles) -> str:
-    """Hash every column under its name, as JSON for text and little-endian bytes for numbers."""
-    total = hashlib.sha256(b"peft-combo dataset 1\n")
-
-    def text(name: str, values: Any) -> None:
-        total.update(f"{name}\n".encode())
-        total.update(json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
-
-    def numbers(name: str, values: NDArray[Any]) -> None:
-        little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-        total.update(f"{name} {little.dtype.str} {little.shape}\n".encode())
-        # Every NaN is written alike: its sign and payload bits differ between platforms.
-        total.update((np.where(np.isnan(little), np.nan, little) if little.dtype.kind == "f" else little).tobytes())
-
-    text("item_ids", catalog.item_ids)
-    text("titles", catalog.titles)
-    text("categories", catalog.categories)
-    text("slots", catalog.slots)
-    numbers("prices", catalog.prices)
-    text("descriptions", catalog.descriptions)
-    text("attributes", {name: catalog.attributes[name] for name in sorted(catalog.attributes)})
-    if interactions is not None:
-        text("user_ids", interactions.user_ids)
-        for name in ("users", "items", "weights", "times", "baskets"):
-            numbers(name, getattr(interactions, name))
-    text("bundle_ids", bundles.bundle_ids)
-    numbers("sizes", bundles.sizes)
-    numbers("members", np.concatenate([np.empty(0, np.int32), *bundles.items]))
-    text("names", bundles.names)
-    text("owners", bundles.owners)
-    numbers("bundle_times", bundles.times)
-    text("groups", bundles.groups)
-    numbers("bundle_baskets", bundles.baskets)
-    if bundles.intents != bundles.names:  # data that tells no intents beside names keeps the digest it had before
-        text("intents", bundles.intents)
-    return total.hexdigest()

@@ -16,6 +16,7 @@ from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.composition import compare_compositions
+from peft_combo.evaluation.detection import check_sessions, compare_detections, detect_held_out
 from peft_combo.evaluation.measures import draw_distractors, find_slices, make_rows, measure_queries
 from peft_combo.evaluation.report import QueryResults, Report
 from peft_combo.recommender.category_calibration import CategoryCoverage
@@ -51,6 +52,7 @@ def evaluate(
     seed: int = 0,
     max_queries: int = 5000,
     compose: bool = False,
+    sessions: bool = False,
     advance: Callable[[str], None] | None = None,
 ) -> Report:
     """Fit every scorer on train, choose on validation, measure on test once.
@@ -64,15 +66,12 @@ def evaluate(
         seed: of sampling, bootstrap and permutations.
         max_queries: more test queries than so many are sampled, whole bundles at a time.
         compose: also compose whole bundles, see `composition`; takes as long again or longer.
+        sessions: also detect the bundles in the sessions of test users, see `detection`.
         advance: told the name of each row that is done.
     Raises:
-        PeftComboError: the split has no validation or no test bundles.
+        PeftComboError: the split has no validation or no test bundles, or sessions are asked for that are not there.
     """
-    if not len(parts.valid) or not len(parts.test):
-        raise PeftComboError(
-            f"An evaluation needs validation and test bundles; the split of {dataset.name!r} has {len(parts.valid)} "
-            f"and {len(parts.test)}. Raise data.valid_fraction and data.test_fraction."
-        )
+    _check_parts(dataset, parts, sessions)
     advance = advance or (lambda name: None)
     notes = [f"{dataset.name}: {note}" for note in dataset.notes]
     known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated, described)
@@ -114,10 +113,22 @@ def evaluate(
         if side is None and frozen is not None:
             side = FittedHead.of_frozen(frozen)
         composition = compare_compositions(dataset, parts, known, asks, fusion, side, valid, test, seed, advance)
+    held_out = [detect_held_out(dataset, parts, known, seed=seed, advance=advance)] if sessions else []
+    detection = compare_detections(held_out, "test", seed) if held_out else None
     return Report(
         dataset.name, dataset.digest, parts.digest, seed, PROTOCOL, _count(dataset, parts, valid, test), lines, fusion,
-        tuple(notes), answers, composition,
+        tuple(notes), answers, composition, detection,
     )  # fmt: skip
+
+
+def _check_parts(dataset: Dataset, parts: Split, sessions: bool) -> None:
+    if sessions:
+        check_sessions(dataset)
+    if not len(parts.valid) or not len(parts.test):
+        raise PeftComboError(
+            f"An evaluation needs validation and test bundles; the split of {dataset.name!r} has {len(parts.valid)} "
+            f"and {len(parts.test)}. Raise data.valid_fraction and data.test_fraction."
+        )
 
 
 def _count(dataset: Dataset, parts: Split, valid: Queries, test: Queries) -> dict[str, int]:

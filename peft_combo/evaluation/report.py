@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.composition import CompositionReport
+from peft_combo.evaluation.detection import DetectionReport
 from peft_combo.metrics.charts import Bar, Bars, draw
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.scorer_id import FUSION, ScorerId
@@ -86,6 +87,7 @@ class Report:
         counts: items, bundles, queries and groups of the parts.
         notes: rows that are missing and why, and what was sampled.
         composition: how whole bundles are composed; None where it was not asked for.
+        detection: how bundles are found in sessions; None where it was not asked for.
     """
 
     dataset: str
@@ -99,6 +101,7 @@ class Report:
     notes: tuple[str, ...]
     answers: QueryResults = field(repr=False, compare=False)
     composition: CompositionReport | None = None
+    detection: DetectionReport | None = None
 
     def row(self, name: str) -> CompletionRow:
         """Return the line of that name.
@@ -144,6 +147,7 @@ class Report:
             "fusion": self.fusion.state(),
             "notes": list(self.notes),
             "composition": None if self.composition is None else self.composition.to_json(),
+            "detection": None if self.detection is None else self.detection.to_json(),
         }
 
 

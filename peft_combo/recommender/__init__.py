@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft_combo.recommender.persistence import load_recommender, save_recommender
     from peft_combo.recommender.recommender import BundleRecommender
     from peft_combo.recommender.requests import Request, answer
-    from peft_combo.recommender.results import BundleMatch, Recommendation, Suggestion
+    from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
     from peft_combo.recommender.workspace import Workspace
 
 _HOMES = {
@@ -27,6 +27,7 @@ _HOMES = {
     "Request": "peft_combo.recommender.requests",
     "answer": "peft_combo.recommender.requests",
     "BundleMatch": "peft_combo.recommender.results",
+    "DetectedBundle": "peft_combo.recommender.results",
     "Recommendation": "peft_combo.recommender.results",
     "Suggestion": "peft_combo.recommender.results",
     "Workspace": "peft_combo.recommender.workspace",
@@ -36,6 +37,7 @@ __all__ = [
     "BundleMatch",
     "BundleRecommender",
     "Constraints",
+    "DetectedBundle",
     "Options",
     "Recommendation",
     "Request",

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.model import Catalog
+from peft_combo.recommender.bundle_detection import Detected
 from peft_combo.recommender.composing.evidence import Composition, ItemEvidence
 from peft_combo.recommender.query_items import QueryMatch
-from peft_combo.recommender.results import Recommendation, Suggestion
+from peft_combo.recommender.results import DetectedBundle, Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import ALIKE, ScorerId
 
 
@@ -43,6 +44,17 @@ def describe_item(
         catalog.item_ids[row], catalog.titles[row], catalog.slots[row] or catalog.leaf(row),
         None if np.isnan(price) else float(price), float(fused.scores[row]), fused.shares(row), together, because,
         reasons,
+    )  # fmt: skip
+
+
+def describe_detected(catalog: Catalog, found: Detected) -> DetectedBundle:
+    """Return one group of a session's items in the words of callers."""
+    rows = list(found.rows)
+    price = float(catalog.prices[rows].sum())
+    return DetectedBundle(
+        tuple(catalog.item_ids[row] for row in rows), tuple(catalog.titles[row] for row in rows),
+        tuple(catalog.slots[row] or catalog.leaf(row) or "" for row in rows), found.belongs, found.score,
+        None if np.isnan(price) else price,
     )  # fmt: skip
 
 
@@ -84,5 +96,5 @@ def _describe_evidence(catalog: Catalog, item: ItemEvidence, matches: Sequence[Q
             "given": rule.given, "slot": rule.slot, "support": rule.support, "of": rule.bundles,
             "confidence": rule.confidence,
         }  # fmt: skip
-    entry["relevance"], entry["compatibility"] = item.relevance, item.compatibility
+    entry |= {"relevance": item.relevance, "compatibility": item.compatibility, "agreement": item.agreement}
     return entry

@@ -1,4 +1,4 @@
-"""Bundle recommender: completes, composes, ranks and searches, from fused scorers and a tuned encoder.
+"""Bundle recommender: completes, composes, ranks, detects and searches, from fused scorers and a tuned encoder.
 
 Owns what answers a request, and the border where outside ids become rows and back. Knows nothing of how scorers were
 fitted or an adapter tuned, or of the command line.
@@ -18,22 +18,25 @@ from scipy import sparse
 from peft_combo.data.labels.tags import Tagger
 from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
+from peft_combo.data.sessions import check_session_items
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
+from peft_combo.recommender.bundle_detection import BundleDetector
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
 from peft_combo.recommender.composing.options import OneOf, Options
 from peft_combo.recommender.composing.slots import SlotTemplates
-from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_item
+from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_detected, describe_item
 from peft_combo.recommender.fit_state import FitState, fit_scorers
 from peft_combo.recommender.fitted_scorers import score_beside
 from peft_combo.recommender.fusion import make_comparable
 from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import QueryMatch, apply_matches, match_items, select_largest
-from peft_combo.recommender.results import BundleMatch, Recommendation, Suggestion
+from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import TEXT_RANKER, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.recommender.text_search import find_distinct
@@ -59,12 +62,9 @@ class BundleRecommender:
         self.templates = SlotTemplates.learn(dataset.catalog, dataset.bundles.items)
         self._history: Any = sparse.csc_array(state.known.history)
         self._composer = Composer(
-            dataset.catalog,
-            self.templates,
-            vectors=state.known.frozen,
-            history=state.known.history,
-            weights=state.weights,
-        )
+            dataset.catalog, self.templates, vectors=state.known.frozen, history=state.known.history,
+            agreement=Agreement.learn(dataset.catalog, dataset.bundles.items),
+        )  # fmt: skip
 
     @classmethod
     def fit(
@@ -184,6 +184,7 @@ class BundleRecommender:
         if required is not None or forbidden is not None:
             edited = self.templates.with_rules(required=required, forbidden=forbidden)
             composer = composer.with_templates(edited)
+        options = self._add_weights(options or Options(), len(context), query=query is not None)
         composed = composer.compose(
             context, one_of=[OneOf(one.item.name, one.rows) for one in matches], relevance=_sum_standard(relevance),
             compatibility=self._score_beside, constraints=constraints, options=options,
@@ -222,9 +223,38 @@ class BundleRecommender:
         if query is not None:
             relevance.append(self.state.search.score_items([query])[0])
         ranked = self._composer.rank(
-            rows, context=context, relevance=_sum_standard(relevance), compatibility=self._score_beside
-        )
+            rows, context=context, relevance=_sum_standard(relevance), compatibility=self._score_beside,
+            options=self._add_weights(Options(), len(context), query=query is not None),
+        )  # fmt: skip
         return self._describe(ranked, fused, explain)
+
+    def detect_bundles(self, items: Sequence[str], k: int | None = None, *, sure: bool = False) -> list[DetectedBundle]:
+        """Return the bundles hidden in a session's items, the surest first: disjoint, each of two items or more.
+
+        Which items belong together is told by their texts, categories and known bundles, learned from the sessions of
+        the dataset, or from its bundles where it has none. There is always one; items that fit none are left out.
+
+        Args:
+            items: outside ids of what a user looked at or took in one go; one given twice counts once.
+            k: at most so many; None for all.
+            sure: smaller and surer ones, more of which lie inside one bundle, in place of those most like whole ones.
+        Raises:
+            DataError: an id is not known, there are fewer than two items, k is below 1, or the dataset has too few
+                bundles to learn from.
+        """
+        if k is not None:
+            _check_count(k)
+        rows = self.dataset.find_items(items)
+        check_session_items(items)
+        return [
+            describe_detected(self.dataset.catalog, one)
+            for one in self._detector.detect(rows, "sure" if sure else "whole")[:k]
+        ]
+
+    @cached_property
+    def _detector(self) -> BundleDetector:
+        """Made when first asked for; as scorers that serve do, it learns from all there is."""
+        return BundleDetector.fit(self.state.known, self.dataset, None)
 
     def search(self, query: str, k: int = 10) -> list[tuple[str, float]]:
         """Return the items whose title and category are most like `query`, with the scores of `text_search`.
@@ -321,6 +351,12 @@ class BundleRecommender:
 
     def _score_beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return score_beside(self.state.text_side, sets, rows)
+
+    def _add_weights(self, options: Options, n_items: int, *, query: bool) -> Options:
+        """Return options with the weights of this kind of request, where they name none."""
+        if options.weights is not None:
+            return options
+        return replace(options, weights=self.state.weights.select(n_items, query=query))
 
     # Scores become explanations.
 

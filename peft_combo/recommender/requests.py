@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from peft_combo.data.sessions import check_session_items
 from peft_combo.errors import DataError, PeftComboError, did_you_mean, shorten
 from peft_combo.files import atomic_file, check_file_target
 from peft_combo.recipe.fields import format_value
@@ -25,7 +26,7 @@ from peft_combo.recommender.composing.options import Options
 if TYPE_CHECKING:  # a request is checked before an encoder is there, so without loading torch
     from peft_combo.data.labels.tags import Tagger
     from peft_combo.recommender.recommender import BundleRecommender
-    from peft_combo.recommender.results import Recommendation, Suggestion
+    from peft_combo.recommender.results import DetectedBundle, Recommendation, Suggestion
 
 _LINE_LIMIT = 1 << 20  # bytes; a longer line is no request
 _ROWS = 1024  # answers written to Parquet at a time
@@ -41,6 +42,10 @@ class Request(BaseModel):
 
     id: str | int | None = Field(default=None, description="Id that comes back with the answer.")
     items: list[str] = Field(default=[], max_length=1000, description="Ids of items that every bundle holds.")
+    session: list[str] | None = Field(
+        default=None, max_length=1000, description="Ids of a session's items, in which bundles are detected."
+    )
+    sure: bool = Field(default=False, description="Smaller and surer bundles of a session.")
     user: str | None = Field(default=None, description="Id of the user to personalise for.")
     query: str | None = Field(default=None, max_length=10_000, description="Query in words.")
     single: bool = Field(default=False, description="Single items that complete, in place of bundles.")
@@ -72,7 +77,7 @@ def parse_request(values: Mapping[str, Any]) -> Request:
                     f"{format_value(text)}. It was cut inside an emoji: cut whole characters, not UTF-16 units."
                 )
     try:
-        return Request.model_validate(values)
+        request = Request.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = shorten(".".join(str(part) for part in first["loc"]))
@@ -83,11 +88,34 @@ def parse_request(values: Mapping[str, Any]) -> Request:
         if first["loc"][0] == "id":
             raise DataError(f"id: expected a text or an integer, found {found}.") from error
         raise DataError(f"{name}: {first['msg']}, found {found}.") from error
+    _check_session(request)
+    return request
+
+
+def _check_session(request: Request) -> None:
+    """Refuse a session of fewer than two items, and what else is asked of it."""
+    if request.session is None:
+        if request.sure:
+            raise DataError(
+                "sure: it is for the bundles of a session, and there is none. Add session, or leave it out."
+            )
+        return
+    check_session_items(request.session)
+    beside = [
+        name
+        for name, field in Request.model_fields.items()
+        if name not in ("id", "session", "sure", "k") and getattr(request, name) != field.default
+    ]
+    if beside:
+        raise DataError(
+            f"session: bundles are detected among its items alone, so it does not go with {', '.join(beside)}. "
+            "Leave these out; what completes or personalises a bundle is asked by items or user."
+        )
 
 
 def answer(
     recommender: BundleRecommender, request: Request, tagger: Tagger | None = None
-) -> list[Suggestion] | list[Recommendation]:
+) -> list[Suggestion] | list[Recommendation] | list[DetectedBundle]:
     """Answer one request.
 
     Args:
@@ -95,6 +123,9 @@ def answer(
     Raises:
         DataError: an id is not known, there is nothing to go by, or no bundle meets the constraints.
     """
+    if request.session is not None:
+        most = request.k if "k" in request.model_fields_set else None
+        return recommender.detect_bundles(request.session, most, sure=request.sure)
     constraints = Constraints(
         budget=request.budget, price_max=request.max_price, in_stock=request.in_stock, season=request.season,
         categories=tuple(request.categories), size=None if request.size is None else (request.size, request.size),

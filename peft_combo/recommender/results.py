@@ -1,4 +1,4 @@
-"""Results of the recommender: suggested items and recommended bundles, with scores, shares and evidence."""
+"""Results of the recommender: suggested items, recommended and detected bundles, with scores, shares and evidence."""
 
 from __future__ import annotations
 
@@ -70,3 +70,22 @@ class Recommendation:
     parts: dict[str, float]
     price: float | None
     evidence: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class DetectedBundle:
+    """One bundle found in a session.
+
+    Attributes:
+        items: outside ids, in the order they were given.
+        belongs: per item the mean probability that it shares a bundle with each other item.
+        score: the mean of `belongs`, comparable between sessions.
+        price: of the whole bundle; None where a price is unknown.
+    """
+
+    items: tuple[str, ...]
+    titles: tuple[str, ...]
+    slots: tuple[str, ...]
+    belongs: tuple[float, ...]
+    score: float
+    price: float | None

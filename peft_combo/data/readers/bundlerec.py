@@ -4,7 +4,7 @@ Owns their file names, columns and quirks. Knows nothing of other layouts.
 Source: https://github.com/BundleRec/bundle_recommendation (Sun et al., SIGIR 2022).
 
 Every bundle belongs to a user, and user_item is the union of that user's bundles: it must not be shown for a held-out
-user, which `splits` sees to. The session files add items without text and nothing else that is used here.
+user, which `splits` sees to. The session files, which may be absent, say of which items each bundle was made.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from peft_combo.data.assemble import Found
 from peft_combo.data.model import Bundles, Catalog, Interactions
 from peft_combo.data.readers.csv_table import SHOWN_FAULTS, BrokenRecord, csv_records
 from peft_combo.data.readers.times import recognise
+from peft_combo.data.sessions import Sessions
 from peft_combo.errors import Fault, did_you_mean
 
 FILES: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,11 @@ FILES: dict[str, tuple[str, ...]] = {
     "bundle_intent.csv": ("bundle ID", "intent"),
     "user_bundle.csv": ("user ID", "bundle ID", "timestamp"),
     "user_item.csv": ("user ID", "item ID", "timestamp"),
+}
+SESSION_FILES: dict[str, tuple[str, ...]] = {
+    "session_item.csv": ("session ID", "item ID"),
+    "session_bundle.csv": ("session ID", "bundle ID"),
+    "user_session.csv": ("user ID", "session ID"),
 }
 
 _Row = tuple[int, tuple[str, ...]]
@@ -44,6 +50,9 @@ def read_bundlerec(folder: Path) -> tuple[Found | None, list[Fault]]:
     faults: list[Fault] = []
     notes: list[str] = []
     rows = {name: _read(folder / name, columns, faults, notes) for name, columns in FILES.items()}
+    with_sessions = any((folder / name).exists() for name in SESSION_FILES)
+    if with_sessions:
+        rows |= {name: _read(folder / name, columns, faults, notes) for name, columns in SESSION_FILES.items()}
     if faults:
         return None, faults
 
@@ -97,8 +106,28 @@ def read_bundlerec(folder: Path) -> tuple[Found | None, list[Fault]]:
         items=[item for _, item, _ in events],
         times=[moment for _, _, moment in events],
     )
+    sessions = _build_sessions(rows, catalog) if with_sessions else None
     name = f"bundlerec-{folder.resolve().name}"
-    return Found(name, catalog, interactions, (), bundles, tuple(notes), "bundle_item.csv"), []
+    return Found(name, catalog, interactions, (), bundles, tuple(notes), "bundle_item.csv", sessions), []
+
+
+def _build_sessions(rows: dict[str, list[_Row]], catalog: Catalog) -> Sessions:
+    """Join the session files; items without a title are in no catalogue, so they are in no session either."""
+    items: dict[str, dict[int, None]] = defaultdict(dict)
+    for _, (session_id, item_id) in rows["session_item.csv"]:
+        own = items[session_id]
+        if item_id in catalog.index:
+            own[catalog.index[item_id]] = None
+    made: dict[str, dict[str, None]] = defaultdict(dict)
+    for _, (session_id, bundle_id) in rows["session_bundle.csv"]:
+        made[session_id][bundle_id] = None
+    owners = {session_id: user for _, (user, session_id) in rows["user_session.csv"]}
+    return Sessions(
+        session_ids=tuple(items),
+        items=tuple(np.array(list(own), np.int32) for own in items.values()),
+        bundle_ids=tuple(tuple(made[session_id]) for session_id in items),
+        owners=tuple(owners.get(session_id) for session_id in items),
+    )
 
 
 def longest_path(cell: str) -> tuple[str, ...]:

@@ -1,0 +1,88 @@
+"""How well the bundles hidden in shopping sessions are found: the detector, bundles alone, and two baselines.
+
+    PEFT_COMBO_DATA=PATH python benchmarks/sessions.py                      # clothing and electronic, minutes
+    PEFT_COMBO_DATA=PATH python benchmarks/sessions.py clothing --seeds 60  # one split
+
+PATH holds `bundlerec/clothing` and `bundlerec/electronic`; `--data-root` says the same. Measures *validation* sessions
+of the user splits of these seeds, all of them together; no test part is looked at. Whatever is fitted or chosen is so
+on sessions of training users. Vectors are those of the recipe's frozen encoder, without any adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from _smoke import add_smoke, make_tiny
+from made_up import add_sessions
+
+from peft_combo.cli.evaluate import print_detection
+from peft_combo.data.model import Dataset
+from peft_combo.data.splits import split
+from peft_combo.evaluation.detection import DetectionReport, compare_detections, detect_held_out
+from peft_combo.recipe.files import load_recipe
+from peft_combo.recommender import Workspace
+from peft_combo.recommender.fit_data import FitData
+
+RECIPES = {"clothing": "lora-fashion", "electronic": "lora-electronics"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(RECIPES)}; default: all")
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("PEFT_COMBO_DATA"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[60, 61, 62], help="of the user splits")
+    parser.add_argument("--cache", type=Path, help="folder of item vectors that are kept")
+    parser.add_argument("--json", type=Path, help="write all reports here")
+    add_smoke(parser)
+    options = parser.parse_args()
+    if unknown := [name for name in options.cases if name not in RECIPES]:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(RECIPES)}")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    if options.smoke:
+        with make_tiny() as tiny:
+            space = open_space("clothing", tiny.shop, tiny.folder / "vectors", tiny.changes)
+            measure("clothing", space, add_sessions(space.dataset), [10])
+        return
+    if options.data_root is None:
+        parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
+    written = {}
+    with tempfile.TemporaryDirectory(prefix="sessions-") as scratch:
+        for name in options.cases or RECIPES:
+            folder = Path(options.data_root) / "bundlerec" / name
+            space = open_space(name, folder, options.cache or Path(scratch), ())
+            written[name] = measure(name, space, space.dataset, options.seeds).to_json()
+    if options.json is not None:
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def open_space(name: str, folder: Path, cache: Path, changes: tuple[str, ...]) -> Workspace:
+    return Workspace.of(load_recipe(RECIPES[name], changes, data=folder), cache=cache)
+
+
+def measure(name: str, space: Workspace, dataset: Dataset, seeds: list[int]) -> DetectionReport:
+    """Detect the bundles of the validation sessions of every split, and print the table of all together."""
+    clock = time.perf_counter()
+    frozen = space.encode_catalog()
+    described = space.encode_described(frozen)
+    found = []
+    for seed in seeds:
+        parts = split(dataset, "user", seed=seed)
+        known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, {}, described=described)
+        found.append(detect_held_out(dataset, parts, known, "valid", seed=seed))
+        print(f"{name}, split {seed} ({parts.digest[:12]}): {len(found[-1].sessions)} sessions", flush=True)
+    report = compare_detections(found, "validation")
+    print_detection(report)
+    print(f"{name}: {len(seeds)} split(s) in {time.perf_counter() - clock:.0f} s\n", flush=True)
+    return report
+
+
+if __name__ == "__main__":
+    main()
