@@ -84,7 +84,7 @@ class Workspace:
 
         Args:
             data: folder of other data, in place of the recipe's.
-            store, cache, needs, on_note: as for `of`.
+            store: as for `of`, and so are cache, needs and on_note.
         Raises:
             StoreError: the adapter is not stored.
             RecipeError: it has no recipe, or one that cannot be read.
