@@ -56,6 +56,7 @@ from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.store.adapter_store import AdapterStore
 
 BARS = {5_000: 5.0, 100_000: 20.0}  # milliseconds of the median completion
+COMPOSE_BARS = {5_000: 30.0}  # milliseconds of nineteen compositions in twenty
 SWAP_BAR = 2.0  # milliseconds more than without
 ADAPTERS = 24
 VALID = 40  # bundles that the fusion is fitted on
@@ -139,7 +140,10 @@ Times = tuple[float, float]  # seconds by the clock and by the processor
 
 @dataclass
 class Line:
-    """One line of the table; times in milliseconds, `cpu` the median of what the processor spent, `bar` for `p50`."""
+    """One line of the table; times in milliseconds, `cpu` the median of what the processor spent.
+
+    `bar` is for `p50`, or for `p95` where `tail` says so.
+    """
 
     items: int | None
     name: str
@@ -148,6 +152,7 @@ class Line:
     cpu: float
     bar: float | None = None
     on_note: str = ""
+    tail: bool = False
 
 
 @dataclass
@@ -158,11 +163,12 @@ class Report:
     memory: dict[str, float] = field(default_factory=dict)
 
     def add(
-        self, items: int | None, name: str, took: Sequence[Times], bar: float | None = None, note: str = ""
-    ) -> None:
+        self, items: int | None, name: str, took: Sequence[Times], bar: float | None = None, note: str = "",
+        tail: bool = False,
+    ) -> None:  # fmt: skip
         wall, cpu = np.array(took).T * 1e3
         p50, p95 = np.quantile(wall, [0.5, 0.95]).tolist()
-        line = Line(items, name, p50, p95, float(np.median(cpu)), bar, note)
+        line = Line(items, name, p50, p95, float(np.median(cpu)), bar, note, tail)
         self.lines.append(line)
         print(shown(line), file=sys.stderr, flush=True)
 
@@ -240,8 +246,9 @@ def measure_size(report: Report, shop: Shop, bank: AdapterBank, requests: int, g
     ids = [[str(row) for row in shop.bundles[one][:-1]] for one in rng.integers(len(shop.bundles), size=requests)]
     scorers = " + ".join(map(str, fitted.state.fusion.needs))
     report.add(n_items, "complete", timed(fitted.complete, ids), BARS.get(n_items), scorers)
-    report.add(n_items, "compose around a basket", timed(fitted.compose, ids[: requests // 2]))
-    report.add(n_items, "compose around an item", timed(fitted.compose, [own[:1] for own in ids[: requests // 2]]))
+    for name, given in (("a basket", ids), ("an item", [own[:1] for own in ids])):
+        took = timed(fitted.compose, given[: requests // 2])
+        report.add(n_items, f"compose around {name}", took, COMPOSE_BARS.get(n_items), tail=True)
 
     queries = np.stack([shop.vectors[[int(row) for row in own[:2]]].mean(axis=0) for own in ids])
     exact = ExactIndex(shop.vectors)
@@ -333,15 +340,15 @@ def timed(call: Callable[[Any], Any], arguments: Sequence[Any], warm: int = 3) -
 
 def shown(line: Line) -> str:
     items = "" if line.items is None else f"{line.items:,}"
-    bar = "" if line.bar is None else f"  under {line.bar:g}: {verdict(line)}"
+    bar = "" if line.bar is None else f"  {'p95 ' if line.tail else ''}under {line.bar:g}: {verdict(line)}"
     note = f"  {line.on_note}" if line.on_note else ""
     times = f"p50 {line.p50:8.3f}  p95 {line.p95:8.3f}  cpu {line.cpu:8.3f} ms"
     return f"{items:>9}  {line.name:34} {times}{bar}{note}"
 
 
 def verdict(line: Line) -> str:
-    """Say whether the median keeps to the bar; where only the processor's time does, others were using the machine."""
-    if line.bar is None or line.p50 < line.bar:
+    """Say whether a line keeps to its bar; where only the processor's median does, others were using the machine."""
+    if line.bar is None or (line.p95 if line.tail else line.p50) < line.bar:
         return "pass"
     return "pass by the processor, on a busy machine" if line.cpu < line.bar else "FAIL"
 

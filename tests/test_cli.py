@@ -19,7 +19,9 @@ from test_importing import foreign
 from typer.testing import CliRunner
 
 from peft_combo.cli.app import app
+from peft_combo.cli.recommend import _format_reasons, _print_suggestions
 from peft_combo.data.labels.tags import Entity
+from peft_combo.recommender.results import Suggestion
 from peft_combo.store.adapter_store import KEPT_VERSIONS, AdapterStore
 
 Run = Callable[..., tuple[int, str, str]]
@@ -313,6 +315,20 @@ def test_embed_encodes_a_catalogue_once(run: Run, tiny_recipe: Callable[..., Any
     code, out, err = run("embed", "--recipe", "./tiny.yaml", "--adapter", "tinny")
     assert (code, out) == (1, "")
     assert 'Did you mean "tiny"?' in err
+
+
+def test_reasons_come_in_words_first(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {
+        "relevance": 0.5, "compatibility": 0.25, "agreement": 1.0, "agrees": {"for": "women", "season": "summer"},
+        "together": {"with": "F1", "bundles": 3}, "scorers": {"EASE": 0.5},
+    }  # fmt: skip
+    assert _format_reasons(entry) == (
+        "both for women, season summer; in 3 bundles with F1; relevance +0.50, compatibility +0.25, agreement +1.00; "
+        "EASE +0.50"
+    )
+    one = Suggestion("F2", "Tee", "top", None, 1.0, {"text ranker": 1.0}, {"F1": 3}, {}, {"same category": 0.75})
+    _print_suggestions([one], explain=True)
+    assert "same category +0.75; 3 bundles with F1; text ranker +1.00" in " ".join(capsys.readouterr().out.split())
 
 
 def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from peft_combo.data.splits import Split, split
 from peft_combo.encoder.heads.completion import BundleHead, CompletionHead, project_targets, score_completion
 from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.evaluation.completion import evaluate
-from peft_combo.evaluation.composition import Openings, _measure_bundles, _take_top
+from peft_combo.evaluation.composition import _measure_bundles, _take_top
 from peft_combo.evaluation.report import Report
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, SequenceTask
 from peft_combo.recommender.composing.generation import Sizes, build_steps, generate
+from peft_combo.recommender.composing.openings import Openings
 from peft_combo.recommender.composing.slots import SlotTemplates
 
 NAN = float("nan")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from peft_combo.errors import DataError
 from peft_combo.recipe.model import Recipe
 from peft_combo.recommender import fit_state
 from peft_combo.recommender.composing.constraints import Constraints
-from peft_combo.recommender.composing.options import Options
+from peft_combo.recommender.composing.options import ModeWeights, ObjectiveWeights, Options
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.persistence import load_or_fit, load_recommender, save_recommender
 from peft_combo.recommender.query import parse_query
@@ -101,6 +103,25 @@ def test_a_user_and_a_text_are_enough(fitted: BundleRecommender, dataset: Datase
     title = dataset.catalog.titles[7]
     assert [item for item, _ in fitted.search(title, k=1)] == ["i7"]
     assert fitted.compose(query=title)
+
+
+def test_each_kind_of_request_has_its_weights(fitted: BundleRecommender) -> None:
+    relevant = ObjectiveWeights(compatibility=0, slots=0, agreement=0, redundancy=0)
+    kinds = ModeWeights(*(replace(relevant, relevance=weight) for weight in (1, 2, 3, 4)))
+    other = BundleRecommender(fitted.dataset, fitted.bank, replace(fitted.state, weights=kinds))
+
+    def relevance(**asked: Any) -> float:
+        options = Options(k=1, weights=asked.pop("weights", None))
+        return other.compose(options=options, **asked)[0].parts["relevance"]
+
+    title = fitted.dataset.catalog.titles[7]
+    plain = {"weights": relevant}
+    assert relevance(query=title) == pytest.approx(relevance(query=title, **plain))
+    assert relevance(user="u1") == pytest.approx(2 * relevance(user="u1", **plain))
+    assert relevance(items=["i0", "i6"]) == pytest.approx(3 * relevance(items=["i0", "i6"], **plain))
+    assert relevance(items=["i0"], query=title) == pytest.approx(4 * relevance(items=["i0"], query=title, **plain))
+    # Nothing but the text of a query says what is relevant, so something else must say what goes together.
+    assert min(fitted.state.weights.query.compatibility, fitted.state.weights.user.compatibility) > 0
 
 
 def test_given_bundles_are_ranked_by_how_well_they_go_together(fitted: BundleRecommender) -> None:
@@ -293,6 +314,18 @@ def test_a_kept_recommender_is_refused_for_other_data_or_altered_bytes(
         manifest.write_text(text)
         with pytest.raises(DataError, match=r"damaged|format"):
             load_recommender(folder, dataset, bank)
+    manifest.write_text(said.replace('"format": 4', '"format": 1'))
+    with pytest.raises(DataError, match="has format 1, expected 4"):
+        load_recommender(folder, dataset, bank)
+    manifest.write_text(said)
+    assert load_recommender(folder, dataset, bank).state.weights == fitted.state.weights
+    # What format 3 kept: one set of weights for all kinds of request, and no agreement.
+    values = json.loads(said)
+    old = {"relevance": 1.0, "compatibility": 0.5, "slots": 0.2, "redundancy": 0.5}
+    manifest.write_text(json.dumps({**values, "format": 3, "weights": old}))
+    read = load_recommender(folder, dataset, bank).state.weights
+    assert read.query == read.item == ObjectiveWeights(**old, agreement=0)
+    manifest.write_text(said)
     with pytest.raises(DataError, match="No recommender in"):
         load_recommender(tmp_path / "nowhere", dataset, bank)
     (tmp_path / "mine").mkdir()

@@ -88,10 +88,22 @@ def test_counts_are_those_of_the_bundles(outfits: SlotTemplates) -> None:
 
 
 def test_repeated_slots_are_counted() -> None:
-    templates = SlotTemplates.learn(shop("tts"), [np.array([0, 1, 2]), np.array([0, 2])])
+    templates = SlotTemplates.learn(shop("tts"), [np.array([0, 1, 2]), np.array([0, 2])] * 5)
     assert sorted(template.count(templates.find_slot("top")) for template in templates.templates) == [1, 2]
     assert templates.most[templates.find_slot("top")] == 2
-    assert templates.most[templates.find_slot("shoes")] == 1
+    assert templates.most[templates.find_slot("shoes")] == 2
+
+
+def test_a_slot_holds_one_item_where_enough_bundles_tell_so() -> None:
+    catalog = shop("ttsb")
+    two_tops, plain, bottom = np.array([0, 1, 2]), np.array([0, 2]), np.array([0, 3])
+    templates = SlotTemplates.learn(catalog, [two_tops] * 20 + [plain] * 20 + [bottom] * 2)
+    # One slot in four has two items: ten of the 40 bundles should have had two pairs of shoes, none of two two bottoms.
+    most = dict(zip(templates.names, templates.most.tolist(), strict=True))
+    assert most == {"top": 2, "shoes": 1, "bottom": 2, OTHER: 1}
+    # Where no bundle has two of anything, the rarest slot has room for one.
+    single = SlotTemplates.learn(catalog, [plain] * 20 + [bottom])
+    assert set(single.most.tolist()) == {1}
 
 
 def test_a_rule_tells_support_confidence_and_lift(outfits: SlotTemplates) -> None:

@@ -10,8 +10,8 @@ from test_composing import SLOTS, outfits, parts_of, shop
 from peft_combo.data.queries import Queries
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
-from peft_combo.recommender.composing.fit_weights import fit_weights
-from peft_combo.recommender.composing.options import ObjectiveWeights, Options
+from peft_combo.recommender.composing.fit_weights import LEAST_COMPATIBILITY, fit_weights
+from peft_combo.recommender.composing.options import ModeWeights, ObjectiveWeights, Options
 from peft_combo.recommender.fitted_scorers import Fitted
 
 EACH = 20
@@ -34,17 +34,17 @@ def asked() -> tuple[Queries, NDArray[np.float32]]:
     return questions, np.random.default_rng(0).random((len(items), len(items)), np.float32)
 
 
-def answering(questions: Queries, scores: NDArray[np.float32]) -> Fitted:
-    """Answer some of the questions by their rows of scores."""
-    return lambda part: scores[part.bundles]
+def answering(scores: NDArray[np.float32]) -> Fitted:
+    """Answer questions by the row of scores of the first item that is there."""
+    return lambda part: scores[part.contexts[:, 0]]
 
 
 def test_slots_count_where_they_tell_the_answer(composer: Composer) -> None:
     questions, noise = asked()
-    found = fit_weights(composer, questions, answering(questions, noise), None)
-    assert found.slots == 0.5
-    # Nothing compatible was offered to choose from, so its weight stays what it is by default.
-    assert found.compatibility == ObjectiveWeights().compatibility
+    found = fit_weights(composer, questions, answering(noise), None)
+    assert min(found.item.slots, found.basket.slots) > 0
+    # Nothing compatible was offered to choose from, so nothing speaks for it.
+    assert found.item.compatibility == found.basket.compatibility == 0
 
 
 def test_slots_do_not_count_where_they_mislead(composer: Composer) -> None:
@@ -54,17 +54,49 @@ def test_slots_do_not_count_where_they_mislead(composer: Composer) -> None:
     targets = np.concatenate([slot * EACH + own for slot in range(4)])
     scores[np.arange(len(targets)), targets] = 1.05
     misled = Queries(questions.contexts, targets, questions.groups, questions.bundles)
-    assert fit_weights(composer, misled, answering(misled, scores), None).slots == 0
+    found = fit_weights(composer, misled, answering(scores), None)
+    assert found.basket.slots == 0
 
 
 def test_compatibility_counts_as_far_as_it_helps(composer: Composer) -> None:
     questions, noise = asked()
     right = noise.copy()
     right[np.arange(len(questions)), questions.targets] = 3
-    assert fit_weights(composer, questions, answering(questions, noise), answering(questions, right)).compatibility == 1
-    found = fit_weights(composer, questions, answering(questions, right), answering(questions, right))
+    found = fit_weights(composer, questions, answering(noise), answering(right))
+    assert found.basket.compatibility >= 0.5
+    # Beside one item composing asks for nothing that relevance was not asked for, but it asks the better scorer.
+    assert found.item.compatibility >= 0.5
+    found = fit_weights(composer, questions, answering(right), answering(right))
     # The answer is known already: all weights are as good, so those with the most order are taken.
-    assert (found.slots, found.compatibility) == (0.5, 1.0)
+    assert (found.basket.slots, found.basket.compatibility) == (0.5, 1.0)
+    # And where what is compatible says the opposite, it is not listened to.
+    wrong = -right
+    assert fit_weights(composer, questions, answering(right), answering(wrong)).item.compatibility == 0
+
+
+def test_a_text_and_a_user_are_weighed_by_what_they_leave_open(composer: Composer) -> None:
+    questions, noise = asked()
+    # Every user has two bundles, and what is bought beside the one says nothing of the other.
+    pairs = Queries(questions.contexts, questions.targets, (questions.bundles // 2).astype(np.str_), questions.bundles)
+    right = noise.copy()
+    right[np.arange(len(questions)), questions.targets] = 3
+    vectors = np.random.default_rng(1).normal(size=(len(questions), 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = fit_weights(composer, pairs, answering(right), answering(right), vectors=vectors)
+    assert min(found.query.compatibility, found.user.compatibility) >= 0.5
+    # A name that tells the missing item needs nothing else; what else is as good stays.
+    names = vectors[questions.targets]
+    misled = fit_weights(composer, pairs, answering(right), answering(-right), names, vectors=vectors)
+    assert misled.query.compatibility == misled.user.compatibility == LEAST_COMPATIBILITY
+    assert misled.basket.compatibility == 0
+
+
+def test_a_request_has_the_weights_of_its_kind() -> None:
+    kinds = ModeWeights(*(ObjectiveWeights(slots=slots) for slots in (1, 2, 3, 4)))
+    chosen = [
+        kinds.select(n, query=query).slots for n, query in ((0, True), (0, False), (2, True), (3, False), (1, True))
+    ]
+    assert chosen == [1, 2, 3, 3, 4]
 
 
 def test_an_item_of_a_rare_slot_is_found_where_it_fits_best() -> None:

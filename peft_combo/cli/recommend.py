@@ -65,7 +65,7 @@ def recommend(
     in_stock: Annotated[bool, typer.Option("--in-stock", help="New items in stock only.")] = False,
     diversity: Annotated[
         float | None,
-        typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.3."),
+        typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.5."),
     ] = None,
     substitute: Annotated[bool, typer.Option("--substitute", help="Substitutes, in place of complements.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Explanation of every item: scores and evidence.")] = False,
@@ -201,10 +201,11 @@ def _print_suggestions(suggestions: Sequence[Suggestion], explain: bool) -> None
     for one in suggestions:
         why = ""
         if explain:
+            words = ", ".join(f"{reason} {share:+.2f}" for reason, share in one.reasons.items())
             shares = ", ".join(f"{name} {share:+.2f}" for name, share in one.shares.items())
-            together = ", ".join(f"{count} bundles with {item}" for item, count in one.together.items())
+            together = ", ".join(f"{_count_bundles(count)} with {item}" for item, count in one.together.items())
             because = ", ".join(f"{share:+.2f} for {item}" for item, share in one.because.items())
-            why = "; ".join(filter(None, (shares, because, together)))
+            why = "; ".join(filter(None, (words, together, shares, because)))
         price = "" if one.price is None else f"{one.price:.2f}"
         rows.append((one.item_id, one.title, one.slot or "", price, f"{one.score:.2f}", why))
     header = ("item", "title", "slot", "price", "score", "why" if explain else "")
@@ -232,20 +233,26 @@ def _print_detected(bundles: Sequence[DetectedBundle]) -> None:
 
 
 def _format_reasons(entry: Mapping[str, Any]) -> str:
-    reasons = [f"relevance {entry['relevance']:+.2f}, compatibility {entry['compatibility']:+.2f}"]
+    """Say why an item is in a bundle: what was counted and read first, in words, then what each part adds."""
+    reasons = []
     if "answers" in entry:
         told = [one["wish"] + ("" if one["named"] else f", as another {one['type']}") for one in entry["answers"]]
-        reasons.insert(0, f"answers: {'; '.join(told)}")
-    if "together" in entry:
-        reasons.append(f"in {entry['together']['bundles']} bundles with {entry['together']['with']}")
+        reasons.append(f"answers: {'; '.join(told)}")
     if "agrees" in entry:
-        reasons.append("same " + ", ".join(f"{name} {value}" for name, value in entry["agrees"].items()))
-    if "scorers" in entry:
-        reasons.append(", ".join(f"{name} {share:+.2f}" for name, share in entry["scorers"].items()))
-    if "because" in entry:
-        reasons.append("goes with " + ", ".join(f"{item} {gain:+.2f}" for item, gain in entry["because"].items()))
+        reasons.append("both " + ", ".join(f"{name} {value}" for name, value in entry["agrees"].items()))
+    if "together" in entry:
+        reasons.append(f"in {_count_bundles(entry['together']['bundles'])} with {entry['together']['with']}")
     if "rule" in entry:
         rule = entry["rule"]
         share = f"{rule['confidence']:.0%} of bundles with {rule['given']} have {rule['slot']}"
         reasons.append(f"{share} ({rule['support']} of {rule['of']})")
+    if "because" in entry:
+        reasons.append("goes with " + ", ".join(f"{item} {gain:+.2f}" for item, gain in entry["because"].items()))
+    reasons.append(", ".join(f"{part} {entry[part]:+.2f}" for part in ("relevance", "compatibility", "agreement")))
+    if "scorers" in entry:
+        reasons.append(", ".join(f"{name} {share:+.2f}" for name, share in entry["scorers"].items()))
     return "; ".join(reasons)
+
+
+def _count_bundles(count: int) -> str:
+    return "1 bundle" if count == 1 else f"{count:,} bundles"

@@ -18,15 +18,15 @@ from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.encoder.heads.sequence import SequenceHead
-from peft_combo.errors import DataError
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
-from peft_combo.recommender.composing.constraints import Constraints
-from peft_combo.recommender.composing.fit_weights import fit_weights
+from peft_combo.recommender.composing.fit_weights import fit_item_weights, make_judge
 from peft_combo.recommender.composing.generation import Sizes, Steps, build_steps, generate
+from peft_combo.recommender.composing.openings import Openings, compose_openings
 from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.fit_data import FitData
-from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, ItemVectors, fuse_scorers, score_beside
+from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, ItemVectors, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import split_blocks
 from peft_combo.recommender.scorer_id import FUSION, ScorerId
@@ -38,7 +38,7 @@ PROTOCOL = (
     "the items asked for, each of the catalogue and none twice. Diversity is 1 - mean cosine of the frozen vectors "
     "within a whole bundle (of the words of the titles without an encoder). Top-k takes the best single completions. "
     "The composer is the one that serves, with slot templates of training bundles and weights chosen on validation "
-    "where one item is missing. The beam search takes no text "
+    "bundles composed in the same way. The beam search takes no text "
     'twice; "to its end" is not told the size. 95 % intervals by bootstrap over groups; p by paired permutation of '
     "groups, two-sided, of the difference in recall to the composer of the fusion."
 )
@@ -94,41 +94,6 @@ class CompositionReport:
         return asdict(self)
 
 
-@dataclass(frozen=True, eq=False)
-class Openings:
-    """Bundles to compose.
-
-    Attributes:
-        given: (B,) the item of each bundle that is told. wanted: the others, ascending. groups: (B,) their groups.
-    """
-
-    given: NDArray[np.int64]
-    wanted: tuple[NDArray[np.int64], ...]
-    groups: NDArray[np.str_]
-
-    @classmethod
-    def of(cls, queries: Queries, seed: int) -> Openings:
-        """Put together the bundles that queries are of, and draw what is told of each."""
-        rng = np.random.default_rng(seed)
-        given, wanted = [], []
-        _, first = np.unique(queries.bundles, return_index=True)
-        for place in first:
-            context = queries.contexts[place]
-            rows = np.sort(np.append(context[context >= 0], queries.targets[place]))
-            given.append(int(rng.choice(rows)))
-            wanted.append(rows[rows != given[-1]])
-        return cls(np.array(given, np.int64), tuple(wanted), queries.groups[first])
-
-    def __len__(self) -> int:
-        return len(self.given)
-
-    @property
-    def queries(self) -> Queries:
-        """What completes the given item alone; the answers are not told."""
-        none = np.zeros(len(self), np.int64)
-        return Queries(self.given[:, None], none, self.groups, none)
-
-
 def compare_compositions(
     dataset: Dataset,
     parts: Split,
@@ -153,8 +118,9 @@ def compare_compositions(
     texts = np.unique(np.array(known.texts), return_inverse=True)[1]
     templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
     ask_all = fuse_scorers(fusion, asks, known)
-    composer = Composer(dataset.catalog, templates, vectors=known.frozen, history=known.history)
-    weights = fit_weights(composer, valid, ask_all, text_side, seed=seed)
+    agreement = Agreement.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
+    composer = Composer(dataset.catalog, templates, vectors=known.frozen, history=known.history, agreement=agreement)
+    weights = fit_item_weights(composer, valid, ask_all, text_side, seed=seed)
     options = Options(k=1, weights=weights, seed=seed)
     vectors: ItemVectors = known.words if known.frozen is None else known.frozen
     heads = {name: ask for name, ask in asks.items() if isinstance(ask, FittedHead)}
@@ -164,7 +130,7 @@ def compare_compositions(
     for name, ask, side in judges:
         scores = np.concatenate([ask(part) for part in split_blocks(openings.queries)])  # (B, N)
         composed[TOP_K, name] = _take_top(openings, scores)
-        composed[COMPOSER, name] = _compose_all(openings, composer, scores, side, options)
+        composed[COMPOSER, name] = compose_openings(openings, composer, scores, make_judge(side), options)
         advance(f"{COMPOSER}, {name}")
     most = int(dataset.bundles.sizes[parts.train].max()) - 1
     for name, head in heads.items():
@@ -195,27 +161,6 @@ def _take_top(openings: Openings, scores: NDArray[np.float32]) -> list[tuple[int
         tuple(row for row in best[: len(wanted)].tolist() if np.isfinite(own[row]))
         for best, own, wanted in zip(order, values, openings.wanted, strict=True)
     ]
-
-
-def _compose_all(
-    openings: Openings, composer: Composer, scores: NDArray[np.float32], side: Fitted | None, options: Options
-) -> list[tuple[int, ...]]:
-    def compatibility(sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        assert side is not None
-        return score_beside(side, sets, rows)
-
-    found: list[tuple[int, ...]] = []
-    for given, wanted, relevance in zip(openings.given.tolist(), openings.wanted, scores, strict=True):
-        size = 1 + len(wanted)
-        try:
-            best = composer.compose(
-                [given], relevance=relevance, compatibility=None if side is None else compatibility,
-                constraints=Constraints(size=(size, size)), options=options,
-            )  # fmt: skip
-            found.append(best[0].added)
-        except DataError:  # the catalogue or its slots have no room for such a bundle, so nothing is right
-            found.append(())
-    return found
 
 
 def _generate_all(

@@ -96,5 +96,5 @@ def _describe_evidence(catalog: Catalog, item: ItemEvidence, matches: Sequence[Q
             "given": rule.given, "slot": rule.slot, "support": rule.support, "of": rule.bundles,
             "confidence": rule.confidence,
         }  # fmt: skip
-    entry["relevance"], entry["compatibility"] = item.relevance, item.compatibility
+    entry |= {"relevance": item.relevance, "compatibility": item.compatibility, "agreement": item.agreement}
     return entry

@@ -10,16 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from peft_combo.data.leakage import rating_problem
 from peft_combo.data.model import Dataset
+from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.fit_weights import fit_weights
-from peft_combo.recommender.composing.options import ObjectiveWeights
+from peft_combo.recommender.composing.options import ModeWeights
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.fit_data import FitData, TextSide, encode_catalog
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast, build_past, fuse_scorers
@@ -45,7 +48,7 @@ class FitState:
         text_scorer: which scorer the text side is; None for the frozen encoder.
         text_side: judges how well an item goes with a set by its text alone.
         neighbours: what users alike took, where the fusion could not weigh it; None elsewhere.
-        weights: of a composed bundle's objective, as validation chose them.
+        weights: of a composed bundle's objective by kind of request, as validation chose them.
         search: finds items and bundles by words; the weights of its views are those that validation intents chose.
         split_digest: of the split that settings and weights were chosen on.
         notes: what was left out, and why.
@@ -59,7 +62,7 @@ class FitState:
     text_scorer: ScorerId | None
     text_side: Fitted
     neighbours: FittedPast | None
-    weights: ObjectiveWeights
+    weights: ModeWeights
     search: TextSearch
     split_digest: str
     notes: tuple[str, ...]
@@ -105,9 +108,14 @@ def fit_scorers(
     scores.clear()
     text_scorer = select_text_scorer(selected)
     text_side = selected[text_scorer].fitted if text_scorer else FittedHead.of_frozen(side.frozen)
-    templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
+    seen = [dataset.bundles.items[row] for row in parts.train]
+    composer = Composer(
+        dataset.catalog, SlotTemplates.learn(dataset.catalog, seen), vectors=side.frozen, history=known.history,
+        agreement=Agreement.learn(dataset.catalog, seen),
+    )  # fmt: skip
     relevance = fuse_scorers(fusion, {scorer: one.fitted for scorer, one in selected.items()}, known)
-    weights = fit_weights(Composer(dataset.catalog, templates), valid, relevance, text_side, seed=seed)
+    names = _encode_names(dataset, parts, valid, bank)
+    weights = fit_weights(composer, valid, relevance, text_side, names, vectors=side.frozen, seed=seed)
 
     search = _choose_search(dataset, parts, bank, side)
 
@@ -124,6 +132,18 @@ def fit_scorers(
         side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights, search,
         parts.digest, tuple(notes),
     )  # fmt: skip
+
+
+def _encode_names(dataset: Dataset, parts: Split, valid: Queries, bank: AdapterBank) -> NDArray[np.float32]:
+    """Encode what the bundles of validation queries are called, by `valid.bundles`: (B, D); NaN for no name."""
+    bundles = dataset.bundles
+    name_of = {frozenset(bundles.items[row].tolist()): bundles.names[row] for row in parts.valid.tolist()}
+    vectors = np.full((int(valid.bundles.max()) + 1, bank.backbone.dim), np.nan, np.float32)
+    for context, target, bundle in zip(valid.contexts, valid.targets.tolist(), valid.bundles.tolist(), strict=True):
+        name = name_of[frozenset([*context[context >= 0].tolist(), target])]
+        if name is not None and np.isnan(vectors[bundle, 0]):
+            vectors[bundle] = bank.encode([name], None)[0]
+    return vectors
 
 
 def _choose_search(dataset: Dataset, parts: Split, bank: AdapterBank, side: TextSide) -> TextSearch:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,7 +31,7 @@ from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.files import stage_folder
 from peft_combo.recommender.category_calibration import Calibration
-from peft_combo.recommender.composing.options import ObjectiveWeights
+from peft_combo.recommender.composing.options import ModeWeights, ObjectiveWeights
 from peft_combo.recommender.fit_data import FitData, encode_catalog
 from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import (
@@ -50,8 +50,10 @@ from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorView, build_views
 from peft_combo.scoring import Scorer, load_scorer
 
-FORMAT = 3
-_READ = (2, FORMAT)  # format 2 knew of no text search: a query was compared with titles by the frozen encoder alone
+FORMAT = 4
+# Format 2 knew of no text search: a query was compared with titles by the frozen encoder alone. Up to format 3 there was
+# one set of weights for all kinds of request, and no agreement.
+_READ = (2, 3, FORMAT)
 _MANIFEST = "recommender.json"
 _MANIFEST_LIMIT = 16 * 2**20
 
@@ -81,7 +83,7 @@ class _RecommenderManifest(_Stored):
     fusion: dict[str, JsonValue]
     calibration: dict[str, JsonValue] | None
     text_side: str
-    weights: dict[str, float]
+    weights: dict[str, float] | dict[str, dict[str, float]]
     search: dict[str, float] | None = None
     weighed_past: bool
     scorers: dict[str, _ScorerFile]
@@ -212,7 +214,7 @@ def _read_manifest(folder: Path) -> _RecommenderManifest:
 def _parse_label(label: str) -> ScorerId:
     """Return the scorer that a stored label names, as `ScorerId.__str__` wrote it.
 
-    The one place where a label is read, and for stored files only: format 2 tells scorers by their labels.
+    The one place where a label is read, and for stored files only: the format tells scorers by their labels.
 
     Raises:
         ValueError: no scorer is called so.
@@ -271,8 +273,17 @@ def _rebuild(
         search = TextSearch.of(build_views(dataset, bank, side.frozen, side.described, tuned), manifest.search)
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
-        ObjectiveWeights(**manifest.weights), search, manifest.split, manifest.notes,
+        _parse_weights(manifest.weights), search, manifest.split, manifest.notes,
     )  # fmt: skip
+
+
+def _parse_weights(stored: Mapping[str, float | Mapping[str, float]]) -> ModeWeights:
+    """Return stored weights, by kind of request or, as up to format 3, one set for all."""
+    kinds = {kind: own for kind, own in stored.items() if isinstance(own, Mapping)}
+    if kinds:
+        return ModeWeights(**{kind: ObjectiveWeights(**own) for kind, own in kinds.items()})
+    own = {name: value for name, value in stored.items() if not isinstance(value, Mapping)}
+    return ModeWeights(*(ObjectiveWeights(**{"agreement": 0.0, **own}) for _ in fields(ModeWeights)))
 
 
 def _load_scorer(folder: Path, stored: _ScorerFile, n_items: int) -> Scorer:

@@ -24,6 +24,7 @@ from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.recommender.bundle_detection import BundleDetector
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
@@ -61,12 +62,9 @@ class BundleRecommender:
         self.templates = SlotTemplates.learn(dataset.catalog, dataset.bundles.items)
         self._history: Any = sparse.csc_array(state.known.history)
         self._composer = Composer(
-            dataset.catalog,
-            self.templates,
-            vectors=state.known.frozen,
-            history=state.known.history,
-            weights=state.weights,
-        )
+            dataset.catalog, self.templates, vectors=state.known.frozen, history=state.known.history,
+            agreement=Agreement.learn(dataset.catalog, dataset.bundles.items),
+        )  # fmt: skip
 
     @classmethod
     def fit(
@@ -186,6 +184,7 @@ class BundleRecommender:
         if required is not None or forbidden is not None:
             edited = self.templates.with_rules(required=required, forbidden=forbidden)
             composer = composer.with_templates(edited)
+        options = self._add_weights(options or Options(), len(context), query=query is not None)
         composed = composer.compose(
             context, one_of=[OneOf(one.item.name, one.rows) for one in matches], relevance=_sum_standard(relevance),
             compatibility=self._score_beside, constraints=constraints, options=options,
@@ -224,8 +223,9 @@ class BundleRecommender:
         if query is not None:
             relevance.append(self.state.search.score_items([query])[0])
         ranked = self._composer.rank(
-            rows, context=context, relevance=_sum_standard(relevance), compatibility=self._score_beside
-        )
+            rows, context=context, relevance=_sum_standard(relevance), compatibility=self._score_beside,
+            options=self._add_weights(Options(), len(context), query=query is not None),
+        )  # fmt: skip
         return self._describe(ranked, fused, explain)
 
     def detect_bundles(self, items: Sequence[str], k: int | None = None, *, sure: bool = False) -> list[DetectedBundle]:
@@ -351,6 +351,12 @@ class BundleRecommender:
 
     def _score_beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return score_beside(self.state.text_side, sets, rows)
+
+    def _add_weights(self, options: Options, n_items: int, *, query: bool) -> Options:
+        """Return options with the weights of this kind of request, where they name none."""
+        if options.weights is not None:
+            return options
+        return replace(options, weights=self.state.weights.select(n_items, query=query))
 
     # Scores become explanations.
 

@@ -3,11 +3,12 @@
 Owns the job from rows and scores to compositions; the search space, the search, the objective and the evidence have a
 module each. Knows nothing of who made the scores, of models, files or requests.
 
-The objective of a bundle B, of which C was given and A = B without C is added, is the sum of four parts:
+The objective of a bundle B, of which C was given and A = B without C is added, is the sum of five parts:
 
     relevance       weight * mean over i in A of r(i)              r: one score per item for the user, basket or query
     compatibility   weight * mean over i in A of c(i | B - i)      c: scores given a set; every item against all others
     slots           weight * log P(slots of B)                     `SlotTemplates.log_probability`; 0 for substitutes
+    agreement       weight * mean over i in A of a(i | B - i)      a: mean over the others, see `Agreement`
     redundancy     -weight * mean over i in A of max cosine(i, j)  over the other items j of B; no less than 0
 
 r and c are made comparable first: z-scores over the items the scorer knows, all of them for r and a fixed sample of the
@@ -29,18 +30,23 @@ from scipy import sparse
 
 from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.constraints import Constraints
+from peft_combo.recommender.composing.diversity import diversify
 from peft_combo.recommender.composing.evidence import Composition, EvidenceSource
 from peft_combo.recommender.composing.feasibility import explain_infeasible
 from peft_combo.recommender.composing.objective import Objective, ScoreScale
 from peft_combo.recommender.composing.options import Compatibility, ObjectiveWeights, OneOf, Options, Rows, check_scores
 from peft_combo.recommender.composing.query_bundles import search_around
-from peft_combo.recommender.composing.search import diversify, search_bundles
+from peft_combo.recommender.composing.search import search_bundles
 from peft_combo.recommender.composing.search_space import SlottedCatalog, build_search_space
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.scoring.base import SparseRows
 
-_SCALE_SAMPLE = 2048  # items the mean and deviation of c are taken over; both are then known to 2 % of the deviation
+NEAR_DUPLICATE = 0.95  # cosine of items that are nearly the same
+_SHARE = 0.01  # of training bundles with such items, above which they belong in bundles
+_BUNDLES = 2_000  # looked at for them
+_SCALE_SAMPLE = 1024  # items the mean and deviation of c are taken over; both are then known to 3 % of the deviation
 
 
 class Composer:
@@ -50,7 +56,8 @@ class Composer:
         catalog: N items.
         templates: what bundles look like.
         vectors: (N, D) float32 of length 1, for likeness between items; None knows of equal titles only.
-        history: (B, N) training bundles, for counts in the evidence.
+        history: (B, N) training bundles, for counts in the evidence and whether near-duplicates belong in bundles.
+        agreement: what bundles agree on, of the same catalogue; None judges no bundle by it.
         weights: of the objective, where a request names none.
         sample: items that the mean and deviation of the compatibility term are taken over.
     Raises:
@@ -64,6 +71,7 @@ class Composer:
         *,
         vectors: NDArray[np.float32] | None = None,
         history: SparseRows | None = None,
+        agreement: Agreement | None = None,
         weights: ObjectiveWeights = ObjectiveWeights(),
         sample: int = _SCALE_SAMPLE,
     ) -> None:
@@ -76,7 +84,9 @@ class Composer:
         self.vectors = vectors
         self.weights = weights
         self._slotted = SlottedCatalog.of(catalog, templates)
-        self._evidence = EvidenceSource(self._slotted, vectors, csc)
+        self._agreement = agreement
+        self._evidence = EvidenceSource(self._slotted, vectors, csc, agreement)
+        self.near_duplicate = self._learn_near_duplicate(csc)
         self._sample = np.sort(np.random.default_rng(0).permutation(len(catalog))[:sample])
 
     @property
@@ -151,7 +161,7 @@ class Composer:
             found = search_bundles(self._slotted, space, objective)
         if not found:
             raise DataError(
-                f"No bundle was found in which no two items are alike (near_duplicate {options.near_duplicate}), "
+                f"No bundle was found in which no two items are alike (near_duplicate {objective.near_duplicate}), "
                 "though the other constraints leave enough items. Raise near_duplicate, or ask for fewer items."
             )
         ranked = sorted(
@@ -195,7 +205,7 @@ class Composer:
             contexts: Q arrays of distinct rows.
             relevance, beside: (Q, N) scores; None for none.
         Returns:
-            "relevance", "compatibility" and "slots", (Q, N) each. Redundancy says nothing on what fits.
+            "relevance", "compatibility", "slots", "agreement" and "redundancy", (Q, N) each, the last as a loss.
         """
         zero = np.zeros((len(contexts), 1))
         logs = np.empty((len(contexts), len(self.catalog)))
@@ -210,7 +220,17 @@ class Composer:
             "relevance": ScoreScale(relevance).apply(relevance),
             "compatibility": zero if beside is None else ScoreScale(beside[:, self._sample]).apply(beside),
             "slots": logs,
+            "agreement": zero
+            if self._agreement is None
+            else self._agreement.score_beside([rows.tolist() for rows in contexts], np.arange(len(self.catalog))),
+            "redundancy": zero if self.vectors is None else self._measure_redundancy(contexts),
         }
+
+    def _measure_redundancy(self, contexts: Sequence[Rows]) -> NDArray[np.float64]:
+        """Return minus the greatest cosine of every item with those of each context, at most 0: (Q, N)."""
+        assert self.vectors is not None
+        alike = [(self.vectors @ self.vectors[rows].T).max(axis=1, initial=0.0) for rows in contexts]
+        return -np.stack(alike).astype(np.float64)
 
     def _check_rows(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> tuple[int, ...]:
         found = tuple(int(row) for row in rows)
@@ -219,6 +239,27 @@ class Composer:
         if found and not 0 <= min(found) <= max(found) < len(self.catalog):
             raise ValueError(f"rows must lie in 0..{len(self.catalog) - 1}, found {list(found)}.")
         return found
+
+    def _learn_near_duplicate(self, history: Any) -> float | None:
+        """Return the cosine above which items do not belong in one bundle, as training bundles have it.
+
+        1 where they hold items that are nearly the same, but not of the same title; None where they hold these too. Of
+        many bundles a sample is looked at.
+        """
+        if history is None:
+            return NEAR_DUPLICATE
+        rows = sparse.csr_array(history)
+        several = np.random.default_rng(0).permutation(np.flatnonzero(np.diff(rows.indptr) > 1))[:_BUNDLES]
+        titles, same, alike = self._slotted.index.titles, 0, 0
+        for bundle in several.tolist():
+            members = rows.indices[rows.indptr[bundle] : rows.indptr[bundle + 1]]
+            same += len(np.unique(titles[members])) < len(members)
+            if self.vectors is not None:
+                own = self.vectors[members]
+                alike += bool((np.triu(own @ own.T, 1) > NEAR_DUPLICATE).any())
+        if same > _SHARE * len(several):
+            return None
+        return 1.0 if alike > _SHARE * len(several) else NEAR_DUPLICATE
 
     def _make_objective(
         self, relevance: ArrayLike | None, compatibility: Compatibility | None, options: Options
@@ -229,6 +270,8 @@ class Composer:
             compatibility=compatibility,
             options=options,
             slotted=self._slotted,
+            agreement=self._agreement,
+            near_duplicate=self.near_duplicate if options.near_duplicate == "learned" else options.near_duplicate,
             vectors=self.vectors,
             sample=self._sample,
         )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from peft_combo.data.model import Catalog
+from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.objective import ScoredBundle
 from peft_combo.recommender.composing.options import Rows
 from peft_combo.recommender.composing.search_space import SlottedCatalog
@@ -26,12 +27,13 @@ class ItemEvidence:
         row: the item.
         slot: its slot.
         relevance: its share of the bundle's relevance part; the shares of all added items add up to that part.
-        compatibility: its share of the compatibility part, likewise.
+        compatibility, agreement: its shares of these parts, likewise.
         partner: the item of the context (of the bundle, where there is no context) most often in one training bundle
             with this one, ties by cosine; None where neither count nor cosine is known or above 0.
         partner_count: the training bundles that hold both.
         partner_similarity: the cosine of both; None without vectors.
-        shared: attributes on which it agrees with an item of the context (of the bundle): (name, value).
+        shared: traits on which it agrees with an item of the context (of the bundle): (name, value). Where it was
+            learned what bundles agree on those that count for it, the most telling first; else equal attributes.
         rule: the slot rule with the highest confidence from another slot of the bundle to this one.
     """
 
@@ -39,6 +41,7 @@ class ItemEvidence:
     slot: str
     relevance: float
     compatibility: float
+    agreement: float
     partner: int | None
     partner_count: int
     partner_similarity: float | None
@@ -54,7 +57,7 @@ class Composition:
         items: rows, context included, as training bundles order their slots.
         added: those of `items` that are not of the context.
         score: the objective, the sum of `parts`.
-        parts: "relevance", "compatibility", "slots" and "redundancy", weights and signs included.
+        parts: "relevance", "compatibility", "slots", "agreement" and "redundancy", weights and signs included.
         slots: the slot of each of `items`.
         price: of all items; NaN where one is unknown.
         evidence: one for each of `added`.
@@ -76,18 +79,22 @@ class EvidenceSource:
     Attributes:
         vectors: (N, D) for likeness between items; None knows none.
         history: (B, N) training bundles in columns; None counts none.
+        agreement: what bundles agree on; None where it was not learned.
     """
 
     slotted: SlottedCatalog
     vectors: NDArray[np.float32] | None
     history: Any
+    agreement: Agreement | None = None
 
     def describe(self, context: tuple[int, ...], scored: ScoredBundle) -> Composition:
         """Return a scored bundle with the evidence of each added item."""
         slotted = self.slotted
         items = sorted((*context, *scored.added), key=lambda row: (slotted.slot_places[slotted.slot_of[row]], row))
         cents = slotted.index.cents[items]
-        shares = {row: (scored.relevance[i], scored.compatibility[i]) for i, row in enumerate(scored.added)}
+        shares = dict(
+            zip(scored.added, zip(scored.relevance, scored.compatibility, scored.agreement, strict=True), strict=True)
+        )
         added = tuple(row for row in items if row in shares)
         return Composition(
             items=tuple(items),
@@ -96,13 +103,13 @@ class EvidenceSource:
             parts=scored.parts,
             slots=tuple(slotted.name_slot(row) for row in items),
             price=float("nan") if (cents < 0).any() else int(cents.sum()) / 100,
-            evidence=tuple(self._find_evidence(row, context, items, *shares[row]) for row in added),
+            evidence=tuple(self._find_evidence(row, context, items, shares[row]) for row in added),
         )
 
     def _find_evidence(
-        self, row: int, context: tuple[int, ...], items: list[int], relevance: float, compatibility: float
+        self, row: int, context: tuple[int, ...], items: list[int], shares: tuple[float, float, float]
     ) -> ItemEvidence:
-        slotted = self.slotted
+        slotted, agreement = self.slotted, self.agreement
         others = np.array([other for other in (context or items) if other != row], np.int64)
         slot = int(slotted.slot_of[row])
         counts = np.zeros(len(others), np.int64) if self.history is None else count_together(self.history, row, others)
@@ -115,12 +122,15 @@ class EvidenceSource:
         return ItemEvidence(
             row=row,
             slot=slotted.templates.names[slot],
-            relevance=relevance,
-            compatibility=compatibility,
+            relevance=shares[0],
+            compatibility=shares[1],
+            agreement=shares[2],
             partner=None if best is None else int(others[best]),
             partner_count=0 if best is None else int(counts[best]),
             partner_similarity=None if best is None or cosines is None else float(cosines[best]),
-            shared=_find_shared(slotted.index.catalog, row, others),
+            shared=_find_shared(slotted.index.catalog, row, others)
+            if agreement is None
+            else agreement.find_shared(row, others.tolist()),
             rule=max(rules, key=lambda rule: (rule.confidence, rule.support), default=None),
         )
 

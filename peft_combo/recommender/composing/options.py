@@ -26,12 +26,29 @@ class ObjectiveWeights:
     relevance: float = 1.0
     compatibility: float = 1.0
     slots: float = 0.5
+    agreement: float = 0.5
     redundancy: float = 0.5
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value >= 0):
                 raise DataError(f"The weight of {name} must be a number of at least 0, found {value}.")
+
+
+@dataclass(frozen=True)
+class ModeWeights:
+    """Weights of the objective by what a request goes by: a text, a user, several items, or one item."""
+
+    query: ObjectiveWeights = ObjectiveWeights()
+    user: ObjectiveWeights = ObjectiveWeights()
+    basket: ObjectiveWeights = ObjectiveWeights()
+    item: ObjectiveWeights = ObjectiveWeights()
+
+    def select(self, n_items: int, *, query: bool) -> ObjectiveWeights:
+        """Return those of a request that gives so many items, and a text or not; given items come first."""
+        if n_items:
+            return self.item if n_items == 1 else self.basket
+        return self.query if query else self.user
 
 
 @dataclass(frozen=True)
@@ -43,9 +60,10 @@ class Options:
         mode: "complement" adds what the template lacks; "substitute" adds items of the slots the context has.
         weights: of the objective; None takes the composer's own.
         diversity: 0 takes the k best; towards 1 the list avoids bundles like those before (maximal marginal relevance,
-            Carbonell and Goldstein 1998: (1 - diversity) * score scaled to 0..1 - diversity * greatest likeness).
+            Carbonell and Goldstein 1998: (1 - diversity) * score scaled to 0..1 - diversity * greatest likeness), and
+            two bundles share at most 1 - diversity of their added items, where there are others.
         near_duplicate: an added item may not have a higher cosine than this with another item of the bundle, nor the
-            same title; None switches both off.
+            same title; None switches both off. "learned" is 0.95, or what bundles of training ask for that hold such.
         seed: breaks ties; nothing else is random.
         beam: partial bundles kept per step.
         per_slot: items tried per slot and partial bundle.
@@ -59,12 +77,12 @@ class Options:
     k: int = 5
     mode: Mode = "complement"
     weights: ObjectiveWeights | None = None
-    diversity: float = 0.3
-    near_duplicate: float | None = 0.95
+    diversity: float = 0.5
+    near_duplicate: float | Literal["learned"] | None = "learned"
     seed: int = 0
     beam: int = 16
     per_slot: int = 12
-    shortlist: int = 256
+    shortlist: int = 128
     plans: int = 32
     exact_limit: int = 2_000
 
@@ -76,7 +94,7 @@ class Options:
             raise DataError(f"diversity must lie in 0..1, found {self.diversity}.")
         if self.mode not in ("complement", "substitute"):
             raise DataError(f'mode must be "complement" or "substitute", found {self.mode!r}.')
-        if self.near_duplicate is not None and not -1 <= self.near_duplicate <= 1:
+        if isinstance(self.near_duplicate, int | float) and not -1 <= self.near_duplicate <= 1:
             raise DataError(f"near_duplicate is a cosine and must lie in -1..1, found {self.near_duplicate}.")
 
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.constraints import Constraints
+from peft_combo.recommender.composing.diversity import limit_repeats
 from peft_combo.recommender.composing.feasibility import explain_infeasible
 from peft_combo.recommender.composing.objective import Objective
 from peft_combo.recommender.composing.options import OneOf
-from peft_combo.recommender.composing.search import limit_repeats, search_bundles
+from peft_combo.recommender.composing.search import search_bundles
 from peft_combo.recommender.composing.search_space import SearchSpace, SlottedCatalog, build_search_space
 
 _SETS_KEPT = 6  # sets of named items that are completed, at least

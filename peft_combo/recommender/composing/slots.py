@@ -28,7 +28,9 @@ MIN_BUNDLES = 10  # a category makes a slot of its own where at least so many tr
 Template: TypeAlias = tuple[int, ...]  # slot numbers in ascending order, one for each item
 
 _FRONTIER, _FAN = 12, 6  # growing templates: how many are kept per size, and how many slots each is tried with
+_RULE_OF_THREE = 3.0
 _REMEMBERED = 100_000  # log-probabilities kept, so that a second request does not compute them again
+_PLANS = 1_000  # lists of plans, likewise
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,22 @@ class SlotTemplates:
 
     @cached_property
     def most(self) -> NDArray[np.int64]:
-        """(S,) the most items of one slot in any training bundle, at least 1."""
-        most: NDArray[np.int64] = np.maximum(1, self._table.max(axis=0)).astype(np.int64)
+        """(S,) the most items of one slot a bundle may have, at least 1.
+
+        Those of any training bundle with the slot, and more where too few have it to tell: a count that is met over all
+        slots is ruled out for one where, if it were as usual there, three bundles at least should have shown it.
+
+        Source: Hanley and Lippman-Hand 1983, the rule of three: no event among n bounds its rate by 3 / n, at 95 %.
+        """
+        own = np.maximum(1, self._table.max(axis=0)).astype(np.int64)
+        # (C + 1,) the share of all slots of all bundles that have at least so many items.
+        counts = np.bincount(
+            self._table[self._table > 0], np.broadcast_to(self._weights[:, None], self._table.shape)[self._table > 0]
+        )
+        at_least = counts[::-1].cumsum()[::-1] / counts.sum()
+        shown = self.support[:, None] * at_least  # (S, C + 1) bundles that should have shown it
+        untold = np.where(shown < _RULE_OF_THREE, np.arange(len(at_least)), 0).max(axis=1)
+        most: NDArray[np.int64] = np.maximum(own, np.where(self.support > 0, untold, 1))
         return most
 
     @cached_property
@@ -256,6 +272,17 @@ class SlotTemplates:
         Returns:
             Pairs of a template and its `log_probability`.
         """
+        key = (held, room.tobytes(), sizes, limit)
+        known = self._plans.get(key)
+        if known is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            known = self._plans[key] = self._list_plans(held, room, sizes, limit)
+        return list(known)
+
+    def _list_plans(
+        self, held: Template, room: NDArray[np.int64], sizes: tuple[int, int], limit: int
+    ) -> list[tuple[Template, float]]:
         low, high = max(sizes[0], len(held) + 1), sizes[1]
         counts = np.bincount(np.array(held, np.int64), minlength=len(self.names))
         least = counts.copy()
@@ -323,6 +350,10 @@ class SlotTemplates:
 
     @cached_property
     def _remembered(self) -> dict[Template, float]:
+        return {}
+
+    @cached_property
+    def _plans(self) -> dict[tuple[Template, bytes, tuple[int, int], int], list[tuple[Template, float]]]:
         return {}
 
     def _log_probability(self, template: Template) -> float:
