@@ -51,7 +51,7 @@ from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorV
 from peft_combo.scoring import Scorer, load_scorer
 
 FORMAT = 4
-# Format 2 knew of no text search: a query was compared with titles by the frozen encoder alone. Up to format 3 there was
+# Format 2 knew no text search: a query was compared with titles by the frozen encoder alone. Up to format 3 there was
 # one set of weights for all kinds of request, and no agreement.
 _READ = (2, 3, FORMAT)
 _MANIFEST = "recommender.json"
