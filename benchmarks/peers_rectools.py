@@ -40,8 +40,8 @@ from peft_combo.recommender import Workspace
 from peft_combo.recommender.scorer_id import FUSION
 
 RECIPES = {"clothing": "lora-fashion", "electronic": "lora-electronics"}
-# With 0.19 the worker was written; NumPy 2 is refused by what it stands on.
-REQUIREMENTS = ("rectools[lightfm]==0.19.0", "numpy<2")
+# The worker was written for 0.19, which was tried with NumPy 1.26.
+REQUIREMENTS = ("rectools==0.19.0", "numpy<2")
 WORKER = Path(__file__).with_name("_rectools_worker.py")
 # The share of training users that settings are chosen on where validation users are measured.
 _INNER = 0.1
@@ -85,6 +85,8 @@ def prepare_environment(folder: Path) -> Path:
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
+    there = subprocess.run([python, "-c", "import rectools.models"], capture_output=True, check=False).returncode == 0
+    if not there:  # new, or an installation that was cut off
         subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
     return python.absolute()
 

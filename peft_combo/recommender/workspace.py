@@ -80,11 +80,10 @@ class Workspace:
         needs: Needs = "bundles",
         on_note: Callable[[str], None] = lambda note: None,
     ) -> Self:
-        """Open the recipe that an adapter was tuned with.
+        """Open the recipe that an adapter was tuned with; what is not told here is as for `of`.
 
         Args:
             data: folder of other data, in place of the recipe's.
-            store: as for `of`, and so are cache, needs and on_note.
         Raises:
             StoreError: the adapter is not stored.
             RecipeError: it has no recipe, or one that cannot be read.
