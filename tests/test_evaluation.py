@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from peft_combo import metrics
 from peft_combo.data.model import Dataset, Interactions
 from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
@@ -23,6 +24,7 @@ from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.canary import run_canary
 from peft_combo.evaluation.completion import evaluate
+from peft_combo.evaluation.measures import UnseenFirst, rank_among_cold
 from peft_combo.evaluation.report import Report, plot
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, RatingTask
@@ -95,6 +97,21 @@ def test_rows_slices_and_intervals_hang_together(dataset: Dataset, parts: Split)
             assert whole == pytest.approx(row.values["ndcg@10"], abs=1e-9)
     # Items of one style go together and a style shows in the titles: words must beat chance by far.
     assert report.row("TF-IDF title").values["ndcg@10"] > 3 * report.row("random").values["ndcg@10"]
+
+
+def test_items_of_no_training_bundle_first_gain_what_the_catalogue_gives_away(dataset: Dataset, parts: Split) -> None:
+    unseen = np.arange(len(dataset.catalog)) % 3 == 0
+    scores = np.random.default_rng(0).normal(size=(4, len(unseen))).astype(np.float32)
+    none = np.zeros(4, np.int64)
+    queries = Queries(np.array([[1], [2], [4], [5]]), np.array([3, 6, 9, 12]), none.astype(np.str_), none)
+    first = UnseenFirst(lambda part: scores, unseen)(queries)
+    # Before all others, in the scorer's own order: the targets, all unseen, rise, and among unseen items nothing moves.
+    assert first[:, unseen].min() > first[:, ~unseen].max()
+    np.testing.assert_array_equal(rank_among_cold(first, queries, unseen), rank_among_cold(scores, queries, unseen))
+    before, after = (metrics.midranks(one, queries.targets, queries.excluded()) for one in (scores, first))
+    assert (after <= before).all()
+    assert after.sum() < before.sum()
+    assert [row.name for row in evaluate(dataset, parts).lines][-2:] == ["TF-IDF, unseen first", "fusion"]
 
 
 def test_the_same_seed_gives_the_same_report(dataset: Dataset, parts: Split) -> None:

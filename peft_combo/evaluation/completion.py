@@ -17,22 +17,29 @@ from peft_combo.data.splits import Split
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.composition import compare_compositions
 from peft_combo.evaluation.detection import check_sessions, compare_detections, detect_held_out
-from peft_combo.evaluation.measures import draw_distractors, find_slices, make_rows, measure_queries
+from peft_combo.evaluation.measures import UnseenFirst, draw_distractors, find_slices, make_rows, measure_queries
 from peft_combo.evaluation.report import QueryResults, Report
 from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.fit_data import FitData, Rated, Tuned
-from peft_combo.recommender.fitted_scorers import FittedHead
+from peft_combo.recommender.fitted_scorers import Fitted, FittedHead
 from peft_combo.recommender.fusion import Fusion
-from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
-from peft_combo.recommender.scorer_id import FUSION, RANDOM
+from peft_combo.recommender.model_selection import (
+    list_scorers,
+    make_queries,
+    score_ndcg,
+    select_settings,
+    select_text_scorer,
+)
+from peft_combo.recommender.scorer_id import FUSION, RANDOM, UNSEEN_FIRST, WORDS, ScorerId
 
 PROTOCOL = (
     "Every item of every held-out bundle once the answer, ranked among the whole catalogue without the rest of its "
     "bundle, ties at mid-rank. Scorers are fitted on training bundles alone, with the interactions of training users "
     'where validation prefers it; "bought before", "users alike" and "rated" read what the owner of a bundle took in '
     'these, nothing where users are held out as a whole, and "rated" may count the rest of the bundle as taken last. '
-    "Settings and fusion weights are chosen on "
-    "validation bundles; test bundles are scored once. 95 % intervals by bootstrap over groups; p by paired "
+    "Settings and fusion weights are chosen on validation bundles; test bundles are scored once. "
+    '"TF-IDF, unseen first" puts items of no training bundle before all others: what it gains is no skill but what the '
+    'catalogue gives away, and nothing in "cold among cold". 95 % intervals by bootstrap over groups; p by paired '
     "permutation of groups, two-sided."
 )
 
@@ -96,6 +103,7 @@ def evaluate(
     side = selected[text_scorer].fitted if text_scorer else None
     selected.clear()
     candidates.clear()
+    _put_unseen_first(asks, settings, on_valid, known, valid)
     on_valid[FUSION] = next(line.ndcg for line in fusion.table if line.name == fusion.chosen)
     settings[FUSION] = fusion.chosen
 
@@ -129,6 +137,17 @@ def _check_parts(dataset: Dataset, parts: Split, sessions: bool) -> None:
             f"An evaluation needs validation and test bundles; the split of {dataset.name!r} has {len(parts.valid)} "
             f"and {len(parts.test)}. Raise data.valid_fraction and data.test_fraction."
         )
+
+
+def _put_unseen_first(
+    asks: dict[ScorerId, Fitted], settings: dict[ScorerId, str], on_valid: dict[ScorerId, float], known: FitData,
+    valid: Queries,
+) -> None:  # fmt: skip
+    """Add the row that shows what the catalogue gives away."""
+    if WORDS in asks:
+        asks[UNSEEN_FIRST] = UnseenFirst(asks[WORDS], known.support == 0)
+        settings[UNSEEN_FIRST] = settings[WORDS]
+        on_valid[UNSEEN_FIRST] = score_ndcg(asks[UNSEEN_FIRST], valid)
 
 
 def _count(dataset: Dataset, parts: Split, valid: Queries, test: Queries) -> dict[str, int]:

@@ -44,6 +44,23 @@ class QueryMetrics:
     fill_ins: dict[ScorerId, NDArray[np.float64]]
 
 
+@dataclass(frozen=True, eq=False)
+class UnseenFirst:
+    """A scorer with the items that no training bundle holds before all others: (N,) which these are.
+
+    What it gains over the scorer is no skill. Where a catalogue was put together from its bundles, an item without a
+    training bundle has one that is held out, and seen-ness alone gives answers away; see ``cold among cold``.
+    """
+
+    scorer: Fitted
+    unseen: NDArray[np.bool_]
+
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
+        scores = self.scorer(queries)
+        spread = np.nanmax(scores, initial=0) - np.nanmin(scores, initial=0) + 1
+        return np.asarray(scores + spread * self.unseen, np.float32)
+
+
 def measure_queries(
     asks: Mapping[ScorerId, Fitted], fusion: Fusion[ScorerId], test: Queries, known: FitData,
     distractors: NDArray[np.int64],

@@ -327,6 +327,11 @@ def split_blocks(queries: Queries) -> Iterator[Queries]:
         yield queries.take(slice(start, start + _QUERY_BLOCK))
 
 
+def score_ndcg(fitted: Fitted, queries: Queries) -> float:
+    """Return the mean NDCG@10 of a fitted scorer."""
+    return _ndcg(np.concatenate([fitted(part) for part in split_blocks(queries)]), queries)
+
+
 def _ndcg(scores: NDArray[np.float32], valid: Queries) -> float:
     ranks = metrics.midranks(scores, valid.targets, valid.excluded())
     return float(metrics.per_query(ranks, "ndcg@10").mean())
