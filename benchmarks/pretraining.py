@@ -55,7 +55,7 @@ class Case:
 
 
 CASES = (
-    Case("bundles", "lora-fashion", (DEEP, "training.epochs=6")),
+    Case("bundles", "lora-fashion", (DEEP, "training.epochs=6", "data.text={title}", "task.whitening=none")),
     Case("shelves, few labels", "classify-fashion", (*FEW, "task.min_texts=3", "training.epochs=8")),
     Case("shelves, all labels", "classify-fashion", ("training.epochs=4",)),
 )

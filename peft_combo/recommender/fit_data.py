@@ -20,8 +20,9 @@ from peft_combo.encoder.vectors import VectorCache
 from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.evidence import Evidence
 from peft_combo.recommender.text_ranking import TextViews
+from peft_combo.scoring.base import dense, unit_rows
 from peft_combo.scoring.text import tfidf_vectors
-from peft_combo.scoring.whitening import half_whiten, unit
+from peft_combo.scoring.whitening import half_whiten
 
 Tuned: TypeAlias = Mapping[str, tuple[NDArray[np.float32], CompletionHead]]
 Rated: TypeAlias = Mapping[str, tuple[NDArray[np.float32], RatingHead]]
@@ -124,7 +125,7 @@ class FitData:
         if self.frozen is None:
             return None
         views = [half_whiten(one) for one in (self.frozen, self.described) if one is not None]
-        return unit(np.hstack(views))
+        return dense(unit_rows(np.hstack(views)))
 
     @cached_property
     def questions(self) -> Queries:

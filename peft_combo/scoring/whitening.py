@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.machine import row_blocks
+from peft_combo.scoring.base import dense, unit_rows
 
 
 def measure_whitening(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -26,12 +27,7 @@ def measure_whitening(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32]
 def half_whiten(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Half-whiten vectors by themselves: (N, D) -> (N, D), rows of length 1."""
     centre, change = measure_whitening(vectors)
-    return unit(np.asarray((vectors - centre) @ change, np.float32))
-
-
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scale rows to length 1; a zero row stays zero."""
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9), np.float32)
+    return dense(unit_rows(np.asarray((vectors - centre) @ change, np.float32)))
 
 
 def multiply_self(vectors: NDArray[Any]) -> NDArray[np.float64]:

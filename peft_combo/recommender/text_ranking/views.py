@@ -17,9 +17,9 @@ from scipy import sparse
 
 from peft_combo.data.model import Catalog
 from peft_combo.machine import row_blocks
-from peft_combo.scoring.base import binary
+from peft_combo.scoring.base import binary, dense, unit_rows
 from peft_combo.scoring.text import Tfidf
-from peft_combo.scoring.whitening import half_whiten, multiply_self, unit
+from peft_combo.scoring.whitening import half_whiten, multiply_self
 
 Csr: TypeAlias = "sparse.csr_array[Any, tuple[int, int]]"
 Floats: TypeAlias = NDArray[np.float32]
@@ -231,7 +231,7 @@ def _dense_views(said: Csr, frozen: Floats | None, described: Floats | None) -> 
     found: dict[str, Floats] = {}
     if size > 0:
         latent = TruncatedSVD(size, random_state=0).fit_transform(said)
-        found["latent words"] = unit(np.asarray(latent, np.float32))
+        found["latent words"] = dense(unit_rows(np.asarray(latent, np.float32)))
     if frozen is not None:
         found["encoder"] = half_whiten(frozen)
     if described is not None:
@@ -256,7 +256,7 @@ def _join(parts: Sequence[Floats]) -> Floats:
         own = axes[place : place + part.shape[1]]
         joint += part @ own - centre @ own
         place += part.shape[1]
-    return unit(joint)
+    return dense(unit_rows(joint))
 
 
 def _word_pieces(texts: Sequence[str]) -> Csr:
