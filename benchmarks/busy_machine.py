@@ -72,7 +72,8 @@ def time_tuning(words: list[str], environ: dict[str, str]) -> float:
     """Return the seconds of tuning an adapter for one epoch into a store that is empty."""
     with tempfile.TemporaryDirectory(prefix="busy-") as folder:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "peft_combo", "tune", *words, "--store", str(Path(folder) / "adapters")]
+        places = ("--store", str(Path(folder) / "adapters"), "--run-folder", str(Path(folder) / "run"))
+        command = [sys.executable, "-m", "peft_combo", "tune", *words, *places]
         subprocess.run(command, env=environ, check=True, capture_output=True)
         return time.perf_counter() - started
 
