@@ -46,7 +46,7 @@ def main() -> None:
         words = ["--recipe", "lora-fashion", "--set", "training.epochs=1"]
         if tiny is not None:
             words += ["--data", str(tiny.shop), *(word for one in tiny.changes for word in ("--set", one))]
-        report(words, 1 if options.smoke else options.rounds, options.neighbours)
+        report(words, *(1, 1) if options.smoke else (options.rounds, options.neighbours))
 
 
 def report(words: list[str], rounds: int, neighbours: int) -> None:
