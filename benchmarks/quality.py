@@ -72,7 +72,11 @@ class Case:
 _CLOTHES = "Clothing, Shoes & Jewelry > "
 CASES = {
     "clothing": Case(
-        "bundlerec/clothing", "lora-fashion", ("data.split=user",), (70, 71, 72, 73, 74), (str(PEER), str(FROZEN))
+        "bundlerec/clothing",
+        "lora-fashion",
+        ("data.split=user", "training.epochs=12"),
+        (70, 71, 72, 73, 74),
+        (str(PEER), str(FROZEN)),
     ),
     "electronic": Case("bundlerec/electronic", "lora-electronics", (), (70, 71, 72, 73, 74), (str(PEER), str(FROZEN))),
     "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", str(PEER))),
