@@ -19,6 +19,7 @@ from peft_combo.evaluation.composition import compare_compositions
 from peft_combo.evaluation.detection import check_sessions, compare_detections, detect_held_out
 from peft_combo.evaluation.measures import UnseenFirst, draw_distractors, find_slices, make_rows, measure_queries
 from peft_combo.evaluation.report import QueryResults, Report
+from peft_combo.metrics.report import find_row
 from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.fit_data import FitData, Rated, Tuned
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead
@@ -104,7 +105,7 @@ def evaluate(
     selected.clear()
     candidates.clear()
     _put_unseen_first(asks, settings, on_valid, known, valid)
-    on_valid[FUSION] = next(line.ndcg for line in fusion.table if line.name == fusion.chosen)
+    on_valid[FUSION] = find_row(fusion.table, fusion.chosen).ndcg
     settings[FUSION] = fusion.chosen
 
     # Test, once.

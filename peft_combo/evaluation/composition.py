@@ -18,6 +18,7 @@ from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.encoder.heads.sequence import SequenceHead
+from peft_combo.metrics.report import find_row
 from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.fit_weights import fit_item_weights, make_judge
@@ -79,15 +80,8 @@ class CompositionReport:
     rows: tuple[ComposedRow, ...]
 
     def row(self, name: str) -> ComposedRow:
-        """Return the line of that name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        """Return the line of that name; see `find_row`."""
+        return find_row(self.rows, name)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""

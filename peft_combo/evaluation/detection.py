@@ -19,6 +19,7 @@ from peft_combo.data.sessions import LabelledSession, list_sessions
 from peft_combo.data.splits import Split
 from peft_combo.errors import PeftComboError
 from peft_combo.metrics.detection import SetMatch, match_sets
+from peft_combo.metrics.report import find_row
 from peft_combo.recommender.bundle_detection import Aim, BundleDetector
 from peft_combo.recommender.fit_data import FitData
 
@@ -73,15 +74,8 @@ class DetectionReport:
     rows: tuple[DetectionRow, ...]
 
     def row(self, name: str) -> DetectionRow:
-        """Return the line of that name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        """Return the line of that name; see `find_row`."""
+        return find_row(self.rows, name)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""

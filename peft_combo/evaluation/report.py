@@ -14,6 +14,7 @@ from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.composition import CompositionReport
 from peft_combo.evaluation.detection import DetectionReport
 from peft_combo.metrics.charts import Bar, Bars, draw
+from peft_combo.metrics.report import find_row
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.scorer_id import FUSION, ScorerId
 
@@ -104,15 +105,8 @@ class Report:
     detection: DetectionReport | None = None
 
     def row(self, name: str) -> CompletionRow:
-        """Return the line of that name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for line in self.lines:
-            if line.name == name:
-                return line
-        raise KeyError(name)
+        """Return the line of that name; see `find_row`."""
+        return find_row(self.lines, name)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the table as flat records, one per scorer."""

@@ -18,6 +18,7 @@ from peft_combo.data.model import Dataset
 from peft_combo.data.splits import Split
 from peft_combo.errors import DataError
 from peft_combo.machine import row_blocks
+from peft_combo.metrics.report import find_row
 from peft_combo.recommender.text_search import (
     FROZEN_ALL,
     FROZEN_TITLE,
@@ -82,15 +83,8 @@ class QueryReport:
     groups: NDArray[np.str_] = field(repr=False, compare=False)
 
     def row(self, name: str) -> QueryRow:
-        """Return the line of that name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(name)
+        """Return the line of that name; see `find_row`."""
+        return find_row(self.rows, name)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the single queries as JSON values."""

@@ -5,13 +5,34 @@ Knows numbers only: a task fills it, the command line prints it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.metrics.significance import bootstrap_interval, paired_permutation
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+NamedT = TypeVar("NamedT", bound=_Named)
+
+
+def find_row(rows: Iterable[NamedT], name: str) -> NamedT:
+    """Return the row of a table that has a name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for row in rows:
+        if row.name == name:
+            return row
+    raise KeyError(name)
 
 
 @dataclass(frozen=True)

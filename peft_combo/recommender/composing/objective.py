@@ -217,14 +217,6 @@ class Objective:
         cosines[np.array(added)[:, None] == np.array(whole)] = 0
         return float(np.maximum(cosines.max(axis=1), 0).mean())
 
-    def measure_likeness(self, rows: Rows, others: Sequence[int]) -> NDArray[np.float64]:
-        """(len(rows),) the greatest cosine of each row with any of the others, at least 0."""
-        if self._vectors is None or not others:
-            return np.zeros(len(rows))
-        cosines = (self._vectors[rows] @ self._vectors[list(others)].T).max(axis=1)
-        greatest: NDArray[np.float64] = np.maximum(cosines, 0).astype(np.float64)
-        return greatest
-
     def find_duplicates(self, rows: Rows, others: Sequence[int]) -> NDArray[np.bool_]:
         """(len(rows),) True where a row is nearly the same as one of the others."""
         limit = self.near_duplicate
