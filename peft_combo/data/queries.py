@@ -85,3 +85,10 @@ def pad_contexts(sets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     for own, rows in zip(contexts, sets, strict=True):
         own[: len(rows)] = rows
     return contexts
+
+
+def assign_folds(groups: NDArray[Any], folds: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw the fold of each query for cross-validation, (Q,) of 0..folds - 1; a group is never on both sides of one."""
+    labels = np.unique(groups, return_inverse=True)[1]
+    fold_of: NDArray[np.int64] = (rng.permutation(labels.max() + 1) % folds)[labels]
+    return fold_of

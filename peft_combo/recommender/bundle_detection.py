@@ -20,12 +20,14 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from peft_combo.data.model import Dataset
+from peft_combo.data.queries import assign_folds
 from peft_combo.data.sessions import LabelledSession, list_sessions, make_up_sessions
 from peft_combo.data.splits import Split
 from peft_combo.errors import DataError
 from peft_combo.metrics.detection import SetMatch, match_sets
 from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.pair_columns import PairReader
+from peft_combo.recommender.text_ranking.columns import standardize_columns
 from peft_combo.recommender.text_ranking.views import Floats
 
 Linkage = Literal["average", "complete"]
@@ -35,8 +37,8 @@ Aim = Literal["whole", "sure"]
 _LINKAGES: tuple[Linkage, ...] = ("average", "complete")
 _THRESHOLDS = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))  # 0.3 to 0.95
 _FOLDS = 5
-# Inverse of the ridge penalty of the pair model, and where columns are cut off, in deviations.
-_STRENGTH, _FAR = 0.03, 6.0
+# Inverse of the ridge penalty of the pair model.
+_STRENGTH = 0.03
 # Below so many sessions bundles say more; so many are made up of them.
 _FEWEST, _MADE_UP = 30, 1_000
 
@@ -188,7 +190,7 @@ def _square(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
 
 
 def _predict(columns: Floats, centre: Floats, spread: Floats, weights: Floats, offset: float) -> NDArray[np.float64]:
-    standard = np.clip((columns - centre) / spread, -_FAR, _FAR)
+    standard = standardize_columns(columns, centre, spread)
     found: NDArray[np.float64] = 1 / (1 + np.exp(-(standard @ weights + offset).astype(np.float64)))
     return found
 
@@ -200,7 +202,7 @@ def _solve(pairs: Sequence[Floats], labels: Sequence[NDArray[np.bool_]]) -> tupl
     values = np.concatenate(list(pairs))
     counts = np.concatenate([np.full(len(own), len(own) ** -0.5) for own in labels])
     centre, spread = values.mean(axis=0), values.std(axis=0) + 1e-6
-    standard = np.clip((values - centre) / spread, -_FAR, _FAR)
+    standard = standardize_columns(values, centre, spread)
     model = LogisticRegression(C=_STRENGTH, max_iter=500)
     model.fit(standard, np.concatenate(list(labels)), sample_weight=counts)
     return centre, spread, model.coef_[0].astype(np.float32), float(model.intercept_[0])
@@ -210,8 +212,7 @@ def _predict_held_out(
     pairs: Sequence[Floats], labels: Sequence[NDArray[np.bool_]], sessions: Sequence[LabelledSession], seed: int
 ) -> list[NDArray[np.float64]]:
     """Predict the pairs of every session by a model that saw no session of its user: per session (S, S)."""
-    groups = np.unique([one.group for one in sessions], return_inverse=True)[1]
-    fold_of = (np.random.default_rng(seed).permutation(groups.max() + 1) % _FOLDS)[groups]
+    fold_of = assign_folds(np.array([one.group for one in sessions]), _FOLDS, np.random.default_rng(seed))
     found: list[NDArray[np.float64]] = [np.empty(0)] * len(sessions)
     for fold in np.unique(fold_of):
         seen = [place for place in range(len(sessions)) if fold_of[place] != fold]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from peft_combo.data.leakage import _find_claimed
 from peft_combo.data.model import CATEGORY_SEPARATOR, Catalog
+from peft_combo.data.queries import assign_folds
 from peft_combo.errors import DataError
 from peft_combo.recommender.conditional_logit import Scores, fit_conditional_logit, sample_cells
 from peft_combo.recommender.evidence import Evidence
@@ -154,8 +155,7 @@ class Calibration:
                 found[kind][name] = float(value)
             return Calibration(scale, found["own"], found["shared"], found["offset"])
 
-        labels = np.unique(np.asarray(groups), return_inverse=True)[1]
-        fold_of = (rng.permutation(labels.max() + 1) % folds)[labels]
+        fold_of = assign_folds(np.asarray(groups), folds, rng)
         crossed = np.empty((len(targets), len(coverage.of_item)), np.float32)
         for fold in np.unique(fold_of):
             held = fold_of == fold

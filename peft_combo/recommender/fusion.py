@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse, special
 
 from peft_combo import metrics
+from peft_combo.data.queries import assign_folds
 from peft_combo.machine import row_blocks
 from peft_combo.recommender.conditional_logit import Key, SampledCells, Scores, fit_conditional_logit, sample_cells
 from peft_combo.recommender.evidence import GATES, Evidence, Gate, _find_missing, _Gates
@@ -117,7 +118,7 @@ class Fusion(Generic[Key]):
         rows = _sample_groups(labels, max_queries, rng)
         scores = {name: np.ascontiguousarray(part[rows]) for name, part in scores.items()}
         answers, labels, evidence = answers[rows], np.unique(labels[rows], return_inverse=True)[1], evidence.take(rows)
-        fold_of = (rng.permutation(labels.max() + 1) % folds)[labels]
+        fold_of = assign_folds(labels, folds, rng)
 
         singles = {name: cls("damped", {name: {"always": 1.0}}, {}, str(name)) for name in scores}
         alone = {name: _ranks(part, answers, evidence) for name, part in scores.items()}

@@ -68,13 +68,9 @@ class PairReader:
 
     def _compare(self, items: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         """Return how alike each view finds the items, the mean of both ways: per name (S, S)."""
-        views = self.views
-        alike = dict(zip(views.sparse.names, views.sparse.pairs(items, items).astype(np.float64), strict=True))
-        steps = views.depth[items][:, None] + views.depth[items][None, :]
-        alike["kinship"] = 2 * alike["category path"] / np.maximum(steps, 1)
-        for name, vectors in views.dense.items():
-            alike[name] = (vectors[items] @ vectors[items].T).astype(np.float64)
-        return {name: (values + values.T) / 2 for name, values in alike.items()}
+        alike = self.views.compare(items, items)
+        both = {name: values.astype(np.float64) for name, values in alike.items()}
+        return {name: (values + values.T) / 2 for name, values in both.items()}
 
     def _count_together(self, items: NDArray[np.int64], left_out: Collection[str]) -> NDArray[np.float64]:
         counted = ~np.isin(self.groups, list(left_out)) if left_out else np.ones(len(self.groups), bool)

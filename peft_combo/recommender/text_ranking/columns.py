@@ -15,6 +15,8 @@ from peft_combo.recommender.text_ranking.views import Floats, TextViews
 
 # CandidateColumns that each view puts forward.
 DEPTH = 50
+# Columns are in deviations; farther ones are outliers.
+_FAR = 6.0
 _LEAST = ("words", "words and category", "joint", "encoder", "kinship", "place in its own list, words",
           "place in its own list, joint")  # fmt: skip
 
@@ -63,9 +65,11 @@ def gather(views: TextViews, context: NDArray[np.int64]) -> CandidateColumns:
 
 def name_columns(views: TextViews) -> tuple[str, ...]:
     """Return the names of the columns, in order."""
-    pairs = [*views.sparse.names, "kinship", "rarest shared word", *views.dense, *_reverse(views)]
     spread = [
-        f"{name}, {how}" for name in pairs for how in ("mean", "best", "least") if how != "least" or name in _LEAST
+        f"{name}, {how}"
+        for name in _list_pairs(views)
+        for how in ("mean", "best", "least")
+        if how != "least" or name in _LEAST
     ]
     within = [f"{name}, {how}" for name in (*views.scans, "joint", "all views") for how in ("rank", "gap")]
     hubs = [f"hubness, {name}, {how}" for name in views.crowding for how in ("nearest", "soft")]
@@ -97,23 +101,27 @@ def _find_shared_words(views: TextViews, context: NDArray[np.int64], row: int) -
     return [views.terms[term] for term in rarest]
 
 
-def _reverse(views: TextViews) -> list[str]:
-    return [f"place in its own list, {name}" for name in views.crowding]
+def _list_pairs(views: TextViews) -> list[str]:
+    """Name what is told of pairs, in the order of the columns."""
+    reverse = [f"place in its own list, {name}" for name in views.crowding]
+    return [*views.sparse.names, "kinship", "rarest shared word", *views.dense, *reverse]
+
+
+def standardize_columns(columns: Floats, centre: Floats, spread: Floats) -> Floats:
+    """Bring (M, F) columns to a mean of 0 and a deviation of 1 by (F,) of each, outliers cut off at six deviations."""
+    return np.asarray(np.clip((columns - centre) / spread, -_FAR, _FAR), np.float32)
 
 
 def _tell_apart(
     views: TextViews, context: NDArray[np.int64], rows: NDArray[np.int64], scores: dict[str, Floats]
 ) -> Floats:
-    alike = dict(zip(views.sparse.names, views.sparse.pairs(context, rows), strict=True))
-    steps = views.depth[context][:, None] + views.depth[rows][None, :]
-    alike["kinship"] = 2 * alike["category path"] / np.maximum(steps, 1)
+    alike = views.compare(context, rows)
     alike["rarest shared word"] = _rarest(views, context, rows)
-    for name, vectors in views.dense.items():
-        alike[name] = vectors[context] @ vectors[rows].T
     for name, crowd in views.crowding.items():
         alike[f"place in its own list, {name}"] = -crowd.reverse_ranks(alike[name], rows)
     columns: list[Floats] = []
-    for name, values in alike.items():
+    for name in _list_pairs(views):
+        values = alike[name]
         columns += [values.mean(axis=0), values.max(axis=0)]
         if name in _LEAST:
             columns.append(values.min(axis=0))

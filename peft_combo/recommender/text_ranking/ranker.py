@@ -16,9 +16,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo.data.queries import Queries
+from peft_combo.data.queries import Queries, assign_folds
 from peft_combo.recommender.conditional_logit import DOUBT, SampledCells, fit_conditional_logit
-from peft_combo.recommender.text_ranking.columns import CandidateColumns, describe_column, gather, name_columns
+from peft_combo.recommender.text_ranking.columns import (
+    CandidateColumns,
+    describe_column,
+    gather,
+    name_columns,
+    standardize_columns,
+)
 from peft_combo.recommender.text_ranking.views import Floats, TextViews
 
 # Ridge penalties, and columns that may be left out as a whole: cross-validation on training bundles decides.
@@ -29,8 +35,6 @@ _OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "without categories": ("leaf", "category path", "kinship", "depth", "items of the leaf"),
 }
 _FOLDS = 3
-# Columns are in deviations; farther ones are outliers.
-_FAR = 6.0
 # Questions that are learned from: their columns are what fitting costs, and each grows with the catalogue.
 _QUESTIONS, _FEWEST, _CELLS = 4_000, 1_000, 40_000_000
 # Below the candidates, items follow in the order of the sum of all views, this close to each other.
@@ -67,21 +71,21 @@ class TextRanker:
         if not len(questions.groups):
             raise ValueError("no training question has its answer among the candidates of the text views.")
         names = name_columns(views)
-        labels = np.unique(questions.groups, return_inverse=True)[1]
-        fold_of = (np.random.default_rng(seed).permutation(labels.max() + 1) % _FOLDS)[labels]
+        fold_of = assign_folds(questions.groups, _FOLDS, np.random.default_rng(seed))
+        alone = len(np.unique(questions.groups)) == 1  # there is nothing to hold out
         tried: dict[tuple[str, float], float] = {}
         for option, left_out in _OPTIONAL.items():
             chosen = _without(names, left_out)
             for penalty in _PENALTIES:
-                values = np.empty(len(labels))
-                for fold in range(_FOLDS if labels.max() else 0):
+                values = np.empty(len(fold_of))
+                for fold in range(0 if alone else _FOLDS):
                     held = fold_of == fold
                     solved = _solve(questions, chosen, ~held, penalty)
                     values[held] = questions.likelihood(solved, chosen)[held]
-                tried[option, penalty] = float(values.mean()) if labels.max() else 0.0
+                tried[option, penalty] = 0.0 if alone else float(values.mean())
         option, penalty = max(tried, key=tried.__getitem__)
         chosen = _without(names, _OPTIONAL[option])
-        solved = _solve(questions, chosen, np.ones(len(labels), bool), penalty)
+        solved = _solve(questions, chosen, np.ones(len(fold_of), bool), penalty)
         return cls(views, chosen, *solved, f"{option}, penalty {penalty:g}")
 
     def __call__(self, queries: Queries) -> Floats:
@@ -101,7 +105,7 @@ class TextRanker:
         if not len(context):
             return {}
         found = gather(self.views, context)
-        cells = _standard(found.columns[:, self.columns], self.centre, self.spread) * self.weights
+        cells = standardize_columns(found.columns[:, self.columns], self.centre, self.spread) * self.weights
         cells -= cells.mean(axis=0)
         names = [name_columns(self.views)[column] for column in self.columns]
         told = {}
@@ -145,7 +149,7 @@ class TextRanker:
         base = np.where(np.isfinite(found.base), found.base, -1 / _STEP)
         if not len(found.rows):
             return np.asarray(base * _STEP, np.float32)
-        own = _standard(found.columns[:, self.columns], self.centre, self.spread) @ self.weights
+        own = standardize_columns(found.columns[:, self.columns], self.centre, self.spread) @ self.weights
         scores = np.asarray(own.min() - 1 + _STEP * (base - base.max()), np.float32)
         scores[found.rows] = own
         return scores
@@ -185,7 +189,7 @@ class _Questions:
     def likelihood(self, solved: tuple[Floats, Floats, Floats], columns: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return ln(share of the answer + doubt) of each question: (Q,)."""
         centre, spread, weights = solved
-        logits = _standard(self.columns[:, columns], centre, spread) @ weights
+        logits = standardize_columns(self.columns[:, columns], centre, spread) @ weights
         starts = self.sampled.starts
         peaks = np.maximum.reduceat(logits, starts)
         totals = np.add.reduceat(np.exp(logits - peaks[self.sampled.rows]), starts)
@@ -194,10 +198,6 @@ class _Questions:
 
 def _without(names: Sequence[str], left_out: tuple[str, ...]) -> NDArray[np.int64]:
     return np.flatnonzero([not name.startswith(left_out) if left_out else True for name in names])
-
-
-def _standard(columns: Floats, centre: Floats, spread: Floats) -> Floats:
-    return np.asarray(np.clip((columns - centre) / spread, -_FAR, _FAR), np.float32)
 
 
 def _solve(
@@ -209,7 +209,7 @@ def _solve(
     centre, spread = own.mean(axis=0), own.std(axis=0) + 1e-6
     free = len(columns)
     weights = fit_conditional_logit(
-        _standard(values, centre, spread).T, questions.sampled, chosen,
+        standardize_columns(values, centre, spread).T, questions.sampled, chosen,
         np.full(free, penalty * chosen.sum()),  # the solver's prior counts as one question
         [(None, None)] * free, np.zeros(free),
     )  # fmt: skip

@@ -162,6 +162,18 @@ class TextViews:
     item_names: tuple[str, ...]
     crowding: dict[str, Crowding]
 
+    def compare(self, context: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, Floats]:
+        """Return how alike each view finds items, (S,) and (C,) rows of the catalogue: per name (S, C).
+
+        The sparse views, "kinship" (the share of their category paths that is one), and the dense ones.
+        """
+        alike: dict[str, Floats] = dict(zip(self.sparse.names, self.sparse.pairs(context, rows), strict=True))
+        steps = self.depth[context][:, None] + self.depth[rows][None, :]
+        alike["kinship"] = 2 * alike["category path"] / np.maximum(steps, 1)
+        for name, vectors in self.dense.items():
+            alike[name] = vectors[context] @ vectors[rows].T
+        return alike
+
     @classmethod
     def of(
         cls, catalog: Catalog, text: str, frozen: Floats | None, described: Floats | None = None
