@@ -113,8 +113,7 @@ def _measure_completion(
     # Any other head is refused before anything is encoded.
     raters = {name: one.task_head for name, one in live.items() if isinstance(one.task_head, RatingHead)}
     heads = {name: one.head_as(CompletionHead) for name, one in live.items() if name not in raters}
-    read = sum(map(len, dataset.read_frozen))
-    callback.on_stage("Encoding the catalogue", read + len(dataset.texts) * len(live))
+    callback.on_stage("Encoding the catalogue", space.count_texts(len(live)))
 
     def encode(reference: str | None) -> NDArray[np.float32]:
         return space.encode_catalog(reference, callback.on_advance)
@@ -203,8 +202,7 @@ def _search_by_intents(space: Workspace, adapters: Sequence[str], callback: Cons
     check_intents(dataset, space.split.test)
     for name in adapters:
         space.bank.get(name).head_as(CompletionHead)  # any other is refused before anything is encoded
-    read = sum(map(len, dataset.read_frozen))
-    callback.on_stage("Encoding the catalogue", read + len(dataset.texts) * len(adapters))
+    callback.on_stage("Encoding the catalogue", space.count_texts(len(adapters)))
     frozen = space.encode_catalog(None, progress)
     tuned = {name: space.encode_catalog(name, progress) for name in adapters}
     views = build_views(dataset, space.bank, frozen, space.encode_described(frozen, progress), tuned)

@@ -170,10 +170,7 @@ def _fit_recommender(
     """Return the fitted recommender kept in `folder`, or fit one; note what it was fitted without."""
     from peft_combo.recommender.persistence import load_or_fit
 
-    dataset = space.dataset
-    callback.on_stage(
-        "Encoding the catalogue", len(dataset.catalog) * (1 + len(adapters) + (dataset.described is not None))
-    )
+    callback.on_stage("Encoding the catalogue", space.count_texts(len(adapters)))
     made = load_or_fit(
         folder, space.dataset, space.split, space.bank, adapters, seed=space.recipe.seed,
         cache=space.cache, progress=callback.on_advance, done=lambda name: callback.on_note(f"fitted {name}"),

@@ -19,13 +19,11 @@ from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.metrics.report import find_row
-from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.fit_weights import fit_item_weights, make_judge
 from peft_combo.recommender.composing.generation import Sizes, Steps, build_steps, generate
 from peft_combo.recommender.composing.openings import Openings, compose_openings
 from peft_combo.recommender.composing.options import Options
-from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, ItemVectors, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
@@ -110,10 +108,9 @@ def compare_compositions(
     """
     openings = Openings.of(test, seed)
     texts = np.unique(np.array(known.texts), return_inverse=True)[1]
-    templates = SlotTemplates.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
     ask_all = fuse_scorers(fusion, asks, known)
-    agreement = Agreement.learn(dataset.catalog, [dataset.bundles.items[row] for row in parts.train])
-    composer = Composer(dataset.catalog, templates, vectors=known.frozen, history=known.history, agreement=agreement)
+    seen = [dataset.bundles.items[row] for row in parts.train]
+    composer = Composer.learn(dataset.catalog, seen, vectors=known.frozen, history=known.history)
     weights = fit_item_weights(composer, valid, ask_all, text_side, seed=seed)
     options = Options(k=1, weights=weights, seed=seed)
     vectors: ItemVectors = known.words if known.frozen is None else known.frozen

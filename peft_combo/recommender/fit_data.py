@@ -178,6 +178,14 @@ class TextSide:
     rated: dict[str, tuple[NDArray[np.float32], RatingHead]]
     coverage: CategoryCoverage | None
 
+    def gather(
+        self, dataset: Dataset, bundles: NDArray[Any] | None = None, interactions: NDArray[Any] | None = None
+    ) -> FitData:
+        """Gather what some rows say beside the encoders; see `FitData.of`."""
+        return FitData.of(
+            dataset, bundles, interactions, self.frozen, self.tuned, self.coverage, self.rated, self.described
+        )
+
 
 def encode_catalog(
     dataset: Dataset, bank: AdapterBank, adapters: str | Sequence[str] | None,

@@ -19,11 +19,9 @@ from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
-from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.fit_weights import fit_weights
 from peft_combo.recommender.composing.options import ModeWeights
-from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.fit_data import FitData, TextSide, encode_catalog
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast, build_past, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
@@ -93,10 +91,7 @@ def fit_scorers(
     notes = _leakage_notes(side, dataset, parts)
 
     # Every scorer in every setting, fitted on training bundles; the best setting on validation stays.
-    known = FitData.of(
-        dataset, parts.train, parts.train_interactions, side.frozen, side.tuned, side.coverage, side.rated,
-        side.described,
-    )  # fmt: skip
+    known = side.gather(dataset, parts.train, parts.train_interactions)
     valid = make_queries(dataset, parts.valid, _QUERIES, seed, "valid", notes)
     users = {dataset.bundles.groups[row] for row in parts.valid}
     choices = {scorer: settings for scorer, settings in list_scorers(known, users, seed).items() if scorer != RANDOM}
@@ -109,17 +104,14 @@ def fit_scorers(
     text_scorer = select_text_scorer(selected)
     text_side = selected[text_scorer].fitted if text_scorer else FittedHead.of_frozen(side.frozen)
     seen = [dataset.bundles.items[row] for row in parts.train]
-    composer = Composer(
-        dataset.catalog, SlotTemplates.learn(dataset.catalog, seen), vectors=side.frozen, history=known.history,
-        agreement=Agreement.learn(dataset.catalog, seen),
-    )  # fmt: skip
+    composer = Composer.learn(dataset.catalog, seen, vectors=side.frozen, history=known.history)
     relevance = fuse_scorers(fusion, {scorer: one.fitted for scorer, one in selected.items()}, known)
     search = _choose_search(dataset, parts, bank, side)
     words = _AskedInWords.of(search, dataset, parts.valid)
     weights = fit_weights(composer, valid, relevance, text_side, words, seed=seed)
 
     # For serving, once more on every bundle there is.
-    everything = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated, side.described)
+    everything = side.gather(dataset)
     settings = {scorer: selected[scorer].setting for scorer in fusion.needs}
     serving = _refit(everything, settings, seed, {scorer: selected[scorer].fitted for scorer in settings})
     if text_scorer:

@@ -32,7 +32,7 @@ from peft_combo.errors import DataError
 from peft_combo.files import stage_folder
 from peft_combo.recommender.category_calibration import Calibration
 from peft_combo.recommender.composing.options import ModeWeights, ObjectiveWeights
-from peft_combo.recommender.fit_data import FitData, encode_catalog
+from peft_combo.recommender.fit_data import encode_catalog
 from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import (
     Fitted,
@@ -235,7 +235,7 @@ def _rebuild(
 ) -> FitState:  # fmt: skip
     dataset = replace(dataset, text_template=manifest.text)  # its scorers read texts as they did when fitted
     side = encode_catalog(dataset, bank, tuple(manifest.adapters), cache, progress)
-    known = FitData.of(dataset, None, None, side.frozen, side.tuned, side.coverage, side.rated, side.described)
+    known = side.gather(dataset)
     heads = {name: FittedHead.of(vectors, head) for name, (vectors, head) in side.tuned.items()}
     settings = {_parse_label(label): setting for label, setting in manifest.settings.items()}
     files = {_parse_label(label): file for label, file in manifest.scorers.items()}

@@ -24,12 +24,10 @@ from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.recommender.bundle_detection import BundleDetector
-from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
 from peft_combo.recommender.composing.options import OneOf, Options
-from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_detected, describe_item
 from peft_combo.recommender.fit_state import FitState, fit_scorers
 from peft_combo.recommender.fitted_scorers import score_beside
@@ -59,12 +57,11 @@ class BundleRecommender:
     def __init__(self, dataset: Dataset, bank: AdapterBank, state: FitState) -> None:
         assert state.known.frozen is not None
         self.dataset, self.bank, self.state = dataset, bank, state
-        self.templates = SlotTemplates.learn(dataset.catalog, dataset.bundles.items)
         self._history: Any = sparse.csc_array(state.known.history)
-        self._composer = Composer(
-            dataset.catalog, self.templates, vectors=state.known.frozen, history=state.known.history,
-            agreement=Agreement.learn(dataset.catalog, dataset.bundles.items),
-        )  # fmt: skip
+        self._composer = Composer.learn(
+            dataset.catalog, dataset.bundles.items, vectors=state.known.frozen, history=state.known.history
+        )
+        self.templates = self._composer.templates
 
     @classmethod
     def fit(

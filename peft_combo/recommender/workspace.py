@@ -169,3 +169,7 @@ class Workspace:
         return encode_described(
             self.dataset, frozen, lambda texts: self.cache.vectors(self.bank, texts, None, progress)
         )
+
+    def count_texts(self, adapters: int) -> int:
+        """Return how many texts are encoded for the frozen encoder and so many adapters, where no cache has them."""
+        return sum(map(len, self.dataset.read_frozen)) + adapters * len(self.dataset.texts)

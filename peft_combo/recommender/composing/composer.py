@@ -89,6 +89,19 @@ class Composer:
         self.near_duplicate = self._learn_near_duplicate(csc)
         self._sample = np.sort(np.random.default_rng(0).permutation(len(catalog))[:sample])
 
+    @classmethod
+    def learn(
+        cls,
+        catalog: Catalog,
+        bundles: Sequence[NDArray[np.integer[Any]]],
+        *,
+        vectors: NDArray[np.float32] | None = None,
+        history: SparseRows | None = None,
+    ) -> Composer:
+        """Learn templates and agreement from bundles, each the rows of its items; see `Composer` for the rest."""
+        templates, agreement = SlotTemplates.learn(catalog, bundles), Agreement.learn(catalog, bundles)
+        return cls(catalog, templates, vectors=vectors, history=history, agreement=agreement)
+
     @property
     def templates(self) -> SlotTemplates:
         """What bundles look like."""
