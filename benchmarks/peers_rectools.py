@@ -16,18 +16,17 @@ intervals by bootstrap over users, p of paired permutations of users against our
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import subprocess
 import sys
 import tempfile
 import venv
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from _smoke import add_smoke, make_tiny
+from _cases import parse_cases
+from _smoke import make_tiny
 from numpy.typing import NDArray
 
 from peft_combo import metrics
@@ -49,25 +48,16 @@ _INNER = 0.1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(RECIPES)}; default: all")
     parser.add_argument("--environment", type=Path, help="folder of RecTools' environment, made where it is none")
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("PEFT_COMBO_DATA"))
     parser.add_argument("--part", choices=("valid", "test"), default="valid", help="whose questions are measured")
     parser.add_argument("--seed", type=int, default=60, help="of the user split")
     parser.add_argument("--cache", type=Path, help="folder of item vectors that are kept")
-    add_smoke(parser)
-    options = parser.parse_args()
-    if unknown := [name for name in options.cases if name not in RECIPES]:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(RECIPES)}")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    options = parse_cases(parser, RECIPES)
     if options.smoke:
         smoke(options.environment)
         return
     if options.environment is None:
         parser.error("name the folder of RecTools' environment by --environment; it is made where it is none")
-    if options.data_root is None:
-        parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
     python = prepare_environment(options.environment)
     with tempfile.TemporaryDirectory(prefix="rectools-") as scratch:
         for name in options.cases or RECIPES:

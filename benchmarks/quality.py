@@ -21,25 +21,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import tempfile
 import time
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _smoke import add_smoke, make_tiny
+from _cases import parse_cases
+from _smoke import make_tiny
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file
-from safetensors.torch import load_file
 
 from peft_combo import metrics
-from peft_combo.encoder.heads.base import HEAD_FILE
-from peft_combo.encoder.heads.completion import BundleHead
+from peft_combo.encoder.heads.completion import CompletionHead
 from peft_combo.evaluation.canary import run_canary
 from peft_combo.evaluation.completion import evaluate
 from peft_combo.evaluation.report import CompletionRow, QueryResults, Report, Slice
@@ -96,20 +92,13 @@ COLUMNS = ("r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--all", action="store_true", help="every case")
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("PEFT_COMBO_DATA"))
     parser.add_argument("--quick", action="store_true", help="the first split only")
     parser.add_argument("--recipe", action="append", default=[], metavar="CASE=RECIPE")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="results of splits, where it goes on")
     parser.add_argument("--write", type=Path, help="Markdown file whose marked tables are replaced")
-    add_smoke(parser)
-    options = parser.parse_args()
-    if unknown := [name for name in options.cases if name not in CASES]:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    options = parse_cases(parser, CASES, "none, name them or --all")
     if options.smoke:
         case = CASES["clothing"]
         with make_tiny() as tiny:
@@ -118,8 +107,6 @@ def main() -> None:
             report = read(tiny.folder / "clothing-10.json")
         print("\n".join(make_table("clothing", [report], case)))
         return
-    if options.data_root is None:
-        parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
     if not options.cases and not options.all:
         parser.error("name cases, or --all")
     recipes = dict(pair.split("=", 1) for pair in options.recipe)
@@ -192,7 +179,7 @@ def one_split(
     with tempfile.TemporaryDirectory() as scratch:
         changes = (*changes, f"data.split_seed={seed}", f"store={scratch}/adapters")
         recipe = load_recipe(recipe_name, changes, data=folder)
-        space = Workspace.of(recipe)
+        space = Workspace.of(recipe, cache=Path(scratch) / "vectors")
         dataset, parts = space.dataset, space.split
         narrowed = {path.split(" > ")[-1].split(",")[0].lower(): path for path in case.categories}
         runs = {"all" if narrowed else recipe.adapter.method: recipe}
@@ -201,21 +188,20 @@ def one_split(
             runs[short] = load_recipe(recipe_name, only, data=folder)
         results = {short: tune(run, run_folder=Path(scratch) / short) for short, run in runs.items()}
         tuned_in = time.perf_counter() - clock
-        backbone, texts = space.backbone, space.dataset.texts
+        references = {short: result.record.reference for short, result in results.items()}
         tuned = {
-            short: (
-                backbone.encode(texts, backbone.attach(result.record)),
-                BundleHead.from_spec(result.record.manifest.task, load_file(result.record.path / HEAD_FILE)),
-            )
-            for short, result in results.items()
+            short: (space.encode_catalog(reference), space.bank.get(reference).head_as(CompletionHead))
+            for short, reference in references.items()
         }
-    frozen = backbone.encode(dataset.plain)
-    described = None if dataset.described is None else backbone.encode(dataset.described)
-    coverage = CategoryCoverage.of(
-        dataset.catalog, {short: result.record.manifest.recipe for short, result in results.items()}
-    )
-    report = evaluate(dataset, parts, frozen=frozen, described=described, tuned=tuned, coverage=coverage, seed=seed)
-    alive = run_canary(dataset, parts, frozen=frozen, tuned=tuned, seed=seed).alive
+        frozen = space.encode_catalog()
+        coverage = CategoryCoverage.of(
+            dataset.catalog, {short: result.record.manifest.recipe for short, result in results.items()}
+        )
+        report = evaluate(
+            dataset, parts, frozen=frozen, described=space.encode_described(frozen), tuned=tuned, coverage=coverage,
+            seed=seed,
+        )  # fmt: skip
+        alive = run_canary(dataset, parts, frozen=frozen, tuned=tuned, seed=seed).alive
     print(
         f"{name}, split {seed} ({parts.digest[:12]}): tuned in {tuned_in:.0f} s ("
         f"{', '.join(f'{short} {result.chosen}' for short, result in results.items())}), all in "

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
-from _smoke import add_smoke, make_tiny
+from _cases import parse_cases
+from _smoke import make_tiny
 from made_up import add_sessions
 
 from peft_combo.cli.evaluate import print_detection
@@ -35,24 +33,15 @@ RECIPES = {"clothing": "lora-fashion", "electronic": "lora-electronics"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(RECIPES)}; default: all")
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("PEFT_COMBO_DATA"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[60, 61, 62], help="of the user splits")
     parser.add_argument("--cache", type=Path, help="folder of item vectors that are kept")
     parser.add_argument("--json", type=Path, help="write all reports here")
-    add_smoke(parser)
-    options = parser.parse_args()
-    if unknown := [name for name in options.cases if name not in RECIPES]:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(RECIPES)}")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    options = parse_cases(parser, RECIPES)
     if options.smoke:
         with make_tiny() as tiny:
             space = open_space("clothing", tiny.shop, tiny.folder / "vectors", tiny.changes)
             measure("clothing", space, add_sessions(space.dataset), [10])
         return
-    if options.data_root is None:
-        parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
     written = {}
     with tempfile.TemporaryDirectory(prefix="sessions-") as scratch:
         for name in options.cases or RECIPES:

@@ -14,26 +14,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _smoke import add_smoke, make_tiny
+from _cases import parse_cases
+from _smoke import make_tiny
 
 from peft_combo import metrics
-from peft_combo.encoder.bank import AdapterBank
 from peft_combo.evaluation.text_queries import BASELINE, TESTED, VALUES, QueryReport, evaluate_queries
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recommender import Workspace
-from peft_combo.recommender.fit_data import encode_described
 from peft_combo.recommender.text_search import build_views
-from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
 
 CASES = {
@@ -44,25 +39,16 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("PEFT_COMBO_DATA"))
     parser.add_argument("--part", choices=("valid", "test"), default="valid")
     parser.add_argument("--seeds", type=int, nargs="+", default=[60, 61, 62], help="of the splits by user")
     parser.add_argument("--tune", action="store_true", help="tune an adapter on each split; its encoder joins")
     parser.add_argument("--json", type=Path, help="write all reports here")
-    add_smoke(parser)
-    options = parser.parse_args()
-    if unknown := [name for name in options.cases if name not in CASES]:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    options = parse_cases(parser, CASES)
     if options.smoke:
         with make_tiny() as tiny:
             add_intents(tiny.shop)
             show("clothing", [search_split(tiny.shop, "lora-fashion", 0, "valid", tiny.changes, tuned=True)])
         return
-    if options.data_root is None:
-        parser.error("name the folder of the data by --data-root or PEFT_COMBO_DATA")
     written: dict[str, Any] = {}
     for name in options.cases or CASES:
         folder, recipe = Path(options.data_root) / CASES[name][0], CASES[name][1]
@@ -83,14 +69,12 @@ def search_split(
     clock = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         whole = (*changes, "data.split=user", f"data.split_seed={seed}", f"store={scratch}/adapters")
-        space = Workspace.of(load_recipe(recipe_name, whole, data=folder))
-        dataset, parts, texts = space.dataset, space.split, list(space.dataset.texts)
+        space = Workspace.of(load_recipe(recipe_name, whole, data=folder), cache=Path(scratch) / "vectors")
+        dataset, parts = space.dataset, space.split
         names = [tune(space.recipe, run_folder=Path(scratch) / "run").record.reference] if tuned else []
-        bank = AdapterBank(space.backbone, AdapterStore(f"{scratch}/adapters"))
-        vectors = {name: bank.encode(texts, name) for name in names}
-        frozen = bank.encode(dataset.plain, None)
-        described = encode_described(dataset, frozen, lambda texts: bank.encode(texts, None))
-        views = build_views(dataset, bank, frozen, described, vectors)
+        frozen = space.encode_catalog()
+        vectors = {name: space.encode_catalog(name) for name in names}
+        views = build_views(dataset, space.bank, frozen, space.encode_described(frozen), vectors)
         rows = parts.valid if part == "valid" else parts.test
         report = evaluate_queries(dataset, parts, views, rows=rows, seed=seed)
     print(
