@@ -33,6 +33,11 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "pooch": "data.readers.download",
     "typer": "cli",
     "rich": "cli",
+    "fastapi": "serving",
+    "starlette": "serving",
+    "uvicorn": "serving",
+    "sqlalchemy": "serving",
+    "prometheus_client": "serving",
 }
 """Third-party package -> the only room, or part of one, that may import it."""
 

@@ -25,7 +25,7 @@ ORDER = [
     ["data"],
     ["encoder"],
     ["tuning", "adapters", "recommender"],
-    ["evaluation", "testing"],
+    ["evaluation", "testing", "serving"],
     ["cli"],
     ["__init__", "__main__"],
 ]
