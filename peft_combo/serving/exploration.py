@@ -57,9 +57,9 @@ class PlackettLuce:
 class Thompson:
     """The order of click rates drawn from each item's posterior, around what its score leads to expect.
 
-    The posterior of item i is Beta(strength * r_i + clicks_i, strength * (1 - r_i) + views_i - clicks_i), its prior mean
-    r_i = sigmoid(logit(rate) + z_i) with z_i the score in standard deviations of the candidates. Its log-odds are drawn
-    from the normal distribution of the same mean and variance, whose propensities take milliseconds.
+    The posterior of item i is Beta(strength * r_i + clicks_i, strength * (1 - r_i) + views_i - clicks_i), its prior
+    mean r_i = sigmoid(logit(rate) + z_i) with z_i the score in standard deviations of the candidates. Its log-odds are
+    drawn from the normal distribution of the same mean and variance, whose propensities take milliseconds.
 
     Attributes:
         clicks, views: (N,) so far, of each candidate; views at least clicks.
