@@ -7,7 +7,8 @@ A recommender shows lists of five of twenty items, drawn by `serving.exploration
 (near) or much (far) is judged from that log by `metrics.off_policy`. Users click by one of three laws: by item and
 place alone, as long as they are not satisfied (cascade), or less where items of the list are alike (list). The truth is
 the mean expected reward of lists drawn by the candidate. One row is one law, estimator and slate model over all
-repeats: bias and root mean squared error in clicks per list, the share of 95 % intervals that held the truth, the mean effective sample.
+repeats: bias and root mean squared error in clicks per list, the share of 95 % intervals that held the truth, the mean
+effective sample.
 """
 
 from __future__ import annotations
