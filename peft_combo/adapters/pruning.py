@@ -1,7 +1,7 @@
 """Pruning of an encoder: vocabulary cut to a catalogue's tokens, attention heads and layers taken out by importance.
 
-Owns what is taken out and the tokenizer that fits what is left. Knows nothing of how good the rest is: `parity` measures
-it, and an export refuses what has lost too much.
+Owns what is taken out and the tokenizer that fits what is left. Knows nothing of how good the rest is: `parity`
+measures it, and an export refuses what has lost too much.
 """
 
 from __future__ import annotations
@@ -259,8 +259,8 @@ def _keep_tokens(content: dict[str, Any], wanted: set[int], backbone: Backbone) 
     kind = model.get("type")
     if kind not in ("WordPiece", "Unigram", "WordLevel"):
         raise BackboneError(
-            f"--prune-vocabulary knows WordPiece, Unigram and WordLevel, whose words read the same without the tokens they do not "
-            f"use; {backbone.name} has {kind}."
+            "--prune-vocabulary knows WordPiece, Unigram and WordLevel, whose words read the same without the tokens "
+            f"they do not use; {backbone.name} has {kind}."
         )
     words = {word: n for n, (word, _) in enumerate(model["vocab"])} if kind == "Unigram" else dict(model["vocab"])
     prefix = "▁" if kind == "Unigram" else model.get("continuing_subword_prefix", "")

@@ -262,7 +262,8 @@ def _resample(
 def _sum_ratios(tops: NDArray[np.float64], bottoms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the sum of ratios of each row; a resample without any weight says 0."""
     ratios: NDArray[np.float64] = np.divide(tops, bottoms, out=np.zeros_like(tops), where=bottoms > 0)
-    return ratios.sum(1)
+    summed: NDArray[np.float64] = ratios.sum(1)
+    return summed
 
 
 def _interval(values: NDArray[np.float64], level: float) -> tuple[float, float]:
