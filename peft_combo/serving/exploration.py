@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from peft_combo.errors import PeftComboError, did_you_mean
+
 # Nodes of the integrals behind Thompson's propensities, over their whole range and within each posterior.
 _NODES = 512
 _QUANTILES = special.ndtri(np.concatenate([[1e-9, 1e-6, 1e-4], np.linspace(0.003, 0.997, 25), [1 - 1e-4, 1 - 1e-6,
@@ -103,6 +105,26 @@ class Exploration:
     def list_probability(self) -> float:
         """The probability of the whole list, in this order."""
         return float(np.prod(self.propensities))
+
+
+def parse_policy(text: str) -> EpsilonGreedy | PlackettLuce:
+    """Read a policy as it is written on a command line: ``epsilon-greedy:0.1``, ``plackett-luce:0.5``.
+
+    Raises:
+        PeftComboError: it is none.
+    """
+    name, _, number = text.partition(":")
+    policies: dict[str, type[EpsilonGreedy] | type[PlackettLuce]] = {
+        "epsilon-greedy": EpsilonGreedy,
+        "plackett-luce": PlackettLuce,
+    }
+    try:
+        return policies[name](float(number))
+    except (KeyError, ValueError) as error:
+        raise PeftComboError(
+            f'Expected epsilon-greedy:SHARE (0 to 1) or plackett-luce:TEMPERATURE (above 0), found "{text}". '
+            f"{did_you_mean(name, policies)}".rstrip()
+        ) from error
 
 
 def explore(scores: ArrayLike, k: int, policy: ExplorationPolicy, request_id: str, secret: bytes = b"") -> Exploration:
