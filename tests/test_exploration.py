@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtr
 
+from peft_combo.errors import PeftComboError
 from peft_combo.serving.exploration import (
     EpsilonGreedy,
     ExplorationPolicy,
@@ -17,6 +18,7 @@ from peft_combo.serving.exploration import (
     compute_propensities,
     explore,
     measure_places,
+    parse_policy,
 )
 
 SCORES = np.array([0.2, 1.5, -0.3, 0.9])
@@ -29,7 +31,7 @@ def test_propensities_are_those_of_what_is_drawn(policy: ExplorationPolicy) -> N
     lists = list(permutations(range(4), 2))
     expected = {one: float(np.prod(compute_propensities(SCORES, one, policy))) for one in lists}
     assert sum(expected.values()) == pytest.approx(1, abs=1e-4)
-    draws = 4000 if isinstance(policy, Thompson) else 6000
+    draws = 2500
     seen = Counter(tuple(explore(SCORES, 2, policy, f"r{n}").order.tolist()) for n in range(draws))
     for one, share in expected.items():
         assert abs(seen[one] / draws - share) < 4.5 * np.sqrt(share * (1 - share) / draws) + 1e-3, one
@@ -95,5 +97,10 @@ def test_what_makes_no_sense_is_refused() -> None:
         compute_propensities(SCORES, [1, 1], EpsilonGreedy())
     with pytest.raises(ValueError, match="k: expected"):
         explore(SCORES, 0, EpsilonGreedy(), "x")
+    assert parse_policy("epsilon-greedy:0.2") == EpsilonGreedy(0.2)
+    assert parse_policy("plackett-luce:2") == PlackettLuce(2.0)
+    for text in ("plackett:1", "epsilon-greedy", "epsilon-greedy:7", "plackett-luce:0"):
+        with pytest.raises(PeftComboError, match="Expected epsilon-greedy:SHARE"):
+            parse_policy(text)
     with pytest.raises(ValueError, match="k: expected"):
         measure_places(SCORES, 5, 0.1)

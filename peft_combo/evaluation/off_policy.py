@@ -55,8 +55,8 @@ def judge_candidate(
 ) -> OffPolicyReport:  # fmt: skip
     """Estimate what a candidate would have earned from what was shown.
 
-    Lists without propensities, or of a person or a query without items, are left out: of the first nothing is known, and
-    what the candidate would have made of the second cannot be asked again from keys alone.
+    Lists without propensities, or of a person or a query without items, are left out: of the first nothing is known,
+    and what the candidate would have made of the second cannot be asked again from keys alone.
 
     Args:
         score: the items that the candidate would draw from for a context, id -> score; asked once per context.
@@ -78,8 +78,8 @@ def judge_candidate(
             rows.append((one, _find_probabilities(one, known[one.context], propensities)))
     if not rows:
         raise DataError(
-            f"Expected logged lists with propensities and the items they were shown for, found none among {len(lists):,}. "
-            "Let the service explore, and log for a while."
+            f"Expected logged lists with propensities and the items they were shown for, found none among "
+            f"{len(lists):,}. Let the service explore, and log for a while."
         )
     width = max(len(one.items) for one, _ in rows)
     rewards, logged, candidate = (np.full((len(rows), width), np.nan) for _ in range(3))

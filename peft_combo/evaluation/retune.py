@@ -184,8 +184,8 @@ def compare_versions_in_use(
 ) -> ArmDifference | None:
     """Compare the version in use with the one before it by feedback; None where one of them has too few lists.
 
-    A list earns 1 where anything of it was clicked or taken. Where both versions answered at the same time (a split), or
-    a person saw both, it is a comparison; one after the other it is an alarm, since the season changes too.
+    A list earns 1 where anything of it was clicked or taken. Where both versions answered at the same time (a split) it
+    is a comparison; one after the other it is an alarm, since the season changes too.
     """
     if before is None:
         return None
