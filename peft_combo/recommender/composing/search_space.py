@@ -179,7 +179,7 @@ def build_search_space(
         required=frozenset(slot for slot in required if held[slot] == 0),
         low=low - len(context),
         high=high - len(context),
-        left=_find_budget(slotted, context, constraints, without),
+        left=find_budget(slotted, context, constraints, without),
         cents=slotted.index.cents,
     )
 
@@ -197,8 +197,8 @@ def _find_sizes(slotted: SlottedCatalog, held: int, constraints: Constraints, op
     return max(constraints.size[0], held + 1), constraints.size[1]
 
 
-def _find_budget(
-    slotted: SlottedCatalog, context: tuple[int, ...], constraints: Constraints, without: frozenset[str]
+def find_budget(
+    slotted: SlottedCatalog, context: tuple[int, ...], constraints: Constraints, without: frozenset[str] = frozenset()
 ) -> int | None:
     """The cents of the budget the context leaves; None without a budget."""
     if constraints.budget is None or "budget" in without:
