@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from peft_combo.recommender.results import DetectedBundle, Recommendation, Suggestion
     from peft_combo.recommender.workspace import Workspace
 
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option("--where", help="Condition on new items: 'price<50', 'brand=A|B', 'colour!=red'; may be repeated."),
+]
+NotLikeOption = Annotated[str | None, typer.Option("--not-like", help="Ids of rejected items: F1,F7.")]
+ExcludeOption = Annotated[str | None, typer.Option("--exclude", help="Ids of items that are not shown: F1,F7.")]
+SeenOption = Annotated[bool, typer.Option("--seen", help="With --user: also items this user took before.")]
+
 
 @app.command()
 def recommend(
@@ -63,15 +71,10 @@ def recommend(
     ] = None,
     size: Annotated[int | None, typer.Option("--size", help="Number of items in a bundle; default as usual.")] = None,
     in_stock: Annotated[bool, typer.Option("--in-stock", help="New items in stock only.")] = False,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--where", help="Condition on new items: 'price<50', 'brand=A|B', 'colour!=red'; may be repeated."
-        ),
-    ] = None,
-    not_like: Annotated[str | None, typer.Option("--not-like", help="Ids of rejected items: F1,F7.")] = None,
-    exclude: Annotated[str | None, typer.Option("--exclude", help="Ids of items that are not shown: F1,F7.")] = None,
-    seen: Annotated[bool, typer.Option("--seen", help="With --user: also items this user took before.")] = False,
+    where: WhereOption = None,
+    not_like: NotLikeOption = None,
+    exclude: ExcludeOption = None,
+    seen: SeenOption = False,
     diversity: Annotated[
         float | None,
         typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.5."),

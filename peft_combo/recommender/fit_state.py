@@ -59,7 +59,7 @@ class FitState:
     serving: Mapping[ScorerId, Fitted]
     text_scorer: ScorerId | None
     text_side: Fitted
-    neighbours: FittedPast | None
+    neighbours: Fitted | None
     weights: ModeWeights
     search: TextSearch
     split_digest: str

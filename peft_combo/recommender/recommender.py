@@ -38,7 +38,15 @@ from peft_combo.recommender.item_ranking import (
     sum_standard,
 )
 from peft_combo.recommender.query import parse_query
-from peft_combo.recommender.query_items import QueryMatch, apply_matches, match_items, select_largest
+from peft_combo.recommender.query_items import (
+    QueryMatch,
+    add_budget,
+    apply_matches,
+    check_count,
+    check_query,
+    match_items,
+    select_largest,
+)
 from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import NOT_LIKE, TEXT_RANKER, TEXT_SEARCH
 from peft_combo.recommender.text_ranking import TextRanker
@@ -59,15 +67,25 @@ class BundleRecommender:
         templates: slots of the bundles it was fitted on.
     """
 
-    def __init__(self, dataset: Dataset, bank: AdapterBank, state: FitState) -> None:
+    def __init__(
+        self, dataset: Dataset, bank: AdapterBank, state: FitState, *, composer: Composer | None = None,
+        like: BundleRecommender | None = None,
+    ) -> None:  # fmt: skip
+        """Answer from what fitting found.
+
+        Args:
+            composer: of this catalogue; None learns one. like: a recommender of the same users, events and bundles.
+        """
         assert state.known.frozen is not None
         self.dataset, self.bank, self.state = dataset, bank, state
         self._scorer = FusedScorer(state)
         self._history: Any = sparse.csc_array(state.known.history)
-        self._composer = Composer.learn(
+        self.composer = composer or Composer.learn(
             dataset.catalog, dataset.bundles.items, vectors=state.known.frozen, history=state.known.history
         )
-        self.templates = self._composer.templates
+        self.templates = self.composer.templates
+        if like is not None and dataset.interactions is not None:
+            self._taken = like._taken
 
     @classmethod
     def fit(
@@ -131,7 +149,7 @@ class BundleRecommender:
         Raises:
             DataError: an id or slot is not known, there is nothing to go by, or k is below 1.
         """
-        _check_count(k)
+        check_count(k)
         ranking = self.rank_items(
             items, user=user, query=query, constraints=constraints, required=required, forbidden=forbidden,
             not_like=not_like, exclude=exclude, exclude_seen=exclude_seen,
@@ -145,12 +163,12 @@ class BundleRecommender:
         exclude_seen: bool = True,
     ) -> ItemRanking:  # fmt: skip
         """Rank all items, of which `complete` shows the first; see there."""
-        _check_query(query)
+        check_query(query)
         given = self.dataset.find_items(items)
         if not (len(given) or user is not None or query is not None):
             raise DataError("Nothing to go by: give items or a user, or a query.")
         narrowed = self._narrow(constraints, given, user, not_like, exclude, exclude_seen)
-        allowed = self._composer.find_allowed(narrowed, required=required, forbidden=forbidden)
+        allowed = self.composer.find_allowed(narrowed, required=required, forbidden=forbidden)
         context = given if len(given) or user is None else self._find_recent(user)
         fused = self._score_all(context, user) if len(context) or user is not None else None
         likeness = None if query is None else self.state.search.score_items([query])[0]
@@ -178,7 +196,7 @@ class BundleRecommender:
         Raises:
             DataError: an id is not known, `swap` is not of the bundle, or there is a budget and a price is not known.
         """
-        _check_count(k)
+        check_count(k)
         ranking = self.rank_replacements(
             items, swap, user=user, constraints=constraints, not_like=not_like, exclude=exclude,
             exclude_seen=exclude_seen,
@@ -196,7 +214,7 @@ class BundleRecommender:
             raise DataError(f"{swap} is to be replaced and is not of the bundle {', '.join(items) or 'of nothing'}.")
         rest = whole[whole != row]
         narrowed = self._narrow(constraints, whole, user, not_like, exclude, exclude_seen)
-        allowed = self._composer.find_replacements(int(row), rest, narrowed)
+        allowed = self.composer.find_replacements(int(row), rest, narrowed)
         if len(rest):
             fused = self._score_all(rest, user)
         else:
@@ -279,14 +297,14 @@ class BundleRecommender:
         context = self.dataset.find_items(items)
         if not (len(context) or user is not None or query is not None):
             raise DataError("Nothing to go by: give items, a user or a query.")
-        _check_query(query)
+        check_query(query)
         fused = self._score_for(context, user)
         relevance = [] if fused is None else [fused.scores]
         matches: list[QueryMatch] = []
         if query is not None:
             if tagger is not None:
                 parsed = parse_query(query, tagger)
-                constraints, query = _add_budget(constraints or Constraints(), parsed.budget), parsed.text
+                constraints, query = add_budget(constraints or Constraints(), parsed.budget), parsed.text
                 if options is None or options.mode == "complement":
                     matches = match_items(parsed.items, tagger, self.state.search, self.dataset.catalog.titles)
             relevance.append(apply_matches(self.state.search.score_items([query])[0], matches))
@@ -294,7 +312,7 @@ class BundleRecommender:
             assert self.state.known.frozen is not None
             relevance.append(-measure_excess(self.state.known.frozen, rejected))
         constraints = self._narrow(constraints, context[:0], user, not_like, exclude, exclude_seen)
-        composer = self._composer
+        composer = self.composer
         if required is not None or forbidden is not None:
             edited = self.templates.with_rules(required=required, forbidden=forbidden)
             composer = composer.with_templates(edited)
@@ -325,7 +343,7 @@ class BundleRecommender:
             DataError: an id is not known, the query is empty, or a bundle lacks an item of `items` or has none beside
                 them.
         """
-        _check_query(query)
+        check_query(query)
         context = self.dataset.find_items(items)
         rows = [self.dataset.find_items(bundle) for bundle in bundles]
         for bundle, own in zip(bundles, rows, strict=True):
@@ -336,7 +354,7 @@ class BundleRecommender:
         relevance = [] if fused is None else [fused.scores]
         if query is not None:
             relevance.append(self.state.search.score_items([query])[0])
-        ranked = self._composer.rank(
+        ranked = self.composer.rank(
             rows, context=context, relevance=sum_standard(relevance), compatibility=self._scorer.score_beside,
             options=self._add_weights(Options(), len(context), query=query is not None),
         )  # fmt: skip
@@ -357,7 +375,7 @@ class BundleRecommender:
                 bundles to learn from.
         """
         if k is not None:
-            _check_count(k)
+            check_count(k)
         rows = self.dataset.find_items(items)
         check_session_items(items)
         return [
@@ -371,13 +389,9 @@ class BundleRecommender:
         return BundleDetector.fit(self.state.known, self.dataset, None)
 
     def search(self, query: str, k: int = 10) -> list[tuple[str, float]]:
-        """Return the items whose title and category are most like `query`, with the scores of `text_search`.
-
-        Raises:
-            DataError: the query is empty, or k is below 1.
-        """
-        _check_count(k)
-        _check_query(query)
+        """Return the items whose title and category are most like `query`, with the scores of `text_search`."""
+        check_count(k)
+        check_query(query)
         scores = self.state.search.score_items([query])[0]
         return [(self.dataset.catalog.item_ids[row], float(scores[row])) for row in select_largest(scores, k)]
 
@@ -392,8 +406,8 @@ class BundleRecommender:
         Raises:
             DataError: the query is empty, k is below 1, an id is not known, or a given bundle is empty.
         """
-        _check_count(k)
-        _check_query(query)
+        check_count(k)
+        check_query(query)
         catalog, known = self.dataset.catalog, self.dataset.bundles
         search, (distinct, pooled) = self.state.search, self._known_bundles
         found: list[tuple[str | None, NDArray[Any], str | None]]
@@ -435,7 +449,7 @@ class BundleRecommender:
 
     @cached_property
     def _taken(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """The items of all events by user, latest first, and where those of each user begin."""
+        """The items of all events by user, latest first, and where each user's begin."""
         events = self.dataset.interactions
         assert events is not None
         order = np.lexsort((-np.arange(len(events)), -np.nan_to_num(events.times), events.users))
@@ -451,7 +465,6 @@ class BundleRecommender:
         return self._score_all(context if len(context) or user is None else self._find_recent(user), user)
 
     def _score_all(self, context: NDArray[np.int64], user: str | None) -> FusedScores:
-        """Score all items for one context, and keep what each scorer gave."""
         if user is not None:
             self.dataset.find_user(user)
         return self._scorer.score(context, user)
@@ -485,17 +498,3 @@ class BundleRecommender:
             describe_bundle(self.dataset.catalog, one, fused, own, matches)
             for one, own in zip(composed, because, strict=True)
         ]
-
-
-def _check_count(k: int) -> None:
-    if k < 1:
-        raise DataError(f"k: expected at least 1, found {k}.")
-
-
-def _check_query(query: str | None) -> None:
-    if query is not None and not query.strip():
-        raise DataError("The query is empty: expected words such as linen dress. Leave it out to go by the rest.")
-
-
-def _add_budget(constraints: Constraints, budget: float | None) -> Constraints:
-    return constraints if constraints.budget is not None else replace(constraints, budget=budget)

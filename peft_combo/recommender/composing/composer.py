@@ -120,6 +120,26 @@ class Composer:
         other._evidence = replace(self._evidence, slotted=other._slotted)
         return other
 
+    def extend(
+        self, catalog: Catalog, vectors: NDArray[np.float32], history: SparseRows, changed: Iterable[int],
+        hidden: NDArray[np.bool_],
+    ) -> Composer:  # fmt: skip
+        """Return a composer of a longer catalogue under what was learned from bundles before.
+
+        Args:
+            catalog: N' items, of which the first N are those of before. vectors: (N', D). history: (B, N').
+            changed: rows of the first N that are not as they were. hidden: (N',) items that may not be added.
+        """
+        other = copy.copy(self)
+        other.catalog, other.vectors = catalog, vectors
+        other._slotted = SlottedCatalog.of(catalog, self.templates, hidden)
+        if self._agreement is not None:
+            later = [*changed, *range(len(self.catalog), len(catalog))]
+            other._agreement = replace(self._agreement, traits=self._agreement.traits.extend(catalog, later))
+        csc: Any = sparse.csc_array(history)
+        other._evidence = EvidenceSource(other._slotted, vectors, csc, other._agreement)
+        return other
+
     def find_allowed(
         self, constraints: Constraints, *, required: Iterable[str] | None = None, forbidden: Iterable[str] | None = None
     ) -> NDArray[np.bool_]:

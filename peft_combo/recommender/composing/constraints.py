@@ -73,8 +73,10 @@ class Constraints:
 class CatalogIndex:
     """The catalogue as constraints read it: prices in whole cents, columns of text as numbers."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, hidden: NDArray[np.bool_] | None = None) -> None:
+        """Read a catalogue; `hidden` (N,) are items that no constraint allows."""
         self.catalog = catalog
+        self._offered = None if hidden is None or not hidden.any() else ~hidden
         self.columns = ItemColumns(catalog)
         self._kept = KeptMasks(_KEPT_BYTES)
 
@@ -82,6 +84,8 @@ class CatalogIndex:
         """Per constraint given: (N,) True where it allows an item."""
         checks: dict[str, NDArray[np.bool_]] = {}
         cents = self.cents
+        if self._offered is not None:
+            checks["still offered"] = self._offered
         if constraints.budget is not None:
             checks["budget"] = cents >= 0
         if constraints.price_min is not None:

@@ -37,8 +37,9 @@ class SlottedCatalog:
     rows_of: tuple[Rows, ...]
 
     @classmethod
-    def of(cls, catalog: Catalog, templates: SlotTemplates) -> SlottedCatalog:
-        index, slot_of = CatalogIndex(catalog), templates.assign_slots(catalog)
+    def of(cls, catalog: Catalog, templates: SlotTemplates, hidden: NDArray[np.bool_] | None = None) -> SlottedCatalog:
+        """Lay out a catalogue; `hidden` (N,) items may never be added."""
+        index, slot_of = CatalogIndex(catalog, hidden), templates.assign_slots(catalog)
         by_slot_and_price = np.lexsort((index.cents, slot_of))
         ends = np.searchsorted(slot_of[by_slot_and_price], np.arange(len(templates.names) + 1))
         rows_of = tuple(by_slot_and_price[start:stop] for start, stop in itertools.pairwise(ends.tolist()))
