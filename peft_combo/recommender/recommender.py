@@ -160,17 +160,22 @@ class BundleRecommender:
         self, items: Sequence[str] = (), *, user: str | None = None, query: str | None = None,
         constraints: Constraints | None = None, required: Iterable[str] | None = None,
         forbidden: Iterable[str] | None = None, not_like: Sequence[str] = (), exclude: Sequence[str] = (),
-        exclude_seen: bool = True,
+        exclude_seen: bool = True, fused: FusedScores | None = None,
     ) -> ItemRanking:  # fmt: skip
-        """Rank all items, of which `complete` shows the first; see there."""
+        """Rank all items, of which `complete` shows the first; see there.
+
+        Args:
+            fused: scores in place of those for items and user.
+        """
         check_query(query)
         given = self.dataset.find_items(items)
-        if not (len(given) or user is not None or query is not None):
+        if not (len(given) or user is not None or query is not None or fused is not None):
             raise DataError("Nothing to go by: give items or a user, or a query.")
         narrowed = self._narrow(constraints, given, user, not_like, exclude, exclude_seen)
         allowed = self.composer.find_allowed(narrowed, required=required, forbidden=forbidden)
-        context = given if len(given) or user is None else self._find_recent(user)
-        fused = self._score_all(context, user) if len(context) or user is not None else None
+        context = self.find_context(given, user)
+        if fused is None and (len(context) or user is not None):
+            fused = self.score_context(context, user)
         likeness = None if query is None else self.state.search.score_items([query])[0]
         return self._rank_by(join_scores(fused, likeness), context, user, allowed, not_like)
 
@@ -206,8 +211,9 @@ class BundleRecommender:
     def rank_replacements(
         self, items: Sequence[str], swap: str, *, user: str | None = None, constraints: Constraints | None = None,
         not_like: Sequence[str] = (), exclude: Sequence[str] = (), exclude_seen: bool = True,
+        fused: FusedScores | None = None,
     ) -> ItemRanking:  # fmt: skip
-        """Rank all items that could replace one; see `replace`."""
+        """Rank all items that could replace one; see `replace`, and `rank_items` for `fused`."""
         whole = self.dataset.find_items(items)
         (row,) = self.dataset.find_items([swap]).tolist()
         if row not in whole:
@@ -215,9 +221,9 @@ class BundleRecommender:
         rest = whole[whole != row]
         narrowed = self._narrow(constraints, whole, user, not_like, exclude, exclude_seen)
         allowed = self.composer.find_replacements(int(row), rest, narrowed)
-        if len(rest):
-            fused = self._score_all(rest, user)
-        else:
+        if len(rest) and fused is None:
+            fused = self.score_context(rest, user)
+        elif fused is None:
             assert self.state.known.frozen is not None
             alike = self.state.known.frozen @ self.state.known.frozen[row]
             fused = FusedScores(alike, {TEXT_SEARCH: alike})
@@ -274,6 +280,7 @@ class BundleRecommender:
         not_like: Sequence[str] = (),
         exclude: Sequence[str] = (),
         exclude_seen: bool = True,
+        fused: FusedScores | None = None,
         explain: bool = False,
     ) -> list[Recommendation]:
         """Return bundles that hold `items`, or new ones for a user or a text.
@@ -290,15 +297,16 @@ class BundleRecommender:
             required: slots that every bundle fills.
             forbidden: slots that no bundle fills.
             not_like, exclude, exclude_seen: what no bundle holds beside `items`, as for `complete`.
+            fused: scores in place of those for items and user.
             explain: also tell what each item of a bundle adds to the others.
         Raises:
             DataError: an id or slot is not known, nothing is given to go by, or no bundle meets the constraints.
         """
         context = self.dataset.find_items(items)
-        if not (len(context) or user is not None or query is not None):
+        if not (len(context) or user is not None or query is not None or fused is not None):
             raise DataError("Nothing to go by: give items, a user or a query.")
         check_query(query)
-        fused = self._score_for(context, user)
+        fused = fused or self._score_for(context, user)
         relevance = [] if fused is None else [fused.scores]
         matches: list[QueryMatch] = []
         if query is not None:
@@ -437,9 +445,9 @@ class BundleRecommender:
 
     # Ids become rows.
 
-    def _find_recent(self, user: str) -> NDArray[np.int64]:
-        """Return the items a user took last, as the context they stand for."""
-        return self._find_taken(user)[:_HISTORY]
+    def find_context(self, given: NDArray[np.int64], user: str | None) -> NDArray[np.int64]:
+        """Return the rows that stand for a request: what is given, else what the user took last."""
+        return given if len(given) or user is None else self._find_taken(user)[:_HISTORY]
 
     def _find_taken(self, user: str) -> NDArray[np.int64]:
         """Return the items a user took, each once, latest first."""
@@ -462,9 +470,10 @@ class BundleRecommender:
         """Score all items for a context, or for what the user took last; None where there is neither."""
         if not len(context) and user is None:
             return None
-        return self._score_all(context if len(context) or user is None else self._find_recent(user), user)
+        return self.score_context(self.find_context(context, user), user)
 
-    def _score_all(self, context: NDArray[np.int64], user: str | None) -> FusedScores:
+    def score_context(self, context: NDArray[np.int64], user: str | None = None) -> FusedScores:
+        """Score all items for one context, (S,) rows, and keep what each scorer gave."""
         if user is not None:
             self.dataset.find_user(user)
         return self._scorer.score(context, user)

@@ -45,6 +45,7 @@ BOUGHT, ALIKE = ScorerId("bought before"), ScorerId("users alike")
 CEASE_BERT, TEXT_RANKER = ScorerId("CEASE-BERT"), ScorerId("text ranker")
 FUSION = ScorerId("fusion")
 # Of answers alone: what words found, and what likeness to rejected items takes away.
+TOGETHER, TOP = ScorerId("co-occurrence"), ScorerId("popularity")
 TEXT_SEARCH, NOT_LIKE = ScorerId("text search"), ScorerId("not like")
 # Of reports alone: no scorer, but how much a catalogue made of bundles gives away.
 WORDS, UNSEEN_FIRST = ScorerId("TF-IDF title"), ScorerId("TF-IDF, unseen first")
