@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 EventKind = Literal["view", "purchase", "rating", "rejected"]
 FeedbackKind = Literal["click", "basket", "purchase", "rejected", "rating"]
 Scope = Literal["read", "write", "admin"]
+"""What a key may do: read asks, write gives items, events and feedback, admin moves adapters and forgets people."""
+
 SCOPES: tuple[Scope, ...] = ("read", "write", "admin")
 
 
