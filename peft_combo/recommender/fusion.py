@@ -261,9 +261,10 @@ class Fusion(Generic[Key]):
     ) -> Self:  # fmt: skip
         lines = []
         for tried, found in ranks.items():
-            gain, error = _difference(_ndcg(found), _ndcg(best), labels)
+            gains = _ndcg(found) - _ndcg(best)
             recall = float(metrics.per_query(found, "r@10").mean())
-            lines.append(Tried(tried, float(_ndcg(found).mean()), recall, gain, error))
+            error = metrics.standard_error(gains, labels)
+            lines.append(Tried(tried, float(_ndcg(found).mean()), recall, float(gains.mean()), error))
         lines.sort(key=lambda line: -line.ndcg)
         return cls(chosen.form, chosen.weights, chosen.silence, name, tuple(lines))
 
@@ -420,19 +421,8 @@ def _ndcg(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _beyond_noise(ranks: NDArray[np.float64], than: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
-    gain, error = _difference(_ndcg(ranks), _ndcg(than), labels)
-    return gain > error
-
-
-def _difference(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the mean of a - b and its standard error, groups being what is independent (ratio estimator)."""
-    gain = float((a - b).mean())
-    sums, sizes = np.bincount(labels, weights=a - b), np.bincount(labels)
-    count = len(sums)
-    if count < 2:
-        return gain, float("inf")
-    error = np.sqrt(count / (count - 1) * np.square(sums - gain * sizes).sum()) / len(a)
-    return gain, float(error)
+    gains = _ndcg(ranks) - _ndcg(than)
+    return bool(gains.mean() > metrics.standard_error(gains, labels))
 
 
 def _sample_groups(labels: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
