@@ -138,7 +138,7 @@ def open_state(place: str) -> State:
     from peft_combo.serving.state import State
 
     if "://" not in place and not literal_path(place).is_dir():
-        raise DataError(f"There is no state of a service in {place}. Name the --state that peft-combo serve was given.")
+        raise DataError(f"There is no state of a service in {place}. Name the folder or URL that the service keeps its state in.")
     return State.open(place)
 
 
