@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import StopAt
 
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import find_parts, split_as
@@ -55,13 +56,13 @@ def recipe(tiny_recipe: MakeRecipe, tmp_path: Path) -> Recipe:
 def test_a_clock_may_call_it_again_and_again(recipe: Recipe, tmp_path: Path) -> None:
     store, folder = AdapterStore(recipe.store), tmp_path / "retune"
     use, rule = make_use(tmp_path / "use", recipe), RetuneRule(fewest=20, gate=OPEN)
-    first = retune(recipe, "prod", use, folder, rule=rule)
+    first = retune(recipe, "prod", lambda: use, folder, rule=rule)
     assert (first.outcome, first.new) == ("promoted", 60)
     assert [one.of for one in first.drift] == ["category mix", "basket vectors"]
     assert store.alias_at("tiny@prod").version == 2
     assert store.open("tiny@v2").manifest.data.model_extra["continued"]["from"] == "tiny@v1"  # type: ignore[index]
 
-    again = retune(recipe, "prod", use, folder, rule=rule)
+    again = retune(recipe, "prod", lambda: use, folder, rule=rule)
     assert (again.outcome, again.new) == ("waiting", 0)
     assert "0 new bundles since the last tuning, and 20 are asked for" in again.told
 
@@ -69,21 +70,38 @@ def test_a_clock_may_call_it_again_and_again(recipe: Recipe, tmp_path: Path) -> 
     journal = folder / JOURNAL
     lines = journal.read_text().splitlines()
     journal.write_text(lines[0] + "\n" + lines[1][:20])
-    assert retune(recipe, "prod", use, folder, rule=rule).outcome == "promoted"
+    assert retune(recipe, "prod", lambda: use, folder, rule=rule).outcome == "promoted"
     assert [one["step"] for one in (json.loads(line) for line in journal.read_text().splitlines()[::2])] == [
         "begun", "done",
     ]  # fmt: skip
     assert store.versions("tiny") == (1, 2)
 
 
+def test_a_call_that_was_killed_goes_on_with_what_it_had(recipe: Recipe, tmp_path: Path) -> None:
+    folder, rule = tmp_path / "retune", RetuneRule(fewest=20, gate=OPEN)
+    with pytest.raises(SystemExit):
+        retune(recipe, "prod", lambda: make_use(tmp_path / "use", recipe), folder, rule=rule, callback=StopAt(4))
+    later = make_use(tmp_path / "use", recipe, count=90)  # more has come meanwhile
+    done = retune(recipe, "prod", lambda: later, folder, rule=rule)
+    assert done.outcome == "promoted"
+    assert done.continued is not None
+    assert done.continued.start.reference == "tiny@v1"
+    steps = [(one["step"], one["until"]) for one in read_journal(folder)]
+    assert steps == [("begun", 1059.0), ("done", 1059.0)]
+    assert not list((folder / "use").iterdir())
+    more = retune(recipe, "prod", lambda: later, folder, rule=rule)  # what came meanwhile is new to the next
+    assert (more.outcome, more.new) == ("promoted", 30)
+    assert AdapterStore(recipe.store).versions("tiny") == (1, 2, 3)
+
+
 def test_what_is_not_better_is_stored_and_not_promoted_nor_tried_again(recipe: Recipe, tmp_path: Path) -> None:
     use, rule = make_use(tmp_path / "use", recipe), RetuneRule(fewest=20, gate=Gate(gain=0.9))
-    done = retune(recipe, "prod", use, tmp_path / "retune", rule=rule)
+    done = retune(recipe, "prod", lambda: use, tmp_path / "retune", rule=rule)
     assert done.outcome == "not promoted"
     assert "still points to v1" in done.told
     assert AdapterStore(recipe.store).versions("tiny") == (1, 2)
     assert done.to_json()["continued"]["promoted"] is False
-    assert retune(recipe, "prod", use, tmp_path / "retune", rule=rule).outcome == "waiting"
+    assert retune(recipe, "prod", lambda: use, tmp_path / "retune", rule=rule).outcome == "waiting"
 
 
 def test_a_regression_seen_in_feedback_is_taken_back(recipe: Recipe, tmp_path: Path) -> None:
@@ -105,15 +123,15 @@ def test_a_regression_seen_in_feedback_is_taken_back(recipe: Recipe, tmp_path: P
 
     use = Use(tmp_path / "nothing", [])
     few = Use(use.new_data, [], lists({"tiny@v1": 0.9, "tiny@v2": 0.0}, 50))
-    assert retune(recipe, "prod", few, tmp_path / "r").regression is None
+    assert retune(recipe, "prod", lambda: few, tmp_path / "r").regression is None
     even = Use(use.new_data, [], lists({"tiny@v1": 0.3, "tiny@v2": 0.3}, 400))
-    assert retune(recipe, "prod", even, tmp_path / "r").outcome == "waiting"
+    assert retune(recipe, "prod", lambda: even, tmp_path / "r").outcome == "waiting"
     worse = Use(use.new_data, [], lists({"tiny@v1": 0.3, "tiny@v2": 0.1}, 400))
-    done = retune(recipe, "prod", worse, tmp_path / "r")
+    done = retune(recipe, "prod", lambda: worse, tmp_path / "r")
     assert done.outcome == "rolled back"
     assert "points to v1 again. Of 400 lists" in done.told
     assert store.alias_at("tiny@prod").version == 1
-    assert retune(recipe, "prod", worse, tmp_path / "r").outcome == "waiting"  # v1 has nothing before it
+    assert retune(recipe, "prod", lambda: worse, tmp_path / "r").outcome == "waiting"  # v1 has nothing before it
     assert [one["step"] for one in read_journal(tmp_path / "r")] == ["rolled back"]
 
 
@@ -122,8 +140,8 @@ def test_two_at_once_do_not_meet_and_no_drift_may_be_reason_enough_to_wait(recip
     folder.mkdir()
     use = make_use(tmp_path / "use", recipe)
     with lock_file(folder / ".lock"), pytest.raises(RetuneBusy, match="Another retuning works in"):
-        retune(recipe, "prod", use, folder)
-    calm = retune(recipe, "prod", use, folder, rule=RetuneRule(fewest=20, only_on_drift=True))
+        retune(recipe, "prod", lambda: use, folder)
+    calm = retune(recipe, "prod", lambda: use, folder, rule=RetuneRule(fewest=20, only_on_drift=True))
     assert calm.outcome == "no drift"
     assert not any(one.drifted for one in calm.drift)
 

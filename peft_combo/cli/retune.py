@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,12 +91,12 @@ def retune(
 
             gate = Gate(**{name: value for name, value in bounds.items() if value is not None})
             if opened is not None:
-                use = _gather_use(opened, loaded, alias, folder, callback)
+                gather: Callable[[], Use] = partial(_gather_use, opened, loaded, alias, folder, callback)
             else:
                 assert new_data is not None
-                use = _read_use(loaded, new_data)
+                gather = partial(_read_use, loaded, new_data)
             rule = RetuneRule(fewest, only_on_drift, replay, gate)
-            done = _run_retuning(loaded, alias, use, folder, rule, callback)
+            done = _run_retuning(loaded, alias, gather, folder, rule, callback)
         if opened is not None:
             _tell_service(opened, loaded, alias, done)
     finally:
@@ -109,14 +111,14 @@ def retune(
 
 
 def _run_retuning(
-    recipe: Recipe, alias: str, use: Use, folder: Path, rule: RetuneRule, callback: ConsoleWatch
+    recipe: Recipe, alias: str, gather: Callable[[], Use], folder: Path, rule: RetuneRule, callback: ConsoleWatch
 ) -> Retuned:
     """Retune; say so and end where it is interrupted."""
     from peft_combo.evaluation.retune import retune as run
     from peft_combo.tuning.loop import Interrupted
 
     try:
-        return run(recipe, alias, use, folder, rule=rule, callback=callback)
+        return run(recipe, alias, gather, folder, rule=rule, callback=callback)
     except Interrupted as error:
         callback.close()
         callback.on_note(str(error))
@@ -138,7 +140,9 @@ def open_state(place: str) -> State:
     from peft_combo.serving.state import State
 
     if "://" not in place and not literal_path(place).is_dir():
-        raise DataError(f"There is no state of a service in {place}. Name the folder or URL that the service keeps its state in.")
+        raise DataError(
+            f"There is no state of a service in {place}. Name the folder or URL that the service keeps its state in."
+        )
     return State.open(place)
 
 
@@ -152,11 +156,11 @@ def _gather_use(state: State, recipe: Recipe, alias: str, folder: Path, callback
     dataset = open_dataset(recipe.data)
     known = {state.identify(owner): owner for owner in set(dataset.bundles.owners) if owner is not None}
     bundles = gather_bundles(state)
-    kept, notes = write_bundles(folder / "use", bundles, dataset.catalog, gather_items(state), known, recipe.data)
+    kept, notes = write_bundles(folder / "gathered", bundles, dataset.catalog, gather_items(state), known, recipe.data)
     callback.on_note(f"{len(bundles):,} bundles of use, {len(kept):,} of them to learn from")
     for note in notes:
         callback.on_note(f"Note: {note}")
-    return Use(folder / "use", kept, gather_lists(state, f"{recipe.category}@{alias}"))
+    return Use(folder / "gathered", kept, gather_lists(state, f"{recipe.category}@{alias}"))
 
 
 def _read_use(recipe: Recipe, new_data: Path) -> Use:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +26,14 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.drift import DriftCheck, check_drift
-from peft_combo.files import check_folder_target, lock_file
+from peft_combo.files import check_folder_target, discard, literal_path, lock_file, stage_folder
 from peft_combo.metrics.off_policy import ArmDifference, compare_arms
 from peft_combo.recipe.model import Recipe
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.continual import Continued, Gate, continue_tuning
 
 JOURNAL = "retune.jsonl"
+DATA = "use"
 FEWEST_LISTS = 200
 """Lists of each version without which their feedback is not compared."""
 
@@ -101,7 +103,7 @@ class RetuneBusy(PeftComboError):
 
 
 def retune(
-    recipe: Recipe, alias: str, use: Use, folder: Path, *, rule: RetuneRule | None = None,
+    recipe: Recipe, alias: str, gather: Callable[[], Use], folder: Path, *, rule: RetuneRule | None = None,
     callback: RunCallback | None = None,
 ) -> Retuned:  # fmt: skip
     """Look after an alias once: roll back a regression, or learn from new use and promote on a win.
@@ -109,6 +111,7 @@ def retune(
     Args:
         recipe: the one the adapter in use was tuned with.
         alias: of the recipe's category, such as ``prod``; it has to be there.
+        gather: returns what there is to learn from; called once nobody else works in `folder`.
         folder: of the journal and of the tuning run; one for each alias.
     Raises:
         RetuneBusy: another one holds the folder.
@@ -119,7 +122,7 @@ def retune(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock_file(folder / ".lock"):
-            return _retune(recipe, alias, use, folder, rule, callback)
+            return _retune(recipe, alias, gather(), folder, rule, callback)
     except TimeoutError as error:
         raise RetuneBusy(
             f"Another retuning works in {folder}. It ends by itself; run this one again afterwards."
@@ -142,11 +145,16 @@ def _retune(recipe: Recipe, alias: str, use: Use, folder: Path, rule: RetuneRule
         _note(folder, {"step": "rolled back", "from": pointing.target, "to": after.target, "told": told})
         return Retuned("rolled back", told, len(new), (), regression)
 
-    # A call that was stopped after the alias had moved: the move is what it was for.
-    if begun is not None and begun["step"] == "begun" and _came_from(store, pointing.target) == begun["from"]:
-        _note(folder, {"step": "done", "until": begun["until"], "outcome": "promoted", "version": pointing.target})
-        told = f"Promoted: {reference} points to v{pointing.version} since a call that was stopped after it."
-        return Retuned("promoted", told, len(new), (), regression)
+    # A call that was stopped: after the alias had moved, which is what it was for, or before.
+    if begun is not None and begun["step"] == "begun":
+        if _came_from(store, pointing.target) == begun["from"]:
+            _note(folder, {"step": "done", "until": begun["until"], "outcome": "promoted", "version": pointing.target})
+            told = f"Promoted: {reference} points to v{pointing.version} since a call that was stopped after it."
+            return Retuned("promoted", told, len(new), (), regression)
+        if begun["from"] == pointing.target:
+            callback.on_note(f"Going on with {begun['run']}, which was stopped")
+            continued = _tune(recipe, alias, folder, begun, rule, callback)
+            return Retuned(_name_outcome(continued), continued.promotion, len(new), (), regression, continued)
 
     # Is there enough that is new, and is it different?
     if len(new) < rule.fewest:
@@ -159,24 +167,44 @@ def _retune(recipe: Recipe, alias: str, use: Use, folder: Path, rule: RetuneRule
         told = f"Nothing tuned: {len(new):,} new bundles, and none of {len(drift)} comparisons shows drift."
         return Retuned("no drift", told, len(new), drift, regression)
 
-    # Go on from the version in use, with all there is; a stopped call goes on from its checkpoint.
+    # Go on from the version in use, with all there is.
     until = max(one.time for one in new)
-    if begun is not None and begun["step"] == "begun" and begun["from"] == pointing.target:
-        run = str(begun["run"])
-    else:
-        run = f"{pointing.target.partition('@')[2]}-{int(until)}"
-        _note(folder, {"step": "begun", "from": pointing.target, "until": until, "new": len(new), "run": run})
+    run = f"{pointing.target.partition('@')[2]}-{int(until)}"
+    entry = {"step": "begun", "from": pointing.target, "until": until, "new": len(new), "run": run}
+    _keep_data(use.new_data, folder / DATA / run)
+    _note(folder, entry)
+    continued = _tune(recipe, alias, folder, entry, rule, callback)
+    return Retuned(_name_outcome(continued), continued.promotion, len(new), drift, regression, continued)
+
+
+def _tune(
+    recipe: Recipe, alias: str, folder: Path, begun: dict[str, Any], rule: RetuneRule, callback: RunCallback
+) -> Continued:
+    """Tune, compare and promote what was begun, from its checkpoint where there is one; note that it is done."""
+    data = folder / DATA / begun["run"]
     continued = continue_tuning(
-        recipe, reference, new_data=use.new_data, replay=rule.replay, promote=alias, gate=rule.gate, resume=True,
-        run_folder=folder / run, callback=callback,
+        recipe, f"{recipe.category}@{alias}", new_data=data, replay=rule.replay, promote=alias, gate=rule.gate,
+        resume=True, run_folder=folder / begun["run"], callback=callback,
     )  # fmt: skip
-    outcome: Outcome = "promoted" if continued.promoted else "not promoted"
     _note(
         folder,
-        {"step": "done", "until": until, "outcome": outcome, "version": continued.result.record.reference,
-         "told": continued.promotion},
+        {"step": "done", "until": begun["until"], "outcome": _name_outcome(continued),
+         "version": continued.result.record.reference, "told": continued.promotion},
     )  # fmt: skip
-    return Retuned(outcome, continued.promotion, len(new), drift, regression, continued)
+    discard(data)
+    return continued
+
+
+def _name_outcome(continued: Continued) -> Outcome:
+    return "promoted" if continued.promoted else "not promoted"
+
+
+def _keep_data(source: Path, kept: Path) -> None:
+    """Copy the tables that a run learns from: it has to find the same ones where it goes on after a stop."""
+    with stage_folder(kept, replace=True) as staged:
+        for path in sorted(literal_path(source).iterdir()):
+            if path.is_file():
+                shutil.copyfile(path, staged.path / path.name)
 
 
 def compare_versions_in_use(
