@@ -167,6 +167,9 @@ def test_a_service_opens_every_kind_and_gets_the_same_vectors(
         np.testing.assert_allclose(vectors, ours, atol=1e-5)
         assert opened(TEXTS[:1]).dtype == np.float32
         assert opened.rows[-1].agreement == 1.0
+    unknown = ["w191 w7", TEXTS[3], "w192"]  # words that no text of the catalogue has: torch reads them whole
+    np.testing.assert_allclose(opened(unknown), backbone.encode(unknown, lora.attached), atol=1e-5)
+    assert opened([]).shape == (0, backbone.dim)
     assert opened.folder is not None
     assert opened.rows[-1].nbytes < next(tmp_path.glob("onnx-*/model.onnx")).stat().st_size
 

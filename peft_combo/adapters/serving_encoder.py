@@ -1,7 +1,7 @@
 """Encoder for serving: texts to vectors by torch, ONNX Runtime, in 8 bits, or with a pruned vocabulary.
 
-Owns which engine answers, the folder that keeps it from one start to the next, and that none is opened that lost more
-than the gate allows. The exports are `export`'s, how near they are is `parity`'s.
+Owns which engine answers which text, the folder that keeps it from one start to the next, and that none is opened that
+lost more than the gate allows. The exports are `export`'s, how near they are is `parity`'s.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from peft_combo.callbacks import RunCallback
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
-from peft_combo.encoder.tokens import chunk_by_length
+from peft_combo.encoder.tokens import Tokens, chunk_by_length
 from peft_combo.files import literal_path
 
 EncoderKind = Literal["torch", "onnx", "int8", "pruned"]
@@ -34,25 +35,50 @@ EncoderKind = Literal["torch", "onnx", "int8", "pruned"]
 _FORMATS: dict[EncoderKind, Format] = {"onnx": "onnx", "int8": "onnx-int8", "pruned": "onnx"}
 
 
-class ServingEncoder:
-    """Texts in, unit vectors out, by one engine; any number of threads may call it.
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """Token ids in, unit vectors out.
 
     Attributes:
-        kind: the engine. folder: where it is kept; None for torch.
+        places: (V,) what the engine calls each id of the tokenizer, -1 for one it does not know; None for the same.
+        pad_id: its padding.
+    """
+
+    run: Run
+    pad_id: int
+    places: NDArray[np.int32] | None = None
+
+    def select(self, tokens: Tokens) -> NDArray[np.int64]:
+        """Return the texts all of whose tokens it knows."""
+        if self.places is None or not len(tokens):
+            return np.arange(len(tokens))
+        known = np.minimum.reduceat(self.places[tokens.ids], tokens.offsets[:-1]) >= 0  # no text is without tokens
+        return np.flatnonzero(known)
+
+    def translate(self, tokens: Tokens) -> Tokens:
+        """Return the tokens by its own ids."""
+        return tokens if self.places is None else Tokens(self.places[tokens.ids], tokens.offsets)
+
+
+class ServingEncoder:
+    """Texts in, unit vectors out; any number of threads may call it.
+
+    Attributes:
+        kind: how. folder: where it is kept; None for torch.
         rows: torch first, then what is used, as measured when it was made; empty for torch, which is the measure.
     """
 
     def __init__(
-        self, kind: EncoderKind, reader: Backbone, run: Run, folder: Path | None = None,
+        self, kind: EncoderKind, reader: Backbone, engines: Sequence[Engine], folder: Path | None = None,
         rows: tuple[ParityRow, ...] = (),
     ) -> None:  # fmt: skip
         self.kind: EncoderKind = kind
         self.folder = folder
         self.rows = rows
-        self._reader, self._run = reader, run
+        self._reader, self._engines = reader, tuple(engines)
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode texts, equal ones once.
+        """Encode texts, equal ones once; each by the first engine that knows all its tokens, the last knows all.
 
         Returns:
             (B, D) float32, rows of unit length.
@@ -61,9 +87,15 @@ class ServingEncoder:
         rows = {text: row for row, text in enumerate(distinct)}
         tokens = self._reader.tokenize(list(distinct))
         vectors = np.empty((len(distinct), self._reader.dim), np.float32)
-        for chunk in chunk_by_length(tokens.lengths):
-            ids, mask = tokens.pad(chunk, self._reader.pad_id)
-            vectors[chunk] = self._run(ids.numpy(), mask.numpy())
+        left = np.ones(len(distinct), bool)
+        for engine in self._engines:
+            own = engine.select(tokens)
+            own = own[left[own]]
+            left[own] = False
+            translated = engine.translate(tokens)
+            for chunk in chunk_by_length(tokens.lengths[own]):
+                ids, mask = translated.pad(own[chunk], engine.pad_id)
+                vectors[own[chunk]] = engine.run(ids.numpy(), mask.numpy())
         return vectors[[rows[text] for text in texts]]
 
 
@@ -80,7 +112,8 @@ def open_encoder(
 
     Args:
         kind: ``torch``: as `Backbone.encode`. ``onnx``: one graph in full precision. ``int8``: the quickest 8-bit
-            scheme that passes. ``pruned``: a graph whose vocabulary is cut to the tokens of `texts`.
+            scheme that passes. ``pruned``: a graph whose vocabulary is cut to the tokens of `texts`; a
+            text with others is left to torch, since read in smaller pieces it would get another vector.
         live: the adapter; None for the frozen encoder.
         folder: where encoders are kept, one folder each; needed for all but torch.
         texts: the catalogue's, row by row; at least 50 different ones. questions: validation queries over its rows.
@@ -93,11 +126,12 @@ def open_encoder(
     """
     source = ExportSource.of(live, backbone)
     length = source.attached.max_length
+    reader = Backbone(
+        backbone.name, backbone.model, backbone.tokenizer, backbone.pooling, length, fingerprint="serving"
+    )
+    whole = Engine(run_torch(backbone, source.attached.encoder), backbone.pad_id)
     if kind == "torch":
-        reader = Backbone(
-            backbone.name, backbone.model, backbone.tokenizer, backbone.pooling, length, fingerprint="serving"
-        )
-        return ServingEncoder(kind, reader, run_torch(backbone, source.attached.encoder))
+        return ServingEncoder(kind, reader, [whole])
     if folder is None:
         raise ValueError(f"folder: expected the place where the {kind} encoder is kept, found None.")
     require_onnx()
@@ -124,7 +158,20 @@ def open_encoder(
         )  # fmt: skip
         rows = made.rows
     run = open_session(place / "model.onnx", threads or torch.get_num_threads())
-    return ServingEncoder(kind, read_back(place, length, backbone), run, place, (rows[0], rows[-1]))
+    engines = [Engine(run, backbone.pad_id)]
+    if wanted.vocabulary:
+        cut = read_back(place, length, backbone)
+        engines = [Engine(run, cut.pad_id, _find_places(backbone, cut)), whole]
+    return ServingEncoder(kind, reader, engines, place, (rows[0], rows[-1]))
+
+
+def _find_places(backbone: Backbone, cut: Backbone) -> NDArray[np.int32]:
+    """Return the id of every token in a cut vocabulary, -1 for one that is not in it."""
+    before, after = backbone.tokenizer.get_vocab(), cut.tokenizer.get_vocab()
+    places = np.full(max(before.values()) + 1, -1, np.int32)
+    for token, number in before.items():
+        places[number] = after.get(token, -1)
+    return places
 
 
 def _read_rows(place: Path) -> tuple[ParityRow, ...] | None:
