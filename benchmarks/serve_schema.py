@@ -40,7 +40,9 @@ def main() -> None:
     print("status  answers")
     for status, count in sorted(statuses.items()):
         print(f"{status:6}  {count:7,}")
-    print(f"{sum(statuses.values()):,} cases, {len(faults)} faults; the service is {'well' if alive else 'DEAD'} afterwards")
+    print(
+        f"{sum(statuses.values()):,} cases, {len(faults)} faults; the service is {'well' if alive else 'DEAD'} afterwards"
+    )
     for fault in faults[:20]:
         print(f"  {fault}")
     if faults or not alive:

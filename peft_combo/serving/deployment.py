@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from peft_combo.errors import PeftComboError, did_you_mean, shorten
+from peft_combo.serving.aliases import read_share
 from peft_combo.serving.answers import AdapterStatus, Arm, ArmStatus, Job, Swap
 from peft_combo.serving.arms import ArmCounts, Arms, DeployedRelease
 from peft_combo.serving.errors import Conflict, RefusedRelease, UnknownAdapter
@@ -182,7 +183,7 @@ class Deployments:
         if self.follow == "fixed":
             raise Conflict("Aliases are fixed (--adapters fixed). Start the service anew with told or watch.")
         self._require(alias)
-        share = _read_share(split)
+        share = read_share(split)
         target = self._name_version(alias, version)
         self._require_free(alias)
         job = Job(uuid.uuid4().hex[:12], alias, target, "building", "waiting", time.time())
@@ -487,15 +488,3 @@ class Deployments:
         served: Sequence[str] = (*self._arms, *(one.version for one in self.releases()))
         hint = did_you_mean(name, served)
         return f'No adapter "{shorten(name)}" is served. Served: {", ".join(self._arms) or "none"}. {hint}'.rstrip()
-
-
-def _read_share(split: Mapping[str, float] | None) -> float | None:
-    """Return the share of the arm `next`, in per cent; None where all of it is promoted."""
-    if split is None:
-        return None
-    values = {name: float(share) for name, share in split.items()}
-    if set(values) != {"prod", "next"} or any(not 0 <= share <= 100 for share in values.values()):
-        raise Conflict(f'split: expected shares such as {{"prod": 90, "next": 10}}, found {dict(split)}.')
-    if abs(sum(values.values()) - 100) > 1e-6:
-        raise Conflict(f"split: shares add up to 100, found {sum(values.values()):g}.")
-    return values["next"]

@@ -25,16 +25,9 @@ from peft_combo.encoder.bank import AdapterBank, LiveAdapter
 from peft_combo.errors import PeftComboError, did_you_mean, shorten
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recommender.workspace import Workspace
+from peft_combo.serving.aliases import choose_aliases
 from peft_combo.serving.answering import Answerer, Route
-from peft_combo.serving.answers import (
-    AdapterStatus,
-    Answer,
-    EngineFigures,
-    ItemOutcome,
-    Job,
-    Origin,
-    ShownAnswer,
-)
+from peft_combo.serving.answers import AdapterStatus, Answer, EngineFigures, ItemOutcome, Job, Origin, ShownAnswer
 from peft_combo.serving.arms import DeployedRelease
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.catalogue import find_items, get_item, list_examples, list_versions
@@ -57,9 +50,7 @@ _ROWS = 500  # rows of the state taken in at a time
 class Service:
     """The engine of the service; `open` makes one from settings."""
 
-    def __init__(
-        self, space: Workspace, state: State, config: EngineConfig, on_note: Callable[[str], None]
-    ) -> None:  # fmt: skip
+    def __init__(self, space: Workspace, state: State, config: EngineConfig, on_note: Callable[[str], None]) -> None:
         dataset, bank = space.dataset, space.bank
         self.dataset, self._state, self._config, self._on_note = dataset, state, config, on_note
         self._bank: AdapterBank = bank
@@ -102,7 +93,7 @@ class Service:
         space = Workspace.of(recipe, store=config.store, cache=config.vectors, on_note=on_note)
         service = cls(space, state, config, on_note)
         try:
-            service.start(_choose_aliases(config.adapters, recipe.category, space.store, state, on_note))
+            service.start(choose_aliases(config.adapters, recipe.category, space.store, state, on_note))
         except BaseException:
             service.close()
             raise
@@ -499,24 +490,3 @@ class Service:
             index = self._catalogue().catalog.index
             hint = did_you_mean(item_id, index) if len(index) <= 20_000 else ""
             raise UnknownItem(f'No item "{shorten(item_id)}". {hint}'.rstrip())
-
-
-def _choose_aliases(
-    asked: Sequence[str], category: str, store: AdapterStore, state: State, on_note: Callable[[str], None]
-) -> list[str]:
-    """Return the aliases to serve: those asked for, else those of the last time, else the category's."""
-    if asked:
-        return list(asked)
-    known = [alias for alias in state.deployments() if alias == FROZEN or alias.partition("@")[0] in store.categories()]
-    if known:
-        return known
-    named = [alias.reference for alias in store.aliases(category)] if category in store.categories() else []
-    if f"{category}@prod" in named:
-        return [f"{category}@prod"]
-    if category in store.categories():
-        return [category]
-    on_note(
-        f"No adapter of the category {category} is stored, so the frozen encoder answers. Train one with: "
-        "peft-combo tune"
-    )
-    return [FROZEN]
