@@ -15,6 +15,8 @@ import pytest
 from served_shop import Served
 
 from peft_combo.errors import DataError
+from peft_combo.recommender.fitted_scorers import FittedScorer
+from peft_combo.scoring import EASE, CoOccurrence, ItemKNN, Popularity
 from peft_combo.serving import answering
 from peft_combo.serving.answers import Answer, ShownAnswer
 from peft_combo.serving.config import make_config
@@ -544,3 +546,28 @@ def test_without_an_adapter_the_frozen_encoder_answers(shop: Shop) -> None:
     answer = service.complete(ask(items=["p0"]))
     assert (answer.origin.alias, answer.origin.version) == ("frozen", "frozen")
     assert any("No adapter of the category tiny" in note for note in shop.notes)
+
+
+def test_what_was_bought_together_is_counted_without_fitting_anew(shop: Shop) -> None:
+    service = shop.open()
+    release = service._deployments.releases()[0]
+    counting = {
+        str(name): fitted for name, fitted in release.base.state.serving.items()
+        if isinstance(fitted, FittedScorer) and isinstance(fitted.scorer, Popularity | CoOccurrence | ItemKNN | EASE)
+        and type(fitted.scorer).__name__ != "CEASE"
+    }  # fmt: skip
+    rows = [len(fitted.scorer.support) and int(fitted.scorer.support.sum()) for fitted in counting.values()]
+    for user in ("n1", "n2", "n3"):
+        service.add_events([{"user": user, "item_id": item, "kind": "purchase"} for item in ("p0", "p1")])
+    service.fold_events()
+    served = service._deployments.find(None, "")[2].view.recommender.state.serving
+    after = {str(name): fitted for name, fitted in served.items()}
+    for (name, fitted), before in zip(counting.items(), rows, strict=True):
+        assert int(after[name].scorer.support.sum()) == before + 6  # type: ignore[attr-defined]
+        assert int(fitted.scorer.support.sum()) == before  # the release itself is as it was
+    service.forget_user("n1")
+    service.fold_events()
+    again = service._deployments.find(None, "")[2].view.recommender.state.serving
+    for name, before in zip(counting, rows, strict=True):
+        one = {str(scorer): fitted for scorer, fitted in again.items()}[name]
+        assert int(one.scorer.support.sum()) == before + 4  # type: ignore[attr-defined]

@@ -80,7 +80,7 @@ class Deployments:
             arm, deployed = arms.pick(name, key)
             return name, arm, deployed, arms
         for alias, own in arms_of.items():
-            for arm, deployed in own.named().items():
+            for arm, deployed in own.list_named().items():
                 if deployed.release.version == name:
                     return alias, arm, deployed, None
         compared = self._compared.get(name)
@@ -103,7 +103,7 @@ class Deployments:
 
     def releases(self) -> list[Release]:
         """Return every release in use, each once."""
-        found = [arm.release for arms in self._arms.values() for arm in arms.named().values()]
+        found = [arm.release for arms in self._arms.values() for arm in arms.list_named().values()]
         found += [one.release for one in self._compared.values()]
         return list({id(one): one for one in found}.values())
 
@@ -123,7 +123,7 @@ class Deployments:
                 1e3 * arm.counts.seconds / arm.counts.requests if arm.counts.requests else None,
                 arm.release.nbytes, arm.release.metrics,
             )
-            for name, arm in arms.named().items()
+            for name, arm in arms.list_named().items()
         }  # fmt: skip
         previous = arms.previous[-1] if arms.previous else None
         return AdapterStatus(alias, self.follow, described, previous, True, job)
@@ -397,7 +397,7 @@ class Deployments:
                 return arm
             return replace(arm, view=self._items.view(arm.release))
 
-        named = {name: renew(arm) for name, arm in arms.named().items()}
+        named = {name: renew(arm) for name, arm in arms.list_named().items()}
         return replace(arms, prod=named["prod"], next=named.get("next"), shadow=named.get("shadow"))
 
     def _set(self, alias: str, arms: Arms) -> None:
@@ -406,7 +406,7 @@ class Deployments:
     def _release_unused(self, before: Arms) -> None:
         """Drop what only releases that are gone needed."""
         used = {id(one) for one in self.releases()} | {id(arms.kept) for arms in self._arms.values()}
-        for arm in before.named().values():
+        for arm in before.list_named().values():
             if id(arm.release) not in used:
                 self._items.drop(arm.release)
 
