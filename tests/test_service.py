@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from served_shop import Served
 
-from peft_combo.errors import DataError
+from peft_combo.errors import DataError, PeftComboError
 from peft_combo.recommender.fitted_scorers import FittedScorer
 from peft_combo.scoring import EASE, CoOccurrence, ItemKNN, Popularity
 from peft_combo.serving import answering
@@ -571,3 +572,23 @@ def test_what_was_bought_together_is_counted_without_fitting_anew(shop: Shop) ->
     for name, before in zip(counting, rows, strict=True):
         one = {str(scorer): fitted for scorer, fitted in again.items()}[name]
         assert int(one.scorer.support.sum()) == before + 4  # type: ignore[attr-defined]
+
+
+def test_drawn_lists_tell_how_probable_they_were(shop: Shop) -> None:
+    service = shop.open(explore="plackett-luce:5")
+    seen: list[ShownAnswer] = []
+    service.on_answer(seen.append)
+    first, again, other = (service.complete(ask(items=["p0", "p6"], k=5, request_id=name)) for name in ("a", "a", "b"))
+    assert ids(first) == ids(again)
+    assert ids(first) != ids(other)
+    assert first.next_cursor is None  # what a next page would hold may be on this one
+    assert len(set(ids(first))) == 5
+    assert len(first.propensities) == 5
+    assert all(0 < one < 1 for one in first.propensities)
+    assert service.search(ask(query="dress", k=3)).propensities == ()
+    deadline = time.monotonic() + 10
+    while len(seen) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert seen[0].propensities == first.propensities
+    with pytest.raises(PeftComboError, match="Expected epsilon-greedy:SHARE"):
+        shop.open(explore="thompson")

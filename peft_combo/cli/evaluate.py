@@ -22,8 +22,6 @@ from peft_combo.cli.app import (
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, print_json, print_line, print_table
 from peft_combo.errors import DataError
 
-_CANDIDATES = 100  # items that a list is drawn from
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -323,7 +321,7 @@ def _judge_by_log(
     from peft_combo.evaluation.off_policy import judge_candidate
     from peft_combo.files import literal_path
     from peft_combo.recommender.recommender import BundleRecommender
-    from peft_combo.serving.exploration import compute_propensities, parse_policy
+    from peft_combo.serving.exploration import CANDIDATES, compute_propensities, parse_policy
 
     policy = parse_policy(explore)
     if "://" in log or literal_path(log).is_dir():
@@ -344,7 +342,7 @@ def _judge_by_log(
 
     def score(context: tuple[str, ...]) -> dict[str, float]:
         known = [item for item in context if item in space.dataset.catalog.index]
-        return {one.item_id: one.score for one in candidate.complete(known, k=_CANDIDATES)} if known else {}
+        return {one.item_id: one.score for one in candidate.complete(known, k=CANDIDATES)} if known else {}
 
     name = ", ".join(references) or "the frozen encoder"
     return judge_candidate(name, lists, score, partial(compute_propensities, policy=policy), seed=space.recipe.seed)

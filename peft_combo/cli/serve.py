@@ -59,6 +59,12 @@ def serve(
     encoder: Annotated[
         str, typer.Option("--encoder", help="Form of the encoder: torch, onnx, int8 or pruned.")
     ] = "torch",
+    explore: Annotated[
+        str | None,
+        typer.Option(
+            "--explore", help="Draw of lists, to learn from, as in plackett-luce:0.5; default the ranking as it is."
+        ),
+    ] = None,
     opened: Annotated[
         str | None,
         typer.Option(
@@ -91,7 +97,8 @@ def serve(
     config = make_config(
         {
             "recipe": recipe, "overrides": overrides or (), "data": data, "store": store, "adapters": adapters or (),
-            "follow": follow, "encoder": encoder, "vectors": cache, "fitted": fitted, "host": host, "port": port,
+            "follow": follow, "encoder": encoder, "explore": explore,
+            "vectors": cache, "fitted": fitted, "host": host, "port": port,
             "workers": workers, "state": state, "open": None if opened is None else _read_scopes(opened, "--open"),
             "hosts": hosts or (), "tls_cert": tls_cert, "tls_key": tls_key, "access_log": access_log,
         }

@@ -26,6 +26,8 @@ from peft_combo.serving.answers import Answer, AnsweredBy, Arm, Origin
 from peft_combo.serving.arms import DeployedRelease
 from peft_combo.serving.cursors import Cursor, digest_request
 from peft_combo.serving.errors import BadRequest, CursorExpired
+from peft_combo.serving.exploration import CANDIDATES, parse_policy
+from peft_combo.serving.exploration import explore as draw
 from peft_combo.serving.live_events import LiveEvents, list_context, list_seen
 from peft_combo.serving.requests import ServiceRequest
 from peft_combo.serving.state import EventRow
@@ -59,10 +61,15 @@ class Answerer:
 
     Args:
         identify: the key of a user id. is_forgotten: whether somebody asked to be forgotten.
+        explore: how lists for a person or items are drawn, see `parse_policy`; None shows the ranking as it is.
     """
 
-    def __init__(self, events: LiveEvents, identify: Callable[[str], str], is_forgotten: Callable[[str], bool]) -> None:
+    def __init__(
+        self, events: LiveEvents, identify: Callable[[str], str], is_forgotten: Callable[[str], bool],
+        explore: str | None = None,
+    ) -> None:  # fmt: skip
         self._events, self._identify, self._is_forgotten = events, identify, is_forgotten
+        self._policy = None if explore is None else parse_policy(explore)
 
     def answer(self, route: Route, request: ServiceRequest, alias: str, arm: Arm, deployed: DeployedRelease) -> Answer:
         """Answer one request.
@@ -75,21 +82,24 @@ class Answerer:
         cursor = None if request.cursor is None else Cursor.decode(request.cursor)
         if cursor is not None:
             cursor.check(release.release, digest_request(request), route)
+        request_id = request.request_id or uuid.uuid4().hex
+        propensities: tuple[float, ...] = ()
         asked = self._understand(route, request, recommender, cursor)
         understood = time.perf_counter()
         if route in ("compose", "rank"):
             results, by, tried, notes = self._answer_bundles(route, asked, recommender)
             following = None
         else:
-            results, by, tried, notes, following = self._answer_items(
-                route, asked, recommender, cursor, release.release
+            results, by, tried, notes, following, propensities = self._answer_items(
+                route, asked, recommender, cursor, release.release, request_id
             )
         done = time.perf_counter()
         deployed.counts.add(done - started)
         origin = Origin(alias, release.version, release.digest, release.release, arm, by, tried)
         return Answer(
-            request.request_id or uuid.uuid4().hex, tuple(results), following, origin, 1e3 * (done - started),
+            request_id, tuple(results), following, origin, 1e3 * (done - started),
             (*asked.notes, *notes), {"read": 1e3 * (understood - started), "score": 1e3 * (done - understood)},
+            propensities,
         )  # fmt: skip
 
     # What a request goes by.
@@ -132,8 +142,11 @@ class Answerer:
     # Single items.
 
     def _answer_items(
-        self, route: Route, asked: Asked, recommender: BundleRecommender, cursor: Cursor | None, release: str
-    ) -> tuple[list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], str | None]:
+        self, route: Route, asked: Asked, recommender: BundleRecommender, cursor: Cursor | None, release: str,
+        request_id: str,
+    ) -> tuple[
+        list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], str | None, tuple[float, ...]
+    ]:  # fmt: skip
         request = asked.request
         if route == "search" and request.query is None:
             raise BadRequest("query: a search needs words. For items beside others ask /v1/complete.")
@@ -142,13 +155,18 @@ class Answerer:
         if route == "replace" and (request.swap is None or not request.items):
             raise BadRequest("swap: expected items, a bundle, and of these the one to replace in swap.")
         by, tried, notes, ranking = self._rank(route, asked, recommender)
-        after = None
+        after: int | None = None
+        propensities: tuple[float, ...] = ()
         if cursor is not None:
             after = recommender.dataset.catalog.index.get(cursor.after)
             if after is None or not np.isfinite(ranking.fused.scores[after]):
                 raise CursorExpired("The item that the list ended with is gone. Send the request again without cursor.")
         rows = ranking.take(request.k + 1, after)
         more, rows = len(rows) > request.k, rows[: request.k]
+        drawn = self._draw(route, request, ranking, cursor, request_id)
+        if drawn is not None:  # an item of a later page may be on this one, so there is none
+            rows, propensities = drawn
+            more = False
         found = recommender.describe_items(ranking, rows, explain=request.explain)
         results = [_tell_item(recommender, one, row) for one, row in zip(found, rows, strict=True)]
         if route == "replace" and request.swap is not None:
@@ -161,7 +179,21 @@ class Answerer:
             shown = len(rows) + (0 if cursor is None else cursor.shown)
             last = recommender.dataset.catalog.item_ids[rows[-1]]
             following = Cursor(release, digest_request(request), route, last, shown, context).encode()
-        return results, by, tried, notes, following
+        return results, by, tried, notes, following, propensities
+
+    def _draw(
+        self, route: Route, request: ServiceRequest, ranking: ItemRanking, cursor: Cursor | None, request_id: str
+    ) -> tuple[list[int], tuple[float, ...]] | None:
+        """Return the rows that are shown and their propensities, where lists are drawn; None where they are not."""
+        if self._policy is None or route not in ("recommend", "complete") or cursor is not None:
+            return None
+        pool = ranking.take(CANDIDATES, None)
+        if not len(pool) or request.k > CANDIDATES:
+            return None
+        # By a keyed hash, so that a client that chooses its request ids does not choose its lists.
+        seed = self._identify(f"list of request {request_id}")
+        found = draw(ranking.fused.scores[pool], request.k, self._policy, seed)
+        return [int(pool[place]) for place in found.order], tuple(found.propensities.tolist())
 
     def _rank(
         self, route: Route, asked: Asked, recommender: BundleRecommender

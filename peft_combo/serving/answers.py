@@ -47,6 +47,7 @@ class Answer:
         took_ms: from the request to the answer, waiting included.
         notes: what was noticed, in sentences: a user who is not known, a fallback.
         timing: per stage the milliseconds it took ("queue", "encode", "score", "shadow").
+        propensities: per result the probability of it at its place given those before it; () where nothing was drawn.
     """
 
     request_id: str
@@ -56,6 +57,7 @@ class Answer:
     took_ms: float
     notes: tuple[str, ...] = ()
     timing: Mapping[str, float] = field(default_factory=dict)
+    propensities: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the answer as JSON values, in the order that routes send."""

@@ -9,7 +9,7 @@ import ipaddress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from peft_combo.errors import PeftComboError, shorten
 from peft_combo.serving.state.rows import Scope
@@ -31,6 +31,9 @@ class ServiceConfig(BaseModel):
     encoder: Literal["torch", "onnx", "int8", "pruned"] = Field(
         default="torch", description="Form of the encoder."
     )  # fmt: skip
+    explore: str | None = Field(
+        default=None, description="How lists are drawn, as in plackett-luce:0.5; None shows the ranking as it is."
+    )
     vectors: Path = Field(default=Path("vectors"), description="Folder of the vector cache.")
     fitted: Path = Field(default=Path("fitted"), description="Folder of fitted recommenders.")
 
@@ -63,6 +66,18 @@ class ServiceConfig(BaseModel):
     connections: int = Field(default=1000, ge=1, description="Connections at a time, per process.")
     per_minute: int = Field(default=60_000, ge=1, description="Requests a minute of one key, over all processes.")
     grace: float = Field(default=10.0, ge=0, description="Seconds for requests under way when the service ends.")
+
+    @field_validator("explore")
+    @classmethod
+    def _check_policy(cls, text: str | None) -> str | None:
+        if text is not None:
+            from peft_combo.serving.exploration import parse_policy  # SciPy, which the command line does without
+
+            try:
+                parse_policy(text)
+            except PeftComboError as error:
+                raise ValueError(str(error)) from error
+        return text
 
     @property
     def loopback(self) -> bool:

@@ -20,6 +20,7 @@ class EngineConfig(Protocol):
         queue_texts: how many may wait. encode_timeout: seconds an encode may take, waiting included.
         text_chars: longest text. poll_ms: how often the state and the store are looked at.
         encoder: form of the encoder that reads queries; see `adapters.serving_encoder`.
+        explore: how lists of single items are drawn, see `exploration.parse_policy`; None shows the ranking as it is.
         cached_queries: query vectors kept.
     """
 
@@ -38,4 +39,5 @@ class EngineConfig(Protocol):
     text_chars: int
     poll_ms: float
     encoder: Literal["torch", "onnx", "int8", "pruned"]
+    explore: str | None
     cached_queries: int

@@ -21,6 +21,9 @@ from scipy import special
 
 from peft_combo.errors import PeftComboError, did_you_mean
 
+CANDIDATES = 100
+"""Best items that a service draws a list from; `evaluate --log` lets a candidate draw from as many."""
+
 # Nodes of the integrals behind Thompson's propensities, over their whole range and within each posterior.
 _NODES = 512
 _QUANTILES = special.ndtri(np.concatenate([[1e-9, 1e-6, 1e-4], np.linspace(0.003, 0.997, 25), [1 - 1e-4, 1 - 1e-6,

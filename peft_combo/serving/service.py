@@ -68,7 +68,7 @@ class Service:
         self._items = LiveItems(dataset, self._batcher, self._counts)
         self._events = LiveEvents(state)
         self._forgotten: frozenset[str] = frozenset()
-        self._answerer = Answerer(self._events, state.identify, lambda key: key in self._forgotten)
+        self._answerer = Answerer(self._events, state.identify, lambda key: key in self._forgotten, config.explore)
         self._drift = Drift()
         builder = ReleaseBuilder(
             dataset, space.split, bank, space.cache, config.fitted, space.recipe.seed, self._encoders,
@@ -398,7 +398,7 @@ class Service:
         self._tell(route, request, answer)
 
     def _tell(self, route: Route, request: ServiceRequest, answer: Answer) -> None:
-        propensities = (1.0,) * len(answer.results)
+        propensities = answer.propensities or (1.0,) * len(answer.results)
         self._afterwards.tell(ShownAnswer(route, request.user, tuple(request.items), answer, propensities))
 
     @contextmanager
