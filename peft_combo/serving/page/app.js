@@ -31,14 +31,14 @@ const STRINGS = {
     "none.budget": "Lift the budget", "none.excluded": "Allow what was excluded",
     "bundle": "Bundle {rank}", "bundle.of": "of {budget}", "bundle.unpriced": "price unknown",
     "bundle.budget": "{sum} of a budget of {budget}",
-    "item.given": "in your basket", "item.new": "new", "item.add": "Put into the basket: {title}",
+    "item.given": "Your basket", "item.beside": "Goes with it", "item.bundle": "Items", "item.new": "new", "item.add": "Put into the basket: {title}",
     "item.swap": "Swap for something else: {title}", "item.exclude": "Exclude: {title}", "item.remove": "Remove: {title}",
     "item.allow": "Allow again: {title}", "item.added": "Put into the basket: {title}.",
     "item.excluded": "Excluded: {title}.",
     "swap.title": "Instead of this", "swap.take": "Take", "swap.label": "Take {title}", "swap.none": "Nothing else fits its place.",
     "swap.undo": "Undo the swap", "swap.done": "Swapped for {title}.",
     "why.together": "In {count} bundles with {title}", "why.together.one": "In a bundle with {title}",
-    "why.agrees": "same {traits}", "why.rule": "{slot} goes with {given} in {percent} of bundles",
+    "why.agrees": "shares {traits}", "why.rule": "{percent} of bundles with {given} have {slot}",
     "why.answers": "answers “{names}”", "why.text": "its words fit", "why.cf": "customers choose it alongside",
     "share.title": "What speaks for it", "share.text": "Text {percent}", "share.cf": "Behaviour {percent}",
     "share.rules": "Rules {percent}", "evidence": "Evidence in figures",
@@ -52,11 +52,11 @@ const STRINGS = {
     "key.set": "A key is in use, until this page closes.", "key.enter": "Enter a key",
     "alias.ready": "ready", "alias.waiting": "warming up", "alias.previous": "before: {version}", "alias.job": "{version}: {state}, {stage}",
     "arm.prod": "prod", "arm.next": "next", "arm.shadow": "shadow", "arm.share": "{share} of users",
-    "promote.version": "Version", "promote.share": "Share of users", "promote.all": "all at once", "promote.part": "{share} % as canary",
+    "promote.version": "Version", "promote.share": "Share of users", "promote.all": "all at once", "promote.part": "{share}% as canary",
     "promote.do": "Promote", "rollback.do": "Roll back", "promote.title": "Promote {version}?", "rollback.title": "Roll back {alias}?",
     "promote.text": "{alias} moves from {before} to {version} for {share}. Requests under way keep the version they started with.",
-    "rollback.text": "{alias} goes back from {before} to {version}.", "promote.everyone": "every user", "promote.some": "{share} % of users",
-    "promote.done": "{alias} now points to {version}.", "canary.done": "{version} now answers {share} % of the users of {alias}.",
+    "rollback.text": "{alias} goes back from {before} to {version}.", "promote.everyone": "every user", "promote.some": "{share}% of users",
+    "promote.done": "{alias} now points to {version}.", "canary.done": "{version} now answers {share}% of the users of {alias}.",
     "rollback.done": "{alias} was rolled back.",
     "versions": "Versions", "version": "Version", "method": "Method", "created": "Stored", "digest": "Digest", "size": "Size",
     "aliases": "Aliases", "quality": "Quality, before → after", "quality.none": "not measured",
@@ -103,13 +103,13 @@ const STRINGS = {
     "none.budget": "取消预算限制", "none.excluded": "恢复被排除的商品",
     "bundle": "组合 {rank}", "bundle.of": "预算 {budget}", "bundle.unpriced": "价格未知",
     "bundle.budget": "合计 {sum}，预算 {budget}",
-    "item.given": "已在购物篮", "item.new": "新", "item.add": "放入购物篮：{title}",
+    "item.given": "您的购物篮", "item.beside": "与之搭配", "item.bundle": "商品", "item.new": "新", "item.add": "放入购物篮：{title}",
     "item.swap": "换一件：{title}", "item.exclude": "排除：{title}", "item.remove": "移除：{title}",
     "item.allow": "恢复：{title}", "item.added": "已放入购物篮：{title}。", "item.excluded": "已排除：{title}。",
     "swap.title": "可替换为", "swap.take": "选用", "swap.label": "选用 {title}", "swap.none": "没有其他合适的商品。",
     "swap.undo": "撤销替换", "swap.done": "已换成 {title}。",
     "why.together": "与 {title} 同在 {count} 个组合中", "why.together.one": "曾与 {title} 同在一个组合中",
-    "why.agrees": "相同：{traits}", "why.rule": "{percent} 的组合中 {slot} 与 {given} 搭配",
+    "why.agrees": "共同点：{traits}", "why.rule": "含 {given} 的组合中 {percent} 也有 {slot}",
     "why.answers": "符合“{names}”", "why.text": "文字描述相符", "why.cf": "顾客常一起选择",
     "share.title": "推荐依据", "share.text": "文本 {percent}", "share.cf": "行为 {percent}",
     "share.rules": "规则 {percent}", "evidence": "详细数据",
@@ -122,11 +122,11 @@ const STRINGS = {
     "key.set": "密钥已启用，关闭本页即失效。", "key.enter": "填写密钥",
     "alias.ready": "就绪", "alias.waiting": "预热中", "alias.previous": "此前：{version}", "alias.job": "{version}：{state}，{stage}",
     "arm.prod": "正式", "arm.next": "灰度", "arm.shadow": "影子", "arm.share": "{share} 的用户",
-    "promote.version": "版本", "promote.share": "用户比例", "promote.all": "全部切换", "promote.part": "灰度 {share} %",
+    "promote.version": "版本", "promote.share": "用户比例", "promote.all": "全部切换", "promote.part": "灰度 {share}%",
     "promote.do": "上线", "rollback.do": "回滚", "promote.title": "上线 {version}？", "rollback.title": "回滚 {alias}？",
     "promote.text": "{alias} 将从 {before} 切换到 {version}，范围：{share}。进行中的请求仍使用原版本。",
-    "rollback.text": "{alias} 将从 {before} 退回 {version}。", "promote.everyone": "全部用户", "promote.some": "{share} % 的用户",
-    "promote.done": "{alias} 现指向 {version}。", "canary.done": "{version} 现服务 {alias} 的 {share} % 用户。",
+    "rollback.text": "{alias} 将从 {before} 退回 {version}。", "promote.everyone": "全部用户", "promote.some": "{share}% 的用户",
+    "promote.done": "{alias} 现指向 {version}。", "canary.done": "{version} 现服务 {alias} 的 {share}% 用户。",
     "rollback.done": "{alias} 已回滚。",
     "versions": "版本", "version": "版本", "method": "方法", "created": "保存时间", "digest": "摘要", "size": "大小",
     "aliases": "别名", "quality": "质量：之前 → 之后", "quality.none": "未测量",
@@ -174,8 +174,9 @@ function remember(name, value) {
 
 const number = (value, digits = 0) =>
   new Intl.NumberFormat(language, { minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
-const percent = (value, digits = 0) => `${number(100 * value, digits)} %`;
-const price = (value) => number(value, Number.isInteger(value) ? 0 : 2);
+const percent = (value, digits = 0) =>
+  new Intl.NumberFormat(language, { style: "percent", minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
+const price = (value) => number(value, 2);
 const known = (value) => value !== null && value !== undefined;
 
 function bytes(value) {
@@ -218,7 +219,7 @@ function fill(element, attributes, children) {
       element.setAttribute(name, value);
     }
   }
-  element.append(...children.flat().filter((child) => known(child) && child !== false && child !== ""));
+  element.append(...children.flat(Infinity).filter((child) => known(child) && child !== false && child !== ""));
   return element;
 }
 
@@ -451,9 +452,9 @@ function bundleCard(bundle, rank, context) {
 function cardParts(bundle, rank, context, show, original) {
   const undo = original && make("button", { type: "button", class: "quiet", on: { click: () => show(original) } }, words("swap.undo"));
   return [
-    make("header", {}, make("h2", {}, words("bundle", { rank: rank + 1 })), sumOf(bundle)),
+    make("header", {}, make("h2", {}, context.side && sideMark(context.side), words("bundle", { rank: rank + 1 })), sumOf(bundle)),
     ...budgetMeter(bundle),
-    make("ul", { class: "items" }, bundle.items.map((_, place) => itemRow(bundle, place, context, show))),
+    ...itemLists(bundle, context, show),
     ...(undo ? [undo] : []),
     ...shareBar(bundle),
     figures(bundle),
@@ -462,7 +463,7 @@ function cardParts(bundle, rank, context, show, original) {
 
 function sumOf(bundle) {
   if (!known(bundle.price)) return make("span", { class: "small" }, words("bundle.unpriced"));
-  const of = known(wanted.budget) && make("span", { class: "of" }, ` ${words("bundle.of", { budget: price(wanted.budget) })}`);
+  const of = known(wanted.budget) && make("span", { class: "of" }, ` ${words("bundle.of", { budget: number(wanted.budget) })}`);
   return make("span", { class: "sum number" }, price(bundle.price), of);
 }
 
@@ -470,8 +471,22 @@ function budgetMeter(bundle) {
   if (!known(wanted.budget) || !known(bundle.price)) return [];
   const part = wanted.budget > 0 ? bundle.price / wanted.budget : 1;
   const meter = bar([["fill", Math.min(part, 1)]], part > 1 ? "meter over" : "meter");
-  const text = words("bundle.budget", { sum: price(bundle.price), budget: price(wanted.budget) });
+  const text = words("bundle.budget", { sum: price(bundle.price), budget: number(wanted.budget) });
   return [meter, make("span", { class: "hidden" }, text)];
+}
+
+/** What the basket holds in short, then what goes with it, each in the order of the bundle. */
+function itemLists(bundle, context, show) {
+  const places = bundle.items.map((_, place) => place);
+  const given = places.filter((place) => inBasket(bundle.items[place]));
+  const added = places.filter((place) => !given.includes(place));
+  return [
+    given.length > 0 && make("ul", { class: "items given", "aria-label": words("item.given") }, given.map((place) => make("li", {},
+      tile(bundle.slots[place]), make("span", { class: "name", title: bundle.titles[place] }, bundle.titles[place]),
+      known(bundle.prices?.[place]) && make("span", { class: "number small" }, price(bundle.prices[place]))))),
+    make("ul", { class: "items", "aria-label": words(given.length ? "item.beside" : "item.bundle") },
+      added.map((place) => itemRow(bundle, place, context, show))),
+  ].filter(Boolean);
 }
 
 const inBasket = (id) => wanted.basket.some((item) => item.item_id === id);
@@ -479,9 +494,8 @@ const inBasket = (id) => wanted.basket.some((item) => item.item_id === id);
 function itemRow(bundle, place, context, show) {
   const id = bundle.items[place];
   const item = { item_id: id, title: bundle.titles[place], slot: bundle.slots[place], price: bundle.prices?.[place] };
-  const given = inBasket(id);
   const only = context.side && !context.others.has(id);
-  const row = make("li", { class: `item${given ? " given" : ""}${only ? ` differs-${context.side}` : ""}`, "data-item": id });
+  const row = make("li", { class: `item${only ? ` differs-${context.side}` : ""}`, "data-item": id });
   const toggleSwap = async (event) => {
     const open = row.querySelector(".swaps");
     event.currentTarget.setAttribute("aria-expanded", open ? "false" : "true");
@@ -494,15 +508,13 @@ function itemRow(bundle, place, context, show) {
       make("p", { class: "name" }, item.title),
       make("p", { class: "facts" }, item.slot && make("span", {}, item.slot),
         known(item.price) && make("span", { class: "number" }, price(item.price)),
-        given && make("span", { class: "tag" }, words("item.given")),
         context.fresh?.has(id) && make("span", { class: "tag new" }, words("item.new")),
-        only && make("span", { class: `tag only-${context.side}` }, words("compare.only", { side: context.side.toUpperCase() }))),
-      given ? "" : whyLine(bundle, id)),
-    make("div", { class: "actions" }, given ? "" : [
+        only && make("span", { class: `tag only-${context.side}` }, words("compare.only", { side: context.side.toUpperCase() })))),
+    make("div", { class: "actions" },
       action("add", words("item.add", item), () => addToBasket(item, context.requestId)),
       action("swap", words("item.swap", item), toggleSwap, { "aria-expanded": "false" }),
-      action("exclude", words("item.exclude", item), () => exclude(item, context.requestId)),
-    ]));
+      action("exclude", words("item.exclude", item), () => exclude(item, context.requestId))),
+    whyLine(bundle, id));
   return row;
 }
 
@@ -510,7 +522,7 @@ function itemRow(bundle, place, context, show) {
 function whyLine(bundle, id) {
   const told = bundle.evidence.find((entry) => entry.item === id);
   if (!told) return "";
-  const titleOf = (other) => bundle.titles[bundle.items.indexOf(other)] ?? other;
+  const titleOf = (other) => shorten(bundle.titles[bundle.items.indexOf(other)] ?? other, 34);
   const reasons = [];
   if (told.answers?.length) {
     reasons.push(words("why.answers", { names: told.answers.map((answer) => answer.named || answer.wish).join(", ") }));
@@ -534,6 +546,13 @@ function whyLine(bundle, id) {
 }
 
 const TEXT_SCORERS = /^(TF-IDF|frozen BERT|tuned BERT|ensemble|tuned by category|text ranker|text)/;
+
+/** The first words of a text, as many as have room. */
+function shorten(text, most) {
+  if (text.length <= most) return text;
+  const end = text.lastIndexOf(" ", most);
+  return `${text.slice(0, end > 0 ? end : most).replace(/[\s,;:–-]+$/, "")}…`;
+}
 
 /** Split what speaks for items into text, behaviour and rules. What speaks against them (a cost) has no share. */
 function sumShares(entries) {
@@ -674,9 +693,11 @@ function showSides(answers, chosen) {
     make("div", { class: "sides" }, answers.map((answer, n) => originOf(answer, "ab"[n])), rows.flat()));
 }
 
+const sideMark = (side) => make("span", { class: `side side-${side}` }, side.toUpperCase());
+
 function originOf({ origin, took_ms }, side) {
   const text = `${origin.version} · ${words(`by.${origin.answered_by}`)} · ${number(took_ms, 1)} ms`;
-  return make("p", { class: "origin" }, make("span", { class: `side side-${side}` }, side.toUpperCase()), text,
+  return make("p", { class: "origin" }, sideMark(side), text,
     make("code", { title: origin.digest }, origin.digest.slice(0, 8)));
 }
 
@@ -725,12 +746,15 @@ function showExamples() {
   if (!examples) return area.replaceChildren();
   const chip = (label, listener) => make("button", { type: "button", class: "chip", on: { click: () => { listener(); refresh(); } } }, label);
   const chips = {
-    basket: () => examples.baskets.map(({ label, items }) => chip(label || items.map((item) => item.title).join(" + "), () => takeBasket(items))),
+    basket: () => examples.baskets.map(({ label, items }) => chip(label || items.map(kindOf).join(" + "), () => takeBasket(items))),
     user: () => examples.users.map(({ user, label }) => chip(label ?? user, () => { wanted.user = find("user").value = user; wanted.basket = []; showPicked(); })),
     query: () => examples.queries.map((query) => chip(query, () => { wanted.query = find("query").value = query; wanted.basket = []; showPicked(); })),
   }[wanted.mode]();
   area.replaceChildren(...(chips.length ? chips : [make("span", { class: "small" }, words("examples.none"))]));
 }
+
+/** What an item is, in a word or two: the last name of its category path. */
+const kindOf = (item) => item.category?.split(" > ").at(-1) || item.slot || shorten(item.title, 24);
 
 function takeBasket(items) {
   wanted.basket = [...items];
@@ -750,7 +774,7 @@ function learnPrices(results) {
 
 function showBudget() {
   find("budget").disabled = !known(dearest);
-  const text = known(wanted.budget) ? price(wanted.budget) : words(known(dearest) ? "budget.none" : "budget.unknown");
+  const text = known(wanted.budget) ? number(wanted.budget) : words(known(dearest) ? "budget.none" : "budget.unknown");
   find("budget-value").textContent = text;
   find("budget").setAttribute("aria-valuetext", text);
 }
@@ -841,15 +865,15 @@ async function loadExamples() {
 // ---- Adapters --------------------------------------------------------------------------------------------------------
 
 async function showAdapters() {
-  const area = find("adapters-body");
   try {
     const told = await call("adapters", "GET", "v1/adapters");
     if (!told) return;
-    const cards = told.aliases.map((alias) => aliasCard(alias, told.versions));
-    const none = make("div", { class: "state" }, make("h2", {}, words("adapters.none")), make("p", {}, words("adapters.none.text")));
-    area.replaceChildren(make("div", { class: "grid" }, cards), told.versions.length ? versionTable(told.versions) : none);
+    const none = make("div", { class: "state block" }, make("h2", {}, words("adapters.none")), make("p", {}, words("adapters.none.text")));
+    find("aliases").replaceChildren(...told.aliases.map((alias) => aliasCard(alias, told.versions)));
+    find("versions").replaceChildren(told.versions.length ? versionTable(told.versions) : none);
   } catch (problem) {
-    area.replaceChildren(failure(problem, showAdapters));
+    find("aliases").replaceChildren();
+    find("versions").replaceChildren(failure(problem, showAdapters));
   }
 }
 
@@ -919,7 +943,7 @@ function confirmed(title, text, yes) {
 
 function versionTable(versions) {
   const head = ["version", "quality", "method", "created", "size", "digest"];
-  const rows = versions.map((version) => make("tr", {},
+  const rows = versions.toReversed().map((version) => make("tr", {},
     make("td", {}, make("strong", {}, version.version), (version.aliases ?? []).map((name) => [" ", make("span", { class: "tag" }, name)])),
     make("td", {}, qualityOf(version.metrics)),
     make("td", {}, version.method ?? ""),
@@ -927,7 +951,7 @@ function versionTable(versions) {
     make("td", { class: "number" }, known(version.bytes) ? bytes(version.bytes) : ""),
     make("td", {}, make("code", { title: version.digest }, (version.digest ?? "").slice(0, 12)))));
   return make("section", { class: "block" }, make("h2", {}, words("versions")), make("div", { class: "table", tabindex: "0", role: "region", "aria-label": words("versions") },
-    make("table", {}, make("thead", {}, make("tr", {}, head.map((name) => make("th", { scope: "col" }, words(name))))), make("tbody", {}, rows))));
+    make("table", {}, make("thead", {}, make("tr", {}, head.map((name) => make("th", { scope: "col", class: name === "size" ? "number" : null }, words(name))))), make("tbody", {}, rows))));
 }
 
 function qualityOf(metrics) {
@@ -947,6 +971,7 @@ function qualityOf(metrics) {
 // ---- Health ----------------------------------------------------------------------------------------------------------
 
 const POLL = 5000; // ms
+const TRAIL = 60; // readings that the chart has room for
 const trail = []; // p95 of each reading while the page is open
 let polling = 0;
 
@@ -967,16 +992,14 @@ function drawHealth(told) {
     ? words("health.lead", { uptime: duration(told.uptime_s) }) : words("health.lead.plain");
   const slowest = Math.max(0, ...(told.routes ?? []).map((route) => route.p95_ms ?? 0));
   trail.push(slowest);
-  if (trail.length > 120) trail.shift();
+  if (trail.length > TRAIL) trail.shift();
   const block = (name, ...content) => make("section", { class: "block" }, make("h2", {}, words(name)), content);
   const scrolled = window.scrollY;
   find("health-body").replaceChildren(
     tiles(told, slowest),
-    block("live", liveChart()),
-    block("latency", latency(told.routes ?? [])),
-    block("answered", answeredBy(told.answered_by ?? {})),
+    make("div", { class: "halves" }, block("latency", latency(told.routes ?? [])), block("live", liveChart())),
+    make("div", { class: "halves" }, block("answered", answeredBy(told.answered_by ?? {})), block("drift", driftBars(told.drift ?? []))),
     block("arms", armTable(told.arms ?? [])),
-    block("drift", driftBars(told.drift ?? [])),
     block("swaps", swapTable(told.swaps ?? [])));
   window.scrollTo(0, scrolled);
 }
@@ -991,7 +1014,7 @@ function tiles(told, slowest) {
     make("dd", {}, known(value) ? value : "–", make("div", { class: "small" }, known(value) ? note ?? "" : words("not.measured"))));
   return make("dl", { class: "tiles" },
     figure("requests", number(requests)),
-    figure("errors", requests ? percent(errors / requests, 1) : null),
+    figure("errors", requests ? percent(errors / requests, 2) : null),
     figure("p95", slowest ? `${number(slowest, 1)} ms` : null),
     figure("queue", known(told.queue?.depth) ? number(told.queue.depth) : null, known(told.queue?.limit) ? words("figure.queue.of", { limit: number(told.queue.limit) }) : ""),
     figure("fallbacks", answers ? percent(1 - (told.answered_by.fusion ?? 0) / answers, 1) : null),
@@ -1002,13 +1025,12 @@ function tiles(told, slowest) {
 
 function liveChart() {
   const most = Math.max(1, ...trail);
-  const points = trail.map((value, at) => `${(100 * at) / Math.max(1, trail.length - 1)} ${96 - (92 * value) / most}`);
-  if (points.length === 1) points.push(`100 ${points[0].split(" ")[1]}`);
+  const points = trail.map((value, at) => `${100 - (100 * (trail.length - 1 - at)) / TRAIL} ${96 - (92 * value) / most}`);
   const line = `M${points.join("L")}`;
   return make("div", { class: "card" },
     make("p", { class: "small" }, words("live.note", { value: number(trail.at(-1), 1), most: number(Math.max(...trail), 1) })),
     draw("svg", { class: "live-chart", viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" },
-      draw("path", { class: "area", d: `${line}L100 100L0 100Z` }), draw("path", { d: line })));
+      draw("path", { class: "area", d: `${line}L100 100L${points[0].split(" ")[0]} 100Z` }), draw("path", { d: line })));
 }
 
 function latency(routes) {
