@@ -1,9 +1,9 @@
 """Software bill of materials: what an installed package stands on, with versions and licences, as CycloneDX JSON.
 
-Run it where the service is installed, in an image above all: ``python tools/sbom.py peft-combo --extras serve``. It reads
-what is installed and asks nobody, so it lists what is there and not what could be. Looking versions up among known
-vulnerabilities needs a database from outside: ``osv-scanner --sbom`` and ``trivy sbom`` take this file where there is a
-network.
+Run it where the service is installed, in an image above all: ``python tools/sbom.py peft-combo --extras serve``. It
+reads what is installed and asks nobody, so it lists what is there and not what could be. Looking versions up among
+known vulnerabilities needs a database from outside: ``osv-scanner --sbom`` and ``trivy sbom`` take this file where
+there is a network.
 """
 
 from __future__ import annotations

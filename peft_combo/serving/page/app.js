@@ -1039,14 +1039,13 @@ function latency(routes) {
   const most = Math.max(...used.map((route) => route.p99_ms ?? route.p95_ms));
   const x = (value) => `${(100 * value) / most}%`;
   return make("div", { class: "card" }, make("p", { class: "small" }, words("latency.note")), make("div", { class: "latency" },
-    used.flatMap(({ route, p50_ms: p50, p95_ms: p95, p99_ms: p99 }) => [
+    used.map(({ route, p50_ms: p50, p95_ms: p95, p99_ms: p99 }) => make("div", {},
       make("span", { class: "mono" }, route),
       draw("svg", { "aria-hidden": "true" }, draw("rect", { class: "track", y: "7", width: "100%", height: "2" }),
         draw("rect", { class: "span-95", x: x(p50), y: "3", width: x(Math.max(p95 - p50, 0)), height: "10", rx: "3" }),
         draw("rect", { class: "tick", x: x(p50), y: "1", width: "3", height: "14", rx: "1" }),
         known(p99) && draw("rect", { class: "limit", x: x(0.99 * p99), y: "3", width: "3", height: "10", rx: "1" })),
-      make("span", { class: "number" }, [p50, p95, p99].filter(known).map((value) => number(value, 1)).join(" / ")),
-    ])));
+      make("span", { class: "number" }, [p50, p95, p99].filter(known).map((value) => number(value, 1)).join(" / "))))));
 }
 
 const BY = { fusion: "text-share", text: "cf-share", cf: "rules-share", popularity: "rest-share" };
@@ -1086,13 +1085,12 @@ function driftBars(drift) {
   const measured = drift.filter((one) => known(one.value));
   if (!measured.length) return make("p", { class: "small" }, words("not.measured"));
   const most = Math.max(...measured.map((one) => Math.max(one.value, one.limit ?? 0))) * 1.1 || 1;
-  return make("div", { class: "card" }, make("div", { class: "latency" }, measured.flatMap(({ of, value, limit }) => [
+  return make("div", { class: "card" }, make("div", { class: "latency" }, measured.map(({ of, value, limit }) => make("div", {},
     make("span", {}, of),
     draw("svg", { "aria-hidden": "true" }, draw("rect", { class: "track", y: "7", width: "100%", height: "2" }),
       draw("rect", { class: known(limit) && value > limit ? "limit" : "tick", y: "3", width: `${(100 * value) / most}%`, height: "10", rx: "3" }),
       known(limit) && draw("rect", { class: "limit", x: `${(100 * limit) / most}%`, width: "2", height: "16" })),
-    make("span", { class: "number" }, number(value, 3), known(limit) ? ` · ${words("drift.limit", { limit: number(limit, 3) })}` : ""),
-  ])));
+    make("span", { class: "number" }, number(value, 3), known(limit) ? ` · ${words("drift.limit", { limit: number(limit, 3) })}` : "")))));
 }
 
 // ---- The frame -------------------------------------------------------------------------------------------------------
