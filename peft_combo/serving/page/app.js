@@ -1070,7 +1070,7 @@ function swapTable(swaps) {
   if (!swaps.length) return make("p", { class: "small" }, words("nothing.yet"));
   return dataTable(["time", "alias", "change", "result", "took"], swaps.map((swap) => {
     const tag = make("span", { class: `tag ${swap.result === "promoted" ? "good" : swap.result === "refused" ? "bad" : ""}`, title: swap.error ?? "" }, words(`result.${swap.result}`));
-    return [moment(swap.time), swap.alias, `${swap.before ?? "–"} → ${swap.after}`, tag, `${number(swap.swap_ms ?? 0, 2)} ms`];
+    return [moment(swap.time), swap.alias, `${swap.from ?? "–"} → ${swap.to}`, tag, `${number(swap.took_ms ?? 0, 2)} ms`];
   }), 4, words("swaps"));
 }
 
