@@ -20,6 +20,7 @@ from peft_combo.cli import export
 from peft_combo.cli import adapter_tools
 from peft_combo.cli import data
 from peft_combo.cli import label
+from peft_combo.cli import serve
 from peft_combo.cli import doctor
 from peft_combo.cli.app import app
 
