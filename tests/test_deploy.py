@@ -19,6 +19,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
 from peft_combo.serving.config import ServiceConfig
 from peft_combo.serving.monitoring import METRICS
+from peft_combo.serving.state.identities import VARIABLE as SECRET_VARIABLE
 
 DEPLOY = REPOSITORY / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
@@ -137,7 +138,8 @@ def test_arguments_are_options_of_the_command() -> None:
     used |= {one for one in json.loads(start[1]) if one.startswith("--")}
     assert used <= options
     environment = {one.envvar for one in command.params if isinstance(one.envvar, str)}
-    assert "PEFT_COMBO_STATE" in environment
+    text = (DEPLOY / "Dockerfile").read_text() + (DEPLOY / "kubernetes" / "deployment.yaml").read_text()
+    assert set(re.findall(r"PEFT_COMBO_[A-Z]+", text)) <= environment | {SECRET_VARIABLE}
 
 
 def test_the_image_runs_as_nobody_in_particular_and_only_files_that_it_needs_are_sent() -> None:
