@@ -78,6 +78,31 @@ def build_shop(folder: Path, above: str = "") -> Path:
     return folder
 
 
+def build_priced_shop(folder: Path) -> Path:
+    """Write 96 items with slots and prices in 6 styles, and 120 bundles of 30 users: an item each of 3 or 4 slots.
+
+    Items of one style go together, as in `build_shop`.
+    """
+    dice = random.Random(7)
+    slots = ("top", "bottom", "shoes", "bag")
+    rows = []
+    for number in range(96):
+        style, slot = number % 6, number // 6 % 4
+        title = f"w{10 + style * 2 + number // 24 % 2} w{30 + number} w{130 + slot}"
+        rows.append(f"p{number},{title},Shop > {slots[slot].title()},{slots[slot]},{12 + 9 * (number % 11)}.50")
+    (folder / "items.csv").write_text("item_id,title,category,slot,price\n" + "\n".join(rows) + "\n")
+    members, meta = [], []
+    for bundle in range(120):
+        style = dice.randrange(6)
+        for slot in dice.sample(range(4), dice.choice((3, 4))):
+            chosen = dice.choice([number for number in range(96) if number % 6 == style and number // 6 % 4 == slot])
+            members.append(f"b{bundle},p{chosen}")
+        meta.append(f"b{bundle},u{bundle % 30},w{10 + style * 2} look")
+    (folder / "bundles.csv").write_text("bundle_id,item_id\n" + "\n".join(members) + "\n")
+    (folder / "bundle_meta.csv").write_text("bundle_id,user_id,intent\n" + "\n".join(meta) + "\n")
+    return folder
+
+
 def add_sessions(dataset: Dataset) -> Dataset:
     """Give a dataset a session for each user: the items of all that user's bundles, mixed."""
     from dataclasses import replace
