@@ -612,9 +612,15 @@ function exclude(item, requestId) {
   refresh();
 }
 
+let listens = true; // whether the service takes feedback with the key that is in use
+
 /** Feedback on an answer: it teaches, and nothing waits for it, so a failure is not shown. */
 function tellService(requestId, item, kind) {
-  call(`feedback ${requestId} ${item.item_id}`, "POST", "v1/feedback", { request_id: requestId, item_id: item.item_id, kind }).catch(() => {});
+  if (!listens) return;
+  const body = { request_id: requestId, item_id: item.item_id, kind };
+  call(`feedback ${item.item_id}`, "POST", "v1/feedback", body).catch((problem) => {
+    listens = ![401, 403].includes(problem.status);
+  });
 }
 
 async function offerSwaps(row, bundle, place, context, show) {
@@ -622,6 +628,7 @@ async function offerSwaps(row, bundle, place, context, show) {
   row.append(panel);
   const body = buildRequest({ items: bundle.items, swap: bundle.items[place], k: 5, ...(context.adapter && { adapter: context.adapter }) });
   delete body.explain;
+  delete body.query;
   try {
     const answer = await call(`swap ${context.side ?? ""}`, "POST", "v1/replace", body);
     if (!answer) return panel.remove();
@@ -856,7 +863,12 @@ function setUpSearch() {
 }
 
 async function loadExamples() {
-  examples = await call("examples", "GET", "v1/examples").catch(() => null);
+  try {
+    examples = await call("examples", "GET", "v1/examples");
+  } catch (problem) {
+    if (problem.status === 401) return showProblem(problem);
+    examples = null; // the rest of the page does without
+  }
   showExamples();
   if (examples?.baskets.length && isEmpty()) takeBasket(examples.baskets[0].items);
   refresh();
@@ -1156,6 +1168,7 @@ function start() {
   find("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     key = find("key").value.trim();
+    listens = true;
     find("key").value = "";
     find("key-state").textContent = words(key ? "key.set" : "key.state");
     find("adapters-notice").replaceChildren();
