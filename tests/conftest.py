@@ -81,6 +81,14 @@ def tiny_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_shop(tmp_path_factory.mktemp("tiny-shop"))
 
 
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The shop of `build_served`, with its fitted recommender once somebody served it."""
+    from served_shop import build_served
+
+    return build_served(tmp_path_factory.mktemp("served"))
+
+
 def make_tiny_recipe(encoder: Path, shop: Path, store: Path, /, method: str = "lora", **changes: Any) -> Any:
     """Make a recipe of a tiny encoder and shop: ``make_tiny_recipe(..., "lora", **{"training.epochs": 2})``."""
     from peft_combo.recipe.parse import parse_recipe

@@ -212,7 +212,7 @@ def test_each_item_of_a_bundle_is_credited_with_what_is_lost_without_it(fitted: 
         assert set(told["because"]) == set(bundle.items) - {told["item"]}
         rest = np.array([index[item] for item in bundle.items if item != told["item"]])
         less = np.array([row for row in rest if row != index["i6"]])
-        with_it, without = fitted._score_beside([rest, less], np.array([index[told["item"]]]))[:, 0]
+        with_it, without = fitted._scorer.score_beside([rest, less], np.array([index[told["item"]]]))[:, 0]
         assert told["because"]["i6"] == pytest.approx(with_it - without, abs=1e-5)
         assert set(told["scorers"]) <= {*map(str, fitted.state.fusion.needs), "users alike"}
     assert all("because" not in told for one in fitted.compose(["i0"]) for told in one.evidence)

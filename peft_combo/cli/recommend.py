@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from peft_combo.recommender.results import DetectedBundle, Recommendation, Suggestion
     from peft_combo.recommender.workspace import Workspace
 
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option("--where", help="Condition on new items: 'price<50', 'brand=A|B', 'colour!=red'; may be repeated."),
+]
+NotLikeOption = Annotated[str | None, typer.Option("--not-like", help="Ids of rejected items: F1,F7.")]
+ExcludeOption = Annotated[str | None, typer.Option("--exclude", help="Ids of items that are not shown: F1,F7.")]
+SeenOption = Annotated[bool, typer.Option("--seen", help="With --user: also items this user took before.")]
+
 
 @app.command()
 def recommend(
@@ -63,6 +71,10 @@ def recommend(
     ] = None,
     size: Annotated[int | None, typer.Option("--size", help="Number of items in a bundle; default as usual.")] = None,
     in_stock: Annotated[bool, typer.Option("--in-stock", help="New items in stock only.")] = False,
+    where: WhereOption = None,
+    not_like: NotLikeOption = None,
+    exclude: ExcludeOption = None,
+    seen: SeenOption = False,
     diversity: Annotated[
         float | None,
         typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.5."),
@@ -82,6 +94,7 @@ def recommend(
 ) -> None:
     """Recommend bundles or single items for items, a user or a text; detect a session's bundles; answer a file."""
     from peft_combo.files import check_folder_target
+    from peft_combo.recommender.filters import parse_filter
     from peft_combo.recommender.requests import check_files, parse_request
 
     loaded = load_ready_recipe(recipe, overrides, data, store)
@@ -94,6 +107,8 @@ def recommend(
         "single": single, "k": k, "slots": split_words(slots), "without_slots": split_words(without_slots),
         "budget": budget, "max_price": max_price, "season": season, "categories": category, "size": size,
         "in_stock": in_stock, "diversity": diversity, "substitute": substitute, "explain": explain,
+        "filter": parse_filter(where).model_dump(exclude_none=True) if where else None,
+        "not_like": split_words(not_like), "exclude": split_words(exclude), "exclude_seen": False if seen else None,
     }  # fmt: skip
     request = parse_request({name: value for name, value in given.items() if value is not None})
     count = 0 if source is None or target is None else check_files(source, target)
@@ -116,8 +131,9 @@ def recommend(
 
 def _check_ids(space: Workspace, request: Request) -> None:
     """Refuse an id that is not there before anything is loaded or encoded."""
-    if request.items or request.session:
-        space.dataset.find_items([*request.items, *(request.session or ())])
+    named = [*request.items, *(request.session or ()), *request.not_like, *request.exclude]
+    if named:
+        space.dataset.find_items(named)
     if request.user is not None:
         space.dataset.find_user(request.user)
 

@@ -462,6 +462,10 @@ class Dataset:
             )
         return self._user_rows[user]
 
+    def knows_user(self, user: str) -> bool:
+        """Say whether a user, given by outside id, has an interaction."""
+        return user in self._user_rows
+
     @cached_property
     def _user_rows(self) -> dict[str, int]:
         return {} if self.interactions is None else {user: row for row, user in enumerate(self.interactions.user_ids)}

@@ -23,7 +23,7 @@ from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.fit_weights import fit_weights
 from peft_combo.recommender.composing.options import ModeWeights
 from peft_combo.recommender.fit_data import FitData, TextSide, encode_catalog
-from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, FittedPast, build_past, fuse_scorers
+from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, build_past, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
 from peft_combo.recommender.scorer_id import RANDOM, ScorerId
@@ -59,7 +59,7 @@ class FitState:
     serving: Mapping[ScorerId, Fitted]
     text_scorer: ScorerId | None
     text_side: Fitted
-    neighbours: FittedPast | None
+    neighbours: Fitted | None
     weights: ModeWeights
     search: TextSearch
     split_digest: str

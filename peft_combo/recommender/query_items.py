@@ -6,12 +6,14 @@ Owns how what a query names is matched with titles. Knows nothing of scorers or 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.labels.tags import Tagger, head_entity
+from peft_combo.errors import DataError
+from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.query import QueryItem, is_same_noun
 from peft_combo.recommender.text_search import TextSearch
 
@@ -78,3 +80,20 @@ def select_largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     else:
         places = np.arange(len(scores))
     return places[np.argsort(-scores[places], kind="stable")][:k]
+
+
+def check_count(k: int) -> None:
+    """Refuse to return fewer than one."""
+    if k < 1:
+        raise DataError(f"k: expected at least 1, found {k}.")
+
+
+def check_query(query: str | None) -> None:
+    """Refuse a query without words."""
+    if query is not None and not query.strip():
+        raise DataError("The query is empty: expected words such as linen dress. Leave it out to go by the rest.")
+
+
+def add_budget(constraints: Constraints, budget: float | None) -> Constraints:
+    """Let the budget of a query count where the constraints have none."""
+    return constraints if constraints.budget is not None else replace(constraints, budget=budget)

@@ -6,7 +6,7 @@ fitted or an adapter tuned, or of the command line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
@@ -17,7 +17,6 @@ from scipy import sparse
 
 from peft_combo.data.labels.tags import Tagger
 from peft_combo.data.model import Dataset
-from peft_combo.data.queries import Queries
 from peft_combo.data.sessions import check_session_items
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
@@ -30,12 +29,26 @@ from peft_combo.recommender.composing.evidence import Composition, count_togethe
 from peft_combo.recommender.composing.options import OneOf, Options
 from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_detected, describe_item
 from peft_combo.recommender.fit_state import FitState, fit_scorers
-from peft_combo.recommender.fitted_scorers import score_beside
-from peft_combo.recommender.fusion import make_comparable
+from peft_combo.recommender.fused_scorer import FusedScorer
+from peft_combo.recommender.item_ranking import (
+    ItemRanking,
+    join_scores,
+    measure_excess,
+    push_away,
+    sum_standard,
+)
 from peft_combo.recommender.query import parse_query
-from peft_combo.recommender.query_items import QueryMatch, apply_matches, match_items, select_largest
+from peft_combo.recommender.query_items import (
+    QueryMatch,
+    add_budget,
+    apply_matches,
+    check_count,
+    check_query,
+    match_items,
+    select_largest,
+)
 from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
-from peft_combo.recommender.scorer_id import TEXT_RANKER, ScorerId
+from peft_combo.recommender.scorer_id import NOT_LIKE, TEXT_RANKER, TEXT_SEARCH
 from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.recommender.text_search import find_distinct
 from peft_combo.scoring.base import Vectors
@@ -54,14 +67,25 @@ class BundleRecommender:
         templates: slots of the bundles it was fitted on.
     """
 
-    def __init__(self, dataset: Dataset, bank: AdapterBank, state: FitState) -> None:
+    def __init__(
+        self, dataset: Dataset, bank: AdapterBank, state: FitState, *, composer: Composer | None = None,
+        like: BundleRecommender | None = None,
+    ) -> None:  # fmt: skip
+        """Answer from what fitting found.
+
+        Args:
+            composer: of this catalogue; None learns one. like: a recommender of the same users, events and bundles.
+        """
         assert state.known.frozen is not None
         self.dataset, self.bank, self.state = dataset, bank, state
+        self._scorer = FusedScorer(state)
         self._history: Any = sparse.csc_array(state.known.history)
-        self._composer = Composer.learn(
+        self.composer = composer or Composer.learn(
             dataset.catalog, dataset.bundles.items, vectors=state.known.frozen, history=state.known.history
         )
-        self.templates = self._composer.templates
+        self.templates = self.composer.templates
+        if like is not None and dataset.interactions is not None:
+            self._taken = like._taken
 
     @classmethod
     def fit(
@@ -99,39 +123,148 @@ class BundleRecommender:
         items: Sequence[str] = (),
         *,
         user: str | None = None,
+        query: str | None = None,
         k: int = 10,
         constraints: Constraints | None = None,
+        required: Iterable[str] | None = None,
+        forbidden: Iterable[str] | None = None,
+        not_like: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        exclude_seen: bool = True,
         explain: bool = False,
     ) -> list[Suggestion]:
         """Return the items that best complete a bundle.
 
         Args:
-            items: outside ids of what is there; may be empty where a user is given.
+            items: outside ids of what is there; may be empty where a user or a query is given.
             user: outside id; without items the ones this user took last are the context.
+            query: what is looked for, in words: counts as much as all else together.
             k: at most so many.
+            required: slots of which an item fills one. forbidden: slots that no item fills.
+            not_like: outside ids of rejected items: never shown, and what is like them comes later.
+            exclude: outside ids that are not shown.
+            exclude_seen: do not show what the user took before.
             explain: also tell what each given item adds, which costs one more scoring for each, and what texts have in
                 common.
         Raises:
-            DataError: an id is not known, there is nothing to go by, or k is below 1.
+            DataError: an id or slot is not known, there is nothing to go by, or k is below 1.
         """
-        _check_count(k)
+        check_count(k)
+        ranking = self.rank_items(
+            items, user=user, query=query, constraints=constraints, required=required, forbidden=forbidden,
+            not_like=not_like, exclude=exclude, exclude_seen=exclude_seen,
+        )  # fmt: skip
+        return self.describe_items(ranking, ranking.take(k), explain=explain)
+
+    def rank_items(
+        self, items: Sequence[str] = (), *, user: str | None = None, query: str | None = None,
+        constraints: Constraints | None = None, required: Iterable[str] | None = None,
+        forbidden: Iterable[str] | None = None, not_like: Sequence[str] = (), exclude: Sequence[str] = (),
+        exclude_seen: bool = True, fused: FusedScores | None = None,
+    ) -> ItemRanking:  # fmt: skip
+        """Rank all items, of which `complete` shows the first; see there.
+
+        Args:
+            fused: scores in place of those for items and user.
+        """
+        check_query(query)
         given = self.dataset.find_items(items)
-        context = given if len(given) else self._find_recent(user)
-        fused = self._score_all(context, user)
-        allowed = self._composer.find_allowed(constraints or Constraints()) & np.isfinite(fused.scores)
-        allowed[given] = False
-        candidates = np.flatnonzero(allowed)
-        first = candidates[select_largest(fused.scores[candidates], k)].tolist()
-        because = self._credit_context(context, user, first, fused.scores) if explain and len(context) > 1 else {}
+        if not (len(given) or user is not None or query is not None or fused is not None):
+            raise DataError("Nothing to go by: give items or a user, or a query.")
+        narrowed = self._narrow(constraints, given, user, not_like, exclude, exclude_seen)
+        allowed = self.composer.find_allowed(narrowed, required=required, forbidden=forbidden)
+        context = self.find_context(given, user)
+        if fused is None and (len(context) or user is not None):
+            fused = self.score_context(context, user)
+        likeness = None if query is None else self.state.search.score_items([query])[0]
+        return self._rank_by(join_scores(fused, likeness), context, user, allowed, not_like)
+
+    def replace(
+        self,
+        items: Sequence[str],
+        swap: str,
+        *,
+        user: str | None = None,
+        k: int = 10,
+        constraints: Constraints | None = None,
+        not_like: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        exclude_seen: bool = True,
+        explain: bool = False,
+    ) -> list[Suggestion]:
+        """Return what could take the place of one item of a bundle, the rest kept: items of its slot, best first.
+
+        Ranked by how well they go with the rest, or by likeness to the item where it is alone.
+
+        Args:
+            items: outside ids of the bundle, `swap` among them.
+        Raises:
+            DataError: an id is not known, `swap` is not of the bundle, or there is a budget and a price is not known.
+        """
+        check_count(k)
+        ranking = self.rank_replacements(
+            items, swap, user=user, constraints=constraints, not_like=not_like, exclude=exclude,
+            exclude_seen=exclude_seen,
+        )  # fmt: skip
+        return self.describe_items(ranking, ranking.take(k), explain=explain)
+
+    def rank_replacements(
+        self, items: Sequence[str], swap: str, *, user: str | None = None, constraints: Constraints | None = None,
+        not_like: Sequence[str] = (), exclude: Sequence[str] = (), exclude_seen: bool = True,
+        fused: FusedScores | None = None,
+    ) -> ItemRanking:  # fmt: skip
+        """Rank all items that could replace one; see `replace`, and `rank_items` for `fused`."""
+        whole = self.dataset.find_items(items)
+        (row,) = self.dataset.find_items([swap]).tolist()
+        if row not in whole:
+            raise DataError(f"{swap} is to be replaced and is not of the bundle {', '.join(items) or 'of nothing'}.")
+        rest = whole[whole != row]
+        narrowed = self._narrow(constraints, whole, user, not_like, exclude, exclude_seen)
+        allowed = self.composer.find_replacements(int(row), rest, narrowed)
+        if len(rest) and fused is None:
+            fused = self.score_context(rest, user)
+        elif fused is None:
+            assert self.state.known.frozen is not None
+            alike = self.state.known.frozen @ self.state.known.frozen[row]
+            fused = FusedScores(alike, {TEXT_SEARCH: alike})
+        return self._rank_by(fused, rest, user, allowed, not_like)
+
+    def describe_items(self, ranking: ItemRanking, rows: Sequence[int], *, explain: bool = False) -> list[Suggestion]:
+        """Return rows of a ranking in the words of callers; see `complete` for `explain`."""
+        context, user, catalog = ranking.context, ranking.user, self.dataset.catalog
+        because: dict[int, dict[str, float]] = {}
+        if explain and len(context) > 1 and not {TEXT_SEARCH, NOT_LIKE} & ranking.fused.parts.keys():
+            because = self._name_credits(self._scorer.credit_context(context, user, rows, ranking.fused.scores))
         ranker = self.state.serving.get(TEXT_RANKER)
-        reasons = ranker.explain(context, first) if explain and isinstance(ranker, TextRanker) else {}
-        catalog = self.dataset.catalog
+        reasons = ranker.explain(context, rows) if explain and isinstance(ranker, TextRanker) else {}
         return [
             describe_item(
-                catalog, row, fused, self._count_together(row, context), because.get(row, {}), reasons.get(row, {})
+                catalog, row, ranking.fused, self._count_together(row, context), because.get(row, {}),
+                reasons.get(row, {}),
             )
-            for row in first
-        ]
+            for row in rows
+        ]  # fmt: skip
+
+    def _rank_by(
+        self, fused: FusedScores, context: NDArray[np.int64], user: str | None, allowed: NDArray[np.bool_],
+        not_like: Sequence[str],
+    ) -> ItemRanking:  # fmt: skip
+        rejected = self.dataset.find_items(not_like)
+        if len(rejected):
+            assert self.state.known.frozen is not None
+            fused = push_away(fused, self.state.known.frozen, rejected)
+        return ItemRanking(context, user, fused, allowed & np.isfinite(fused.scores))
+
+    def _narrow(
+        self, constraints: Constraints | None, given: NDArray[np.int64], user: str | None, not_like: Sequence[str],
+        exclude: Sequence[str], exclude_seen: bool,
+    ) -> Constraints:  # fmt: skip
+        """Return constraints that also bar what is given, rejected or excluded, and what the user took before."""
+        constraints = constraints or Constraints()
+        barred = {*given.tolist(), *self.dataset.find_items([*not_like, *exclude]).tolist()}
+        if exclude_seen and user is not None:
+            barred |= {*self._find_taken(user).tolist()} - {*given.tolist()}
+        return replace(constraints, exclude_items=(*constraints.exclude_items, *sorted(barred)))
 
     def compose(
         self,
@@ -144,6 +277,10 @@ class BundleRecommender:
         required: Iterable[str] | None = None,
         forbidden: Iterable[str] | None = None,
         options: Options | None = None,
+        not_like: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        exclude_seen: bool = True,
+        fused: FusedScores | None = None,
         explain: bool = False,
     ) -> list[Recommendation]:
         """Return bundles that hold `items`, or new ones for a user or a text.
@@ -159,32 +296,38 @@ class BundleRecommender:
                 constraints have none. None compares items with the query as a whole; so do substitutes.
             required: slots that every bundle fills.
             forbidden: slots that no bundle fills.
+            not_like, exclude, exclude_seen: what no bundle holds beside `items`, as for `complete`.
+            fused: scores in place of those for items and user.
             explain: also tell what each item of a bundle adds to the others.
         Raises:
             DataError: an id or slot is not known, nothing is given to go by, or no bundle meets the constraints.
         """
         context = self.dataset.find_items(items)
-        if not (len(context) or user is not None or query is not None):
+        if not (len(context) or user is not None or query is not None or fused is not None):
             raise DataError("Nothing to go by: give items, a user or a query.")
-        _check_query(query)
-        fused = self._score_for(context, user)
+        check_query(query)
+        fused = fused or self._score_for(context, user)
         relevance = [] if fused is None else [fused.scores]
         matches: list[QueryMatch] = []
         if query is not None:
             if tagger is not None:
                 parsed = parse_query(query, tagger)
-                constraints, query = _add_budget(constraints or Constraints(), parsed.budget), parsed.text
+                constraints, query = add_budget(constraints or Constraints(), parsed.budget), parsed.text
                 if options is None or options.mode == "complement":
                     matches = match_items(parsed.items, tagger, self.state.search, self.dataset.catalog.titles)
             relevance.append(apply_matches(self.state.search.score_items([query])[0], matches))
-        composer = self._composer
+        if len(rejected := self.dataset.find_items(not_like)):
+            assert self.state.known.frozen is not None
+            relevance.append(-measure_excess(self.state.known.frozen, rejected))
+        constraints = self._narrow(constraints, context[:0], user, not_like, exclude, exclude_seen)
+        composer = self.composer
         if required is not None or forbidden is not None:
             edited = self.templates.with_rules(required=required, forbidden=forbidden)
             composer = composer.with_templates(edited)
         options = self._add_weights(options or Options(), len(context), query=query is not None)
         composed = composer.compose(
-            context, one_of=[OneOf(one.item.name, one.rows) for one in matches], relevance=_sum_standard(relevance),
-            compatibility=self._score_beside, constraints=constraints, options=options,
+            context, one_of=[OneOf(one.item.name, one.rows) for one in matches], relevance=sum_standard(relevance),
+            compatibility=self._scorer.score_beside, constraints=constraints, options=options,
         )  # fmt: skip
         return self._describe(composed, fused, explain, matches)
 
@@ -208,7 +351,7 @@ class BundleRecommender:
             DataError: an id is not known, the query is empty, or a bundle lacks an item of `items` or has none beside
                 them.
         """
-        _check_query(query)
+        check_query(query)
         context = self.dataset.find_items(items)
         rows = [self.dataset.find_items(bundle) for bundle in bundles]
         for bundle, own in zip(bundles, rows, strict=True):
@@ -219,8 +362,8 @@ class BundleRecommender:
         relevance = [] if fused is None else [fused.scores]
         if query is not None:
             relevance.append(self.state.search.score_items([query])[0])
-        ranked = self._composer.rank(
-            rows, context=context, relevance=_sum_standard(relevance), compatibility=self._score_beside,
+        ranked = self.composer.rank(
+            rows, context=context, relevance=sum_standard(relevance), compatibility=self._scorer.score_beside,
             options=self._add_weights(Options(), len(context), query=query is not None),
         )  # fmt: skip
         return self._describe(ranked, fused, explain)
@@ -240,7 +383,7 @@ class BundleRecommender:
                 bundles to learn from.
         """
         if k is not None:
-            _check_count(k)
+            check_count(k)
         rows = self.dataset.find_items(items)
         check_session_items(items)
         return [
@@ -254,13 +397,9 @@ class BundleRecommender:
         return BundleDetector.fit(self.state.known, self.dataset, None)
 
     def search(self, query: str, k: int = 10) -> list[tuple[str, float]]:
-        """Return the items whose title and category are most like `query`, with the scores of `text_search`.
-
-        Raises:
-            DataError: the query is empty, or k is below 1.
-        """
-        _check_count(k)
-        _check_query(query)
+        """Return the items whose title and category are most like `query`, with the scores of `text_search`."""
+        check_count(k)
+        check_query(query)
         scores = self.state.search.score_items([query])[0]
         return [(self.dataset.catalog.item_ids[row], float(scores[row])) for row in select_largest(scores, k)]
 
@@ -275,8 +414,8 @@ class BundleRecommender:
         Raises:
             DataError: the query is empty, k is below 1, an id is not known, or a given bundle is empty.
         """
-        _check_count(k)
-        _check_query(query)
+        check_count(k)
+        check_query(query)
         catalog, known = self.dataset.catalog, self.dataset.bundles
         search, (distinct, pooled) = self.state.search, self._known_bundles
         found: list[tuple[str | None, NDArray[Any], str | None]]
@@ -306,16 +445,24 @@ class BundleRecommender:
 
     # Ids become rows.
 
-    def _find_recent(self, user: str | None) -> NDArray[np.int64]:
-        """Return the items a user took last, as the context they stand for."""
-        if user is None:
-            raise DataError("Nothing to go by: give items or a user.")
+    def find_context(self, given: NDArray[np.int64], user: str | None) -> NDArray[np.int64]:
+        """Return the rows that stand for a request: what is given, else what the user took last."""
+        return given if len(given) or user is None else self._find_taken(user)[:_HISTORY]
+
+    def _find_taken(self, user: str) -> NDArray[np.int64]:
+        """Return the items a user took, each once, latest first."""
         row = self.dataset.find_user(user)
-        interactions = self.dataset.interactions
-        assert interactions is not None
-        mine = np.flatnonzero(interactions.users == row)
-        order = mine[np.argsort(np.nan_to_num(interactions.times[mine]), kind="stable")[::-1]]
-        return np.array(list(dict.fromkeys(interactions.items[order].tolist()))[:_HISTORY], np.int64)
+        items, starts = self._taken
+        return np.array(list(dict.fromkeys(items[starts[row] : starts[row + 1]].tolist())), np.int64)
+
+    @cached_property
+    def _taken(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The items of all events by user, latest first, and where each user's begin."""
+        events = self.dataset.interactions
+        assert events is not None
+        order = np.lexsort((-np.arange(len(events)), -np.nan_to_num(events.times), events.users))
+        order = order[events.users[order] >= 0]
+        return events.items[order], np.searchsorted(events.users[order], np.arange(len(events.user_ids) + 1))
 
     # Rows become scores.
 
@@ -323,31 +470,13 @@ class BundleRecommender:
         """Score all items for a context, or for what the user took last; None where there is neither."""
         if not len(context) and user is None:
             return None
-        return self._score_all(context if len(context) else self._find_recent(user), user)
+        return self.score_context(self.find_context(context, user), user)
 
-    def _score_all(self, context: NDArray[np.int64], user: str | None) -> FusedScores:
-        """Score all items for one context, and keep what each scorer gave."""
+    def score_context(self, context: NDArray[np.int64], user: str | None = None) -> FusedScores:
+        """Score all items for one context, (S,) rows, and keep what each scorer gave."""
         if user is not None:
             self.dataset.find_user(user)
-        query = _make_queries(context[None], user)
-        fused, parts = self.state.fusion.explain(self._score_parts(query), self.state.known.evidence(query))
-        scores: NDArray[np.float32] = self._add_neighbours(fused, query)[0]
-        return FusedScores(scores, {scorer: part[0] for scorer, part in parts.items()})
-
-    def _score_parts(self, queries: Queries) -> dict[ScorerId, NDArray[np.float32]]:
-        return {scorer: self.state.serving[scorer](queries) for scorer in self.state.fusion.needs}
-
-    def _add_neighbours(self, scores: NDArray[np.float32], queries: Queries) -> NDArray[np.float32]:
-        """Add what users alike took to fused scores (Q, N), where the fusion could not weigh that itself."""
-        if self.state.neighbours is None or not any(queries.groups):
-            return scores
-        evidence = self.state.known.evidence(queries)
-        neighbours, has_score = make_comparable(self.state.neighbours(queries), evidence, self.state.fusion.form)
-        # Not a weight that was fitted: as much as any one scorer. What neighbours cannot say changes nothing.
-        return np.where(has_score, scores + neighbours, scores).astype(np.float32)
-
-    def _score_beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return score_beside(self.state.text_side, sets, rows)
+        return self._scorer.score(context, user)
 
     def _add_weights(self, options: Options, n_items: int, *, query: bool) -> Options:
         """Return options with the weights of this kind of request, where they name none."""
@@ -357,38 +486,9 @@ class BundleRecommender:
 
     # Scores become explanations.
 
-    def _credit_context(
-        self, context: NDArray[np.int64], user: str | None, rows: Sequence[int], scores: NDArray[np.float32]
-    ) -> dict[int, dict[str, float]]:
-        """Tell what each item of a context adds to the scores of `rows`: all at once, one query without each."""
-        without = _make_queries(np.stack([np.delete(context, place) for place in range(len(context))]), user)
-        fused = self.state.fusion.combine(self._score_parts(without), self.state.known.evidence(without))
-        less = self._add_neighbours(fused, without)
+    def _name_credits(self, credits: Mapping[int, Mapping[int, float]]) -> dict[int, dict[str, float]]:
         ids = self.dataset.catalog.item_ids
-        return {
-            row: {
-                ids[item]: float(scores[row] - less[place, row])
-                for place, item in enumerate(context)
-                if np.isfinite(less[place, row])
-            }
-            for row in rows
-        }
-
-    def _credit_members(self, one: Composition) -> dict[int, dict[str, float]]:
-        """Tell what each item of a bundle adds to how well an added one goes with the rest: the loss without it."""
-        sets: list[NDArray[np.int64]] = []
-        for row in one.added:
-            rest = np.array([other for other in one.items if other != row], np.int64)
-            sets += [rest, *(np.delete(rest, place) for place in range(len(rest)))]
-        scores = self._score_beside(sets, np.array(one.added, np.int64))  # (A (1 + R), A)
-        step = len(one.items)
-        ids = self.dataset.catalog.item_ids
-        credits = {}
-        for place, row in enumerate(one.added):
-            whole, *less = scores[place * step : (place + 1) * step, place]
-            others = [other for other in one.items if other != row]
-            credits[row] = {ids[other]: float(whole - part) for other, part in zip(others, less, strict=True)}
-        return credits
+        return {row: {ids[other]: value for other, value in own.items()} for row, own in credits.items()}
 
     def _count_together(self, row: int, context: NDArray[np.int64]) -> dict[str, int]:
         counts = count_together(self._history, row, context)
@@ -399,38 +499,11 @@ class BundleRecommender:
         self, composed: Sequence[Composition], fused: FusedScores | None, explain: bool,
         matches: Sequence[QueryMatch] = (),
     ) -> list[Recommendation]:  # fmt: skip
-        because = [self._credit_members(one) if explain and len(one.items) > 2 else {} for one in composed]
+        because = [
+            self._name_credits(self._scorer.credit_members(one)) if explain and len(one.items) > 2 else {}
+            for one in composed
+        ]
         return [
             describe_bundle(self.dataset.catalog, one, fused, own, matches)
             for one, own in zip(composed, because, strict=True)
         ]
-
-
-def _make_queries(contexts: NDArray[np.int64], user: str | None) -> Queries:
-    """Return queries of one user, or of none: (Q, S) rows."""
-    none = np.zeros(len(contexts), np.int64)
-    return Queries(contexts, none, np.array([user or ""] * len(contexts)), none)
-
-
-def _check_count(k: int) -> None:
-    if k < 1:
-        raise DataError(f"k: expected at least 1, found {k}.")
-
-
-def _check_query(query: str | None) -> None:
-    if query is not None and not query.strip():
-        raise DataError("The query is empty: expected words such as linen dress. Leave it out to go by the rest.")
-
-
-def _add_budget(constraints: Constraints, budget: float | None) -> Constraints:
-    return constraints if constraints.budget is not None else replace(constraints, budget=budget)
-
-
-def _sum_standard(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32] | None:
-    """Add relevances of different origin, each as standard scores; unknown stays unknown only where all are."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    standard = [(part - np.nanmean(part)) / max(float(np.nanstd(part)), 1e-9) for part in parts]
-    known = np.any([np.isfinite(part) for part in standard], axis=0)
-    total = np.sum([np.nan_to_num(part, nan=0.0) for part in standard], axis=0)
-    return np.where(known, total, np.nan).astype(np.float32)

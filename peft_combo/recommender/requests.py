@@ -22,6 +22,7 @@ from peft_combo.files import atomic_file, check_file_target
 from peft_combo.recipe.fields import format_value
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
+from peft_combo.recommender.filters import Filter
 
 if TYPE_CHECKING:  # a request is checked before an encoder is there, so without loading torch
     from peft_combo.data.labels.tags import Tagger
@@ -60,7 +61,29 @@ class Request(BaseModel):
     in_stock: bool = Field(default=False, description="New items in stock only.")
     diversity: float = Field(default=Options.diversity, ge=0, le=1, description="Diversity of the list, 1 most varied.")
     substitute: bool = Field(default=False, description="Substitutes, in place of complements.")
+    not_like: list[str] = Field(
+        default=[],
+        max_length=1000,
+        description="Ids of rejected items: never shown, and what is like them comes later.",
+    )
+    exclude: list[str] = Field(default=[], max_length=10_000, description="Ids of items that are not shown.")
+    exclude_seen: bool = Field(default=True, description="What the user took before is not shown.")
+    filter: Filter | None = Field(default=None, description="Conditions that new items must and must not meet.")
     explain: bool = Field(default=False, description="Explanation of every item: scores and evidence.")
+
+    @property
+    def constraints(self) -> Constraints:
+        """What new items and bundles must keep to."""
+        return Constraints(
+            budget=self.budget, price_max=self.max_price, in_stock=self.in_stock, season=self.season,
+            categories=tuple(self.categories), size=None if self.size is None else (self.size, self.size),
+            filter=self.filter,
+        )  # fmt: skip
+
+    @property
+    def options(self) -> Options:
+        """How bundles are searched for."""
+        return Options(k=self.k, diversity=self.diversity, mode="substitute" if self.substitute else "complement")
 
 
 def parse_request(values: Mapping[str, Any]) -> Request:
@@ -126,23 +149,16 @@ def answer(
     if request.session is not None:
         most = request.k if "k" in request.model_fields_set else None
         return recommender.detect_bundles(request.session, most, sure=request.sure)
-    constraints = Constraints(
-        budget=request.budget, price_max=request.max_price, in_stock=request.in_stock, season=request.season,
-        categories=tuple(request.categories), size=None if request.size is None else (request.size, request.size),
-    )  # fmt: skip
     if request.single:
-        if request.query is not None or request.slots or request.without_slots:
-            raise DataError("Single items go by items or a user; a query, slots and without_slots are for bundles.")
         return recommender.complete(
-            request.items, user=request.user, k=request.k, constraints=constraints, explain=request.explain
-        )
+            request.items, user=request.user, query=request.query, k=request.k, constraints=request.constraints,
+            required=request.slots, forbidden=request.without_slots, not_like=request.not_like,
+            exclude=request.exclude, exclude_seen=request.exclude_seen, explain=request.explain,
+        )  # fmt: skip
     return recommender.compose(
-        request.items, user=request.user, query=request.query, tagger=tagger, constraints=constraints,
-        required=request.slots, forbidden=request.without_slots,
-        options=Options(
-            k=request.k, diversity=request.diversity, mode="substitute" if request.substitute else "complement"
-        ),
-        explain=request.explain,
+        request.items, user=request.user, query=request.query, tagger=tagger, constraints=request.constraints,
+        required=request.slots, forbidden=request.without_slots, options=request.options, not_like=request.not_like,
+        exclude=request.exclude, exclude_seen=request.exclude_seen, explain=request.explain,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 Kind = Literal[
     "random", "popularity", "co-occurrence", "item-kNN", "user-kNN", "EASE", "ALS", "TF-IDF title", "CEASE-TFIDF",
     "bought before", "users alike", "frozen BERT", "tuned BERT", "ensemble", "tuned by category", "rated", "CEASE-BERT",
-    "text ranker", "fusion", "TF-IDF, unseen first",
+    "text ranker", "fusion", "TF-IDF, unseen first", "text search", "not like",
 ]  # fmt: skip
 
 
@@ -44,5 +44,8 @@ ENSEMBLE, BY_CATEGORY = ScorerId("ensemble"), ScorerId("tuned by category")
 BOUGHT, ALIKE = ScorerId("bought before"), ScorerId("users alike")
 CEASE_BERT, TEXT_RANKER = ScorerId("CEASE-BERT"), ScorerId("text ranker")
 FUSION = ScorerId("fusion")
+# Of answers alone: what words found, and what likeness to rejected items takes away.
+TOGETHER, TOP = ScorerId("co-occurrence"), ScorerId("popularity")
+TEXT_SEARCH, NOT_LIKE = ScorerId("text search"), ScorerId("not like")
 # Of reports alone: no scorer, but how much a catalogue made of bundles gives away.
 WORDS, UNSEEN_FIRST = ScorerId("TF-IDF title"), ScorerId("TF-IDF, unseen first")

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -67,6 +67,7 @@ class Monitor:
         self.started = time.time()
         self._shared = MULTIPROCESS in os.environ
         self._registry = CollectorRegistry()
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody reads and several processes have not
         self._seen: dict[tuple[str, ...], float] = defaultdict(float)
         self._labels: dict[str, set[tuple[str, ...]]] = defaultdict(set)
         self._latest: Mapping[str, Any] = {}

@@ -20,7 +20,7 @@ lowest known score. Nothing depends on the order in which items were added.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,7 @@ from peft_combo.recommender.composing.objective import Objective, ScoreScale
 from peft_combo.recommender.composing.options import Compatibility, ObjectiveWeights, OneOf, Options, Rows, check_scores
 from peft_combo.recommender.composing.query_bundles import search_around
 from peft_combo.recommender.composing.search import search_bundles
-from peft_combo.recommender.composing.search_space import SlottedCatalog, build_search_space
+from peft_combo.recommender.composing.search_space import SlottedCatalog, build_search_space, find_budget
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.scoring.base import SparseRows
 
@@ -120,15 +120,57 @@ class Composer:
         other._evidence = replace(self._evidence, slotted=other._slotted)
         return other
 
-    def find_allowed(self, constraints: Constraints) -> NDArray[np.bool_]:
+    def extend(
+        self, catalog: Catalog, vectors: NDArray[np.float32], history: SparseRows, changed: Iterable[int],
+        hidden: NDArray[np.bool_],
+    ) -> Composer:  # fmt: skip
+        """Return a composer of a longer catalogue under what was learned from bundles before.
+
+        Args:
+            catalog: N' items, of which the first N are those of before. vectors: (N', D). history: (B, N').
+            changed: rows of the first N that are not as they were. hidden: (N',) items that may not be added.
+        """
+        other = copy.copy(self)
+        other.catalog, other.vectors = catalog, vectors
+        other._slotted = SlottedCatalog.of(catalog, self.templates, hidden)
+        if self._agreement is not None:
+            later = [*changed, *range(len(self.catalog), len(catalog))]
+            other._agreement = replace(self._agreement, traits=self._agreement.traits.extend(catalog, later))
+        csc: Any = sparse.csc_array(history)
+        other._evidence = EvidenceSource(other._slotted, vectors, csc, other._agreement)
+        return other
+
+    def find_allowed(
+        self, constraints: Constraints, *, required: Iterable[str] | None = None, forbidden: Iterable[str] | None = None
+    ) -> NDArray[np.bool_]:
         """Which items may be added, (N,).
 
+        Args:
+            required: slots one of which an item is in. forbidden: slots it is not in.
         Raises:
-            DataError: the catalogue has no such attribute, value or category.
+            DataError: the catalogue has no such attribute, value, category or slot.
             ValueError: a row to exclude is not of the catalogue.
         """
-        checks = self._slotted.index.check(constraints)
-        allowed: NDArray[np.bool_] = np.logical_and.reduce([np.ones(len(self.catalog), bool), *checks.values()])
+        allowed = np.ones(len(self.catalog), bool)
+        for check in self._slotted.index.check(constraints).values():
+            allowed &= check
+        for names, inside in ((required, True), (forbidden, False)):
+            if names is not None:
+                slots = [self.templates.find_slot(name) for name in names]
+                allowed &= np.isin(self._slotted.slot_of, slots, invert=not inside)
+        return allowed
+
+    def find_replacements(self, row: int, rest: Rows, constraints: Constraints) -> NDArray[np.bool_]:
+        """Which items may take the place of one beside the rest of its bundle, (N,): those of its slot.
+
+        Raises:
+            DataError: as `find_allowed`; there is a budget, and a price of the rest is not known.
+        """
+        allowed = self.find_allowed(constraints)
+        allowed &= self._slotted.slot_of == self._slotted.slot_of[row]
+        left = find_budget(self._slotted, tuple(rest.tolist()), constraints)
+        if left is not None:
+            allowed &= self._slotted.index.cents <= left
         return allowed
 
     def compose(

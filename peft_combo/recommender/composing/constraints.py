@@ -7,7 +7,7 @@ scores, slots or how bundles are found.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 
 from peft_combo.data.model import CATEGORY_SEPARATOR, Catalog
 from peft_combo.errors import DataError, did_you_mean
+from peft_combo.recommender.composing.columns import ItemColumns, KeptMasks, encode_values
+from peft_combo.recommender.filters import Filter
+
+_KEPT_BYTES = 8 * 2**20  # masks of categories and seasons
 
 ALL_SEASONS = frozenset({"all", "all-year", "all year", "all seasons", "all-season", "any", "year-round"})
 
@@ -39,6 +43,7 @@ class Constraints:
         season: the item's `season` must be this, one of `ALL_SEASONS`, or unknown.
         size: fewest and most items of the whole bundle; None takes the usual sizes of training bundles.
         exclude_items: rows that may not be added.
+        filter: conditions on any column.
     """
 
     budget: float | None = None
@@ -52,6 +57,7 @@ class Constraints:
     season: str | None = None
     size: tuple[int, int] | None = None
     exclude_items: tuple[int, ...] = ()
+    filter: Filter | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget", "price_min", "price_max"):
@@ -67,14 +73,19 @@ class Constraints:
 class CatalogIndex:
     """The catalogue as constraints read it: prices in whole cents, columns of text as numbers."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, hidden: NDArray[np.bool_] | None = None) -> None:
+        """Read a catalogue; `hidden` (N,) are items that no constraint allows."""
         self.catalog = catalog
-        self._coded: dict[str, tuple[NDArray[np.int64], dict[str, int]]] = {}
+        self._offered = None if hidden is None or not hidden.any() else ~hidden
+        self.columns = ItemColumns(catalog)
+        self._kept = KeptMasks(_KEPT_BYTES)
 
     def check(self, constraints: Constraints) -> dict[str, NDArray[np.bool_]]:
         """Per constraint given: (N,) True where it allows an item."""
         checks: dict[str, NDArray[np.bool_]] = {}
         cents = self.cents
+        if self._offered is not None:
+            checks["still offered"] = self._offered
         if constraints.budget is not None:
             checks["budget"] = cents >= 0
         if constraints.price_min is not None:
@@ -88,7 +99,9 @@ class CatalogIndex:
         for name, values in constraints.exclude.items():
             checks[f"exclude {name}"] = ~self.match_values(name, values)
         if constraints.categories:
-            checks["categories"] = self.match_categories(constraints.categories)
+            checks["categories"] = self._kept.get(
+                constraints.categories, lambda: self.match_categories(constraints.categories)
+            )
         if constraints.without_categories:
             checks["without_categories"] = ~self.match_categories(constraints.without_categories)
         if constraints.season is not None:
@@ -105,6 +118,8 @@ class CatalogIndex:
             kept = np.ones(len(cents), bool)
             kept[list(constraints.exclude_items)] = False
             checks["exclude_items"] = kept
+        if constraints.filter is not None:
+            checks |= self.columns.match(constraints.filter)
         return checks
 
     @cached_property
@@ -116,17 +131,12 @@ class CatalogIndex:
     @cached_property
     def titles(self) -> NDArray[np.int64]:
         """(N,) equal numbers for equal titles; a title of nothing equals none, so it has a number of its own."""
-        codes, known = _encode_values([" ".join(title.casefold().split()) or None for title in self.catalog.titles])
+        codes, known = encode_values([" ".join(title.casefold().split()) or None for title in self.catalog.titles])
         return np.where(codes < 0, len(known) + np.arange(len(codes)), codes)
 
     def code_column(self, name: str) -> tuple[NDArray[np.int64], dict[str, int]]:
         """An attribute as numbers, -1 unknown, and the number of each value; case does not count."""
-        column = self._column(name)
-        if column not in self._coded:
-            self._coded[column] = _encode_values(
-                [value and value.casefold() for value in self.catalog.attributes[column]]
-            )
-        return self._coded[column]
+        return self.columns.code(self._column(name))
 
     def match_values(self, name: str, values: str | Collection[str]) -> NDArray[np.bool_]:
         """(N,) True where an attribute has one of the values."""
@@ -157,7 +167,7 @@ class CatalogIndex:
 
     @cached_property
     def _paths(self) -> tuple[NDArray[np.int64], dict[str, int]]:
-        return _encode_values([CATEGORY_SEPARATOR.join(path) or None for path in self.catalog.categories])
+        return encode_values([CATEGORY_SEPARATOR.join(path) or None for path in self.catalog.categories])
 
     def _column(self, name: str) -> str:
         attributes = self.catalog.attributes
@@ -168,9 +178,3 @@ class CatalogIndex:
                 f'The items have no attribute "{name}". Attributes: {known}. {did_you_mean(name, attributes)}'.rstrip()
             )
         return column
-
-
-def _encode_values(values: Iterable[str | None]) -> tuple[NDArray[np.int64], dict[str, int]]:
-    numbers: dict[str, int] = {}
-    codes = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
-    return np.array(codes, np.int64), numbers

@@ -37,8 +37,9 @@ class SlottedCatalog:
     rows_of: tuple[Rows, ...]
 
     @classmethod
-    def of(cls, catalog: Catalog, templates: SlotTemplates) -> SlottedCatalog:
-        index, slot_of = CatalogIndex(catalog), templates.assign_slots(catalog)
+    def of(cls, catalog: Catalog, templates: SlotTemplates, hidden: NDArray[np.bool_] | None = None) -> SlottedCatalog:
+        """Lay out a catalogue; `hidden` (N,) items may never be added."""
+        index, slot_of = CatalogIndex(catalog, hidden), templates.assign_slots(catalog)
         by_slot_and_price = np.lexsort((index.cents, slot_of))
         ends = np.searchsorted(slot_of[by_slot_and_price], np.arange(len(templates.names) + 1))
         rows_of = tuple(by_slot_and_price[start:stop] for start, stop in itertools.pairwise(ends.tolist()))
@@ -179,7 +180,7 @@ def build_search_space(
         required=frozenset(slot for slot in required if held[slot] == 0),
         low=low - len(context),
         high=high - len(context),
-        left=_find_budget(slotted, context, constraints, without),
+        left=find_budget(slotted, context, constraints, without),
         cents=slotted.index.cents,
     )
 
@@ -197,8 +198,8 @@ def _find_sizes(slotted: SlottedCatalog, held: int, constraints: Constraints, op
     return max(constraints.size[0], held + 1), constraints.size[1]
 
 
-def _find_budget(
-    slotted: SlottedCatalog, context: tuple[int, ...], constraints: Constraints, without: frozenset[str]
+def find_budget(
+    slotted: SlottedCatalog, context: tuple[int, ...], constraints: Constraints, without: frozenset[str] = frozenset()
 ) -> int | None:
     """The cents of the budget the context leaves; None without a budget."""
     if constraints.budget is None or "budget" in without:

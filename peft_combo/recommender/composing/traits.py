@@ -79,6 +79,22 @@ class Traits:
         codes = np.stack([one[0] for one in kept.values()]) if kept else np.empty((0, len(catalog)), np.int32)
         return cls(tuple(kept), codes, tuple(one[1] for one in kept.values()))
 
+    def extend(self, catalog: Catalog, rows: Sequence[int]) -> Traits:
+        """Return the traits of a longer catalogue, in which some rows are new or changed; no value is new."""
+        part = catalog.take(rows)
+        columns: dict[str, Sequence[str | None]] = {
+            name: [_read_attribute(name, value) for value in column] for name, column in part.attributes.items()
+        }
+        columns |= _read_classes(part, {name: column for name, column in columns.items() if name in self.names})
+        columns |= _read_levels(part)
+        codes = np.full((len(self.names), len(catalog)), -1, np.int32)
+        codes[:, : self.codes.shape[1]] = self.codes
+        for place, (name, values) in enumerate(zip(self.names, self.values, strict=True)):
+            numbers = {value.casefold(): number for number, value in enumerate(values)}
+            own = columns.get(name, (None,) * len(rows))
+            codes[place, list(rows)] = [-1 if value is None else numbers.get(value.casefold(), -1) for value in own]
+        return Traits(self.names, codes, self.values)
+
 
 def read_class(name: str, text: str) -> str | None:
     """Return what a text says of a class of words; None where it says nothing, or two things.

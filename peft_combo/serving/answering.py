@@ -1,0 +1,291 @@
+"""Answering of a request from one release: what it goes by, who answers where the fusion cannot, and what is shown.
+
+Owns the order fusion, texts, counts, popularity, and the words of results. Takes a release once and keeps it to the end
+of the request, so that no answer mixes two.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_combo.errors import DataError, PeftComboError, did_you_mean, shorten
+from peft_combo.recommender.explanations import FusedScores
+from peft_combo.recommender.fallbacks import score_by_counts, score_by_popularity, score_by_texts
+from peft_combo.recommender.item_ranking import ItemRanking
+from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.recommender.results import Recommendation, Suggestion
+from peft_combo.serving.answers import Answer, AnsweredBy, Arm, Origin
+from peft_combo.serving.arms import DeployedRelease
+from peft_combo.serving.cursors import Cursor, digest_request
+from peft_combo.serving.errors import BadRequest, CursorExpired
+from peft_combo.serving.live_events import LiveEvents, list_context, list_seen
+from peft_combo.serving.requests import ServiceRequest
+from peft_combo.serving.state import EventRow
+
+Route = Literal["recommend", "complete", "compose", "replace", "search", "rank"]
+
+_CONTEXT = 5  # items a user dealt with last that stand for them, as in the recommender
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request in terms of one release.
+
+    Attributes:
+        items: ids that are known. context: ids that stand for the request: `items`, or what the user dealt with last.
+        user: as the dataset knows them; None where it does not.
+        exclude: ids that are not shown. notes: what was noticed.
+    """
+
+    request: ServiceRequest
+    items: tuple[str, ...]
+    context: tuple[str, ...]
+    user: str | None
+    exclude: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class Answerer:
+    """Answers requests from a release that is handed in.
+
+    Args:
+        identify: the key of a user id. is_forgotten: whether somebody asked to be forgotten.
+    """
+
+    def __init__(self, events: LiveEvents, identify: Callable[[str], str], is_forgotten: Callable[[str], bool]) -> None:
+        self._events, self._identify, self._is_forgotten = events, identify, is_forgotten
+
+    def answer(self, route: Route, request: ServiceRequest, alias: str, arm: Arm, deployed: DeployedRelease) -> Answer:
+        """Answer one request.
+
+        Raises:
+            DataError, ServiceError: it cannot be answered as it stands.
+        """
+        started = time.perf_counter()
+        release, recommender = deployed.release, deployed.view.recommender
+        cursor = None if request.cursor is None else Cursor.decode(request.cursor)
+        if cursor is not None:
+            cursor.check(release.release, digest_request(request), route)
+        asked = self._understand(route, request, recommender, cursor)
+        understood = time.perf_counter()
+        if route in ("compose", "rank"):
+            results, by, tried, notes = self._answer_bundles(route, asked, recommender)
+            following = None
+        else:
+            results, by, tried, notes, following = self._answer_items(
+                route, asked, recommender, cursor, release.release
+            )
+        done = time.perf_counter()
+        deployed.counts.add(done - started)
+        origin = Origin(alias, release.version, release.digest, release.release, arm, by, tried)
+        return Answer(
+            request.request_id or uuid.uuid4().hex, tuple(results), following, origin, 1e3 * (done - started),
+            (*asked.notes, *notes), {"read": 1e3 * (understood - started), "score": 1e3 * (done - understood)},
+        )  # fmt: skip
+
+    # What a request goes by.
+
+    def _understand(
+        self, route: Route, request: ServiceRequest, recommender: BundleRecommender, cursor: Cursor | None
+    ) -> Asked:
+        notes: list[str] = []
+        items = _keep_known(recommender, request.items, notes, "left out of what the answer goes by")
+        exclude = [one for one in request.exclude if one in recommender.dataset.catalog.index]
+        user, events = self._find_user(request, recommender)
+        if request.user is not None and user is None and not events:
+            by = "items" if items else "the query" if request.query else "popularity"
+            notes.append(f"Nothing is known of this user, so the answer goes by {by}.")
+        context: Sequence[str] = items
+        if not items and events:
+            recent = _keep_known(recommender, list_context(events, _CONTEXT), [], "")
+            if user is not None and recent:
+                rows = recommender.find_context(np.empty(0, np.int64), user).tolist()
+                recent += [recommender.dataset.catalog.item_ids[row] for row in rows]
+            context = list(dict.fromkeys(recent))[:_CONTEXT]
+        if cursor is not None and cursor.context is not None:
+            context = _keep_known(recommender, cursor.context, [], "")
+        if request.exclude_seen and events:
+            seen = set(list_seen(events)) - set(items)
+            exclude += [one for one in seen if one in recommender.dataset.catalog.index]
+        return Asked(request, tuple(items), tuple(context), user, tuple(exclude), tuple(notes))
+
+    def _find_user(
+        self, request: ServiceRequest, recommender: BundleRecommender
+    ) -> tuple[str | None, tuple[EventRow, ...]]:
+        """Return a user as the dataset knows them, and what they did since."""
+        if request.user is None:
+            return None, ()
+        key = self._identify(request.user)
+        events = self._events.find(key)
+        known = recommender.dataset.knows_user(request.user) and not self._is_forgotten(key)
+        return (request.user if known else None), events
+
+    # Single items.
+
+    def _answer_items(
+        self, route: Route, asked: Asked, recommender: BundleRecommender, cursor: Cursor | None, release: str
+    ) -> tuple[list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], str | None]:
+        request = asked.request
+        if route == "search" and request.query is None:
+            raise BadRequest("query: a search needs words. For items beside others ask /v1/complete.")
+        if route == "complete" and not (asked.items or request.items or request.user):
+            raise DataError("Nothing to go by: give items or a user. For words alone ask /v1/search.")
+        if route == "replace" and (request.swap is None or not request.items):
+            raise BadRequest("swap: expected items, a bundle, and of these the one to replace in swap.")
+        by, tried, notes, ranking = self._rank(route, asked, recommender)
+        after = None
+        if cursor is not None:
+            after = recommender.dataset.catalog.index.get(cursor.after)
+            if after is None or not np.isfinite(ranking.fused.scores[after]):
+                raise CursorExpired("The item that the list ended with is gone. Send the request again without cursor.")
+        rows = ranking.take(request.k + 1, after)
+        more, rows = len(rows) > request.k, rows[: request.k]
+        found = recommender.describe_items(ranking, rows, explain=request.explain)
+        results = [_tell_item(recommender, one, row) for one, row in zip(found, rows, strict=True)]
+        if route == "replace" and request.swap is not None:
+            _add_bundle_price(recommender, results, [one for one in asked.items if one != request.swap])
+        if not results and after is None:
+            notes = (*notes, "No item meets all conditions.")
+        following = None
+        if more:
+            context = None if request.items or request.user is None else asked.context
+            shown = len(rows) + (0 if cursor is None else cursor.shown)
+            last = recommender.dataset.catalog.item_ids[rows[-1]]
+            following = Cursor(release, digest_request(request), route, last, shown, context).encode()
+        return results, by, tried, notes, following
+
+    def _rank(
+        self, route: Route, asked: Asked, recommender: BundleRecommender
+    ) -> tuple[AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], ItemRanking]:
+        request = asked.request
+        slots, without = request.slots, request.without_slots
+        not_like = [one for one in request.not_like if one in recommender.dataset.catalog.index]
+
+        def rank(fused: FusedScores | None) -> ItemRanking:
+            if route == "replace" and request.swap is not None:
+                return recommender.rank_replacements(
+                    asked.items, request.swap, user=asked.user, constraints=request.constraints, not_like=not_like,
+                    exclude=asked.exclude, exclude_seen=request.exclude_seen, fused=fused,
+                )  # fmt: skip
+            barred = (*asked.exclude, *asked.context) if not asked.items else asked.exclude
+            return recommender.rank_items(
+                asked.items, user=asked.user, query=request.query,
+                constraints=request.constraints, required=slots, forbidden=without, not_like=not_like,
+                exclude=barred, exclude_seen=request.exclude_seen, fused=fused,
+            )  # fmt: skip
+
+        if route == "search" or (request.query is not None and not asked.context and asked.user is None):
+            words = replace(asked, user=None, items=(), context=())
+            ranking = recommender.rank_items(
+                query=request.query, constraints=request.constraints, required=slots, forbidden=without,
+                not_like=not_like, exclude=(*words.exclude, *asked.items),
+            )  # fmt: skip
+            return "text", (), (), ranking
+        if route == "replace" and len(asked.items) == 1:
+            return "text", (), (), rank(None)
+        given = [one for one in asked.context if route != "replace" or one != request.swap]
+        by, tried, notes, fused = self._score(recommender, given, asked.user)
+        ranking = rank(fused)
+        rows = recommender.dataset.find_items(given)
+        return by, tried, notes, replace(ranking, context=rows) if len(rows) else ranking
+
+    def _score(
+        self, recommender: BundleRecommender, given: Sequence[str], user: str | None
+    ) -> tuple[AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], FusedScores]:  # fmt: skip
+        """Return the scores of the first that has any to give, and who was asked before."""
+        rows = recommender.find_context(recommender.dataset.find_items(given), user)
+        state = recommender.state
+        steps: list[tuple[AnsweredBy, Callable[[], FusedScores | None]]] = [
+            ("fusion", lambda: recommender.score_context(rows, user) if len(rows) or user is not None else None),
+            ("text", lambda: score_by_texts(state, rows)),
+            ("cf", lambda: score_by_counts(state, rows)),
+            ("popularity", lambda: score_by_popularity(state)),
+        ]
+        tried: list[AnsweredBy] = []
+        notes: list[str] = []
+        for name, score in steps:
+            try:
+                fused = score()
+                if fused is not None and np.isfinite(np.delete(fused.scores, rows)).any():
+                    if tried and rows.size:
+                        notes.append(f"{tried[0].title()} had nothing to say, so the answer goes by {name}.")
+                    return name, tuple(tried), tuple(notes), fused
+            except PeftComboError:
+                raise
+            except Exception as error:  # an answer by less is better than none; the fault is logged and counted
+                _LOG.exception("%s failed", name)
+                notes.append(f"{name.title()} failed ({type(error).__name__}).")
+            if name != "fusion" or rows.size or user is not None:
+                tried.append(name)
+        raise DataError("Nothing to go by: the catalogue is empty.")
+
+    # Bundles.
+
+    def _answer_bundles(
+        self, route: Route, asked: Asked, recommender: BundleRecommender
+    ) -> tuple[list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...]]:
+        request = asked.request
+        if request.cursor is not None:
+            raise BadRequest("cursor: bundles come in one list; ask for a larger k.")
+        by: AnsweredBy = "text"
+        tried: tuple[AnsweredBy, ...] = ()
+        notes: tuple[str, ...] = ()
+        fused: FusedScores | None = None
+        if route == "rank":
+            if not request.bundles:
+                raise BadRequest("bundles: expected bundles to rank, each a list of ids.")
+            by = "fusion" if asked.items or asked.user is not None else "text"
+            found = recommender.rank(
+                request.bundles, items=asked.items, user=asked.user, query=request.query, explain=request.explain
+            )
+            return [_tell_bundle(recommender, one) for one in found], by, tried, notes
+        if asked.context or asked.user is not None or request.query is None:
+            by, tried, notes, fused = self._score(recommender, asked.context, asked.user)
+        not_like = [one for one in request.not_like if one in recommender.dataset.catalog.index]
+        found = recommender.compose(
+            asked.items, user=asked.user, query=request.query, constraints=request.constraints,
+            required=request.slots, forbidden=request.without_slots, options=request.options, not_like=not_like,
+            exclude=asked.exclude, exclude_seen=request.exclude_seen, fused=fused, explain=request.explain,
+        )  # fmt: skip
+        return [_tell_bundle(recommender, one) for one in found], by, tried, notes
+
+
+def _keep_known(recommender: BundleRecommender, ids: Sequence[str], notes: list[str], what: str) -> list[str]:
+    """Return the ids that there are, each once; note the others."""
+    index = recommender.dataset.catalog.index
+    missing = [one for one in ids if one not in index]
+    if missing and what:
+        hint = did_you_mean(missing[0], index) if len(index) <= 20_000 else ""
+        named = ", ".join(shorten(one, 40) for one in missing[:5]) + (" and more" if len(missing) > 5 else "")
+        notes.append(f"Not known, so {what}: {named}. {hint}".rstrip())
+    return [one for one in dict.fromkeys(ids) if one in index]
+
+
+def _tell_item(recommender: BundleRecommender, one: Suggestion, row: int) -> dict[str, Any]:
+    path = recommender.dataset.catalog.categories[row]
+    return {**vars(one), "category": " > ".join(path) or None}
+
+
+def _tell_bundle(recommender: BundleRecommender, one: Recommendation) -> dict[str, Any]:
+    catalog = recommender.dataset.catalog
+    prices: NDArray[np.float32] = catalog.prices[[catalog.index[item] for item in one.items]]
+    told = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(one).items()}
+    return {**told, "prices": [None if np.isnan(price) else float(price) for price in prices]}
+
+
+def _add_bundle_price(recommender: BundleRecommender, results: list[dict[str, Any]], rest: Sequence[str]) -> None:
+    """Say what the bundle costs with each replacement; None where a price is not known."""
+    catalog = recommender.dataset.catalog
+    spent = float(np.sum(catalog.prices[[catalog.index[item] for item in rest]])) if rest else 0.0
+    for one in results:
+        known = one["price"] is not None and not np.isnan(spent)
+        one["bundle_price"] = round(spent + one["price"], 2) if known else None
