@@ -15,10 +15,12 @@ const STRINGS = {
     "examples": "Examples", "examples.none": "The catalogue offers none.",
     "budget.label": "Budget", "budget.none": "no limit", "budget.unknown": "prices unknown",
     "excluded.title": "Not wanted", "clear": "Start over",
-    "compare.switch": "Compare two versions", "compare.a": "Version on side A", "compare.b": "Version on side B",
+    "frozen": "encoder without adapter", "compare.switch": "Compare two versions", "compare.a": "Version on side A", "compare.b": "Version on side B",
     "compare.same": "Both sides give the same bundles.",
-    "compare.differ": "{bundles} of {of} bundles differ: {a} items only on side A, {b} only on side B.",
+    "compare.differ": "Of {of} bundles, {same} are the same and {moved} have another rank; {only} are on one side only.",
+    "compare.moved": "rank {rank} on {side}",
     "compare.only": "only {side}", "compare.nothing": "No bundle on this side.",
+    "compare.building": "Getting the version ready",
     "compare.single": "One version is served. Tune another, or promote one to an arm, to compare.",
     "bundles.title": "Bundles that go together", "bundles.busy": "Composing bundles…",
     "bundles.summary": "{count} bundles by {version}, answered by {by} in {ms} ms",
@@ -88,10 +90,11 @@ const STRINGS = {
     "examples": "示例", "examples.none": "商品目录未提供示例。",
     "budget.label": "预算", "budget.none": "不限", "budget.unknown": "价格未知",
     "excluded.title": "不想要的", "clear": "重新开始",
-    "compare.switch": "对比两个版本", "compare.a": "A 侧版本", "compare.b": "B 侧版本",
+    "frozen": "未微调的编码器", "compare.switch": "对比两个版本", "compare.a": "A 侧版本", "compare.b": "B 侧版本",
     "compare.same": "两侧给出的组合相同。",
-    "compare.differ": "{of} 个组合中有 {bundles} 个不同：{a} 件商品仅在 A 侧，{b} 件仅在 B 侧。",
-    "compare.only": "仅 {side}", "compare.nothing": "这一侧没有组合。",
+    "compare.differ": "{of} 个组合中，{same} 个相同，{moved} 个排名不同；{only} 个仅出现在一侧。",
+    "compare.moved": "在 {side} 侧排第 {rank}",
+    "compare.only": "仅 {side}", "compare.nothing": "这一侧没有组合。", "compare.building": "正在准备该版本",
     "compare.single": "目前只有一个版本在服务。再训练一个，或将其上线，即可对比。",
     "bundles.title": "适合搭配的组合", "bundles.busy": "正在生成组合…",
     "bundles.summary": "{count} 个组合，由 {version} 给出，依据{by}，用时 {ms} 毫秒",
@@ -276,6 +279,7 @@ class Problem extends Error {
   constructor(status, told = {}, retryAfter = null) {
     super(told.detail ?? told.title ?? words("error.title"));
     this.status = status;
+    this.kind = (told.type ?? "").split(":").at(-1);
     this.title = told.title ?? words("error.title");
     this.detail = told.detail;
     this.remedy = told.remedy ?? (status === 429 ? words("error.429", { seconds: retryAfter ?? 1 })
@@ -418,7 +422,7 @@ function showProblem(problem) {
 function showAnswer(answer) {
   const { results, origin } = answer;
   find("summary").textContent = results.length ? words("bundles.summary", {
-    count: results.length, version: origin.version, by: words(`by.${origin.answered_by}`), ms: number(answer.took_ms, 1),
+    count: results.length, version: nameVersion(origin.version), by: words(`by.${origin.answered_by}`), ms: number(answer.took_ms, 1),
   }) : "";
   say(find("summary").textContent || words("none.title"));
   if (!results.length) return showNothing();
@@ -429,6 +433,8 @@ function showAnswer(answer) {
   const cards = results.map((bundle, rank) => bundleCard(bundle, rank, { fresh, requestId: answer.request_id }));
   place(fallbackNote(origin), ...notes(answer), make("div", { class: "cards" }, cards));
 }
+
+const nameVersion = (version) => (version === FROZEN ? words("frozen") : version);
 
 function fallbackNote(origin) {
   if (origin.answered_by === "fusion") return "";
@@ -452,7 +458,8 @@ function bundleCard(bundle, rank, context) {
 function cardParts(bundle, rank, context, show, original) {
   const undo = original && make("button", { type: "button", class: "quiet", on: { click: () => show(original) } }, words("swap.undo"));
   return [
-    make("header", {}, make("h2", {}, context.side && sideMark(context.side), words("bundle", { rank: rank + 1 })), sumOf(bundle)),
+    make("header", {}, make("h2", {}, context.side && sideMark(context.side), words("bundle", { rank: rank + 1 }),
+      context.elsewhere && make("span", { class: "tag moved" }, context.elsewhere)), sumOf(bundle)),
     ...budgetMeter(bundle),
     ...itemLists(bundle, context, show),
     ...(undo ? [undo] : []),
@@ -662,6 +669,8 @@ function swapItem(bundle, place, item) {
 
 // ---- Bundles: two versions side by side ------------------------------------------------------------------------------
 
+const BUILD_POLL = 1500; // ms
+
 async function compareSides() {
   if (isEmpty()) return showEmpty();
   const chosen = ["a", "b"].map((side) => find(`side-${side}`).value);
@@ -674,26 +683,38 @@ async function compareSides() {
     const answers = await Promise.all(chosen.map((adapter, n) => call(`side ${n}`, "POST", "v1/compose", buildRequest({ adapter }))));
     if (answers[0] && answers[1]) showSides(answers, chosen);
   } catch (problem) {
-    showProblem(problem);
+    if (problem.kind === "not-ready") waitForVersion(problem);
+    else showProblem(problem);
   }
+}
+
+/** A version that no alias means is built when it is first asked for; ask again until it is there. */
+function waitForVersion(problem) {
+  find("summary").textContent = "";
+  place(make("div", { class: "state", role: "status" }, make("h2", {}, words("compare.building")), make("p", {}, problem.detail)));
+  clearTimeout(later);
+  later = setTimeout(compareSides, BUILD_POLL);
 }
 
 function showSides(answers, chosen) {
   const lists = answers.map((answer) => answer.results);
   lists.forEach(learnPrices);
-  const ids = lists.map((list) => new Set(list.flatMap((bundle) => bundle.items)));
-  shown = new Set([...ids[0], ...ids[1]]);
+  shown = new Set(lists.flat().flatMap((bundle) => bundle.items));
+  const keys = lists.map((list) => list.map((bundle) => [...bundle.items].sort().join("\n")));
   const ranks = Math.max(lists[0].length, lists[1].length);
+  const counts = { same: 0, moved: 0, only: 0 };
   const rows = Array.from({ length: ranks }, (_, rank) => lists.map((list, n) => {
-    const others = new Set(lists[1 - n][rank]?.items ?? []);
-    const context = { side: "ab"[n], others, requestId: answers[n].request_id, adapter: chosen[n] };
-    return list[rank] ? bundleCard(list[rank], rank, context) : make("p", { class: "state" }, words("compare.nothing"));
+    if (!list[rank]) return make("p", { class: "state" }, words("compare.nothing"));
+    const twin = keys[1 - n].indexOf(keys[n][rank]);
+    counts[twin === rank ? "same" : twin >= 0 ? "moved" : "only"] += 1;
+    // A bundle that the other side has as well is marked by its rank there, any other by what the one beside it lacks.
+    const others = new Set(twin >= 0 ? list[rank].items : lists[1 - n][rank]?.items ?? []);
+    const elsewhere = twin >= 0 && twin !== rank ? words("compare.moved", { side: "BA"[n], rank: twin + 1 }) : null;
+    const context = { side: "ab"[n], others, elsewhere, requestId: answers[n].request_id, adapter: chosen[n] };
+    return bundleCard(list[rank], rank, context);
   }));
-  const differing = Array.from({ length: ranks }, (_, rank) => lists.map((list) => [...(list[rank]?.items ?? [])].sort().join("\n")))
-    .filter(([a, b]) => a !== b).length;
-  const onlyIn = (n) => [...ids[n]].filter((id) => !ids[1 - n].has(id)).length;
-  const verdict = differing
-    ? words("compare.differ", { bundles: differing, of: ranks, a: onlyIn(0), b: onlyIn(1) }) : words("compare.same");
+  const verdict = counts.moved + counts.only === 0 ? words("compare.same")
+    : words("compare.differ", { of: ranks, same: counts.same / 2, moved: counts.moved / 2, only: counts.only });
   find("summary").textContent = "";
   say(verdict);
   place(make("p", { class: "verdict", id: "verdict" }, verdict),
@@ -703,25 +724,29 @@ function showSides(answers, chosen) {
 const sideMark = (side) => make("span", { class: `side side-${side}` }, side.toUpperCase());
 
 function originOf({ origin, took_ms }, side) {
-  const text = `${origin.version} · ${words(`by.${origin.answered_by}`)} · ${number(took_ms, 1)} ms`;
+  const text = `${nameVersion(origin.version)} · ${words(`by.${origin.answered_by}`)} · ${number(took_ms, 1)} ms`;
   return make("p", { class: "origin" }, sideMark(side), text,
     make("code", { title: origin.digest }, origin.digest.slice(0, 8)));
 }
 
-/** What can be compared: aliases, and versions that answer now. */
+/** What can be compared: what is served, other versions of the same categories, and the encoder without adapter. */
 async function offerSides() {
   const told = await call("sides", "GET", "v1/adapters").catch(() => null);
   if (!told) return;
+  const categoryOf = (name) => name.split("@")[0];
   const served = told.aliases.flatMap((alias) => Object.values(alias.arms).map((arm) => arm.version));
-  const more = told.versions.filter((version) => version.comparable).map((version) => version.version);
-  const names = [...new Set([...served, ...more])];
+  const categories = new Set(told.aliases.map((alias) => categoryOf(alias.alias)));
+  const stored = told.versions.map((version) => version.version).filter((name) => categories.has(categoryOf(name))).toReversed();
+  const names = [...new Set([...served, ...stored, FROZEN])];
   ["a", "b"].forEach((side, n) => {
     const select = find(`side-${side}`);
     const before = select.value;
-    select.replaceChildren(...names.map((name) => make("option", { value: name }, name)));
+    select.replaceChildren(...names.map((name) => make("option", { value: name }, nameVersion(name))));
     select.value = names.includes(before) ? before : names[n] ?? "";
   });
 }
+
+const FROZEN = "frozen"; // what the service calls the encoder without adapter
 
 // ---- Bundles: the panel ----------------------------------------------------------------------------------------------
 
@@ -753,7 +778,7 @@ function showExamples() {
   if (!examples) return area.replaceChildren();
   const chip = (label, listener) => make("button", { type: "button", class: "chip", on: { click: () => { listener(); refresh(); } } }, label);
   const chips = {
-    basket: () => examples.baskets.map(({ label, items }) => chip(label || items.map(kindOf).join(" + "), () => takeBasket(items))),
+    basket: () => examples.baskets.map(({ items }) => chip(items.map(kindOf).join(" + "), () => takeBasket(items))),
     user: () => examples.users.map(({ user, label }) => chip(label ?? user, () => { wanted.user = find("user").value = user; wanted.basket = []; showPicked(); })),
     query: () => examples.queries.map((query) => chip(query, () => { wanted.query = find("query").value = query; wanted.basket = []; showPicked(); })),
   }[wanted.mode]();
@@ -935,8 +960,8 @@ async function changeAlias(verb, alias, before, version, share) {
   try {
     await call("change", "POST", `v1/adapters/${verb}`, body);
     const name = verb === "promote" && share < 100 ? "canary.done" : `${verb}.done`;
-    notice.replaceChildren(make("span", { class: "verdict" }, words(name, { alias: alias.alias, version, share })));
     await showAdapters();
+    notice.replaceChildren(make("span", { class: "verdict" }, words(name, { alias: alias.alias, version, share })));
   } catch (problem) {
     notice.replaceChildren(failure(problem));
   }
@@ -966,17 +991,23 @@ function versionTable(versions) {
     make("table", {}, make("thead", {}, make("tr", {}, head.map((name) => make("th", { scope: "col", class: name === "size" ? "number" : null }, words(name))))), make("tbody", {}, rows))));
 }
 
+const TOLD_FIRST = ["ndcg@10", "r@10", "mrr", "auc", "f1", "accuracy"];
+const LESS_IS_BETTER = /loss|perplexity|error|brier|ece/;
+
+/** The three most telling figures of a version; a gain has its sign and a colour. */
 function qualityOf(metrics) {
+  const rank = (name) => (TOLD_FIRST.includes(name) ? TOLD_FIRST.indexOf(name) : TOLD_FIRST.length);
   const value = (figure) => (known(figure) && typeof figure === "object" ? figure.value : figure);
-  const pairs = Object.keys(metrics?.after ?? {})
-    .map((name) => [name, value(metrics.before?.[name]), value(metrics.after[name])])
-    .filter(([, , after]) => typeof after === "number").slice(0, 3);
-  if (!pairs.length) return make("span", { class: "small" }, words("quality.none"));
-  return pairs.map(([name, before, after]) => {
-    const gain = typeof before === "number" ? after - before : null;
-    const sign = gain === null ? "" : `${gain < 0 ? "−" : "+"}${number(Math.abs(gain), 3)}`;
-    return make("div", { class: "number" }, make("span", { class: "small" }, `${name} `),
-      gain === null ? "" : `${number(before, 3)} → `, number(after, 3), " ", make("span", { class: gain < 0 ? "loss" : "gain" }, sign));
+  const names = Object.keys(metrics?.after ?? {}).filter((name) => typeof value(metrics.after[name]) === "number");
+  if (!names.length) return make("span", { class: "small" }, words("quality.none"));
+  return names.sort((a, b) => rank(a) - rank(b)).slice(0, 3).map((name) => {
+    const [before, after] = [value(metrics.before?.[name]), value(metrics.after[name])];
+    const figure = make("div", { class: "number" }, make("span", { class: "small" }, `${name.toUpperCase()} `));
+    if (typeof before !== "number") return fill(figure, {}, [number(after, 3)]);
+    const gain = after - before;
+    const better = LESS_IS_BETTER.test(name) ? gain < 0 : gain > 0;
+    const sign = `${gain < 0 ? "−" : "+"}${number(Math.abs(gain), 3)}`;
+    return fill(figure, {}, [`${number(before, 3)} → ${number(after, 3)} `, make("span", { class: better ? "gain" : "loss" }, sign)]);
   });
 }
 
@@ -1002,7 +1033,7 @@ async function showHealth() {
 function drawHealth(told) {
   find("health-lead").textContent = known(told.uptime_s)
     ? words("health.lead", { uptime: duration(told.uptime_s) }) : words("health.lead.plain");
-  const slowest = Math.max(0, ...(told.routes ?? []).map((route) => route.p95_ms ?? 0));
+  const slowest = Math.max(0, ...(told.routes ?? []).filter(isAnswer).map((route) => route.p95_ms ?? 0));
   trail.push(slowest);
   if (trail.length > TRAIL) trail.shift();
   const block = (name, ...content) => make("section", { class: "block" }, make("h2", {}, words(name)), content);
@@ -1038,6 +1069,7 @@ function tiles(told, slowest) {
 function liveChart() {
   const most = Math.max(1, ...trail);
   const points = trail.map((value, at) => `${100 - (100 * (trail.length - 1 - at)) / TRAIL} ${96 - (92 * value) / most}`);
+  if (points.length === 1) points.unshift(`98 ${points[0].split(" ")[1]}`); // one reading is a dash
   const line = `M${points.join("L")}`;
   return make("div", { class: "card" },
     make("p", { class: "small" }, words("live.note", { value: number(trail.at(-1), 1), most: number(Math.max(...trail), 1) })),
@@ -1045,8 +1077,11 @@ function liveChart() {
       draw("path", { class: "area", d: `${line}L100 100L${points[0].split(" ")[0]} 100Z` }), draw("path", { d: line })));
 }
 
+/** Whether a route answers customers: neither the page nor what looks after the service. */
+const isAnswer = ({ route }) => route.startsWith("/v1/") && !/^.v1.(adapters|status|examples)/.test(route);
+
 function latency(routes) {
-  const used = routes.filter((route) => route.count && known(route.p95_ms));
+  const used = routes.filter((route) => isAnswer(route) && route.count && known(route.p95_ms));
   if (!used.length) return make("p", { class: "small" }, words("nothing.yet"));
   const most = Math.max(...used.map((route) => route.p99_ms ?? route.p95_ms));
   const x = (value) => `${(100 * value) / most}%`;
