@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
+from served_shop import ServedShop
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = [
@@ -26,11 +27,6 @@ WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="session")
-def service_url() -> str:
-    return os.environ["P_STUB"]
-
-
-@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not Path(CHROMIUM).exists():
@@ -39,11 +35,6 @@ def browser() -> Iterator[Any]:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
-
-
-@pytest.fixture(scope="session")
-def admin_key() -> str:
-    return os.environ.get("P_KEY", "secret")
 
 
 class Visit:
@@ -86,18 +77,19 @@ class Visit:
 
     def picture(self, name: str) -> None:
         if folder := os.environ.get("PEFT_COMBO_SCREENSHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
             self.page.screenshot(path=str(Path(folder) / f"{name}.png"))
 
 
 @pytest.fixture
-def visit(browser: Any, service_url: str) -> Iterator[Callable[..., Visit]]:
+def visit(browser: Any, served_shop: ServedShop) -> Iterator[Callable[..., Visit]]:
     """Visit the page; at the end no visit had a complaint or asked anybody but the service."""
     visits: list[Visit] = []
     contexts: list[Any] = []
 
     def start(**options: Any) -> Visit:
         contexts.append(browser.new_context(**{"viewport": WIDE, "locale": "en-GB", **options}))
-        visits.append(Visit(contexts[-1], service_url))
+        visits.append(Visit(contexts[-1], served_shop.url))
         return visits[-1]
 
     yield start
@@ -228,7 +220,9 @@ def test_two_versions_are_compared_and_every_difference_is_marked(visit: Callabl
     seen.expect_refusals()  # the other version is built when it is first asked for
 
 
-def test_adapters_move_with_the_admin_key_and_only_with_it(visit: Callable[..., Visit], admin_key: str) -> None:
+def test_adapters_move_with_the_admin_key_and_only_with_it(
+    visit: Callable[..., Visit], served_shop: ServedShop
+) -> None:
     seen = visit()
     page = seen.page
     seen.open("#adapters")
@@ -245,7 +239,7 @@ def test_adapters_move_with_the_admin_key_and_only_with_it(visit: Callable[..., 
     page.locator("#adapters-notice .failed").wait_for()
     assert "key" in page.locator("#adapters-notice").inner_text()
     assert card.locator(".arm strong").first.inner_text() == before
-    page.locator("#key").fill(admin_key)
+    page.locator("#key").fill(served_shop.admin_key)
     page.get_by_role("button", name="Use key").click()
     page.get_by_text("A key is in use").wait_for()
     change("Promote")
@@ -256,7 +250,7 @@ def test_adapters_move_with_the_admin_key_and_only_with_it(visit: Callable[..., 
     page.get_by_text("was rolled back").wait_for()
     assert card.locator(".arm strong").first.inner_text() == before
     stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
-    assert admin_key not in stored
+    assert served_shop.admin_key not in stored
     assert page.locator("tbody tr").count() >= 2
     seen.expect_refusals()
 
