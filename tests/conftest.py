@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_up import build_encoder, build_shop
-from served_shop import ServedShop, serve_shop
 
 from peft_combo import __main__
 from peft_combo.callbacks import RunCallback
@@ -88,14 +87,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from served_shop import build_served
 
     return build_served(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="session")
-def served_shop(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedShop]:
-    """A service over a made-up shop, which the tests of a process share: leave adapters as they were found."""
-    pytest.importorskip("fastapi", reason="the extra serve is not installed")
-    with serve_shop(tiny_bert, tmp_path_factory.mktemp("served-shop")) as served:
-        yield served
 
 
 def make_tiny_recipe(encoder: Path, shop: Path, store: Path, /, method: str = "lora", **changes: Any) -> Any:

@@ -79,9 +79,10 @@ def build_shop(folder: Path, above: str = "") -> Path:
 
 
 def build_priced_shop(folder: Path) -> Path:
-    """Write 96 items with slots and prices in 6 styles, and 120 bundles of 30 users: an item each of 3 or 4 slots.
+    """Write 96 items with slots, prices, brands and stock in 6 styles, 120 bundles of 30 users, and what they bought.
 
-    Items of one style go together, as in `build_shop`. Users took what their bundles hold, one item at a time.
+    A bundle has an item each of 3 or 4 slots. Items of one style go together, as in `build_shop`; user n bought four
+    items of style n mod 6.
     """
     dice = random.Random(7)
     slots = ("top", "bottom", "shoes", "bag")
@@ -89,19 +90,24 @@ def build_priced_shop(folder: Path) -> Path:
     for number in range(96):
         style, slot = number % 6, number // 6 % 4
         title = f"w{10 + style * 2 + number // 24 % 2} w{30 + number} w{130 + slot}"
-        rows.append(f"p{number},{title},Shop > {slots[slot].title()},{slots[slot]},{12 + 9 * (number % 11)}.50")
-    (folder / "items.csv").write_text("item_id,title,category,slot,price\n" + "\n".join(rows) + "\n")
-    members, meta, taken = [], [], []
+        place = f"Shop > {slots[slot].title()},{slots[slot]},{12 + 9 * (number % 11)}.50"
+        rows.append(f"p{number},{title},{place},{'Acme' if number % 2 else 'Bold'},{number % 5}")
+    (folder / "items.csv").write_text("item_id,title,category,slot,price,brand,stock\n" + "\n".join(rows) + "\n")
+    bought = [
+        f"u{user},p{item},{1_700_000_000 + 1000 * user + place}"
+        for user in range(30)
+        for place, item in enumerate(dice.sample([number for number in range(96) if number % 6 == user % 6], 4))
+    ]
+    (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(bought) + "\n")
+    members, meta = [], []
     for bundle in range(120):
         style = dice.randrange(6)
         for slot in dice.sample(range(4), dice.choice((3, 4))):
             chosen = dice.choice([number for number in range(96) if number % 6 == style and number // 6 % 4 == slot])
             members.append(f"b{bundle},p{chosen}")
-            taken.append(f"u{bundle % 30},p{chosen},2026-01-{1 + bundle % 28:02}T12:00:00Z")
         meta.append(f"b{bundle},u{bundle % 30},w{10 + style * 2} look")
     (folder / "bundles.csv").write_text("bundle_id,item_id\n" + "\n".join(members) + "\n")
     (folder / "bundle_meta.csv").write_text("bundle_id,user_id,intent\n" + "\n".join(meta) + "\n")
-    (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(taken) + "\n")
     return folder
 
 

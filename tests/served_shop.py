@@ -1,83 +1,118 @@
-"""A whole service over a made-up shop, in this process: two tuned versions, a state, an address and an admin key."""
+"""A shop that can be served: tiny encoder, priced catalogue, and a store with two versions and an alias.
+
+Built once for a session in some three seconds: what the tests of the service, its page and its benchmarks stand on.
+"""
 
 from __future__ import annotations
 
-import threading
+import os
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from made_up import build_priced_shop
+from made_up import build_encoder, build_priced_shop
 
-ALIAS = "tiny@prod"
+_REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
-class ServedShop:
-    """A service that runs.
+class Served:
+    """Folders of a shop to serve.
 
     Attributes:
-        url: its address, without a slash at the end.
-        admin_key: a key with every scope.
-        context: what its calls share: service, state, configuration.
+        recipe: a YAML file that names encoder, data and store. store: with tiny@v1, tiny@v2, and tiny@prod on v1.
+        cache, fitted: of vectors and fitted recommenders, shared by whoever serves it.
     """
 
-    url: str
-    admin_key: str
-    context: Any
+    folder: Path
+    recipe: Path
+    shop: Path
+    store: Path
+    cache: Path
+    fitted: Path
+
+    def settings(self, state: Path | str, **more: Any) -> dict[str, Any]:
+        """Return values for `make_config`."""
+        return {
+            "recipe": str(self.recipe), "adapters": ("tiny@prod",), "state": str(state), "vectors": self.cache,
+            "fitted": self.fitted, **more,
+        }  # fmt: skip
+
+    def command(self, state: Path | str, *more: str) -> list[str]:
+        """Return a command line that serves it on a free port."""
+        return [
+            sys.executable, "-m", "peft_combo", "serve", "--recipe", str(self.recipe), "--adapter", "tiny@prod",
+            "--state", str(state), "--cache", str(self.cache), "--fitted", str(self.fitted), "--port", "0", *more,
+        ]  # fmt: skip
 
 
-def tune_versions(encoder: Path, folder: Path) -> Path:
-    """Tune tiny@v1 and tiny@v2 on the priced shop, let tiny@prod be v1, and return the recipe of both.
+def build_served(folder: Path) -> Served:
+    """Build the shop, and tune two versions of its adapter by a recipe of one epoch and one of two."""
+    from peft_combo.recipe.parse import parse_recipe
+    from peft_combo.store import AdapterStore
+    from peft_combo.tuning import tune
 
-    `folder` gets shop, store and recipe.
-    """
-    from conftest import make_tiny_recipe
+    shop = folder / "shop"
+    shop.mkdir()
+    encoder = build_encoder(folder / "encoder")
+    build_priced_shop(shop)
+    raw: dict[str, Any] = {
+        "category": "tiny", "store": str(folder / "adapters"),
+        "backbone": {"model": str(encoder), "max_length": 16}, "data": {"source": "folder", "path": str(shop)},
+        "adapter": {"method": "lora", "rank": 4, "top_layers": 2},
+        "training": {"epochs": 1, "batch_size": 16, "learning_rate": 5e-3},
+    }  # fmt: skip
+    for epochs in (1, 2):
+        recipe = parse_recipe({**raw, "name": "tiny", "training": {**raw["training"], "epochs": epochs}})
+        tune(recipe, run_folder=folder / "runs" / str(epochs))
+    AdapterStore(folder / "adapters").alias("tiny@v1", "prod")
+    file = folder / "tiny.yaml"
+    file.write_text(_write_yaml(raw))
+    return Served(folder, file, shop, folder / "adapters", folder / "vectors", folder / "fitted")
 
-    from peft_combo import AdapterStore, tune
-    from peft_combo.recipe.files import write_recipe
 
-    (folder / "shop").mkdir()
-    build_priced_shop(folder / "shop")
-    for epochs in (1, 6):
-        recipe = make_tiny_recipe(encoder, folder / "shop", folder / "store", **{"training.epochs": epochs})
-        tune(recipe, run_folder=folder / f"run-{epochs}")
-    AdapterStore(folder / "store").alias("tiny@v1", "prod")
-    write_recipe(recipe, folder / "recipe.yaml")
-    return folder / "recipe.yaml"
+def _write_yaml(raw: dict[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(raw, sort_keys=False))
 
 
 @contextmanager
-def serve_shop(encoder: Path, folder: Path, **changes: Any) -> Iterator[ServedShop]:
-    """Serve the shop of `tune_versions` at a free port of loopback until the block ends."""
-    from peft_combo.serving.app import make_app, make_context
-    from peft_combo.serving.config import make_config
-    from peft_combo.serving.connections import bind, make_server
-    from peft_combo.serving.service import Service
-    from peft_combo.serving.state import State
+def run_service(command: list[str], **environ: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Start a service as a process of its own, and end it; gives its URL, once it can be asked."""
+    process = start_service(command, **environ)
+    try:
+        yield read_url(process), process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()
 
-    recipe = folder / "recipe.yaml"
-    if not recipe.exists():
-        tune_versions(encoder, folder)
-    config = make_config(
-        {
-            "recipe": str(recipe), "store": folder / "store", "adapters": (ALIAS,), "vectors": folder / "vectors",
-            "fitted": folder / "fitted", "state": str(folder / "state"), "port": 0, **changes,
-        }
+
+def start_service(command: list[str], **environ: str) -> subprocess.Popen[str]:
+    """Start a service; `read_url` waits for it."""
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(_REPOSITORY), "PYTHONWARNINGS": "ignore", **environ},
     )  # fmt: skip
-    state = State.open(config.state)
-    context = make_context(config, Service.open(config, state, lambda note: None), state)
-    key = state.add_key("boss", frozenset({"read", "write", "admin"}))
-    bound, started = bind(config), threading.Event()
-    server = make_server(make_app(context), config, started.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    with bound:
-        thread.start()
-        try:
-            assert started.wait(30), "the server did not start"
-            yield ServedShop(f"http://127.0.0.1:{bound.getsockname()[1]}", key, context)
-        finally:
-            server.should_exit = True
-            thread.join(30)
+
+
+def read_url(process: subprocess.Popen[str]) -> str:
+    """Wait for the line that tells where a service can be asked, and return its URL."""
+    assert process.stdout is not None
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        line = process.stdout.readline()
+        if found := re.search(r"https?://\S+?:\d+", line):
+            return found[0]
+        if not line:
+            raise RuntimeError(f"The service ended with code {process.wait()} before it could be asked.")
+    raise RuntimeError("The service was not ready within two minutes.")

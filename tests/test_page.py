@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from served_shop import ServedShop
+from served_shop import Served
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = [
@@ -35,6 +37,41 @@ def browser() -> Iterator[Any]:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
+
+
+@dataclass(frozen=True)
+class RunningShop:
+    """A service that runs: its address, and a key with every scope."""
+
+    url: str
+    admin_key: str
+
+
+@pytest.fixture(scope="module")
+def running(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningShop]:
+    """The made-up shop, served from this process on a free port of loopback, over a store of its own."""
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    from peft_combo.serving.app import make_app, make_context
+    from peft_combo.serving.config import make_config
+    from peft_combo.serving.connections import bind, make_server
+    from peft_combo.serving.service import Service
+    from peft_combo.serving.state import State
+
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(served.store, folder / "adapters")
+    config = make_config(served.settings(folder / "state", store=folder / "adapters", port=0))
+    state = State.open(config.state)
+    context = make_context(config, Service.open(config, state, lambda note: None), state)
+    key = state.add_key("boss", frozenset({"read", "write", "admin"}))
+    bound, started = bind(config), threading.Event()
+    server = make_server(make_app(context), config, started.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    with bound:
+        thread.start()
+        assert started.wait(30), "the server did not start"
+        yield RunningShop(f"http://127.0.0.1:{bound.getsockname()[1]}", key)
+        server.should_exit = True
+        thread.join(30)
 
 
 class Visit:
@@ -82,14 +119,14 @@ class Visit:
 
 
 @pytest.fixture
-def visit(browser: Any, served_shop: ServedShop) -> Iterator[Callable[..., Visit]]:
+def visit(browser: Any, running: RunningShop) -> Iterator[Callable[..., Visit]]:
     """Visit the page; at the end no visit had a complaint or asked anybody but the service."""
     visits: list[Visit] = []
     contexts: list[Any] = []
 
     def start(**options: Any) -> Visit:
         contexts.append(browser.new_context(**{"viewport": WIDE, "locale": "en-GB", **options}))
-        visits.append(Visit(contexts[-1], served_shop.url))
+        visits.append(Visit(contexts[-1], running.url))
         return visits[-1]
 
     yield start
@@ -221,7 +258,7 @@ def test_two_versions_are_compared_and_every_difference_is_marked(visit: Callabl
 
 
 def test_adapters_move_with_the_admin_key_and_only_with_it(
-    visit: Callable[..., Visit], served_shop: ServedShop
+    visit: Callable[..., Visit], running: RunningShop
 ) -> None:
     seen = visit()
     page = seen.page
@@ -239,7 +276,7 @@ def test_adapters_move_with_the_admin_key_and_only_with_it(
     page.locator("#adapters-notice .failed").wait_for()
     assert "key" in page.locator("#adapters-notice").inner_text()
     assert card.locator(".arm strong").first.inner_text() == before
-    page.locator("#key").fill(served_shop.admin_key)
+    page.locator("#key").fill(running.admin_key)
     page.get_by_role("button", name="Use key").click()
     page.get_by_text("A key is in use").wait_for()
     change("Promote")
@@ -250,7 +287,7 @@ def test_adapters_move_with_the_admin_key_and_only_with_it(
     page.get_by_text("was rolled back").wait_for()
     assert card.locator(".arm strong").first.inner_text() == before
     stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
-    assert served_shop.admin_key not in stored
+    assert running.admin_key not in stored
     assert page.locator("tbody tr").count() >= 2
     seen.expect_refusals()
 
@@ -275,11 +312,8 @@ def test_what_goes_wrong_is_said_in_words_and_can_be_tried_again(visit: Callable
     add.click()
     page.get_by_role("heading", name="The service does not answer").wait_for()
     page.unroute("**/v1/compose")
-    overload = '{"title": "Too many requests", "detail": "The queue is full.", "status": 429, "request_id": "r7"}'
-    page.route(
-        "**/v1/compose",
-        lambda route: route.fulfill(status=429, body=overload, headers={"Retry-After": "3"}, content_type="application/problem+json"),
-    )  # fmt: skip
+    overload = {"title": "Too many requests at once", "detail": "The queue is full.", "status": 429, "request_id": "r7"}
+    page.route("**/v1/compose", lambda route: route.fulfill(status=429, json=overload, headers={"Retry-After": "3"}))
     page.get_by_role("button", name="Try again").click()
     page.get_by_text("Try again in 3 s").wait_for()
     assert "r7" in page.locator(".failed").inner_text()

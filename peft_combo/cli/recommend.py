@@ -36,6 +36,13 @@ WhereOption = Annotated[
     list[str] | None,
     typer.Option("--where", help="Condition on new items: 'price<50', 'brand=A|B', 'colour!=red'; may be repeated."),
 ]
+CategoryOption = Annotated[
+    list[str] | None, typer.Option("--category", help='Category path of new items, as in "A > B"; may be repeated.')
+]
+DiversityOption = Annotated[
+    float | None,
+    typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.5."),
+]
 NotLikeOption = Annotated[str | None, typer.Option("--not-like", help="Ids of rejected items: F1,F7.")]
 ExcludeOption = Annotated[str | None, typer.Option("--exclude", help="Ids of items that are not shown: F1,F7.")]
 SeenOption = Annotated[bool, typer.Option("--seen", help="With --user: also items this user took before.")]
@@ -66,19 +73,14 @@ def recommend(
     budget: Annotated[float | None, typer.Option("--budget", help="Maximum price of the bundle.")] = None,
     max_price: Annotated[float | None, typer.Option("--max-price", help="Maximum price of a new item.")] = None,
     season: Annotated[str | None, typer.Option("--season", help="Season of new items.")] = None,
-    category: Annotated[
-        list[str] | None, typer.Option("--category", help='Category path of new items, as in "A > B"; may be repeated.')
-    ] = None,
+    category: CategoryOption = None,
     size: Annotated[int | None, typer.Option("--size", help="Number of items in a bundle; default as usual.")] = None,
     in_stock: Annotated[bool, typer.Option("--in-stock", help="New items in stock only.")] = False,
     where: WhereOption = None,
     not_like: NotLikeOption = None,
     exclude: ExcludeOption = None,
     seen: SeenOption = False,
-    diversity: Annotated[
-        float | None,
-        typer.Option("--diversity", help="Diversity of the list, 0 (the best) to 1 (most varied); default 0.5."),
-    ] = None,
+    diversity: DiversityOption = None,
     substitute: Annotated[bool, typer.Option("--substitute", help="Substitutes, in place of complements.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Explanation of every item: scores and evidence.")] = False,
     source: Annotated[

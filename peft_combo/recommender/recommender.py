@@ -23,6 +23,7 @@ from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.recommender.bundle_detection import BundleDetector
+from peft_combo.recommender.bundle_search import find_bundles
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
@@ -416,25 +417,7 @@ class BundleRecommender:
         """
         check_count(k)
         check_query(query)
-        catalog, known = self.dataset.catalog, self.dataset.bundles
-        search, (distinct, pooled) = self.state.search, self._known_bundles
-        found: list[tuple[str | None, NDArray[Any], str | None]]
-        if bundles is None:
-            found = [(known.bundle_ids[row], known.items[row], known.names[row]) for row in distinct]
-            scores = search.score_bundles([query], pooled)[0]
-        else:
-            if any(not bundle for bundle in bundles):
-                raise DataError("Expected bundles with items, found an empty one.")
-            given = [self.dataset.find_items(bundle) for bundle in bundles]
-            found = [(None, rows, None) for rows in given]
-            among = pooled if len(distinct) > 1 else None
-            scores = search.score_bundles([query], search.pool_bundles(given), among)[0]
-        matches = []
-        for place in select_largest(scores, k):
-            bundle_id, rows, name = found[place]
-            ids, titles = zip(*((catalog.item_ids[row], catalog.titles[row]) for row in rows), strict=True)
-            matches.append(BundleMatch(bundle_id, ids, titles, name, float(scores[place])))
-        return matches
+        return find_bundles(self.dataset, self.state.search, self._known_bundles, query, k, bundles)
 
     @cached_property
     def _known_bundles(self) -> tuple[list[int], dict[str, Vectors]]:

@@ -6,11 +6,12 @@ One matrix inverse is the whole of training. The inverse is what is kept: scores
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
+from scipy import linalg, sparse
 
 from peft_combo.errors import PeftComboError
 from peft_combo.machine import LIMITS, row_blocks
@@ -43,6 +44,26 @@ class Inverse(Learned):
     active: NDArray[np.int64]
     inverse: NDArray[np.float64]
     vectors: Vectors | None = None
+
+    @cached_property
+    def diagonal(self) -> NDArray[np.float64]:
+        """(n,) the diagonal of `inverse`; kept, for reading it goes through all of the matrix."""
+        return np.ascontiguousarray(np.diagonal(self.inverse))
+
+    @cached_property
+    def place_of(self) -> NDArray[np.int64]:
+        """(N,) the place of each item among those that are active, -1 for none."""
+        places = np.full(self.history.shape[1], -1)
+        places[self.active] = np.arange(len(self.active))
+        return places
+
+    def take_active(self, contexts: Csr) -> Csr:
+        """Return the columns of the active items: (Q, N) -> (Q, n) float64."""
+        columns = self.place_of[contexts.indices]
+        inside = columns >= 0
+        ends = np.concatenate([[0], np.cumsum(inside)])[contexts.indptr]
+        shape = (contexts.shape[0], len(self.active))
+        return sparse.csr_array((contexts.data[inside].astype(np.float64), columns[inside], ends), shape=shape)
 
 
 @dataclass(eq=False)
@@ -203,15 +224,22 @@ def _correct(known: Inverse, rows: Csr, l2: float) -> Inverse | None:
     return Inverse(stack(known.history, rows), support, active, inverse, known.vectors)
 
 
+def _multiply(part: Csr, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Multiply sparse rows (q, n) by (n, n); of a single row only the rows it needs are read."""
+    if part.shape[0] == 1:
+        return (part.data @ matrix[part.indices])[None]
+    product: NDArray[np.float64] = part @ matrix
+    return product
+
+
 def _scores(known: Inverse, contexts: Csr) -> NDArray[np.float32]:
     """x B for each context, from P alone: B_ij = -P_ij / P_jj off the diagonal, 0 on it."""
     scores = np.full(contexts.shape, np.nan, np.float32)
-    inside: Csr = contexts[:, known.active].astype(np.float64)  # (Q, n)
-    diagonal = np.diagonal(known.inverse)
+    inside = known.take_active(contexts)
     for block in row_blocks(inside.shape[0], inside.shape[1] * 2):
         part = inside[block]
-        product = part @ known.inverse  # (q, n) @ (n, n)
-        product /= -diagonal
+        product = _multiply(part, known.inverse)  # (q, n) @ (n, n)
+        product /= -known.diagonal
         # The division gave the diagonal -1 where B has 0: give each context item its own weight back.
         product[row_of(part), part.indices] += part.data
         scores[block, known.active] = product

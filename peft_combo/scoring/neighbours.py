@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -145,6 +146,16 @@ class Raters(Learned):
     centred_by_item: Csr
     norms: NDArray[np.float32]
 
+    @cached_property
+    def has(self) -> Csr:
+        """(R, N) 1 where a row has an item; kept, for it is as large as the history."""
+        return binary(self.history)
+
+    @cached_property
+    def has_by_item(self) -> Csr:
+        """(N, R) the same transposed."""
+        return binary(self.by_item)
+
 
 @dataclass(eq=False)
 class UserKNN(HistoryScorer[Raters]):
@@ -204,7 +215,6 @@ class UserKNN(HistoryScorer[Raters]):
     def _predict(self, known: Raters, contexts: Csr, own: NDArray[np.int64] | None) -> NDArray[np.float32]:
         scores = np.empty(contexts.shape, np.float32)
         means = self._means(contexts)
-        has = binary(known.history)
         for block in row_blocks(contexts.shape[0], sum(known.history.shape)):
             weights = self._weights(known, contexts[block], means[block])  # (q, R), -inf where nothing is shared
             if own is not None:
@@ -212,7 +222,7 @@ class UserKNN(HistoryScorer[Raters]):
             near = _nearest_rows(weights, self.k)
             strength = with_data(near, np.abs(near.data))
             part = (near @ known.centred).toarray()  # (q, R) @ (R, N)
-            rated = (strength @ has).toarray()
+            rated = (strength @ known.has).toarray()
             total = rated if self.feedback == "explicit" else np.asarray(strength.sum(axis=1)).reshape(-1, 1)
             total = np.broadcast_to(total, part.shape)
             found = np.full(part.shape, np.nan, np.float32)
@@ -221,7 +231,7 @@ class UserKNN(HistoryScorer[Raters]):
         return scores
 
     def _weights(self, known: Raters, contexts: Csr, means: NDArray[np.float32]) -> NDArray[np.float32]:
-        common: NDArray[np.float32] = (binary(contexts) @ binary(known.by_item)).toarray()  # (q, N) @ (N, R)
+        common: NDArray[np.float32] = (binary(contexts) @ known.has_by_item).toarray()  # (q, N) @ (N, R)
         if self.similarity == "pearson":
             mine, theirs = _centre(contexts, means), known.centred_by_item
             dots = (mine @ theirs).toarray()

@@ -54,7 +54,7 @@ class Arms:
     previous: tuple[str, ...] = ()
     kept: Release | None = None
 
-    def named(self) -> dict[Arm, DeployedRelease]:
+    def list_named(self) -> dict[Arm, DeployedRelease]:
         """Return the arms there are, by name."""
         found: dict[Arm, DeployedRelease | None] = {"prod": self.prod, "next": self.next, "shadow": self.shadow}
         return {name: arm for name, arm in found.items() if arm is not None}
@@ -68,4 +68,4 @@ class Arms:
 
     def list_state(self) -> dict[str, tuple[str, float]]:
         """Return what the state keeps: per arm version and share."""
-        return {name: (arm.release.version, arm.share) for name, arm in self.named().items()}
+        return {name: (arm.release.version, arm.share) for name, arm in self.list_named().items()}

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from peft_combo.errors import PeftComboError, did_you_mean, shorten
+from peft_combo.serving.aliases import read_share
 from peft_combo.serving.answers import AdapterStatus, Arm, ArmStatus, Job, Swap
 from peft_combo.serving.arms import ArmCounts, Arms, DeployedRelease
 from peft_combo.serving.errors import Conflict, RefusedRelease, UnknownAdapter
@@ -79,7 +80,7 @@ class Deployments:
             arm, deployed = arms.pick(name, key)
             return name, arm, deployed, arms
         for alias, own in arms_of.items():
-            for arm, deployed in own.named().items():
+            for arm, deployed in own.list_named().items():
                 if deployed.release.version == name:
                     return alias, arm, deployed, None
         compared = self._compared.get(name)
@@ -102,7 +103,7 @@ class Deployments:
 
     def releases(self) -> list[Release]:
         """Return every release in use, each once."""
-        found = [arm.release for arms in self._arms.values() for arm in arms.named().values()]
+        found = [arm.release for arms in self._arms.values() for arm in arms.list_named().values()]
         found += [one.release for one in self._compared.values()]
         return list({id(one): one for one in found}.values())
 
@@ -122,7 +123,7 @@ class Deployments:
                 1e3 * arm.counts.seconds / arm.counts.requests if arm.counts.requests else None,
                 arm.release.nbytes, arm.release.metrics,
             )
-            for name, arm in arms.named().items()
+            for name, arm in arms.list_named().items()
         }  # fmt: skip
         previous = arms.previous[-1] if arms.previous else None
         return AdapterStatus(alias, self.follow, described, previous, True, job)
@@ -182,7 +183,7 @@ class Deployments:
         if self.follow == "fixed":
             raise Conflict("Aliases are fixed (--adapters fixed). Start the service anew with told or watch.")
         self._require(alias)
-        share = _read_share(split)
+        share = read_share(split)
         target = self._name_version(alias, version)
         self._require_free(alias)
         job = Job(uuid.uuid4().hex[:12], alias, target, "building", "waiting", time.time())
@@ -396,7 +397,7 @@ class Deployments:
                 return arm
             return replace(arm, view=self._items.view(arm.release))
 
-        named = {name: renew(arm) for name, arm in arms.named().items()}
+        named = {name: renew(arm) for name, arm in arms.list_named().items()}
         return replace(arms, prod=named["prod"], next=named.get("next"), shadow=named.get("shadow"))
 
     def _set(self, alias: str, arms: Arms) -> None:
@@ -405,7 +406,7 @@ class Deployments:
     def _release_unused(self, before: Arms) -> None:
         """Drop what only releases that are gone needed."""
         used = {id(one) for one in self.releases()} | {id(arms.kept) for arms in self._arms.values()}
-        for arm in before.named().values():
+        for arm in before.list_named().values():
             if id(arm.release) not in used:
                 self._items.drop(arm.release)
 
@@ -487,15 +488,3 @@ class Deployments:
         served: Sequence[str] = (*self._arms, *(one.version for one in self.releases()))
         hint = did_you_mean(name, served)
         return f'No adapter "{shorten(name)}" is served. Served: {", ".join(self._arms) or "none"}. {hint}'.rstrip()
-
-
-def _read_share(split: Mapping[str, float] | None) -> float | None:
-    """Return the share of the arm `next`, in per cent; None where all of it is promoted."""
-    if split is None:
-        return None
-    values = {name: float(share) for name, share in split.items()}
-    if set(values) != {"prod", "next"} or any(not 0 <= share <= 100 for share in values.values()):
-        raise Conflict(f'split: expected shares such as {{"prod": 90, "next": 10}}, found {dict(split)}.')
-    if abs(sum(values.values()) - 100) > 1e-6:
-        raise Conflict(f"split: shares add up to 100, found {sum(values.values()):g}.")
-    return values["next"]

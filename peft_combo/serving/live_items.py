@@ -20,6 +20,7 @@ from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.errors import DataError, did_you_mean, shorten
 from peft_combo.recommender.live_catalog import DESCRIBED, TITLE, LiveItem, extend_recommender, make_catalog
 from peft_combo.serving.batching import EncodeBatcher
+from peft_combo.serving.live_counts import LiveCounts
 from peft_combo.serving.release import Release, ReleaseView
 from peft_combo.serving.state import ItemRow
 
@@ -48,8 +49,8 @@ class _Overlay:
 class LiveItems:
     """New, changed and deleted items over a dataset; safe to share between threads."""
 
-    def __init__(self, dataset: Dataset, batcher: EncodeBatcher) -> None:
-        self._dataset, self._batcher = dataset, batcher
+    def __init__(self, dataset: Dataset, batcher: EncodeBatcher, counts: LiveCounts) -> None:
+        self._dataset, self._batcher, self._counts = dataset, batcher, counts
         self._overlay = _Overlay()
         self._lock = threading.Lock()  # over the change of the overlay
         self._seen: dict[int, int] = {}  # id of a release's buffers -> `texts` of what they hold
@@ -120,12 +121,18 @@ class LiveItems:
             items |= self._encode(changed, releases)
             self._overlay = _Overlay(items, frozenset(hidden), frozenset(encoded), overlay.number + 1, texts)
 
+    def note_counts(self) -> None:
+        """Say that more was bought: every release is to be shown anew."""
+        with self._lock:
+            self._overlay = replace(self._overlay, number=self._overlay.number + 1)
+
     def view(self, release: Release) -> ReleaseView:
-        """Return a release with the items of this moment."""
+        """Return a release with the items of this moment, and what was bought until now."""
         with self._lock:
             overlay = self._overlay
+            base = self._counts.fold(release)
             if not overlay.items and not overlay.hidden:
-                return ReleaseView(release, release.base, overlay.number)
+                return ReleaseView(release, base, overlay.number)
             made = self._encode([overlay.items[name] for name in overlay.encoded], [release])  # what came before it
             if made:
                 overlay = replace(overlay, items={**overlay.items, **made})
@@ -133,7 +140,7 @@ class LiveItems:
             again = self._seen.get(id(release.buffers), overlay.texts) != overlay.texts
             self._seen[id(release.buffers)] = overlay.texts
             recommender = extend_recommender(
-                release.base, list(overlay.items.values()), overlay.hidden, release.buffers, again=again
+                base, list(overlay.items.values()), overlay.hidden, release.buffers, again=again
             )
             return ReleaseView(release, recommender, overlay.number)
 

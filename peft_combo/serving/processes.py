@@ -91,13 +91,15 @@ def describe(config: ServiceConfig, service: Service, bound: socket.socket) -> l
     """Return what is served, where, and what is open, in a few lines."""
     kind = "https" if config.tls_cert else "http"
     host = f"[{config.host}]" if ":" in config.host else config.host
-    lines = [f"Serving {config.recipe} on {kind}://{host}:{bound.getsockname()[1]}/ (page), /openapi.json"]
+    url = f"{kind}://{host}:{bound.getsockname()[1]}/"
+    lines = [f"Serving {config.recipe}: the page at {url}, its routes at {url}openapi.json"]
     for status in service.list_adapters():
         arms = ", ".join(
             f"{arm.version}{'' if name == 'prod' and arm.share == 100 else f' ({name}, {arm.share:g} %)'}"
             for name, arm in status.arms.items()
         )
-        lines.append(f"  {status.alias}: {arms or 'nothing yet'}")
+        named = "the encoder without an adapter" if arms == status.alias == "frozen" else arms or "nothing yet"
+        lines.append(f"  {status.alias}: {named}")
     needed = [scope for scope in ("read", "write", "admin") if scope not in config.open_scopes]
     opened = ", ".join(scope for scope in ("read", "write", "admin") if scope in config.open_scopes)
     key = f"peft-combo serve keys add NAME --scope {needed[0]}" if needed else ""
@@ -257,5 +259,6 @@ def run_worker(descriptor: int) -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not through sys.stdin, whose lock would be held when the interpreter ends
+        pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -7,7 +7,6 @@ routes hand it values, and the state that is to survive is handed to it. Any num
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 import uuid
@@ -25,22 +24,17 @@ from peft_combo.encoder.bank import AdapterBank, LiveAdapter
 from peft_combo.errors import PeftComboError, did_you_mean, shorten
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recommender.workspace import Workspace
+from peft_combo.serving.afterwards import Afterwards
+from peft_combo.serving.aliases import choose_aliases
 from peft_combo.serving.answering import Answerer, Route
-from peft_combo.serving.answers import (
-    AdapterStatus,
-    Answer,
-    EngineFigures,
-    ItemOutcome,
-    Job,
-    Origin,
-    ShownAnswer,
-)
+from peft_combo.serving.answers import AdapterStatus, Answer, EngineFigures, ItemOutcome, Job, Origin, ShownAnswer
 from peft_combo.serving.arms import DeployedRelease
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.catalogue import find_items, get_item, list_examples, list_versions
 from peft_combo.serving.deployment import Deployments
 from peft_combo.serving.engine_config import EngineConfig
 from peft_combo.serving.errors import BadRequest, NotReady, UnknownAdapter, UnknownItem
+from peft_combo.serving.live_counts import LiveCounts
 from peft_combo.serving.live_events import LiveEvents, check_event
 from peft_combo.serving.live_items import LiveItems
 from peft_combo.serving.release import FROZEN, ReleaseBuilder
@@ -50,16 +44,14 @@ from peft_combo.serving.texts import TextTasks
 from peft_combo.store.adapter_store import AdapterStore
 
 _LOG = logging.getLogger(__name__)
-_LATER = 1000  # answers that may wait for listeners and shadows; more are dropped
+_FOLD_SECONDS = 5.0  # between counting what was bought
 _ROWS = 500  # rows of the state taken in at a time
 
 
 class Service:
     """The engine of the service; `open` makes one from settings."""
 
-    def __init__(
-        self, space: Workspace, state: State, config: EngineConfig, on_note: Callable[[str], None]
-    ) -> None:  # fmt: skip
+    def __init__(self, space: Workspace, state: State, config: EngineConfig, on_note: Callable[[str], None]) -> None:
         dataset, bank = space.dataset, space.bank
         self.dataset, self._state, self._config, self._on_note = dataset, state, config, on_note
         self._bank: AdapterBank = bank
@@ -69,7 +61,8 @@ class Service:
             wait_ms=config.batch_ms, most_texts=config.batch_texts, queue_texts=config.queue_texts,
             timeout=config.encode_timeout, cached=config.cached_queries, text_chars=config.text_chars,
         )  # fmt: skip
-        self._items = LiveItems(dataset, self._batcher)
+        self._counts = LiveCounts(dataset.catalog)
+        self._items = LiveItems(dataset, self._batcher, self._counts)
         self._events = LiveEvents(state)
         self._forgotten: frozenset[str] = frozenset()
         self._answerer = Answerer(self._events, state.identify, lambda key: key in self._forgotten)
@@ -79,15 +72,14 @@ class Service:
         self._deployments = Deployments(builder, space.store, state, self._items, config.follow, on_note)
         self._texts = TextTasks(bank, self._batcher, dataset, space.cache)
         self._answered_by: Counter[str] = Counter()
-        self._listeners: list[Callable[[ShownAnswer], None]] = []
-        self._later: queue.Queue[Callable[[], None] | None] = queue.Queue(_LATER)
+        self._afterwards = Afterwards()
         self._items_seq = self._forgotten_seq = 0
         self._items_lock = threading.Lock()
         self._under_way = 0
         self._idle = threading.Condition()
         self._closing = threading.Event()
-        self._started = False
-        self._threads: list[threading.Thread] = []
+        self._started = self._uncounted = False
+        self._follower = threading.Thread(target=self._follow, name="follow", daemon=True)
 
     @classmethod
     def open(cls, config: EngineConfig, state: State, on_note: Callable[[str], None] = print) -> Service:
@@ -102,7 +94,7 @@ class Service:
         space = Workspace.of(recipe, store=config.store, cache=config.vectors, on_note=on_note)
         service = cls(space, state, config, on_note)
         try:
-            service.start(_choose_aliases(config.adapters, recipe.category, space.store, state, on_note))
+            service.start(choose_aliases(config.adapters, recipe.category, space.store, state, on_note))
         except BaseException:
             service.close()
             raise
@@ -111,13 +103,11 @@ class Service:
     def start(self, aliases: Sequence[str]) -> None:
         """Take in the state, build a release for every alias, and begin to follow what others change."""
         self._refresh()
+        self._counts.add(self._state.events_since(0))
         for alias in aliases:
             self._deployments.load(alias)
         self._started = True
-        for name, job in (("follow", self._follow), ("later", self._run_later)):
-            thread = threading.Thread(target=job, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._follower.start()
 
     @property
     def ready(self) -> bool:
@@ -279,7 +269,7 @@ class Service:
         rows = [check_event(one, self._state.identify) for one in events]
         with self._answering():
             count = self._state.add_events(rows)
-            self._events.refresh()
+            self._refresh_events()
         return count
 
     def forget_user(self, user: str, actor: str = "") -> dict[str, int]:
@@ -346,7 +336,7 @@ class Service:
 
     def on_answer(self, listener: Callable[[ShownAnswer], None]) -> None:
         """Tell `listener` of every answer after it is given, shadows too, in a thread of its own; it must not raise."""
-        self._listeners.append(listener)
+        self._afterwards.listeners.append(listener)
 
     def close(self, timeout: float = 10.0) -> None:
         """Refuse new requests, wait for those under way, and stop the threads."""
@@ -354,9 +344,8 @@ class Service:
         with self._idle:
             self._idle.wait_for(lambda: self._under_way == 0, timeout)
         if self._started:
-            self._later.put(None)
-        for thread in self._threads:
-            thread.join(timeout)
+            self._follower.join(timeout)
+        self._afterwards.close(timeout)
         self._batcher.close()
 
     # How an answer is given.
@@ -377,11 +366,11 @@ class Service:
             answer = self._answerer.answer(route, request, alias, arm, deployed)
             answer = replace(answer, took_ms=1e3 * (time.perf_counter() - started))
         self._answered_by[answer.origin.answered_by] += 1
-        if self._listeners:
-            self._do_later(lambda: self._tell(route, request, answer))
+        if self._afterwards.listeners:
+            self._afterwards.do(lambda: self._tell(route, request, answer))
         if arms is not None and arms.shadow is not None:
             shadow = arms.shadow
-            self._do_later(lambda: self._answer_unseen(route, request, alias, shadow))
+            self._afterwards.do(lambda: self._answer_unseen(route, request, alias, shadow))
         return answer
 
     def _compare(self, name: str | None) -> None:
@@ -403,22 +392,8 @@ class Service:
         self._tell(route, request, answer)
 
     def _tell(self, route: Route, request: ServiceRequest, answer: Answer) -> None:
-        shown = ShownAnswer(route, request.user, tuple(request.items), answer, (1.0,) * len(answer.results))
-        for listener in self._listeners:
-            listener(shown)
-
-    def _do_later(self, job: Callable[[], None]) -> None:
-        try:
-            self._later.put_nowait(job)
-        except queue.Full:
-            self._answered_by["not logged"] += 0  # who waits for an answer does not wait for its log
-
-    def _run_later(self) -> None:
-        while (job := self._later.get()) is not None:
-            try:
-                job()
-            except Exception:
-                _LOG.exception("what was to be done after an answer failed")
+        propensities = (1.0,) * len(answer.results)
+        self._afterwards.tell(ShownAnswer(route, request.user, tuple(request.items), answer, propensities))
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -454,6 +429,7 @@ class Service:
 
     def _follow(self) -> None:
         before: Any = None
+        folded = time.monotonic()
         while not self._closing.wait(self._config.poll_ms / 1e3):
             try:
                 head = self._state.head()
@@ -461,6 +437,9 @@ class Service:
                     self._refresh()
                     self._deployments.follow_state()
                     before = head
+                if time.monotonic() - folded > _FOLD_SECONDS:
+                    self.fold_events()
+                    folded = time.monotonic()
                 if self._config.follow == "watch":
                     self._deployments.follow_store()
             except Exception:
@@ -470,10 +449,22 @@ class Service:
         """Take in what is new in the state, whoever wrote it."""
         with self._items_lock:
             self._take_items()
-        self._events.refresh()
+        self._refresh_events()
         for seq, key in self._state.forgotten_since(self._forgotten_seq):
             self._forgotten_seq = max(self._forgotten_seq, seq)
             self._forget(key)
+
+    def _refresh_events(self) -> None:
+        rows = self._events.refresh()
+        if rows and self._counts.add(rows):
+            self._uncounted = True
+
+    def fold_events(self) -> None:
+        """Let scorers count what was bought; done every few seconds, and at once where it is asked for."""
+        if self._uncounted:
+            self._uncounted = False
+            self._items.note_counts()
+            self._deployments.refresh_items()
 
     def _take_items(self) -> None:
         """Take in items of the state that are new, oldest first; `_items_lock` is held."""
@@ -487,6 +478,7 @@ class Service:
 
     def _forget(self, key: str) -> None:
         self._forgotten = self._forgotten | {key}
+        self._uncounted = self._counts.forget({key}) or self._uncounted
         self._events.forget(key)
         self._batcher.clear()  # whose query a vector was of is not known, so all go
 
@@ -499,24 +491,3 @@ class Service:
             index = self._catalogue().catalog.index
             hint = did_you_mean(item_id, index) if len(index) <= 20_000 else ""
             raise UnknownItem(f'No item "{shorten(item_id)}". {hint}'.rstrip())
-
-
-def _choose_aliases(
-    asked: Sequence[str], category: str, store: AdapterStore, state: State, on_note: Callable[[str], None]
-) -> list[str]:
-    """Return the aliases to serve: those asked for, else those of the last time, else the category's."""
-    if asked:
-        return list(asked)
-    known = [alias for alias in state.deployments() if alias == FROZEN or alias.partition("@")[0] in store.categories()]
-    if known:
-        return known
-    named = [alias.reference for alias in store.aliases(category)] if category in store.categories() else []
-    if f"{category}@prod" in named:
-        return [f"{category}@prod"]
-    if category in store.categories():
-        return [category]
-    on_note(
-        f"No adapter of the category {category} is stored, so the frozen encoder answers. Train one with: "
-        "peft-combo tune"
-    )
-    return [FROZEN]

@@ -145,10 +145,11 @@ def count_together(history: SparseRows, item: int, context: Sequence[int] | Rows
     Returns:
         (m,) counts.
     """
-    columns: Any = sparse.csc_array(history)
-    holders = columns.indices[columns.indptr[item] : columns.indptr[item + 1]]
+    columns: Any = history if isinstance(history, sparse.csc_array) else sparse.csc_array(history)
+    starts, rows = columns.indptr, columns.indices
+    holders = set(rows[starts[item] : starts[item + 1]].tolist())
     counts = [
-        np.intersect1d(holders, columns.indices[columns.indptr[other] : columns.indptr[other + 1]], True).size
+        len(holders.intersection(rows[starts[other] : starts[other + 1]].tolist())) if holders else 0
         for other in np.asarray(context, np.int64).tolist()
     ]
     return np.array(counts, np.int64)

@@ -10,7 +10,7 @@ const STRINGS = {
     "language.other": "中文", "language.label": "Language: 切换到中文",
     "start.legend": "Start from", "mode.basket": "Basket", "mode.user": "Customer", "mode.query": "Words",
     "basket.search": "Add an item", "basket.hint": "Title or item id", "basket.list": "In the basket",
-    "basket.none": "No item matches", "user.label": "Customer id", "user.hint": "As your shop writes it",
+    "basket.none": "No item matches", "customer": "Customer {n}", "user.label": "Customer id", "user.hint": "As your shop writes it",
     "query.label": "What is wanted", "query.hint": "linen outfit for a beach wedding",
     "examples": "Examples", "examples.none": "The catalogue offers none.",
     "budget.label": "Budget", "budget.none": "no limit", "budget.unknown": "prices unknown",
@@ -85,7 +85,7 @@ const STRINGS = {
     "language.other": "English", "language.label": "语言：Switch to English",
     "start.legend": "从何开始", "mode.basket": "购物篮", "mode.user": "顾客", "mode.query": "描述",
     "basket.search": "添加商品", "basket.hint": "名称或商品编号", "basket.list": "购物篮中",
-    "basket.none": "没有匹配的商品", "user.label": "顾客编号", "user.hint": "与店铺中的写法一致",
+    "basket.none": "没有匹配的商品", "customer": "顾客 {n}", "user.label": "顾客编号", "user.hint": "与店铺中的写法一致",
     "query.label": "想要什么", "query.hint": "linen outfit for a beach wedding",
     "examples": "示例", "examples.none": "商品目录未提供示例。",
     "budget.label": "预算", "budget.none": "不限", "budget.unknown": "价格未知",
@@ -437,7 +437,7 @@ function showAnswer(answer) {
 const nameVersion = (version) => (version === FROZEN ? words("frozen") : version);
 
 function fallbackNote(origin) {
-  if (origin.answered_by === "fusion") return "";
+  if (!origin.fallbacks?.length) return "";
   return make("p", { class: "verdict" }, words("bundles.fallback", { by: words(`by.${origin.answered_by}`) }));
 }
 
@@ -670,6 +670,7 @@ function swapItem(bundle, place, item) {
 // ---- Bundles: two versions side by side ------------------------------------------------------------------------------
 
 const BUILD_POLL = 1500; // ms
+const BUILD_LOOKS = 80; // then it is asked for again, which tells what is wrong
 
 async function compareSides() {
   if (isEmpty()) return showEmpty();
@@ -683,17 +684,23 @@ async function compareSides() {
     const answers = await Promise.all(chosen.map((adapter, n) => call(`side ${n}`, "POST", "v1/compose", buildRequest({ adapter }))));
     if (answers[0] && answers[1]) showSides(answers, chosen);
   } catch (problem) {
-    if (problem.kind === "not-ready") waitForVersion(problem);
+    if (problem.kind === "not-ready") waitForVersion(problem, chosen);
     else showProblem(problem);
   }
 }
 
-/** A version that no alias means is built when it is first asked for; ask again until it is there. */
-function waitForVersion(problem) {
+/** A version that no alias means is built when it is first asked for: wait until the service has it, then ask again. */
+function waitForVersion(problem, chosen) {
   find("summary").textContent = "";
   place(make("div", { class: "state", role: "status" }, make("h2", {}, words("compare.building")), make("p", {}, problem.detail)));
+  const look = async (left) => {
+    const told = await call("sides", "GET", "v1/adapters").catch(() => null);
+    const waits = chosen.some((name) => told?.versions.some((version) => version.version === name && !version.comparable));
+    if (waits && left > 0) later = setTimeout(look, BUILD_POLL, left - 1);
+    else compareSides();
+  };
   clearTimeout(later);
-  later = setTimeout(compareSides, BUILD_POLL);
+  later = setTimeout(look, BUILD_POLL, BUILD_LOOKS);
 }
 
 function showSides(answers, chosen) {
@@ -736,7 +743,7 @@ async function offerSides() {
   const categoryOf = (name) => name.split("@")[0];
   const served = told.aliases.flatMap((alias) => Object.values(alias.arms).map((arm) => arm.version));
   const categories = new Set(told.aliases.map((alias) => categoryOf(alias.alias)));
-  const stored = told.versions.map((version) => version.version).filter((name) => categories.has(categoryOf(name))).toReversed();
+  const stored = told.versions.map((version) => version.version).filter((name) => categories.has(categoryOf(name)));
   const names = [...new Set([...served, ...stored, FROZEN])];
   ["a", "b"].forEach((side, n) => {
     const select = find(`side-${side}`);
@@ -776,13 +783,14 @@ function setMode(mode) {
 function showExamples() {
   const area = find("examples");
   if (!examples) return area.replaceChildren();
-  const chip = (label, listener) => make("button", { type: "button", class: "chip", on: { click: () => { listener(); refresh(); } } }, label);
+  const begin = (listener) => { shown = new Set(); listener(); refresh(); };
+  const chip = (label, listener) => make("button", { type: "button", class: "chip", on: { click: () => begin(listener) } }, label);
   const chips = {
     basket: () => examples.baskets.map(({ items }) => chip(items.map(kindOf).join(" + "), () => takeBasket(items))),
-    user: () => examples.users.map(({ user, label }) => chip(label ?? user, () => { wanted.user = find("user").value = user; wanted.basket = []; showPicked(); })),
+    user: () => examples.users.map(({ user }, n) => chip(words("customer", { n: n + 1 }), () => { wanted.user = find("user").value = user; wanted.basket = []; showPicked(); })),
     query: () => examples.queries.map((query) => chip(query, () => { wanted.query = find("query").value = query; wanted.basket = []; showPicked(); })),
   }[wanted.mode]();
-  area.replaceChildren(...(chips.length ? chips : [make("span", { class: "small" }, words("examples.none"))]));
+  area.replaceChildren(...(chips.length ? chips.slice(0, 4) : [make("span", { class: "small" }, words("examples.none"))]));
 }
 
 /** What an item is, in a word or two: the last name of its category path. */
@@ -933,7 +941,7 @@ function aliasCard(alias, versions) {
 }
 
 function promoteForm(alias, current, others) {
-  const version = make("select", {}, others.toReversed().map((name) => make("option", { value: name }, name)));
+  const version = make("select", {}, others.map((name) => make("option", { value: name }, name)));
   const share = make("select", {}, make("option", { value: "100" }, words("promote.all")),
     [5, 10, 25, 50].map((part) => make("option", { value: String(part) }, words("promote.part", { share: part }))));
   const promote = (event) => {
@@ -980,7 +988,7 @@ function confirmed(title, text, yes) {
 
 function versionTable(versions) {
   const head = ["version", "quality", "method", "created", "size", "digest"];
-  const rows = versions.toReversed().map((version) => make("tr", {},
+  const rows = versions.map((version) => make("tr", {},
     make("td", {}, make("strong", {}, version.version), (version.aliases ?? []).map((name) => [" ", make("span", { class: "tag" }, name)])),
     make("td", {}, qualityOf(version.metrics)),
     make("td", {}, version.method ?? ""),
@@ -1184,6 +1192,7 @@ function start() {
   });
   find("start").addEventListener("submit", (event) => {
     event.preventDefault();
+    shown = new Set();
     wanted.user = find("user").value.trim();
     wanted.query = find("query").value.trim();
     refresh();
