@@ -97,10 +97,10 @@ def run_service(command: list[str], **environ: str) -> Iterator[tuple[str, subpr
             process.stdout.close()
 
 
-def start_service(command: list[str], **environ: str) -> subprocess.Popen[str]:
+def start_service(command: list[str], folder: Path | None = None, **environ: str) -> subprocess.Popen[str]:
     """Start a service; `read_url` waits for it."""
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True,
+        command, stdout=subprocess.PIPE, text=True, cwd=folder,
         env={**os.environ, "PYTHONPATH": str(_REPOSITORY), "PYTHONWARNINGS": "ignore", **environ},
     )  # fmt: skip
 

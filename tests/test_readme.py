@@ -6,16 +6,22 @@ the number of threads (see conftest).
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from served_shop import read_url, start_service
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -33,6 +39,15 @@ def commands() -> list[list[str]]:
 
 
 def call(words: list[str], folder: Path) -> str:
+    if words[0] == "curl" and shutil.which("curl"):
+        done = subprocess.run([*words, "--silent", "--fail"], capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+    if words[0] in ("curl", "xdg-open"):
+        headers = {"Content-Type": "application/json"}
+        body = words[2].encode() if words[1] == "--json" else None
+        with urllib.request.urlopen(urllib.request.Request(words[-1], body, headers), timeout=120) as answer:
+            return str(answer.read().decode())
     programs = {
         "peft-combo": [sys.executable, "-m", "peft_combo"],
         "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
@@ -46,13 +61,40 @@ def call(words: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def test_the_commands_and_the_program_run_as_written(tmp_path: Path, tiny_shop: Path) -> None:
+@contextmanager
+def serve(words: list[str], folder: Path) -> Iterator[None]:
+    """Start the service, wait until it can be asked, and end it as Ctrl-C does."""
+    assert words[0] == "peft-combo"
+    process = start_service([sys.executable, "-m", "peft_combo", *words[1:]], folder)
+    try:
+        assert read_url(process) == "http://127.0.0.1:8765"
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.fixture
+def background() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_the_commands_and_the_program_run_as_written(tmp_path: Path, tiny_shop: Path, background: ExitStack) -> None:
     shutil.copytree(tiny_shop, tmp_path / "my-shop")
     told = []
     for words in commands():
         if "pytest" in words:
             continue  # that is what is running
+        if words[-1] == "&":
+            background.enter_context(serve(words[:-1], tmp_path))
+            continue
         told.append(call(words, tmp_path))
+    answers = [json.loads(one) for one in told if one.startswith('{"request_id"') or '"arms"' in one]
+    assert [len(answer.get("results", answer.get("arms"))) > 0 for answer in answers] == [True, True]
+    assert "<html" in next(one for one in told if one.startswith("<!"))
     assert "The tuned encoder is better than the frozen one" in told[0]
     program = "\n".join(blocks("python")) + "\nprint(vectors.shape, vectors.dtype, len(outfits))"
     done = subprocess.run(
