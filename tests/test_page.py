@@ -229,37 +229,50 @@ def test_both_languages_say_the_same_and_the_choice_is_remembered(visit: Callabl
     assert seen.page.locator("html").get_attribute("lang") == "en"
 
 
-def test_two_versions_are_compared_and_every_difference_is_marked(visit: Callable[..., Visit]) -> None:
-    seen = visit()
-    page = seen.page
-    seen.bundles()
-    seen.act(page.locator("#compare").check, "/v1/compose")
-    page.wait_for_selector("#verdict", timeout=30_000)
-    shown = [page.locator(f"#side-{side}").input_value() for side in "ab"]
-    assert shown[0] != shown[1]
-    origins = page.locator(".origin").all_inner_texts()
-    assert all(version in text for version, text in zip(shown, origins, strict=True))
-    bundles = seen.bundles()
-    marks = page.evaluate(
+def read_marks(seen: Visit) -> list[list[Any]]:
+    """Return for each card of a comparison whether another rank is told, and the ids of items that are marked."""
+    return seen.page.evaluate(
         "[...document.querySelectorAll('#answer .card')].map(card => [card.querySelectorAll('.tag.moved').length, "
         "...[...card.querySelectorAll('.item .tag[class*=only]')].map(tag => tag.closest('.item').dataset.item)])"
     )
+
+
+def expect_marks(bundles: list[list[str]]) -> list[list[Any]]:
+    """Work out what `read_marks` has to be from the bundles of both sides, in turn."""
     sides = [[set(one) for one in bundles[side::2]] for side in (0, 1)]
-    expected = []
+    expected: list[list[Any]] = []
     for place, mine in enumerate(bundles):
         rank, others = place // 2, sides[1 - place % 2]
         twin = others.index(set(mine)) if set(mine) in others else None
         lacks = [one for one in mine if one not in others[rank]] if twin is None else []
         expected.append([int(twin not in (None, rank)), *lacks])
-    assert marks == expected
-    assert any(one != [0] for one in marks), "two versions that differ in nothing show nothing"
+    return expected
+
+
+def test_two_versions_are_compared_and_every_difference_is_marked(visit: Callable[..., Visit]) -> None:
+    seen = visit()
+    page = seen.page
+    seen.bundles()
+    seen.act(page.locator("#compare").check, "/v1/compose")
+    page.wait_for_selector("#verdict", timeout=60_000)
+    shown = [page.locator(f"#side-{side}").input_value() for side in "ab"]
+    assert shown[0] != shown[1]
+    assert all(name in told for name, told in zip(shown, page.locator(".origin").all_inner_texts(), strict=True))
+    differed = False
+    for mode in ("basket", "user", "query"):  # versions that differ by a few steps agree on many baskets
+        page.locator(f"[name=mode][value={mode}]").check(force=True)
+        for example in page.locator("#examples button").all():
+            seen.act(example.click, "/v1/compose")
+            marks = read_marks(seen)
+            assert marks == expect_marks(seen.bundles())
+            assert page.locator("#verdict").inner_text().startswith("Both") == all(one == [0] for one in marks)
+            differed = differed or any(one != [0] for one in marks)
+    assert differed
     seen.picture("compare-1280")
     seen.expect_refusals()  # the other version is built when it is first asked for
 
 
-def test_adapters_move_with_the_admin_key_and_only_with_it(
-    visit: Callable[..., Visit], running: RunningShop
-) -> None:
+def test_adapters_move_with_the_admin_key_and_only_with_it(visit: Callable[..., Visit], running: RunningShop) -> None:
     seen = visit()
     page = seen.page
     seen.open("#adapters")
@@ -286,6 +299,13 @@ def test_adapters_move_with_the_admin_key_and_only_with_it(
     change("Roll back")
     page.get_by_text("was rolled back").wait_for()
     assert card.locator(".arm strong").first.inner_text() == before
+    card.get_by_label("Share of users").select_option("10")
+    change("Promote")
+    page.get_by_text("now answers 10% of the users").wait_for()
+    assert card.locator(".arm .number").all_inner_texts() == ["90%", "10%"]
+    change("Roll back")
+    page.get_by_text("was rolled back").wait_for()
+    assert card.locator(".arm").count() == 1
     stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
     assert running.admin_key not in stored
     assert page.locator("tbody tr").count() >= 2

@@ -57,7 +57,7 @@ const STRINGS = {
     "promote.version": "Version", "promote.share": "Share of users", "promote.all": "all at once", "promote.part": "{share}% as canary",
     "promote.do": "Promote", "rollback.do": "Roll back", "promote.title": "Promote {version}?", "rollback.title": "Roll back {alias}?",
     "promote.text": "{alias} moves from {before} to {version} for {share}. Requests under way keep the version they started with.",
-    "rollback.text": "{alias} goes back from {before} to {version}.", "promote.everyone": "every user", "promote.some": "{share}% of users",
+    "rollback.text": "{alias} goes back from {before} to {version}.", "rollback.ends": "{version} no longer runs beside {before} in {alias}.", "promote.everyone": "every user", "promote.some": "{share}% of users",
     "promote.done": "{alias} now points to {version}.", "canary.done": "{version} now answers {share}% of the users of {alias}.",
     "rollback.done": "{alias} was rolled back.",
     "versions": "Versions", "version": "Version", "method": "Method", "created": "Stored", "digest": "Digest", "size": "Size",
@@ -128,7 +128,7 @@ const STRINGS = {
     "promote.version": "版本", "promote.share": "用户比例", "promote.all": "全部切换", "promote.part": "灰度 {share}%",
     "promote.do": "上线", "rollback.do": "回滚", "promote.title": "上线 {version}？", "rollback.title": "回滚 {alias}？",
     "promote.text": "{alias} 将从 {before} 切换到 {version}，范围：{share}。进行中的请求仍使用原版本。",
-    "rollback.text": "{alias} 将从 {before} 退回 {version}。", "promote.everyone": "全部用户", "promote.some": "{share}% 的用户",
+    "rollback.text": "{alias} 将从 {before} 退回 {version}。", "rollback.ends": "{alias} 中 {version} 不再与 {before} 并行。", "promote.everyone": "全部用户", "promote.some": "{share}% 的用户",
     "promote.done": "{alias} 现指向 {version}。", "canary.done": "{version} 现服务 {alias} 的 {share}% 用户。",
     "rollback.done": "{alias} 已回滚。",
     "versions": "版本", "version": "版本", "method": "方法", "created": "保存时间", "digest": "摘要", "size": "大小",
@@ -944,6 +944,7 @@ function promoteForm(alias, current, others) {
   const version = make("select", {}, others.map((name) => make("option", { value: name }, name)));
   const share = make("select", {}, make("option", { value: "100" }, words("promote.all")),
     [5, 10, 25, 50].map((part) => make("option", { value: String(part) }, words("promote.part", { share: part }))));
+  const beside = (alias.arms.next ?? alias.arms.shadow)?.version; // a roll-back ends a canary or a shadow first
   const promote = (event) => {
     event.preventDefault();
     changeAlias("promote", alias, current, version.value, Number(share.value));
@@ -952,14 +953,16 @@ function promoteForm(alias, current, others) {
     make("label", {}, words("promote.version"), version), make("label", {}, words("promote.share"), share),
     make("div", { class: "row" },
       make("button", { disabled: others.length === 0 }, words("promote.do")),
-      make("button", { type: "button", class: "quiet", disabled: !alias.previous, on: {
-        click: () => changeAlias("rollback", alias, current, alias.previous, 100) } }, words("rollback.do"))));
+      make("button", { type: "button", class: "quiet", disabled: !beside && !alias.previous, on: {
+        click: () => changeAlias("rollback", alias, current, beside ?? alias.previous, 100) } }, words("rollback.do"))));
 }
 
 async function changeAlias(verb, alias, before, version, share) {
   const some = words("promote.some", { share });
   const values = { alias: alias.alias, before, version, share: share === 100 ? words("promote.everyone") : some };
-  if (!(await confirmed(words(`${verb}.title`, values), words(`${verb}.text`, values), words(`${verb}.do`)))) return;
+  const ends = verb === "rollback" && Object.keys(alias.arms).length > 1;
+  const text = words(ends ? "rollback.ends" : `${verb}.text`, values);
+  if (!(await confirmed(words(`${verb}.title`, values), text, words(`${verb}.do`)))) return;
   const notice = find("adapters-notice");
   notice.replaceChildren();
   const body = { alias: alias.alias };
