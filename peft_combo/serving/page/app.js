@@ -339,6 +339,7 @@ let dearest = null; // the price at the slider's end
 let examples = null;
 let shown = new Set(); // ids of the items of the answer on screen
 let later = 0; // timer of the next answer
+let turn = 0; // number of the latest wish; an answer to an earlier one is not shown
 
 function isEmpty() {
   if (wanted.mode === "user" && wanted.user) return false;
@@ -357,18 +358,20 @@ function buildRequest(more = {}) {
 
 /** Ask anew and show it; soon, so that a slider that moves asks once. */
 function refresh(delay = 0) {
+  turn += 1;
+  if (!isEmpty()) startWaiting();
   clearTimeout(later);
   later = setTimeout(() => (wanted.compare ? compareSides() : showBundles()), delay);
 }
 
 async function showBundles() {
   if (isEmpty()) return showEmpty();
-  startWaiting();
+  const mine = turn;
   try {
     const answer = await call("compose", "POST", "v1/compose", buildRequest());
-    if (answer) showAnswer(answer);
+    if (answer && mine === turn) showAnswer(answer);
   } catch (problem) {
-    showProblem(problem);
+    if (mine === turn) showProblem(problem);
   }
 }
 
@@ -679,11 +682,13 @@ async function compareSides() {
     find("summary").textContent = "";
     return place(make("div", { class: "state" }, make("p", {}, words("compare.single"))));
   }
+  const mine = turn;
   startWaiting();
   try {
     const answers = await Promise.all(chosen.map((adapter, n) => call(`side ${n}`, "POST", "v1/compose", buildRequest({ adapter }))));
-    if (answers[0] && answers[1]) showSides(answers, chosen);
+    if (answers[0] && answers[1] && mine === turn) showSides(answers, chosen);
   } catch (problem) {
+    if (mine !== turn) return;
     if (problem.kind === "not-ready") waitForVersion(problem, chosen);
     else showProblem(problem);
   }
