@@ -3,9 +3,9 @@
     python benchmarks/serve_schema.py                # 10,000 cases over all routes, minutes
     python benchmarks/serve_schema.py --cases 50000
 
-A service with a tiny shop runs as a process of its own on loopback, open for every scope. schemathesis makes bodies,
-paths and queries from /openapi.json, half of them valid and half not. Counted are the answers by status; one of 500, one
-of 400 or more that is no problem+json, or one without an id of the request is a fault.
+A service with a tiny shop runs as a process of its own on loopback, open for every scope. schemathesis makes
+bodies, paths and queries from /openapi.json, half of them valid and half not. Counted are the answers by status; one
+of 500, one of 400 or more that is no problem+json, or one without an id of the request is a fault.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import requests
+from _scripted import run_scripted
 from _served import make_served, run_service
 from _smoke import add_smoke
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -33,25 +34,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_smoke(parser)
     options = parser.parse_args()
-    with make_served() as served, tempfile.TemporaryDirectory() as state:
-        command = served.command(Path(state) / "state", "--open", "read,write,admin")
-        with run_service(command) as (url, process):
-            statuses, faults = measure(url, 60 if options.smoke else options.cases, options.seed)
-            alive = process.poll() is None and httpx.get(f"{url}/health/ready").status_code == 200
+    if options.smoke:
+        with run_scripted() as url:
+            statuses, faults, alive = measure(url, 60, options.seed)
+    else:
+        with make_served() as served, tempfile.TemporaryDirectory() as state:
+            command = served.command(Path(state) / "state", "--open", "read,write,admin")
+            with run_service(command) as (url, _):
+                statuses, faults, alive = measure(url, options.cases, options.seed)
     print("status  answers")
     for status, count in sorted(statuses.items()):
         print(f"{status:6}  {count:7,}")
-    print(
-        f"{sum(statuses.values()):,} cases, {len(faults)} faults; the service is {'well' if alive else 'DEAD'} afterwards"
-    )
+    health = "well" if alive else "DEAD"
+    print(f"{sum(statuses.values()):,} cases, {len(faults)} faults; the service is {health} afterwards")
     for fault in faults[:20]:
         print(f"  {fault}")
     if faults or not alive:
         sys.exit(1)
 
 
-def measure(url: str, cases: int, number: int) -> tuple[Counter[int], list[str]]:
-    """Send so many cases, spread evenly over the routes; return the answers by status, and what was wrong with any."""
+def measure(url: str, cases: int, number: int) -> tuple[Counter[int], list[str], bool]:
+    """Send so many cases, spread evenly over the routes; return answers by status, faults, and whether it is well."""
     import schemathesis
     from schemathesis import GenerationMode
 
@@ -73,13 +76,19 @@ def measure(url: str, cases: int, number: int) -> tuple[Counter[int], list[str]]
         for operation in operations:
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
                 _send_cases(session, url, operation, mode, count, number, statuses, faults)
-    return statuses, faults
+    return statuses, faults, httpx.get(f"{url}/health/ready").status_code == 200
 
 
 def _send_cases(
-    session: requests.Session, url: str, operation: Any, mode: Any, count: int, number: int, statuses: Counter[int],
+    session: requests.Session,
+    url: str,
+    operation: Any,
+    mode: Any,
+    count: int,
+    number: int,
+    statuses: Counter[int],
     faults: list[str],
-) -> None:  # fmt: skip
+) -> None:
     try:
         strategy = operation.as_strategy(generation_mode=mode)
     except Exception as error:  # nothing to be wrong with, where a route takes nothing

@@ -22,6 +22,7 @@ from peft_combo.adapters import export as exporting
 from peft_combo.adapters import onnx_graph as onnx_graphs
 from peft_combo.adapters.export import Export, ExportError, export
 from peft_combo.adapters.onnx_graph import Scheme
+from peft_combo.adapters.parity import ParityGate
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
@@ -234,13 +235,14 @@ def test_the_first_scheme_that_agrees_enough_is_taken(onnx: Any) -> None:
         """A trial whose answers are known: full precision, the usual int8, then our schemes in their order."""
 
         threads = 1
+        rows = (SimpleNamespace(ndcg=None),)
         agreements = iter((1.0, 0.5, 0.9, 0.96, 0.99))
 
         def measure(self, name: str, run: Any, nbytes: int) -> Any:
-            return SimpleNamespace(agreement=next(self.agreements))
+            return SimpleNamespace(name=name, agreement=next(self.agreements), ndcg=None)
 
     graph = product(onnx, np.ones((64, 8), np.float32))
-    scheme, small = exporting.choose_scheme(graph, Told(), 0.95)  # type: ignore[arg-type]
+    scheme, small = exporting.choose_scheme(graph, Told(), ParityGate(0.95))  # type: ignore[arg-type]
     assert scheme == "blocks of 16, 8-bit products"
     assert [a.i for a in small.graph.node[0].attribute if a.name == "block_size"] == [16]
 

@@ -75,6 +75,16 @@ def test_two_witnesses_know_more_than_either() -> None:
     assert fused > 1.2 * max(fresh.ndcg(values).mean() for values in scores.values())
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_witnesses_have_equal_weight_however_few_the_queries(seed: int) -> None:
+    """Around one scorer alone the other would have next to no weight: few queries cannot tell which is better."""
+    few = World(seed, questions=60)
+    fusion = few.fit({"left": few.scorer(2.5), "right": few.scorer(2.5), "poor": few.scorer(0.3)})
+    weights = {name: sum(gates.values()) for name, gates in fusion.weights.items()}
+    assert 0.5 < weights["left"] / weights["right"] < 2.0
+    assert weights.get("poor", 0.0) < 0.3 * weights["left"]
+
+
 def test_a_scorer_that_knows_nothing_gets_hardly_a_say() -> None:
     train, fresh = World(0), World(1)
     fusion = train.fit({"good": train.scorer(2.5), **{f"noise {n}": train.scorer(0.0) for n in range(4)}})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from peft_combo.metrics.ranking import midranks, per_query, ranking_metrics
-from peft_combo.metrics.significance import bootstrap_interval, paired_permutation
+from peft_combo.metrics.significance import bootstrap_interval, paired_permutation, standard_error
 
 NAN = float("nan")
 
@@ -153,6 +153,15 @@ def test_clusters_of_copies_widen_the_interval_as_if_each_were_one_query() -> No
     assert copied == pytest.approx(alone)
 
 
+def test_the_error_of_a_mean_counts_clusters() -> None:
+    # Of single queries it is s / sqrt(n) with n - 1 below the root; copies of each add nothing to what is known.
+    single = np.random.default_rng(4).normal(size=50)
+    alone = standard_error(single, np.arange(50))
+    assert alone == pytest.approx(single.std(ddof=1) / np.sqrt(50))
+    assert standard_error(np.repeat(single, 9), np.repeat(np.arange(50), 9)) == pytest.approx(alone)
+    assert standard_error([0.0, 1.0], [3, 3]) == np.inf
+
+
 def test_the_interval_follows_its_seed() -> None:
     values, clusters = [0.0, 1.0, 0.5, 0.2], [1, 1, 2, 3]
     assert bootstrap_interval(values, clusters, seed=3) == bootstrap_interval(values, clusters, seed=3)
@@ -189,6 +198,7 @@ def test_p_is_symmetric() -> None:
         lambda: bootstrap_interval([NAN], [1]),
         lambda: bootstrap_interval([1.0], [1], level=1.0),
         lambda: bootstrap_interval([1.0], [1], n=0),
+        lambda: standard_error([1.0], [1, 2]),
         lambda: paired_permutation([1.0], [1.0, 2.0], [1]),
         lambda: paired_permutation([1.0], [2.0], [1], n=0),
     ],

@@ -230,7 +230,7 @@ def test_a_new_item_is_found_at_once_everywhere(shop: Shop) -> None:
     assert ids(service.complete(ask(items=["p0"], k=5, filter=red))) == ["n1"]
     assert ids(service.replace(ask(items=["p0", "p6", "p18"], swap="p18", k=5, filter=red))) == ["n1"]
     bundle = service.compose(ask(items=["p0"], k=1, size=2, filter=red)).results[0]
-    assert bundle["items"] == ["p0", "n1"]
+    assert set(bundle["items"]) == {"p0", "n1"}
     beside = service.complete(ask(items=["n1"], k=5))  # and others are found beside it
     assert (beside.origin.answered_by, len(beside.results)) == ("fusion", 5)
     assert service.get_item("n1")["fields"]["colour"] == "red"

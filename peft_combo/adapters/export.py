@@ -25,6 +25,7 @@ from torch import nn
 from peft_combo.adapters import onnx_graph as onnx_graphs
 from peft_combo.adapters.export_folder import (
     Export,
+    ExportSource,
     Format,
     build_manifest,
     read_back,
@@ -34,12 +35,14 @@ from peft_combo.adapters.export_folder import (
     write_tokenizer,
 )
 from peft_combo.adapters.onnx_graph import SCHEMES, Graph, Run
-from peft_combo.adapters.parity import NEIGHBOURS, ExportError, ParityCheck
+from peft_combo.adapters.parity import ExportError, ParityCheck, ParityGate
+from peft_combo.adapters.pruning import Pruning, prune
 from peft_combo.callbacks import RunCallback
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.architectures import count_bytes
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
+from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.encoder.methods.merge_weights import merge_into_base
 from peft_combo.errors import BackboneError
 from peft_combo.files import StagedFolder, check_folder_target, literal_path, stage_folder
@@ -51,7 +54,7 @@ AGREEMENT: dict[Format, float] = {"merged": 0.99, "onnx": 0.99, "onnx-int8": 0.9
 
 
 def export(
-    live: LiveAdapter,
+    live: LiveAdapter | None,
     backbone: Backbone,
     folder: str | Path,
     format: Format,
@@ -59,6 +62,8 @@ def export(
     texts: Sequence[str],
     questions: Queries | None = None,
     min_agreement: float | None = None,
+    max_ndcg_loss: float | None = None,
+    pruning: Pruning | None = None,
     callback: RunCallback | None = None,
 ) -> Export:
     """Write an adapter as a folder that runs without this package, and measure what of it was kept.
@@ -68,20 +73,27 @@ def export(
     - ``onnx-int8``: the same in 8 bits, by the quickest of `onnx_graph.SCHEMES` that agrees enough.
 
     Args:
+        live: the adapter; None exports the frozen encoder, without a head.
         folder: to be made; may be there if it is empty.
         texts: what parity is measured on, as a rule the catalogue's, row by row; of very many a sample.
         questions: completion questions over the rows of `texts`, for NDCG@10.
         min_agreement: the least share of equal neighbours; None takes `AGREEMENT`.
+        max_ndcg_loss: NDCG@10 that may be lost at most; None takes that of `ParityGate`.
+        pruning: what to take out first; its texts are `texts`.
     Raises:
-        ExportError: the folder is taken or cannot be written, there are too few texts, or agreement is missed; nothing
-            is left behind.
+        ExportError: the folder is taken or cannot be written, there are too few texts, or agreement or NDCG@10 is
+            missed; nothing is left behind.
         BackboneError: the adapter cannot be merged, or the encoder not be written as a graph.
         OnnxMissing: the extra is not installed.
     """
     callback = RunCallback() if callback is None else callback
-    wanted = AGREEMENT[format] if min_agreement is None else min_agreement
-    if not 0 <= wanted <= 1:
-        raise ExportError(f"min_agreement: expected a share from 0 to 1, found {wanted}.")
+    pruning = pruning or Pruning()
+    gate = choose_gate(format, pruning, min_agreement, max_ndcg_loss)
+    if pruning.heads and format == "merged":
+        raise ExportError(
+            "--prune-heads leaves layers with different numbers of heads, for which config.json has no words. Export "
+            "as onnx or onnx-int8."
+        )
     if backbone.quantization != "none":
         raise BackboneError(
             f"An export starts from the encoder in full precision, this one was loaded in {backbone.quantization}. "
@@ -92,63 +104,99 @@ def export(
         if format != "merged":
             onnx_graphs.require_onnx()
         draft = staged.path
-        encoder = _choose_encoder(live, format)
-        write_tokenizer(draft, live, backbone, graph=format != "merged")
-        write_head(draft, live)
-        parity = ParityCheck(live, backbone, read_back(draft, live, backbone), texts, questions, callback)
-        attached = live.attached.encoder
-        parity.measure("torch, adapter attached", run_torch(backbone, attached), count_bytes(attached))
-        scheme, graph = _write_model(draft, format, encoder, live, backbone, parity, wanted)
-        if parity.rows[-1].agreement < wanted:
-            remedy = "Lower --min-agreement" + (", or export as onnx." if format == "onnx-int8" else ".")
-            found = "; ".join(f"{row.name} {row.agreement:.4f}" for row in parity.rows[1:])
-            raise ExportError(
-                f"{live.reference} as {format}: expected at least {wanted:g} of the {NEIGHBOURS} nearest neighbours of "
-                f"a text to stay, found {found} (mean over {parity.queries} texts). Nothing was written. " + remedy
-            )
+        source = ExportSource.of(live, backbone)
+        written, notes = _build_encoder(source, backbone, format, texts, pruning, callback)
+        length = source.attached.max_length
+        write_tokenizer(draft, length, written, graph=format != "merged")
+        if live is not None:
+            write_head(draft, live)
+        reader = read_back(draft, length, written)
+        parity = ParityCheck(source.attached, source.head, backbone, reader, texts, questions, callback)
+        attached = source.attached.encoder
+        parity.measure("torch, adapter attached", run_torch(backbone, attached), count_bytes(attached), here=True)
+        scheme, graph = _write_model(draft, format, length, written, parity, gate)
+        if losses := gate.find_losses(parity.rows[-1], parity.rows[0]):
+            raise _refuse_losses(source.reference, format, losses, parity, pruning, notes)
         done = Export(
-            live.reference, format, folder, scheme, parity.time_passes(), len(parity.texts), parity.queries,
-            None if parity.questions is None else len(parity.questions), parity.threads, tuple(parity.notes),
+            source.reference, format, folder, scheme, pruning.name or None, parity.time_passes(), len(parity.texts),
+            parity.queries, None if parity.questions is None else len(parity.questions), parity.threads,
+            (*notes, *parity.notes),
         )  # fmt: skip
-        write_report(draft, done, live, backbone)
-        staged.manifest = build_manifest(draft, done, live, graph)
+        write_report(draft, done, source, backbone)
+        staged.manifest = build_manifest(draft, done, source, backbone, graph)
     return done
 
 
+def choose_gate(
+    format: Format, pruning: Pruning, min_agreement: float | None, max_ndcg_loss: float | None
+) -> ParityGate:
+    """Return what an export may lose at most: what was asked for, else the usual of its format."""
+    usual = AGREEMENT["onnx-int8"] if pruning.heads or pruning.layers else AGREEMENT[format]
+    wanted = usual if min_agreement is None else min_agreement
+    return ParityGate(wanted) if max_ndcg_loss is None else ParityGate(wanted, max_ndcg_loss)
+
+
+def _refuse_losses(
+    reference: str, format: Format, losses: list[str], parity: ParityCheck, pruning: Pruning, notes: tuple[str, ...]
+) -> ExportError:
+    """Say what an export lost, what every engine kept, and what may be done."""
+    remedies = ["prune less"] if pruning.heads or pruning.layers else []
+    remedies += ["export as onnx"] if format == "onnx-int8" else []
+    remedies += ["lower --min-agreement or raise --max-ndcg-loss"]
+    found = "; ".join(
+        f"{row.name} {row.agreement:.4f}" + ("" if row.ndcg is None else f" (NDCG@10 {row.ndcg:.4f})")
+        for row in parity.rows[1:]
+    )
+    told = f" Pruned: {'; '.join(notes)}." if notes else ""
+    return ExportError(
+        f"{reference} as {format}: expected {'; and '.join(losses)} (mean over {parity.queries} texts; neighbours "
+        f"kept: {found}).{told} Nothing was written. To go on: {', or '.join(remedies)}."
+    )
+
+
+def _build_encoder(
+    source: ExportSource, backbone: Backbone, format: Format, texts: Sequence[str], pruning: Pruning,
+    callback: RunCallback,
+) -> tuple[Backbone, tuple[str, ...]]:  # fmt: skip
+    """Return the encoder to write as a backbone of its own, and what was taken out of it."""
+    encoder = _choose_encoder(source.attached, "merged" if pruning else format)
+    if pruning:
+        return prune(backbone, encoder, texts, source.attached.max_length, pruning, callback)
+    length = source.attached.max_length
+    return Backbone(backbone.name, encoder, backbone.tokenizer, backbone.pooling, length, fingerprint="export"), ()
+
+
 def _write_model(
-    draft: Path, format: Format, encoder: nn.Module, live: LiveAdapter, backbone: Backbone, parity: ParityCheck,
-    wanted: float,
-) -> tuple[str | None, Graph | None]:  # fmt: skip
+    draft: Path, format: Format, max_length: int, written: Backbone, parity: ParityCheck, gate: ParityGate
+) -> tuple[str | None, Graph | None]:
     """Write the model in the wanted format and measure it; return its 8-bit scheme and its graph, where it has them."""
     match format:
         case "merged":
-            state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+            state = {name: tensor.contiguous() for name, tensor in written.model.state_dict().items()}
             save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
-            write_sentence_transformers(draft, live, backbone)
-            loaded = Backbone.load(
-                str(draft), pooling=backbone.pooling, max_length=live.attached.max_length, device=backbone.device
-            )
+            write_sentence_transformers(draft, max_length, written)
+            loaded = Backbone.load(str(draft), pooling=written.pooling, max_length=max_length, device=written.device)
             parity.measure("torch, merged", run_torch(loaded, loaded.model), count_bytes(loaded.model))
             return None, None
         case "onnx":
-            graph = _write_graph(_build_graph(encoder, live, backbone), draft)
+            graph = _write_graph(_build_graph(written), draft)
             parity.measure("onnx", onnx_graphs.open_session(draft / "model.onnx", parity.threads), graph.ByteSize())
             return None, graph
         case "onnx-int8":
-            scheme, graph = choose_scheme(_build_graph(encoder, live, backbone), parity, wanted)
+            scheme, graph = choose_scheme(_build_graph(written), parity, gate)
             return scheme, _write_graph(graph, draft)
         case _:
             assert_never(format)
 
 
-def _choose_encoder(live: LiveAdapter, format: Format) -> nn.Module:
+def _choose_encoder(attached: AttachedAdapter, format: Format) -> nn.Module:
     """Return the encoder to write: with the adapter in its weights where that can be, as it is in a graph otherwise."""
     try:
-        return merge_into_base(live.attached)
+        return merge_into_base(attached)
     except BackboneError as error:
         if format == "merged":
             raise BackboneError(f"{error} The format onnx takes it as it is.") from error
-        return live.attached.encoder
+        return attached.encoder
 
 
 def run_torch(backbone: Backbone, encoder: nn.Module) -> Run:
@@ -164,13 +212,13 @@ def run_torch(backbone: Backbone, encoder: nn.Module) -> Run:
     return run
 
 
-def _build_graph(encoder: nn.Module, live: LiveAdapter, backbone: Backbone) -> Graph:
-    tokens = backbone.tokenize(["an example", "one"], live.attached.max_length)
-    ids, mask = (part.to(backbone.device) for part in tokens.pad(np.arange(2), backbone.pad_id))
-    return onnx_graphs.build_graph(encoder, backbone.pool, ids, mask)
+def _build_graph(written: Backbone) -> Graph:
+    tokens = written.tokenize(["an example", "one"])
+    ids, mask = (part.to(written.device) for part in tokens.pad(np.arange(2), written.pad_id))
+    return onnx_graphs.build_graph(written.model, written.pool, ids, mask)
 
 
-def choose_scheme(graph: Graph, parity: ParityCheck, wanted: float) -> tuple[str, Graph]:
+def choose_scheme(graph: Graph, parity: ParityCheck, gate: ParityGate) -> tuple[str, Graph]:
     """Return the first 8-bit scheme that agrees enough, or the last that was tried; measures all on the way."""
     parity.measure("onnx", onnx_graphs.open_session(graph, parity.threads), graph.ByteSize())
     naive = onnx_graphs.quantize_naively(graph)
@@ -180,7 +228,7 @@ def choose_scheme(graph: Graph, parity: ParityCheck, wanted: float) -> tuple[str
         row = parity.measure(
             f"onnx int8, {scheme.name}", onnx_graphs.open_session(small, parity.threads), small.ByteSize()
         )
-        if row.agreement >= wanted:
+        if not gate.find_losses(row, parity.rows[0]):
             break
     return scheme.name, small
 

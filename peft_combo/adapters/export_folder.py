@@ -21,6 +21,9 @@ from peft_combo.adapters.parity import BATCHES, NEIGHBOURS, ParityRow
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.heads.base import HEAD_FILE
+from peft_combo.encoder.heads.completion import BundleHead, CompletionHead
+from peft_combo.encoder.methods.attached import AttachedAdapter
+from peft_combo.recipe.task import BundleTask
 from peft_combo.store.manifest import list_versions
 
 Format = Literal["merged", "onnx", "onnx-int8"]
@@ -36,6 +39,7 @@ class Export:
 
     Attributes:
         scheme: how weights are kept; None in full precision.
+        pruned: what was taken out, in words; None where nothing was.
         rows: first the adapter as it runs here, last what was written.
         texts: distinct texts compared. queries: those whose neighbours were looked up. questions: None without any.
     """
@@ -44,6 +48,7 @@ class Export:
     format: Format
     folder: Path
     scheme: str | None
+    pruned: str | None
     rows: tuple[ParityRow, ...]
     texts: int
     queries: int
@@ -62,6 +67,7 @@ class Export:
             "adapter": self.reference,
             "format": self.format,
             "scheme": self.scheme,
+            "pruned": self.pruned,
             "texts": self.texts,
             "neighbour_queries": self.queries,
             "neighbours": NEIGHBOURS,
@@ -73,41 +79,70 @@ class Export:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class ExportSource:
+    """What is exported: a stored adapter in its encoder, or the frozen encoder alone.
+
+    Attributes:
+        digest: of the adapter; of the encoder's weights where there is none.
+        head: asks completion questions; untrained it is plain cosine. None for an adapter of another task.
+    """
+
+    reference: str
+    digest: str
+    attached: AttachedAdapter
+    head: CompletionHead | None
+    live: LiveAdapter | None
+
+    @classmethod
+    def of(cls, live: LiveAdapter | None, backbone: Backbone) -> ExportSource:
+        """Name a loaded adapter, or for None the frozen encoder, as what is to be exported."""
+        if live is not None:
+            head = live.task_head if isinstance(live.task_head, CompletionHead) else None
+            return cls(live.reference, live.digest, live.attached, head, live)
+        model = backbone.model
+        bare = AttachedAdapter(
+            model, model, model, first_layer=backbone.layers, max_length=backbone.max_length, stored_as="head"
+        )
+        cosine = BundleHead(backbone.dim, BundleTask()).eval()
+        return cls("the frozen encoder", backbone.fingerprint, bare, cosine, None)
+
+
 def write_head(folder: Path, live: LiveAdapter) -> None:
     """Write the head's tensors and what kind of head it is."""
     (folder / HEAD_FILE).write_bytes(live.record.read(HEAD_FILE))
     _write_json(folder / "head.json", live.record.manifest.task)
 
 
-def write_report(folder: Path, done: Export, live: LiveAdapter, backbone: Backbone) -> None:
+def write_report(folder: Path, done: Export, source: ExportSource, backbone: Backbone) -> None:
     """Write the figures, and a card that says what the folder is and how to use it."""
     _write_json(folder / REPORT, done.to_json())
-    (folder / "README.md").write_text(_render_card(done, live, backbone), encoding="utf-8")
+    (folder / "README.md").write_text(_render_card(done, source, backbone), encoding="utf-8")
 
 
-def write_tokenizer(folder: Path, live: LiveAdapter, backbone: Backbone, *, graph: bool) -> None:
+def write_tokenizer(folder: Path, max_length: int, backbone: Backbone, *, graph: bool) -> None:
     """Write tokenizer and config; the tokenizer cuts where the adapter was tuned to cut, whoever reads it."""
     config: Any = backbone.model.config
     config.save_pretrained(folder)
     tokenizer = copy.deepcopy(backbone.tokenizer)
-    tokenizer.model_max_length = live.attached.max_length
+    tokenizer.model_max_length = max_length
     if graph:
         tokenizer.model_input_names = list(onnx_graphs.INPUTS)  # so that what it gives is what the graph takes
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.enable_truncation(live.attached.max_length)
+        tokenizer.backend_tokenizer.enable_truncation(max_length)
         tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
 
 
-def read_back(folder: Path, live: LiveAdapter, backbone: Backbone) -> Backbone:
+def read_back(folder: Path, max_length: int, backbone: Backbone) -> Backbone:
     """Return the backbone as it would be with the tokenizer that was written."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return Backbone(str(folder), backbone.model, tokenizer, backbone.pooling, live.attached.max_length)
+    return Backbone(str(folder), backbone.model, tokenizer, backbone.pooling, max_length)
 
 
-def write_sentence_transformers(folder: Path, live: LiveAdapter, backbone: Backbone) -> None:
+def write_sentence_transformers(folder: Path, max_length: int, backbone: Backbone) -> None:
     """Write the modules that sentence-transformers makes an encoder of: transformer, pooling, normalization."""
     kinds = ("Transformer", "Pooling", "Normalize")
     modules = [
@@ -123,11 +158,13 @@ def write_sentence_transformers(folder: Path, live: LiveAdapter, backbone: Backb
     (folder / "1_Pooling").mkdir()
     _write_json(folder / "modules.json", modules)
     _write_json(folder / "1_Pooling" / "config.json", pooling)
-    limits = {"max_seq_length": live.attached.max_length, "do_lower_case": False}
+    limits = {"max_seq_length": max_length, "do_lower_case": False}
     _write_json(folder / "sentence_bert_config.json", limits)
 
 
-def build_manifest(folder: Path, done: Export, live: LiveAdapter, graph: Graph | None) -> tuple[str, bytes]:
+def build_manifest(
+    folder: Path, done: Export, source: ExportSource, backbone: Backbone, graph: Graph | None
+) -> tuple[str, bytes]:
     """Return the manifest's name and content: sha256 of every file, versions, and what was exported."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -141,10 +178,13 @@ def build_manifest(folder: Path, done: Export, live: LiveAdapter, graph: Graph |
         "format": FORMAT,
         "exported_as": done.format,
         "scheme": done.scheme,
-        "adapter": live.reference,
-        "adapter_digest": live.digest,
-        "backbone": live.record.manifest.backbone.model_dump(mode="json"),
-        "max_length": live.attached.max_length,
+        "pruned": done.pruned,
+        "adapter": source.reference,
+        "adapter_digest": source.digest,
+        "backbone": backbone.stamp()
+        if source.live is None
+        else source.live.record.manifest.backbone.model_dump(mode="json"),
+        "max_length": source.attached.max_length,
         "graph": None
         if graph is None
         else {"inputs": onnx_graphs.INPUTS, "output": onnx_graphs.OUTPUT, "opsets": onnx_graphs.list_opsets(graph)},
@@ -185,25 +225,25 @@ inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
 """
 
 
-def _render_card(done: Export, live: LiveAdapter, backbone: Backbone) -> str:
+def _render_card(done: Export, source: ExportSource, backbone: Backbone) -> str:
     """Say what the folder is, how to use it and how near it is."""
     program = _GRAPH_PROGRAM
     if done.format == "merged":
         program = _MERGED_PROGRAM.format(pooling=_MERGED_POOLING[backbone.pooling])
-    columns = ("distance_max", "distance_mean", "agreement", "ndcg", "batch_difference")
+    columns = ("distance_max", "distance_mean", "agreement", "crossed", "ndcg", "batch_difference")
     lines = [
         f"# {done.reference} as {done.format}",
         "",
-        f"Texts (at most {live.attached.max_length} tokens) to vectors of {backbone.dim} numbers and unit length. "
+        f"Texts (at most {source.attached.max_length} tokens) to vectors of {backbone.dim} numbers and unit length. "
         + ("`SentenceTransformer(folder)` loads it too." if done.format == "merged" else "")
-        + (f" Weights in 8 bits: {done.scheme}; needs ONNX Runtime." if done.scheme else ""),
+        + (f" Weights in 8 bits: {done.scheme}; needs ONNX Runtime." if done.scheme else "")
+        + (f" Pruned: {done.pruned}." if done.pruned else ""),
         "",
         "```python",
         program.rstrip(),
         "```",
         "",
-        "The head (`head.safetensors`, described by `head.json`) reads with `safetensors.numpy.load_file`; "
-        "`export.json` has the sha256 of every file.",
+        *_describe_files(source),
         "",
         f"| | {' | '.join(columns)} | MiB | {' | '.join(f'ms, batch {size}' for size in BATCHES)} |",
         "|---|" + "---:|" * (len(columns) + 1 + len(BATCHES)),
@@ -218,3 +258,12 @@ def _render_card(done: Export, live: LiveAdapter, backbone: Backbone) -> str:
         "`parity.json` has the rest.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _describe_files(source: ExportSource) -> list[str]:
+    files = "`export.json` has the sha256 of every file."
+    if source.live is None:
+        return [files]
+    return [
+        "The head (`head.safetensors`, described by `head.json`) reads with `safetensors.numpy.load_file`; " + files
+    ]

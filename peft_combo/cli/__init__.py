@@ -10,6 +10,7 @@ from __future__ import annotations
 # ruff: noqa: F401, I001
 from peft_combo.cli import tune
 from peft_combo.cli import evaluate
+from peft_combo.cli import retune
 from peft_combo.cli import compare
 from peft_combo.cli import recommend
 from peft_combo.cli import tag

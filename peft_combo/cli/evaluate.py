@@ -22,12 +22,15 @@ from peft_combo.cli.app import (
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, print_json, print_line, print_table
 from peft_combo.errors import DataError
 
+_CANDIDATES = 100  # items that a list is drawn from
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from peft_combo.evaluation.composition import CompositionReport
     from peft_combo.evaluation.detection import DetectionReport
+    from peft_combo.evaluation.off_policy import OffPolicyReport
     from peft_combo.evaluation.report import Report
     from peft_combo.evaluation.text_queries import QueryReport
     from peft_combo.recommender.workspace import Workspace
@@ -51,6 +54,14 @@ def evaluate(
     sessions: Annotated[
         bool, typer.Option("--sessions", help="Detection of the bundles in test users' sessions too.")
     ] = False,
+    log: Annotated[
+        str | None,
+        typer.Option("--log", help="Logged lists (a file, or the state of a service) to judge --adapter by instead."),
+    ] = None,
+    explore: Annotated[
+        str,
+        typer.Option("--explore", help="With --log: how the candidate draws lists, as in plackett-luce:0.5."),
+    ] = "plackett-luce:0.5",
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")] = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -60,9 +71,13 @@ def evaluate(
 ) -> None:
     """Measure completion of the test bundles, every baseline beside it: fitted on train, chosen on validation.
 
-    With --queries, how well they are found by their intents: the intent (or name) column of bundle_meta.
+    With --queries, how well they are found by their intents: the intent (or name) column of bundle_meta. With --log,
+    what the candidate would have earned on the lists that a service showed; no test bundle is looked at.
     """
     from peft_combo.metrics.charts import check_ending
+
+    if log is not None and (queries or compose or sessions or plot_file is not None):
+        raise DataError("--log prints a table of its own, without --queries, --compose, --sessions and --plot.")
 
     if queries and (compose or sessions or plot_file is not None):
         raise DataError(
@@ -77,6 +92,10 @@ def evaluate(
             loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
         )
 
+        if log is not None:
+            judged = _judge_by_log(space, references, log, explore, callback)
+            (print_json(judged.to_json()) if as_json else _print_judged(judged))
+            return
         if sessions:
             from peft_combo.evaluation.detection import check_sessions
 
@@ -291,3 +310,65 @@ def print_detection(found: DetectionReport) -> None:
         if row.setting:
             print_line(f"{row.name}: {row.setting}")
     print_line(f"Bundles: predicted for a session. {found.protocol}")
+
+
+def _judge_by_log(
+    space: Workspace, references: Sequence[str], log: str, explore: str, callback: ConsoleWatch
+) -> OffPolicyReport:
+    """Estimate what the recommender of some adapters would have earned on logged lists."""
+    from functools import partial
+
+    from peft_combo.cli.retune import open_state
+    from peft_combo.data.use import read_log
+    from peft_combo.evaluation.off_policy import judge_candidate
+    from peft_combo.files import literal_path
+    from peft_combo.recommender.recommender import BundleRecommender
+    from peft_combo.serving.exploration import compute_propensities, parse_policy
+
+    policy = parse_policy(explore)
+    if "://" in log or literal_path(log).is_dir():
+        from peft_combo.serving.learning import gather_lists
+
+        state = open_state(log)
+        try:
+            lists = gather_lists(state)
+        finally:
+            state.close()
+    else:
+        lists = read_log(literal_path(log))
+    callback.on_note(f"{len(lists):,} logged lists")
+    _refuse_leaks(space, references, callback)
+    candidate = BundleRecommender.fit(
+        space.dataset, space.split, space.bank, list(references), seed=space.recipe.seed, cache=space.cache
+    )
+
+    def score(context: tuple[str, ...]) -> dict[str, float]:
+        known = [item for item in context if item in space.dataset.catalog.index]
+        return {one.item_id: one.score for one in candidate.complete(known, k=_CANDIDATES)} if known else {}
+
+    name = ", ".join(references) or "the frozen encoder"
+    return judge_candidate(name, lists, score, partial(compute_propensities, policy=policy), seed=space.recipe.seed)
+
+
+def _print_judged(found: OffPolicyReport) -> None:
+    print_table(
+        ("", "per list", "95 % interval", "as shown", "gain", "95 % interval", "effective", "mean weight"),
+        [
+            (
+                name, f"{one.value:.4f}", "{:.4f} to {:.4f}".format(*one.interval), f"{one.logged:.4f}",
+                f"{one.gain:+.4f}", "{:+.4f} to {:+.4f}".format(*one.gain_interval), f"{one.effective_size:,.0f}",
+                f"{one.mean_weight:.3f}",
+            )
+            for name, one in found.estimates.items()
+        ],
+        numbers=True,
+    )  # fmt: skip
+    left = ", ".join(f"{count:,} with {reason}" for reason, count in found.left_out.items() if count)
+    print_line(
+        f"What {found.candidate} would have earned per list, by {found.judged:,} of {found.logged:,} logged lists"
+        + (f" (left out: {left})" if left else "")
+        + ". Rewards: a click, a basket or a purchase; intervals draw whole users."
+    )
+    first = next(iter(found.estimates.values()))
+    for doubt in first.doubts:
+        print_line(f"Doubt: {doubt}.")

@@ -33,6 +33,22 @@ def adapters_export(
             help="Minimum share of the ten nearest neighbours kept, else no export; default 0.99, for onnx-int8 0.95.",
         ),
     ] = None,
+    max_ndcg_loss: Annotated[
+        float | None,
+        typer.Option(
+            "--max-ndcg-loss", min=0, max=1, help="Maximum loss of NDCG@10 on validation, else no export; default 0.01."
+        ),
+    ] = None,
+    prune_vocabulary: Annotated[
+        bool,
+        typer.Option("--prune-vocabulary", help="Vocabulary cut to the tokens of the texts; vectors of these stay."),
+    ] = False,
+    prune_heads: Annotated[
+        int, typer.Option("--prune-heads", min=0, help="Number of attention heads to take out, least important first.")
+    ] = 0,
+    prune_layers: Annotated[
+        int, typer.Option("--prune-layers", min=0, help="Number of layers to take out, least important first.")
+    ] = 0,
     texts: Annotated[
         Path | None, typer.Option("--texts", help="File of texts to measure on; default the recipe's catalogue.")
     ] = None,
@@ -53,6 +69,7 @@ def adapters_export(
     with console_watch() as callback:
         from peft_combo.adapters.export import check_export
         from peft_combo.adapters.export import export as run
+        from peft_combo.adapters.pruning import Pruning
         from peft_combo.data.queries import Queries
         from peft_combo.recommender.workspace import Workspace
 
@@ -69,7 +86,8 @@ def adapters_export(
             questions = Queries.of(space.dataset.bundles, space.split.valid)
         done = run(
             space.bank.get(record.reference), space.backbone, to, format,
-            texts=measured, questions=questions, min_agreement=min_agreement, callback=callback,
+            texts=measured, questions=questions, min_agreement=min_agreement, max_ndcg_loss=max_ndcg_loss,
+            pruning=Pruning(prune_vocabulary, prune_heads, prune_layers), callback=callback,
         )  # fmt: skip
     if as_json:
         print_json({"path": str(done.folder), **done.to_json()})
@@ -118,12 +136,24 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _print_export(done: Export) -> None:
-    header = ("", "distance max", "mean", "top 10 kept", "NDCG@10", "alone/batch", "MiB", "ms at 1", "ms at 32")
+    header = (
+        "",
+        "distance max",
+        "mean",
+        "top 10 kept",
+        "for queries",
+        "NDCG@10",
+        "alone/batch",
+        "MiB",
+        "ms at 1",
+        "ms at 32",
+    )
     print_table(
         header,
         [
             (
                 row.name, f"{row.distance_max:.1e}", f"{row.distance_mean:.1e}", f"{row.agreement:.4f}",
+                f"{row.crossed:.4f}",
                 "" if row.ndcg is None else f"{row.ndcg:.4f}", f"{row.batch_difference:.1e}",
                 f"{row.nbytes / 2**20:.1f}", *(f"{spent:.1f}" for spent in row.p50_ms.values()),
             )
@@ -138,5 +168,5 @@ def _print_export(done: Export) -> None:
     )
     for note in done.notes:
         print_line(f"Note: {note}")
-    kept = "" if done.scheme is None else f" ({done.scheme})"
+    kept = "".join(f" ({told})" for told in (done.scheme, done.pruned and f"pruned: {done.pruned}") if told)
     print_line(f"Wrote {done.reference} as {done.format}{kept} to {done.folder}")

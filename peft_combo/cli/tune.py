@@ -147,7 +147,7 @@ def tune(
     else:
         _print_tuned(result, loaded)
         if continued is not None:
-            _print_continued(continued)
+            print_continued(continued)
     if fail_on_no_promotion and continued is not None and not continued.promoted:
         raise typer.Exit(4)
 
@@ -308,7 +308,7 @@ def _format_mib(size: float) -> str:
     return f"{size / 1024:,.2f} GiB" if size >= 1024 else f"{size:,.1f} MiB"
 
 
-def _print_continued(continued: Continued) -> None:
+def print_continued(continued: Continued) -> None:
     versions = (continued.start.reference, continued.result.record.reference)
     print_line()
     print_line(f"{versions[1]} went on from {versions[0]}")

@@ -7,6 +7,7 @@ into parts by a hash of seed and name, so adding data never moves what was there
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, assert_never
 
@@ -120,6 +121,12 @@ def split(
 def split_as(dataset: Dataset, config: DataConfig) -> Split:
     """Divide the bundles as a recipe says; see `split`."""
     return split(dataset, config.split, config.valid_fraction, config.test_fraction, config.split_seed)
+
+
+def find_parts(groups: Sequence[str], config: DataConfig) -> NDArray[np.str_]:
+    """Return the part that the bundles of each group fall into, by a split of users, whatever else is there."""
+    keys = [f"{config.split_seed}:{group}" for group in groups]
+    return _by_hash(keys, config.valid_fraction, config.test_fraction)
 
 
 def _by_hash(keys: list[str], valid_fraction: float, test_fraction: float) -> NDArray[np.str_]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from peft_combo.metrics.ranking import HEADLINE, Excluded, midranks, per_query, ranking_metrics
 from peft_combo.metrics.report import Gain, ResultRow, ResultTable
-from peft_combo.metrics.significance import bootstrap_interval, holm, paired_permutation
+from peft_combo.metrics.significance import bootstrap_interval, holm, paired_permutation, standard_error
 
 __all__ = [
     "HEADLINE",
@@ -21,4 +21,5 @@ __all__ = [
     "paired_permutation",
     "per_query",
     "ranking_metrics",
+    "standard_error",
 ]

@@ -56,6 +56,23 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def standard_error(values: ArrayLike, clusters: ArrayLike) -> float:
+    """Standard error of the mean of `values`, (Q,), where whole clusters, (Q,), are what is independent.
+
+    Returns:
+        The ratio estimator's error; infinite where there is a single cluster.
+    Raises:
+        ValueError: shapes differ, there is no query, or a value is not finite.
+    Source: Cochran 1977, "Sampling techniques", eq. 6.13.
+    """
+    data, codes = _check_clusters(values, clusters)
+    sums = np.bincount(codes, weights=data - data.mean())
+    count = len(sums)
+    if count < 2:
+        return float("inf")
+    return float(np.sqrt(count / (count - 1) * np.square(sums).sum()) / len(data))
+
+
 def paired_permutation(a: ArrayLike, b: ArrayLike, clusters: ArrayLike, n: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value for "a and b are equally good", flipping the sign of each cluster's difference at random.
 

@@ -25,11 +25,12 @@ Form = Literal["damped", "z", "normal"]
 
 # The line of the table that says what selecting one scorer is worth.
 BEST_SINGLE = "best single scorer, picked on other questions"
-# Prior spread of the one weight of the best single scorer, which the prior of all weights stands on, and of how far
-# they may go from there; see `_Fit`. Small on purpose: few queries cannot tell scorers that are alike apart.
-# Cross-validated NDCG@10 on validation bundles: around the best single scorer 0.300 on BundleRec clothing and 0.090 on
-# electronics, around nothing and with the spread of 0.3 on all weights 0.295 and 0.077.
+# Prior spread of the one weight of the plain sum that the prior of all weights stands on, and of how far they may go
+# from there; see `_Fit`. Small on purpose: few queries cannot tell scorers that are alike apart. docs/quality.md has
+# what other spreads and another centre give.
 _WEIGHT_SPREAD, _AWAY_SPREAD = 0.3, 0.1
+# A plain sum holds at most so many scorers, one several times where that is better.
+_MOST_SUMMED = 6
 # Below this a weight moves no comparable score by anything that could change an order worth having.
 _NEGLIGIBLE = 1e-3
 
@@ -90,22 +91,22 @@ class Fusion(Generic[Key]):
         """Fit weights on validation queries and choose the simplest fusion that is worth it.
 
         Weights minimise the softmax cross-entropy of the answers, each of which may with a small probability have come
-        from anywhere; they are non-negative and have a normal prior around the best single scorer alone, so few
-        queries leave a fusion near it. Every way is judged on queries of groups it was
-        not fitted on. Other forms and gates are taken only where they are above plain weights on damped scores by more
-        than a standard error of NDCG@10. The best single scorer is taken instead where it is better than the fusion by
-        more than a standard error, or where selecting it on one part of the groups and judging it on the rest, as the
-        fusion is judged, comes out better: the best of many, judged by the queries it is selected by, is flattered.
+        from anywhere; they are non-negative and have a normal prior around a plain sum of few scorers, so few queries
+        leave a fusion near it. Every way is judged on queries of groups it was not fitted on. Other forms and gates are
+        taken only where they are above plain weights on damped scores by more than a standard error of NDCG@10. The
+        best single scorer is taken instead where it is better than the fusion by more than a standard error, or where
+        selecting it on one part of the groups and judging it on the rest, as the fusion is judged, comes out better:
+        the best of many, judged by the queries it is selected by, is flattered.
 
         Args:
             scores: per scorer (Q, N), higher is better, NaN where it cannot say; fitted without these queries.
             targets: (Q,) the answers.
             groups: (Q,) the user or bundle of each query: never on both sides of a fold.
-            max_questions: more than so many are sampled, whole groups at a time.
+            max_queries: more than so many are sampled, whole groups at a time.
         Raises:
             ValueError: shapes differ, or there is no scorer or no query.
-        Source: McFadden 1974 (conditional logit); Copas 1988 (contaminated likelihood); Breiman et al. 1984, 3.4.3 (one
-            standard error).
+        Source: McFadden 1974 (conditional logit); Copas 1988 (contaminated likelihood); Caruana et al. 2004, section 2
+            (the plain sum); Breiman et al. 1984, 3.4.3 (one standard error).
         """
         answers, labels = np.asarray(targets, np.int64), np.unique(np.asarray(groups), return_inverse=True)[1]
         _check(scores, evidence)
@@ -129,11 +130,10 @@ class Fusion(Generic[Key]):
         selected = _rank_selected(alone, fold_of)
 
         sampled = sample_cells(scores.values(), answers, evidence, rng)
-        ndcg_alone = {name: _ndcg(own) for name, own in alone.items()}
         found: dict[str, Self] = {}
 
         def attempt(name: str, form: Form, terms: Sequence[tuple[Key, Gate]]) -> str:
-            fit = _Fit(form, terms, scores, evidence, sampled, ndcg_alone)
+            fit = _Fit(form, terms, scores, evidence, sampled)
             found[name], ranks[name] = cls._cross_validate(name, fit, scores, answers, evidence, fold_of)
             return name
 
@@ -261,9 +261,10 @@ class Fusion(Generic[Key]):
     ) -> Self:  # fmt: skip
         lines = []
         for tried, found in ranks.items():
-            gain, error = _difference(_ndcg(found), _ndcg(best), labels)
+            gains = _ndcg(found) - _ndcg(best)
             recall = float(metrics.per_query(found, "r@10").mean())
-            lines.append(Tried(tried, float(_ndcg(found).mean()), recall, gain, error))
+            error = metrics.standard_error(gains, labels)
+            lines.append(Tried(tried, float(_ndcg(found).mean()), recall, float(gains.mean()), error))
         lines.sort(key=lambda line: -line.ndcg)
         return cls(chosen.form, chosen.weights, chosen.silence, name, tuple(lines))
 
@@ -341,19 +342,18 @@ def _total(
 class _Fit(Generic[Key]):
     """The conditional logit over sampled candidates: one number per cell and term, and the solver.
 
-    Maximises the mean of ln(share of the answer + doubt) under a normal prior of fixed spread around the best single
-    scorer, which matters for few queries and fades with many.
+    Maximises the mean of ln(share of the answer + doubt) under a normal prior of fixed spread around a plain sum of
+    scorers, which matters for few queries and fades with many. Which scorers are summed is found step by step, each
+    time the one that helps NDCG@10 most, one several times where that is better.
 
-    Args:
-        singles: per scorer (Q,) NDCG@10 by itself.
+    Source: Caruana et al. 2004, "Ensemble selection from libraries of models", section 2 (with replacement).
     """
 
     def __init__(
         self, form: Form, terms: Sequence[tuple[Key, Gate]], scores: Scores[Key], evidence: Evidence,
-        sampled: SampledCells, singles: Mapping[Key, NDArray[np.float64]],
+        sampled: SampledCells,
     ) -> None:  # fmt: skip
         self.form = form
-        self._singles = singles
         self._terms = terms
         self._sample_groups = sampled
         names = tuple(dict.fromkeys(name for name, _ in terms))
@@ -379,15 +379,12 @@ class _Fit(Generic[Key]):
 
     def solve(self, chosen: NDArray[np.bool_]) -> tuple[dict[Key, dict[Gate, float]], dict[Key, float]]:
         """Return weights and silence fitted on the chosen queries: (Q,) bool."""
-        best = max(
-            (place for place, (_, gate) in enumerate(self._terms) if gate == "always"),
-            key=lambda place: float(self._singles[self._terms[place][0]][chosen].mean()),
-        )
-        centre = np.zeros(len(self._cells))
+        counts = self._sum_scorers(chosen)
         alone = np.array([_WEIGHT_SPREAD**-2.0])
-        (centre[best],) = fit_conditional_logit(
-            self._cells[[best]], self._sample_groups, chosen, alone, [(0.0, None)], np.zeros(1)
+        (scale,) = fit_conditional_logit(
+            (counts @ self._cells)[None], self._sample_groups, chosen, alone, [(0.0, None)], np.zeros(1)
         )
+        centre = scale * counts.astype(np.float64)
         theta = fit_conditional_logit(self._cells, self._sample_groups, chosen, self._precision, self._bounds, centre)
         weights: dict[Key, dict[Gate, float]] = {}
         for (name, gate), value in zip(self._terms, theta, strict=False):
@@ -396,6 +393,31 @@ class _Fit(Generic[Key]):
         silence = dict(zip(self._find_missing, map(float, theta[len(self._terms) :]), strict=True))
         # A scorer without any weight is not asked at all, so neither is its silence.
         return weights, {name: value for name, value in silence.items() if name in weights}
+
+    def _sum_scorers(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Return how often each term is in the plain sum that is best on the chosen queries: (P,)."""
+        always = [place for place, (_, gate) in enumerate(self._terms) if gate == "always"]
+        kept = self._cells[always][:, chosen[self._sample_groups.rows]]
+        sizes = np.diff(np.append(self._sample_groups.starts, len(self._sample_groups.rows)))[chosen]
+        starts = np.cumsum(sizes) - sizes
+        total, best = np.zeros(kept.shape[1], np.float32), -1.0
+        counts = np.zeros(len(self._cells), np.float32)
+        found = counts.copy()
+        for _ in range(_MOST_SUMMED):
+            tried = [_measure_cells(total + one, starts, sizes) for one in kept]
+            place = int(np.argmax(tried))
+            total = total + kept[place]
+            counts[always[place]] += 1
+            if tried[place] > best:
+                best, found = tried[place], counts.copy()
+        return found
+
+
+def _measure_cells(scores: NDArray[np.float32], starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> float:
+    """Return the mean NDCG@10 of the first cell of each query among its cells: (M,) scores, (Q,), (Q,)."""
+    own = np.repeat(scores[starts], sizes)
+    ranks = np.add.reduceat(scores > own, starts) + (np.add.reduceat(scores == own, starts) + 1) / 2
+    return float(_ndcg(ranks).mean())
 
 
 def _ranks(scores: NDArray[np.float32], answers: NDArray[np.int64], evidence: Evidence) -> NDArray[np.float64]:
@@ -420,19 +442,8 @@ def _ndcg(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _beyond_noise(ranks: NDArray[np.float64], than: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
-    gain, error = _difference(_ndcg(ranks), _ndcg(than), labels)
-    return gain > error
-
-
-def _difference(a: NDArray[np.float64], b: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the mean of a - b and its standard error, groups being what is independent (ratio estimator)."""
-    gain = float((a - b).mean())
-    sums, sizes = np.bincount(labels, weights=a - b), np.bincount(labels)
-    count = len(sums)
-    if count < 2:
-        return gain, float("inf")
-    error = np.sqrt(count / (count - 1) * np.square(sums - gain * sizes).sum()) / len(a)
-    return gain, float(error)
+    gains = _ndcg(ranks) - _ndcg(than)
+    return bool(gains.mean() > metrics.standard_error(gains, labels))
 
 
 def _sample_groups(labels: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:

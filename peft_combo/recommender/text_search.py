@@ -285,7 +285,7 @@ def select_weights(views: Mapping[str, View], valid: TextQueries) -> dict[str, f
     best, most = usual, 0.0
     for weights in _list_weights(views):
         gain = measure(weights) - plain
-        if gain.mean() > most and gain.mean() > 2 * _find_error(gain, valid.groups):
+        if gain.mean() > most and gain.mean() > 2 * metrics.standard_error(gain, valid.groups):
             best, most = weights, float(gain.mean())
     return dict(TextSearch.of(views, best).weights)
 
@@ -298,10 +298,3 @@ def _list_weights(views: Mapping[str, View]) -> list[dict[str, float]]:
         found.append({**usual, name: share})
         found += [{**usual, frozen: 0.0, name: share} for frozen in (FROZEN_TITLE, FROZEN_ALL) if frozen in usual]
     return found
-
-
-def _find_error(values: NDArray[np.float64], groups: NDArray[np.str_]) -> float:
-    """Return the standard error of a mean over queries that come in groups: (Q,) values, (Q,) groups."""
-    codes = np.unique(groups, return_inverse=True)[1]
-    centred = np.bincount(codes, weights=values - values.mean())
-    return float(np.sqrt(np.square(centred).sum()) / len(values))

@@ -272,14 +272,15 @@ def _keep_known(recommender: BundleRecommender, ids: Sequence[str], notes: list[
 
 def _tell_item(recommender: BundleRecommender, one: Suggestion, row: int) -> dict[str, Any]:
     path = recommender.dataset.catalog.categories[row]
-    return {**vars(one), "category": " > ".join(path) or None}
+    price = None if one.price is None else round(one.price, 2)  # float32 in the catalogue
+    return {**vars(one), "price": price, "category": " > ".join(path) or None}
 
 
 def _tell_bundle(recommender: BundleRecommender, one: Recommendation) -> dict[str, Any]:
     catalog = recommender.dataset.catalog
     prices: NDArray[np.float32] = catalog.prices[[catalog.index[item] for item in one.items]]
     told = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(one).items()}
-    return {**told, "prices": [None if np.isnan(price) else float(price) for price in prices]}
+    return {**told, "prices": [None if np.isnan(price) else round(float(price), 2) for price in prices]}
 
 
 def _add_bundle_price(recommender: BundleRecommender, results: list[dict[str, Any]], rest: Sequence[str]) -> None:

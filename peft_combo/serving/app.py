@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -30,8 +30,10 @@ from peft_combo.serving.monitoring import Monitor, watch
 from peft_combo.serving.problems import describe_error
 from peft_combo.serving.routes import ROUTERS
 from peft_combo.serving.routes.health import refresh
-from peft_combo.serving.service import Service
 from peft_combo.serving.state import ExposureRow, Journal, ShownItem, State
+
+if TYPE_CHECKING:  # the engine loads torch; what answers for it does not
+    from peft_combo.serving.service import Service
 
 _CLOSED = 499  # what nginx calls a client that went away before its answer
 _WATCH_SECONDS = 1.0

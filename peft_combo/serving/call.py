@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from pydantic_core import to_json
@@ -22,8 +22,10 @@ from peft_combo.serving.auth import ANYBODY, Guard
 from peft_combo.serving.config import ServiceConfig
 from peft_combo.serving.limits import WorkPool
 from peft_combo.serving.monitoring import Monitor
-from peft_combo.serving.service import Service
 from peft_combo.serving.state import Caller, Journal, State
+
+if TYPE_CHECKING:  # the engine loads torch; what answers for it does not
+    from peft_combo.serving.service import Service
 
 ResultT = TypeVar("ResultT")
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,200}")

@@ -94,5 +94,5 @@ def _tell(catalog: Catalog, row: int) -> dict[str, Any]:
         "item_id": catalog.item_ids[row], "title": catalog.titles[row],
         "slot": catalog.slots[row] or catalog.leaf(row),
         "category": CATEGORY_SEPARATOR.join(catalog.categories[row]) or None,
-        "price": None if np.isnan(price) else price,
+        "price": None if np.isnan(price) else round(price, 2),
     }  # fmt: skip

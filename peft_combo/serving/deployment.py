@@ -409,6 +409,7 @@ class Deployments:
         for arm in before.list_named().values():
             if id(arm.release) not in used:
                 self._items.drop(arm.release)
+                self._builder.drop(arm.release)
 
     def _find_release(self, version: str) -> Release | None:
         """Return a release of a version that is in memory."""

@@ -19,6 +19,7 @@ class EngineConfig(Protocol):
         batch_ms, batch_texts: how long a text waits for others, and how many go together.
         queue_texts: how many may wait. encode_timeout: seconds an encode may take, waiting included.
         text_chars: longest text. poll_ms: how often the state and the store are looked at.
+        encoder: form of the encoder that reads queries; see `adapters.serving_encoder`.
         cached_queries: query vectors kept.
     """
 
@@ -36,4 +37,5 @@ class EngineConfig(Protocol):
     encode_timeout: float
     text_chars: int
     poll_ms: float
+    encoder: Literal["torch", "onnx", "int8", "pruned"]
     cached_queries: int

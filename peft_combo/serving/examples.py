@@ -5,13 +5,15 @@ Owns what stands in /openapi.json beyond what FastAPI finds in the routes' signa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from peft_combo.serving.problems import ProblemBody
-from peft_combo.serving.service import Service
+
+if TYPE_CHECKING:  # the engine loads torch; what answers for it does not
+    from peft_combo.serving.service import Service
 
 
 def describe_service(app: FastAPI, service: Service) -> None:

@@ -28,6 +28,7 @@ from peft_combo.recommender.persistence import load_or_fit
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.text_search import FROZEN_ALL, FROZEN_TITLE, TextSearch, VectorView, View
 from peft_combo.serving.batching import EncodeBatcher
+from peft_combo.serving.encoders import Encoders
 from peft_combo.serving.errors import RefusedRelease
 
 FROZEN = "frozen"
@@ -84,17 +85,17 @@ class ReleaseBuilder:
 
     Args:
         fitted: folder of fitted recommenders.
-        batcher: encodes the words of requests.
+        encoders: the form of the encoder that reads queries. batcher: encodes the words of requests.
         on_note: told what a recommender was fitted without.
     """
 
     def __init__(
         self, dataset: Dataset, parts: Split, bank: AdapterBank, cache: VectorCache, fitted: Path, seed: int,
-        batcher: EncodeBatcher, on_note: Callable[[str], None],
+        encoders: Encoders, batcher: EncodeBatcher, on_note: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.dataset, self.bank = dataset, bank
         self._parts, self._cache, self._fitted, self._seed = parts, cache, fitted, seed
-        self._batcher, self._on_note = batcher, on_note
+        self._encoders, self._batcher, self._on_note = encoders, batcher, on_note
         self._building = threading.Lock()
 
     def build(self, version: str, on_stage: Callable[[str], None] = lambda stage: None) -> Release:
@@ -118,6 +119,9 @@ class ReleaseBuilder:
                 )  # fmt: skip
                 if adapter is not None and base.state.adapters[0] is not adapter:
                     adapter = base.state.adapters[0]  # evicted and loaded again: the one that its heads are of
+                on_stage("opening the encoder")
+                for one in {None, adapter}:
+                    self._encoders.open(one)
                 base = self._encode_in_batches(base)
                 on_stage("warming up")
                 self._warm_up(base)
@@ -132,6 +136,12 @@ class ReleaseBuilder:
         return Release(
             version, adapter, digest, self._digest(digest, base), base, time.monotonic() - started, time.time()
         )
+
+    def drop(self, release: Release) -> None:
+        """Forget what only a release needed that nobody uses any more."""
+        if release.adapter is not None:
+            self._encoders.close(release.digest)
+            self._batcher.forget(release.digest)
 
     def _digest(self, adapter: str, base: BundleRecommender) -> str:
         told = [

@@ -32,6 +32,7 @@ from peft_combo.serving.arms import DeployedRelease
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.catalogue import find_items, get_item, list_examples, list_versions
 from peft_combo.serving.deployment import Deployments
+from peft_combo.serving.encoders import Encoders
 from peft_combo.serving.engine_config import EngineConfig
 from peft_combo.serving.errors import BadRequest, NotReady, UnknownAdapter, UnknownItem
 from peft_combo.serving.live_counts import LiveCounts
@@ -56,8 +57,9 @@ class Service:
         self.dataset, self._state, self._config, self._on_note = dataset, state, config, on_note
         self._bank: AdapterBank = bank
         self._store: AdapterStore = space.store
+        self._encoders = Encoders(bank.backbone, config.encoder, dataset, space.split, config.fitted / "encoders")
         self._batcher = EncodeBatcher(
-            lambda texts, adapter: bank.backbone.encode(texts, None if adapter is None else adapter.attached),
+            self._encoders,
             wait_ms=config.batch_ms, most_texts=config.batch_texts, queue_texts=config.queue_texts,
             timeout=config.encode_timeout, cached=config.cached_queries, text_chars=config.text_chars,
         )  # fmt: skip
@@ -67,7 +69,15 @@ class Service:
         self._forgotten: frozenset[str] = frozenset()
         self._answerer = Answerer(self._events, state.identify, lambda key: key in self._forgotten)
         builder = ReleaseBuilder(
-            dataset, space.split, bank, space.cache, config.fitted, space.recipe.seed, self._batcher, on_note
+            dataset,
+            space.split,
+            bank,
+            space.cache,
+            config.fitted,
+            space.recipe.seed,
+            self._encoders,
+            self._batcher,
+            on_note,
         )
         self._deployments = Deployments(builder, space.store, state, self._items, config.follow, on_note)
         self._texts = TextTasks(bank, self._batcher, dataset, space.cache)
@@ -129,10 +139,7 @@ class Service:
         return self._answer("compose", request)
 
     def replace(self, request: ServiceRequest) -> Answer:
-        """Return single items that could take the place of `swap` among `items`, the rest kept.
-
-        One result is a `Suggestion` with `bundle_price`, what the bundle costs with it.
-        """
+        """Return single items that could replace `swap` among `items`; `bundle_price` is of the bundle with it."""
         return self._answer("replace", request)
 
     def search(self, request: ServiceRequest) -> Answer:
@@ -217,8 +224,7 @@ class Service:
 
     def list_examples(self) -> dict[str, Any]:
         """Return {"users", "baskets", "queries"} to try, at most six of each; nobody who asked to be forgotten."""
-        dataset = self.dataset
-        return list_examples(dataset, lambda user: self._state.identify(user) in self._forgotten)
+        return list_examples(self.dataset, lambda user: self._state.identify(user) in self._forgotten)
 
     def put_items(self, items: Sequence[Mapping[str, Any]]) -> list[ItemOutcome]:
         """Take items in, new or changed, each {"item_id", "title", ...columns}; what is accepted is stored and found.

@@ -64,7 +64,7 @@ class Database:
         Raises:
             StateError: the database cannot be reached or the disk is full; nothing was kept.
         """
-        with self._told("written"), self._engine.connect() as connection:
+        with self._explain_refusal("written"), self._engine.connect() as connection:
             connection.execution_options(writes=True)
             with connection.begin():
                 yield connection
@@ -76,11 +76,11 @@ class Database:
         Raises:
             StateError: the database cannot be reached.
         """
-        with self._told("read"), self._engine.connect() as connection:
+        with self._explain_refusal("read"), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
-    def _told(self, verb: str) -> Iterator[None]:
+    def _explain_refusal(self, verb: str) -> Iterator[None]:
         try:
             yield
         except DBAPIError as error:
@@ -88,10 +88,10 @@ class Database:
         except SQLAlchemyError as error:  # no connection left in the pool
             raise StateError(f"The state {self.name} cannot be {verb}: {type(error).__name__}.") from error
 
-    def shred(self) -> None:
+    def wipe(self) -> None:
         """Leave nothing of deleted rows in SQLite's log; its file zeroes them by itself (secure_delete)."""
         if self.folder is not None:
-            with self._told("written"), self._engine.connect() as connection:
+            with self._explain_refusal("written"), self._engine.connect() as connection:
                 connection.execution_options(isolation_level="AUTOCOMMIT")
                 connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
 

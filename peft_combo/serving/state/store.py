@@ -228,7 +228,7 @@ class State:
                 statement.on_conflict_do_update(index_elements=["user_key"], set_={"seq": statement.excluded.seq})
             )
             _note(connection, actor, "forget", counts)
-        self._database.shred()
+        self._database.wipe()
         return counts
 
     def forgotten_since(self, seq: int = 0, limit: int | None = None) -> list[tuple[int, str]]:
