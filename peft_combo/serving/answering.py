@@ -68,7 +68,7 @@ class Answerer:
         """Answer one request.
 
         Raises:
-            DataError, ServiceError: it cannot be answered as it stands.
+            DataError: it cannot be answered as it stands; so do all kinds of `ServiceError`.
         """
         started = time.perf_counter()
         release, recommender = deployed.release, deployed.view.recommender
