@@ -71,6 +71,7 @@ const STRINGS = {
     "live": "p95 while this page is open", "live.note": "{value} ms now, at most {most} ms",
     "answered": "Answered by", "arms": "Arms", "arm": "Arm", "alias": "Alias", "requests": "Requests", "feedback": "Feedback",
     "exposures": "Shown", "drift": "Drift from the reference", "drift.limit": "limit {limit}",
+    "drift.query_vectors": "Query vectors, 1 − cosine", "drift.scores": "Scores, in deviations",
     "swaps": "Swaps", "time": "Time", "change": "Change", "result": "Result", "took": "Took",
     "result.promoted": "promoted", "result.refused": "refused", "result.rolled back": "rolled back", "result.unloaded": "unloaded",
     "error.title": "That did not work", "error.unreachable": "The service does not answer",
@@ -142,6 +143,7 @@ const STRINGS = {
     "live": "打开本页以来的 p95", "live.note": "当前 {value} 毫秒，最高 {most} 毫秒",
     "answered": "回答来源", "arms": "分组", "arm": "分组", "alias": "别名", "requests": "请求数", "feedback": "反馈",
     "exposures": "展示", "drift": "相对基准的漂移", "drift.limit": "上限 {limit}",
+    "drift.query_vectors": "查询向量（1 − 余弦）", "drift.scores": "分数（标准差）",
     "swaps": "切换记录", "time": "时间", "change": "变更", "result": "结果", "took": "用时",
     "result.promoted": "已上线", "result.refused": "已拒绝", "result.rolled back": "已回滚", "result.unloaded": "已卸载",
     "error.title": "操作未成功", "error.unreachable": "服务没有响应",
@@ -1149,7 +1151,7 @@ function driftBars(drift) {
   if (!measured.length) return make("p", { class: "small" }, words("not.measured"));
   const most = Math.max(...measured.map((one) => Math.max(one.value, one.limit ?? 0))) * 1.1 || 1;
   return make("div", { class: "card" }, make("div", { class: "latency" }, measured.map(({ of, value, limit }) => make("div", {},
-    make("span", {}, of),
+    make("span", {}, `drift.${of}` in STRINGS.en ? words(`drift.${of}`) : of),
     draw("svg", { "aria-hidden": "true" }, draw("rect", { class: "track", y: "7", width: "100%", height: "2" }),
       draw("rect", { class: known(limit) && value > limit ? "limit" : "tick", y: "3", width: `${(100 * value) / most}%`, height: "10", rx: "3" }),
       known(limit) && draw("rect", { class: "limit", x: `${(100 * limit) / most}%`, width: "2", height: "16" })),
