@@ -320,6 +320,8 @@ def test_health_is_drawn_from_what_the_service_counted(visit: Callable[..., Visi
     requests = seen.page.locator(".figure dd").first.inner_text()
     assert int(requests.replace(",", "")) >= 1
     assert seen.page.locator(".latency .mono", has_text="/v1/compose").count() == 1
+    fallbacks = seen.page.locator(".figure", has_text="Fallbacks").locator("dd").inner_text()
+    assert re.match(r"\d+\.\d%", fallbacks), "counted, not guessed"
     seen.picture("health-1280")
 
 

@@ -1068,7 +1068,8 @@ function drawHealth(told) {
 function tiles(told, slowest) {
   const requests = (told.routes ?? []).reduce((sum, route) => sum + route.count, 0);
   const errors = (told.routes ?? []).reduce((sum, route) => sum + (route.errors ?? 0), 0);
-  const answers = Object.values(told.answered_by ?? {}).reduce((sum, count) => sum + count, 0);
+  const total = (counts) => Object.values(counts ?? {}).reduce((sum, count) => sum + count, 0);
+  const answers = total(told.answered_by);
   const lookups = (told.cache?.hits ?? 0) + (told.cache?.misses ?? 0);
   const memory = told.memory?.adapters;
   const figure = (name, value, note) => make("div", { class: "card figure" }, make("dt", {}, words(`figure.${name}`)),
@@ -1078,7 +1079,7 @@ function tiles(told, slowest) {
     figure("errors", requests ? percent(errors / requests, 2) : null),
     figure("p95", slowest ? `${number(slowest, 1)} ms` : null),
     figure("queue", known(told.queue?.depth) ? number(told.queue.depth) : null, known(told.queue?.limit) ? words("figure.queue.of", { limit: number(told.queue.limit) }) : ""),
-    figure("fallbacks", answers ? percent(1 - (told.answered_by.fusion ?? 0) / answers, 1) : null),
+    figure("fallbacks", answers ? percent(total(told.fallbacks) / answers, 1) : null),
     figure("cache", lookups ? percent(told.cache.hits / lookups) : null, known(told.batch?.mean) ? words("figure.batch", { mean: number(told.batch.mean, 1) }) : ""),
     figure("memory", known(memory) ? bytes(memory) : null),
     figure("items", known(told.items?.catalogue) ? number(told.items.catalogue) : null, words("figure.upserted", { count: number(told.items?.upserted ?? 0) })));
