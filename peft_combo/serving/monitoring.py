@@ -152,7 +152,7 @@ class Monitor:
         return registry
 
     def summarize(self) -> dict[str, Any]:
-        """Return counts, errors and percentiles by route, by arm, and fallbacks by who answered, for the page."""
+        """Return counts, errors and percentiles by route, counts by arm, fallbacks by who answered: for the page."""
         found = {metric.name: metric.samples for metric in self._gather().collect()}
         routes: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
         counts: dict[str, float] = defaultdict(float)
