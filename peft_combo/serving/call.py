@@ -79,6 +79,8 @@ class Call:
         """Return an answer of the recommender as it is sent, its origin in headers too."""
         self.request_id = answer.request_id
         self.category = answer.origin.alias.partition("@")[0]
+        if answer.origin.fallbacks:
+            self.context.monitor.count("peft_combo_fallbacks_total", answer.origin.answered_by)
         timing = ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in answer.timing.items())
         total = f"total;dur={answer.took_ms:.2f}"
         headers = {**_describe_origin(answer.origin), "Server-Timing": f"{timing}, {total}" if timing else total}

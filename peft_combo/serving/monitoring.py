@@ -40,7 +40,7 @@ METRICS: dict[str, str] = {
     "peft_combo_cache_hits_total": "Query vectors that were remembered.",
     "peft_combo_cache_misses_total": "Query vectors that had to be made.",
     "peft_combo_answers_total": "Answers by who gave them: fusion, text, cf, popularity.",
-    "peft_combo_fallbacks_total": "Answers that were not the fusion's, by who gave them instead.",
+    "peft_combo_fallbacks_total": "Answers after others had nothing to say, by who gave them instead.",
     "peft_combo_drift": "Distance of recent query vectors and scores from the reference, by what is compared.",
     "peft_combo_quality": "Quality of a version in use as its manifest has it, by metric and stage.",
     "peft_combo_exposures_total": "Answers that were shown, or by a shadow computed, by alias and arm.",
@@ -102,8 +102,6 @@ class Monitor:
         self._grow("peft_combo_cache_misses_total", (), figures.cache_misses)
         for who, count in figures.answered_by.items():
             self._grow("peft_combo_answers_total", (who,), count)
-            if who != "fusion":
-                self._grow("peft_combo_fallbacks_total", (who,), count)
         for swap in reversed(figures.swaps):
             if swap.time > self._seen[("swaps",)]:
                 self._seen[("swaps",)] = swap.time
@@ -154,7 +152,7 @@ class Monitor:
         return registry
 
     def summarize(self) -> dict[str, Any]:
-        """Return counts, errors and percentiles by route, and counts by arm, for the page."""
+        """Return counts, errors and percentiles by route, counts by arm, fallbacks by who answered: for the page."""
         found = {metric.name: metric.samples for metric in self._gather().collect()}
         routes: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
         counts: dict[str, float] = defaultdict(float)
@@ -178,7 +176,11 @@ class Monitor:
             for sample in found.get(f"peft_combo_{name}", ()):
                 if sample.name.endswith("_total"):
                     arms[sample.labels["alias"], sample.labels["arm"]][name] += int(sample.value)
-        return {"routes": told, "arms": arms}
+        fallbacks = {
+            sample.labels["answered_by"]: int(sample.value)
+            for sample in found.get("peft_combo_fallbacks", ()) if sample.name.endswith("_total")
+        }  # fmt: skip
+        return {"routes": told, "arms": arms, "fallbacks": fallbacks}
 
 
 _GAUGES: tuple[tuple[str, tuple[str, ...], Any], ...] = (
