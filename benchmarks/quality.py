@@ -71,10 +71,10 @@ CASES = {
         "bundlerec/clothing",
         "lora-fashion",
         ("data.split=user", "training.epochs=12"),
-        (90, 91, 92, 93, 94),
+        (91, 92, 93, 94, 95),
         (str(PEER), str(FROZEN)),
     ),
-    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (90, 91, 92, 93, 94), (str(PEER), str(FROZEN))),
+    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (91, 92, 93, 94, 95), (str(PEER), str(FROZEN))),
     "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", str(PEER))),
     "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (10, 11, 12), (str(FROZEN), "TF-IDF title")),
     "clothing_categories": Case(

@@ -64,7 +64,7 @@ def test_a_bad_line_costs_its_own_answer_only(shop: BundleRecommender, tmp_path:
         b'{"items": ["i0"], "k": 0}',
         b'{"items": ["i0"], "k": true}',
         b'{"items": ["i0"], "budget": NaN}',
-        b'{"items": ["i0"], "single": true, "query": "x"}',
+        b'{"items": ["i0"], "single": true, "slots": ["nowhere"]}',
         b"\xff\xfe",
         b"[" * 100_000,
         b'{"query": "' + b"x" * (2 << 20) + b'"}',
@@ -230,8 +230,13 @@ def test_options_of_the_command_line_are_fields_of_a_request_and_their_help_has_
     command = typer.main.get_command(app).commands["recommend"]  # type: ignore[attr-defined]
     options = {option.name: option for option in command.params}
     fields = {name: field for name, field in Request.model_fields.items() if name != "id"}
+    # Said the other way round, or in other words, on a command line.
+    called = {"categories": "category", "filter": "where", "exclude_seen": "seen"}
+    assert not options["seen"].default
     for name, field in fields.items():
-        option = options["category" if name == "categories" else name]
+        option = options[called.get(name, name)]
+        if name == "exclude_seen":
+            continue
         if field.default not in (None, False, []):
             assert option.default is None
             assert option.help.endswith(f"default {field.default}.")

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from peft_combo.data.model import Catalog
+from peft_combo.data.queries import Queries
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.columns import ItemColumns, KeptMasks
 from peft_combo.recommender.composing.composer import Composer
@@ -16,9 +18,14 @@ from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.recommender.explanations import FusedScores
 from peft_combo.recommender.filters import Filter, parse_filter
+from peft_combo.recommender.fitted_scorers import FittedScorer
 from peft_combo.recommender.item_ranking import ItemRanking, join_scores, push_away
 from peft_combo.recommender.requests import parse_request
 from peft_combo.recommender.scorer_id import FUSION, NOT_LIKE, TEXT_SEARCH
+from peft_combo.scoring.linear import CEASE, EASE
+from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.popularity import CoOccurrence, Popularity
+from peft_combo.scoring.text import TextCosine
 
 
 @pytest.fixture
@@ -147,3 +154,19 @@ def test_a_query_and_a_context_count_alike_and_rejected_items_push() -> None:
     assert less[0] < less[1] < 0
     assert less[2] == less[3] == 0  # what is less like it than the mean loses nothing
     assert pushed.scores[2] > pushed.scores[1]  # and before it was the other way round
+
+
+def test_one_request_is_scored_as_it_is_among_others() -> None:
+    """What a single request spares itself, conversions and rows that are not read, changes no score."""
+    rng = np.random.default_rng(3)
+    history = sparse.csr_array((rng.random((80, 30)) < 0.15).astype(np.float32))
+    vectors = rng.standard_normal((30, 8)).astype(np.float32)
+    contexts = np.array([[3, 7, -1], [7, 3, 12], [29, -1, -1], [0, 1, 2]])
+    none = np.zeros(4, np.int64)
+    queries = Queries(contexts, none, np.array([""] * 4), none)
+    for scorer in (EASE(5.0), CEASE(5.0), ItemKNN(), UserKNN(), Popularity(), CoOccurrence(), TextCosine()):
+        fitted = FittedScorer(scorer.fit(history, items=vectors))  # type: ignore[attr-defined]
+        together = fitted(queries)
+        for row in range(4):
+            alone = fitted(queries.take(slice(row, row + 1)))[0]
+            np.testing.assert_allclose(alone, together[row], atol=1e-5, err_msg=type(scorer).__name__)

@@ -101,6 +101,15 @@ def test_it_is_never_below_the_best_single_scorer_by_more_than_noise(seed: int) 
     assert line.gain >= -line.error
 
 
+def test_scorers_that_know_nothing_still_leave_one_to_answer() -> None:
+    """A scorer that puts every answer last has no weight above 0, alone or in a sum."""
+    world = World(0)
+    wrong = {f"wrong {n}": -world.scorer(9.0) for n in range(2)}
+    fusion = world.fit(wrong)
+    assert fusion.chosen in wrong
+    assert np.isfinite(fusion.combine(wrong, world.evidence)).any()
+
+
 def test_a_long_tailed_scorer_does_not_outvote_the_others() -> None:
     train, fresh = World(0), World(1)
 

@@ -147,7 +147,7 @@ def test_replacements_are_of_the_slot_and_within_the_budget(calm: Service) -> No
 def test_who_answers_is_named_and_said(calm: Service) -> None:
     assert calm.search(ask(query="w10", k=3)).origin.answered_by == "text"
     nobody = calm.recommend(ask(user="stranger", k=3))
-    assert nobody.origin.answered_by == "popularity"
+    assert (nobody.origin.answered_by, nobody.origin.fallbacks) == ("popularity", ("fusion", "text", "cf"))
     assert "Nothing is known of this user" in nobody.notes[0]
     assert calm.compose(ask(user="stranger", k=1)).origin.answered_by == "popularity"
     by_items = calm.recommend(ask(user="stranger", items=["p0"], k=3))

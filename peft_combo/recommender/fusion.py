@@ -94,9 +94,8 @@ class Fusion(Generic[Key]):
         from anywhere; they are non-negative and have a normal prior around a plain sum of few scorers, so few queries
         leave a fusion near it. Every way is judged on queries of groups it was not fitted on. Other forms and gates are
         taken only where they are above plain weights on damped scores by more than a standard error of NDCG@10. The
-        best single scorer is taken instead where it is better than the fusion by more than a standard error, or where
-        selecting it on one part of the groups and judging it on the rest, as the fusion is judged, comes out better:
-        the best of many, judged by the queries it is selected by, is flattered.
+        best single scorer is in the table but taken only where there are too few groups to fit weights, or no scorer is
+        worth one: as the best of many it is flattered, and a plain sum may hold it alone.
 
         Args:
             scores: per scorer (Q, N), higher is better, NaN where it cannot say; fitted without these queries.
@@ -146,11 +145,8 @@ class Fusion(Generic[Key]):
             gates = [gate for gate in GATES if gate != "same leaf" or evidence.leaves is not None]
             gated = attempt(f"gated weights on {form} scores", form, [(name, gate) for name in used for gate in gates])
             chosen = gated if _beyond_noise(ranks[gated], ranks[chosen], labels) else chosen
-        worse = (
-            _beyond_noise(alone[best], ranks[chosen], labels) or _ndcg(ranks[chosen]).mean() < _ndcg(selected).mean()
-        )
         ranks[BEST_SINGLE] = selected
-        if worse:
+        if not found[chosen].needs:  # no scorer is worth a weight: something has to answer all the same
             return cls._with_table(singles[best], str(best), ranks, alone[best], labels)
         return cls._with_table(found[chosen], chosen, ranks, alone[best], labels)
 

@@ -297,7 +297,7 @@ class BundleRecommender:
                 constraints have none. None compares items with the query as a whole; so do substitutes.
             required: slots that every bundle fills.
             forbidden: slots that no bundle fills.
-            not_like, exclude, exclude_seen: what no bundle holds beside `items`, as for `complete`.
+            not_like: what no bundle holds beside `items`, as for `complete`; likewise `exclude` and `exclude_seen`.
             fused: scores in place of those for items and user.
             explain: also tell what each item of a bundle adds to the others.
         Raises:

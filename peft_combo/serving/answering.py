@@ -68,7 +68,7 @@ class Answerer:
         """Answer one request.
 
         Raises:
-            DataError, ServiceError: it cannot be answered as it stands.
+            DataError: it cannot be answered as it stands; so do all kinds of `ServiceError`.
         """
         started = time.perf_counter()
         release, recommender = deployed.release, deployed.view.recommender
@@ -224,8 +224,7 @@ class Answerer:
             except Exception as error:  # an answer by less is better than none; the fault is logged and counted
                 _LOG.exception("%s failed", name)
                 notes.append(f"{name.title()} failed ({type(error).__name__}).")
-            if name != "fusion" or rows.size or user is not None:
-                tried.append(name)
+            tried.append(name)
         raise DataError("Nothing to go by: the catalogue is empty.")
 
     # Bundles.

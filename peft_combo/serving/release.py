@@ -28,6 +28,7 @@ from peft_combo.recommender.persistence import load_or_fit
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.text_search import FROZEN_ALL, FROZEN_TITLE, TextSearch, VectorView, View
 from peft_combo.serving.batching import EncodeBatcher
+from peft_combo.serving.drift import Drift
 from peft_combo.serving.encoders import Encoders
 from peft_combo.serving.errors import RefusedRelease
 
@@ -86,16 +87,16 @@ class ReleaseBuilder:
     Args:
         fitted: folder of fitted recommenders.
         encoders: the form of the encoder that reads queries. batcher: encodes the words of requests.
-        on_note: told what a recommender was fitted without.
+        drift: told of query vectors. on_note: told what a recommender was fitted without.
     """
 
     def __init__(
         self, dataset: Dataset, parts: Split, bank: AdapterBank, cache: VectorCache, fitted: Path, seed: int,
-        encoders: Encoders, batcher: EncodeBatcher, on_note: Callable[[str], None],
+        encoders: Encoders, batcher: EncodeBatcher, drift: Drift, on_note: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.dataset, self.bank = dataset, bank
         self._parts, self._cache, self._fitted, self._seed = parts, cache, fitted, seed
-        self._encoders, self._batcher, self._on_note = encoders, batcher, on_note
+        self._encoders, self._batcher, self._drift, self._on_note = encoders, batcher, drift, on_note
         self._building = threading.Lock()
 
     def build(self, version: str, on_stage: Callable[[str], None] = lambda stage: None) -> Release:
@@ -139,6 +140,7 @@ class ReleaseBuilder:
 
     def drop(self, release: Release) -> None:
         """Forget what only a release needed that nobody uses any more."""
+        self._drift.drop(release.release, release.digest)
         if release.adapter is not None:
             self._encoders.close(release.digest)
             self._batcher.forget(release.digest)
@@ -153,9 +155,15 @@ class ReleaseBuilder:
     def _encode_in_batches(self, base: BundleRecommender) -> BundleRecommender:
         """Let the words of requests go through the batcher, with the very adapter of this release."""
         adapters = {one.reference: one for one in base.state.adapters}
+        fingerprint = self.bank.backbone.fingerprint
 
         def encode_by(adapter: LiveAdapter | None) -> Callable[[Sequence[str]], NDArray[np.float32]]:
-            return lambda texts: self._batcher.encode(texts, adapter)
+            def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+                vectors = self._batcher.encode(texts, adapter)
+                self._drift.add_vectors(fingerprint if adapter is None else adapter.digest, vectors)
+                return vectors
+
+            return encode
 
         views: dict[str, View] = dict(base.state.search.views)
         for name, view in base.state.search.views.items():

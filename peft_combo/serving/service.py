@@ -32,6 +32,7 @@ from peft_combo.serving.arms import DeployedRelease
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.catalogue import find_items, get_item, list_examples, list_versions
 from peft_combo.serving.deployment import Deployments
+from peft_combo.serving.drift import Drift
 from peft_combo.serving.encoders import Encoders
 from peft_combo.serving.engine_config import EngineConfig
 from peft_combo.serving.errors import BadRequest, NotReady, UnknownAdapter, UnknownItem
@@ -68,17 +69,11 @@ class Service:
         self._events = LiveEvents(state)
         self._forgotten: frozenset[str] = frozenset()
         self._answerer = Answerer(self._events, state.identify, lambda key: key in self._forgotten)
+        self._drift = Drift()
         builder = ReleaseBuilder(
-            dataset,
-            space.split,
-            bank,
-            space.cache,
-            config.fitted,
-            space.recipe.seed,
-            self._encoders,
-            self._batcher,
-            on_note,
-        )
+            dataset, space.split, bank, space.cache, config.fitted, space.recipe.seed, self._encoders,
+            self._batcher, self._drift, on_note,
+        )  # fmt: skip
         self._deployments = Deployments(builder, space.store, state, self._items, config.follow, on_note)
         self._texts = TextTasks(bank, self._batcher, dataset, space.cache)
         self._answered_by: Counter[str] = Counter()
@@ -312,7 +307,8 @@ class Service:
             wait: return when it is in use; else at once, with the job under way.
             actor: who asked, for the audit log.
         Raises:
-            UnknownAdapter, Conflict; RefusedRelease: the version cannot be used, and nothing has changed.
+            UnknownAdapter: there is no such alias or version. Conflict: the alias is being changed, or fixed.
+            RefusedRelease: the version cannot be used, and nothing has changed.
         """
         return self._deployments.promote(alias, version, split, shadow, wait, actor)
 
@@ -333,9 +329,11 @@ class Service:
     def measure(self) -> EngineFigures:
         """Return counts and gauges."""
         batch, (upserted, deleted) = self._batcher.measure(), self._items.count()
+        release = self._deployments.find(None, "")[2].release.release
+        drift = self._drift.measure(release, self._bank.backbone.fingerprint)
         return EngineFigures(
             batch.queue_depth, batch.queue_limit, batch.batches, batch.batch_texts, batch.cache_hits,
-            batch.cache_misses, {"queue": batch.rejected, "timeout": batch.timed_out}, dict(self._answered_by), {},
+            batch.cache_misses, {"queue": batch.rejected, "timeout": batch.timed_out}, dict(self._answered_by), drift,
             tuple(self._deployments.swaps), {one.version: one.nbytes for one in self._deployments.releases()},
             len(self.dataset.catalog), upserted, deleted,
         )  # fmt: skip
@@ -372,6 +370,8 @@ class Service:
             answer = self._answerer.answer(route, request, alias, arm, deployed)
             answer = replace(answer, took_ms=1e3 * (time.perf_counter() - started))
         self._answered_by[answer.origin.answered_by] += 1
+        if answer.results:
+            self._drift.add_score(answer.origin.release, answer.results[0]["score"])
         if self._afterwards.listeners:
             self._afterwards.do(lambda: self._tell(route, request, answer))
         if arms is not None and arms.shadow is not None:
