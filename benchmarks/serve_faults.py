@@ -71,12 +71,13 @@ class Running:
 def _serve(values: dict[str, Any], limit: int | None) -> None:
     from peft_combo.serving.config import make_config
     from peft_combo.serving.processes import serve
+    from peft_combo.serving.service import Service
 
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    serve(make_config(values), lambda note: None, lambda lines: None)
+    serve(make_config(values), lambda note: None, lambda lines: None, Service.open)
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def main() -> None:
     with make_served() as served, tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         with running(served, Path(scratch) / "first"):
             pass  # imports and fits once; what is forked from now on finds both done
-        import peft_combo.serving.processes  # noqa: F401
+        import peft_combo.serving.service  # noqa: F401
 
         kills = options.kills
         tests: list[tuple[str, Callable[[Served, Path], str]]] = [

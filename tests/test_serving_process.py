@@ -23,6 +23,7 @@ from peft_combo.serving.service import Service
 from peft_combo.serving.state import State
 
 USER = "u7"
+WORKER = Path(__file__).parent / "scripted_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -105,25 +106,28 @@ def test_a_person_is_in_no_file_of_state_and_no_kept_recommender(shop: Any, serv
         assert user.encode() not in file.read_bytes(), file
 
 
-def test_a_dead_worker_is_started_anew_and_what_is_under_way_is_answered_at_the_end(
-    served: Served, tmp_path: Path
-) -> None:
-    state = tmp_path / "state"
-    with run_service(served.command(state, "--workers", "2")) as (url, process):
-        assert httpx.put(f"{url}/v1/items/k1", json={"title": "w10 w150"}, timeout=30).status_code == 201
+def test_a_dead_worker_is_started_anew_and_figures_are_those_of_all(tmp_path: Path) -> None:
+    program = (
+        "from peft_combo.serving.config import make_config\nfrom peft_combo.serving.processes import serve\n"
+        f"values = {{'recipe': 'none', 'port': 0, 'workers': 2, 'state': {str(tmp_path / 'state')!r}}}\n"
+        "tell = lambda text: print(text, flush=True)\n"
+        f"serve(make_config(values), tell, lambda lines: tell(lines[0]), None, [{str(WORKER)!r}])\n"
+    )
+    with run_service([sys.executable, "-c", program]) as (url, process):
         workers = find_children(process.pid)
         assert len(workers) == 2
+        for _ in range(6):  # each on a connection of its own, so that both workers have a share
+            assert httpx.post(f"{url}/v1/complete", json={"items": ["F1"]}, timeout=30).status_code == 200
         os.kill(workers[0], signal.SIGKILL)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while time.monotonic() < end and len({*find_children(process.pid)} - {workers[0]}) < 2:
             time.sleep(0.05)
         assert len({*find_children(process.pid)} - {workers[0]}) == 2
-        assert httpx.get(f"{url}/v1/items/k1", timeout=30).status_code == 200  # of the worker that lives
+        counted = re.search(r'seconds_count{.*complete"} (\S+)', httpx.get(f"{url}/metrics", timeout=30).text)
+        assert counted is not None
+        assert float(counted[1]) == 6
         process.terminate()
         assert process.wait(30) == 0
-    stored = State.open(state)
-    assert [row.item_id for row in stored.items_since()] == ["k1"]
-    stored.close()
 
 
 def find_children(parent: int) -> list[int]:

@@ -187,7 +187,7 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_the_secret_is_the_owners_alone(tmp_path: Path) -> None:
     State.open(tmp_path).close()
     secret = tmp_path / "secret"
-    assert secret.stat().st_mode & 0o777 == 0o600
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
     secret.chmod(0o644)
     with pytest.raises(StateError, match="chmod 600"):
         State.open(tmp_path)

@@ -108,7 +108,12 @@ def serve(
             raise PeftComboError(f"{path} is no file. --tls-cert and --tls-key name PEM files.")
     from peft_combo.serving.processes import serve as run
 
-    run(config, print_error, _print_ready)
+    if config.workers > 1:
+        run(config, print_error, _print_ready)
+        return
+    from peft_combo.serving.service import Service
+
+    run(config, print_error, _print_ready, Service.open)
 
 
 def check_extra() -> None:

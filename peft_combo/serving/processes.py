@@ -15,10 +15,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -28,28 +28,37 @@ from peft_combo.serving.app import make_app, make_context
 from peft_combo.serving.config import ServiceConfig
 from peft_combo.serving.connections import bind, make_server
 from peft_combo.serving.monitoring import MULTIPROCESS
-from peft_combo.serving.service import Service
 from peft_combo.serving.state import State
 
+if TYPE_CHECKING:  # the engine loads torch, which a process that only watches workers does not need
+    from peft_combo.serving.service import Service
+
 Tell = Callable[[str], None]
+OpenEngine: TypeAlias = "Callable[[ServiceConfig, State, Tell], Service]"
+WORKER = ("-m", "peft_combo.serving.worker")
 _QUICK_DEATH, _LONGEST_PAUSE = 10.0, 30.0  # seconds
 
 
-def serve(config: ServiceConfig, on_note: Tell, on_ready: Callable[[list[str]], None]) -> None:
+def serve(
+    config: ServiceConfig, on_note: Tell, on_ready: Callable[[list[str]], None], open_engine: OpenEngine | None = None,
+    program: Sequence[str] = WORKER,
+) -> None:  # fmt: skip
     """Serve until SIGTERM or SIGINT; what is under way then is answered first.
 
     Args:
         on_note: told what is noticed. on_ready: told what is served, in lines, once it can be asked.
+        open_engine: `Service.open`, to answer in this process; None starts workers, which load what this need not.
+        program: of a worker, for Python.
     Raises:
         PeftComboError: something needed is not there, or the address is taken.
     """
     _check_access(config)
     bound = bind(config)
     with bound:
-        if config.workers == 1:
-            _serve_here(config, bound, on_note, on_ready)
+        if open_engine is not None:
+            _serve_here(config, open_engine, bound, on_note, on_ready)
         else:
-            Supervisor(config, bound, on_note, on_ready).run()
+            Supervisor(config, bound, on_note, on_ready, program).run()
 
 
 def _check_access(config: ServiceConfig) -> None:
@@ -74,11 +83,12 @@ def _check_access(config: ServiceConfig) -> None:
 
 
 def _serve_here(
-    config: ServiceConfig, bound: socket.socket, on_note: Tell, on_ready: Callable[[list[str]], None]
-) -> None:
+    config: ServiceConfig, open_engine: OpenEngine, bound: socket.socket, on_note: Tell,
+    on_ready: Callable[[list[str]], None],
+) -> None:  # fmt: skip
     state = State.open(config.state)
     try:
-        service = Service.open(config, state, on_note)
+        service = open_engine(config, state, on_note)
     except BaseException:
         state.close()
         raise
@@ -121,9 +131,11 @@ class Supervisor:
     """Starts workers over one socket, starts those that die anew, and ends them all."""
 
     def __init__(
-        self, config: ServiceConfig, bound: socket.socket, on_note: Tell, on_ready: Callable[[list[str]], None]
-    ) -> None:
+        self, config: ServiceConfig, bound: socket.socket, on_note: Tell, on_ready: Callable[[list[str]], None],
+        program: Sequence[str],
+    ) -> None:  # fmt: skip
         self._config, self._bound, self._on_note, self._on_ready = config, bound, on_note, on_ready
+        self._program = program
         self._workers: list[_Worker] = []
         self._ending = threading.Event()
 
@@ -142,7 +154,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _start(self, figures: str) -> None:
-        first = _Worker(self._config, self._bound, figures, self._on_note)
+        first = self._make_worker(figures, self._on_note)
         self._workers.append(first)
         while not first.ready.wait(0.1):
             if self._ending.is_set():
@@ -150,11 +162,14 @@ class Supervisor:
             if first.process.poll() is not None:
                 raise PeftComboError(first.error or f"The first worker ended with code {first.process.returncode}.")
         for _ in range(self._config.workers - 1):
-            self._workers.append(_Worker(self._config, self._bound, figures, lambda note: None))
+            self._workers.append(self._make_worker(figures))
         while not all(one.ready.wait(0.1) or one.process.poll() is not None for one in self._workers):
             if self._ending.is_set():
                 return
         self._on_ready(first.lines)
+
+    def _make_worker(self, figures: str, on_note: Tell = lambda note: None, pause: float = 0.0) -> _Worker:
+        return _Worker(self._config, self._bound, figures, self._program, on_note, pause)
 
     def _watch(self, figures: str) -> None:
         while not self._ending.wait(0.2):
@@ -170,9 +185,7 @@ class Supervisor:
                     self._on_note(f"A worker ended with code {worker.process.returncode}; another is started.")
                     if pause:
                         continue
-                self._workers[place] = _Worker(
-                    self._config, self._bound, figures, lambda note: None, pause=worker.pause
-                )
+                self._workers[place] = self._make_worker(figures, pause=worker.pause)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         self._ending.set()
@@ -195,13 +208,14 @@ class _Worker:
     """One process. It gets its settings by a pipe that it also watches: when we die, the pipe ends, and it does."""
 
     def __init__(
-        self, config: ServiceConfig, bound: socket.socket, figures: str, on_note: Tell, pause: float = 0.0
-    ) -> None:
+        self, config: ServiceConfig, bound: socket.socket, figures: str, program: Sequence[str], on_note: Tell,
+        pause: float,
+    ) -> None:  # fmt: skip
         self.ready, self.error, self.lines = threading.Event(), "", [""]
         self.started, self.pause, self.pause_until, self.mourned = time.monotonic(), pause, 0.0, False
         self._on_note = on_note
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "peft_combo.serving.worker", str(bound.fileno())],
+            [sys.executable, *program, str(bound.fileno())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[bound.fileno()],
             env=_share_threads({**os.environ, MULTIPROCESS: figures}, config.workers), start_new_session=True,
         )  # fmt: skip
@@ -238,7 +252,7 @@ def _share_threads(environ: dict[str, str], workers: int) -> dict[str, str]:
     return {**environ, "OMP_NUM_THREADS": str(min(most, int(given)) if given.isdigit() and int(given) else most)}
 
 
-def run_worker(descriptor: int) -> int:
+def run_worker(descriptor: int, open_engine: OpenEngine) -> int:
     """Be a worker: settings from stdin, news to stdout. Returns the exit code."""
     config = ServiceConfig.model_validate_json(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
@@ -251,7 +265,7 @@ def run_worker(descriptor: int) -> int:
 
     bound = socket.socket(fileno=descriptor)
     try:
-        _serve_here(config, bound, lambda note: tell(note=note), lambda lines: tell(ready=lines))
+        _serve_here(config, open_engine, bound, lambda note: tell(note=note), lambda lines: tell(ready=lines))
     except PeftComboError as error:
         tell(error=str(error))
         return 1

@@ -5,8 +5,9 @@ Owns how a database is opened and what a durable write is. Knows no table's mean
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ class Database:
         else:
             folder = Path(place)
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people did is for its owner alone
+                with suppress(FileExistsError):
+                    os.close(os.open(folder / _FILE, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
                 sync_folder(folder.parent)
             except OSError as error:
                 raise StateError(
