@@ -15,6 +15,7 @@ from peft_combo.errors import PeftComboError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from peft_combo.serving.config import ServiceConfig
     from peft_combo.serving.state import Scope, State
 
 _NEEDED = ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client")
@@ -106,6 +107,11 @@ def serve(
     for path in (tls_cert, tls_key):
         if path is not None and not path.is_file():
             raise PeftComboError(f"{path} is no file. --tls-cert and --tls-key name PEM files.")
+    _run(config)
+
+
+def _run(config: ServiceConfig) -> None:
+    """Serve until a signal; a supervisor of several workers answers nothing itself, so it loads no encoder."""
     from peft_combo.serving.processes import serve as run
 
     if config.workers > 1:
