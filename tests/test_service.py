@@ -32,7 +32,7 @@ from peft_combo.serving.errors import (
 )
 from peft_combo.serving.requests import ServiceRequest
 from peft_combo.serving.service import Service
-from peft_combo.serving.state import State
+from peft_combo.serving.state import State, StateError
 from peft_combo.store.adapter_store import AdapterStore
 
 ALIAS = "tiny@prod"
@@ -367,6 +367,25 @@ def test_a_broken_or_unknown_version_is_refused_and_the_old_one_stays(shop: Shop
     assert status.job.state == "refused"
     assert service.measure().swaps[0].result == "refused"
     assert any("stays as it is" in note for note in shop.notes)
+    # Named to be compared it is built in the background, once: from then on the reason is told, not "ask again".
+    with pytest.raises(NotReady):
+        service.complete(ask(items=["p0"], adapter="tiny@v2"))
+    _wait(lambda: any("cannot be compared" in note for note in shop.notes))
+    with pytest.raises(RefusedRelease, match="tiny@v2 is not taken into use"):
+        service.complete(ask(items=["p0"], adapter="tiny@v2"))
+
+
+def test_a_promotion_that_cannot_be_written_down_does_not_happen(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = shop.open()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise StateError("The disk is full.")
+
+    monkeypatch.setattr(service._state, "put_deployment", fail)
+    with pytest.raises(RefusedRelease, match="disk is full"):
+        service.promote(ALIAS, "v2")
+    assert service.complete(ask(items=["p0"])).origin.version == "tiny@v1"
+    assert AdapterStore(shop.store).alias_at(ALIAS).version == 1
 
 
 def test_a_split_is_sticky_and_rolled_back_in_one_call(shop: Shop) -> None:
@@ -388,6 +407,7 @@ def test_a_split_is_sticky_and_rolled_back_in_one_call(shop: Shop) -> None:
     assert {name: arm.share for name, arm in status.arms.items()} == {"prod": 70.0, "next": 30.0}
     assert sum(arm.requests for arm in status.arms.values()) == 300
     assert AdapterStore(shop.store).alias_at(ALIAS).version == 1
+    assert service.measure().swaps[0].result == "split"
     assert list(service.rollback(ALIAS).arms) == ["prod"]
     with pytest.raises(Conflict, match="nothing to go back to"):
         service.rollback(ALIAS)
@@ -443,7 +463,7 @@ def test_another_alias_is_loaded_and_unloaded(shop: Shop) -> None:
         service.unload(ALIAS)
     with pytest.raises(NotReady, match="being built"):
         service.complete(ask(items=["p0"], adapter="frozen"))
-    _wait(lambda: "frozen" in service._deployments._compared)
+    _wait(lambda: service._deployments._compared.find("frozen") is not None)
     assert service.complete(ask(items=["p0"], adapter="frozen")).origin.version == "frozen"
 
 

@@ -13,6 +13,9 @@ Arm = Literal["prod", "next", "shadow"]
 AnsweredBy = Literal["fusion", "text", "cf", "popularity"]
 """Who answered: all scorers fused; the likeness of texts alone; what others took alone; what is taken most."""
 
+SwapResult = Literal["promoted", "split", "shadow", "rolled back", "refused", "unloaded"]
+"""How a change of an alias went: "split" and "shadow" leave prod as it is."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -163,7 +166,7 @@ class Swap:
     alias: str
     before: str | None
     after: str
-    result: Literal["promoted", "rolled back", "refused", "unloaded"]
+    result: SwapResult
     build_ms: float
     swap_ms: float
     error: str | None = None

@@ -17,8 +17,9 @@ from typing import Literal
 
 from peft_combo.errors import PeftComboError, did_you_mean, shorten
 from peft_combo.serving.aliases import read_share
-from peft_combo.serving.answers import AdapterStatus, Arm, ArmStatus, Job, Swap
+from peft_combo.serving.answers import AdapterStatus, Arm, ArmStatus, Job, Swap, SwapResult
 from peft_combo.serving.arms import ArmCounts, Arms, DeployedRelease
+from peft_combo.serving.compared import ComparedReleases
 from peft_combo.serving.errors import Conflict, RefusedRelease, UnknownAdapter
 from peft_combo.serving.live_items import LiveItems
 from peft_combo.serving.release import FROZEN, Release, ReleaseBuilder, ReleaseView
@@ -28,7 +29,7 @@ from peft_combo.store.references import parse_reference
 
 Follow = Literal["watch", "told", "fixed"]
 
-_SWAPS, _JOBS, _COMPARED = 200, 50, 2
+_SWAPS, _JOBS = 200, 50
 
 
 class Deployments:
@@ -51,8 +52,11 @@ class Deployments:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._last_job: dict[str, str] = {}
         self.swaps: deque[Swap] = deque(maxlen=_SWAPS)
-        self._compared: OrderedDict[str, DeployedRelease] = OrderedDict()
         self._refused: dict[str, str] = {}  # alias -> version of the store that was not taken into use
+        self._compared = ComparedReleases(
+            lambda version: self._deploy(self._find_release(version) or self._builder.build(version), 0.0),
+            lambda one: self._release_unused(Arms(one)), on_note,
+        )  # fmt: skip
         self._seen = 0  # sequence number of deployments
 
     # Looking up.
@@ -83,28 +87,28 @@ class Deployments:
             for arm, deployed in own.list_named().items():
                 if deployed.release.version == name:
                     return alias, arm, deployed, None
-        compared = self._compared.get(name)
+        compared = self._compared.find(name)
         if compared is not None:
             return name, "shadow", compared, None
         raise UnknownAdapter(self._explain_unknown(name))
 
     def compare(self, version: str) -> None:
-        """Start building a version that is no arm, so that requests may name it: a few are kept."""
+        """Start building a version that is no arm, so that requests may name it: a few are kept.
+
+        Raises:
+            UnknownAdapter: the store has no such version. RefusedRelease: it could not be built a moment ago.
+        """
         try:
             if version != FROZEN:
                 self._store.resolve(version)
         except PeftComboError as error:
             raise UnknownAdapter(str(error)) from error
-        with self._lock:
-            if version in self._busy:
-                return
-            self._busy.add(version)
-        threading.Thread(target=self._build_compared, args=(version,), name=f"build {version}", daemon=True).start()
+        self._compared.start(version)
 
     def releases(self) -> list[Release]:
         """Return every release in use, each once."""
         found = [arm.release for arms in self._arms.values() for arm in arms.list_named().values()]
-        found += [one.release for one in self._compared.values()]
+        found += [one.release for one in self._compared.list_all()]
         return list({id(one): one for one in found}.values())
 
     def list_status(self) -> list[AdapterStatus]:
@@ -251,23 +255,15 @@ class Deployments:
         with self._lock:
             fresh: dict[int, ReleaseView] = {}
 
-            def renew(arm: DeployedRelease | None) -> DeployedRelease | None:
-                if arm is None or arm.view.items == self._items.number:
+            def renew(arm: DeployedRelease) -> DeployedRelease:
+                if arm.view.items == self._items.number:
                     return arm
                 if id(arm.release) not in fresh:
                     fresh[id(arm.release)] = self._items.view(arm.release)
                 return replace(arm, view=fresh[id(arm.release)])
 
-            arms_of = {}
-            for alias, arms in self._arms.items():
-                prod = renew(arms.prod)
-                assert prod is not None
-                arms_of[alias] = replace(arms, prod=prod, next=renew(arms.next), shadow=renew(arms.shadow))
-            self._arms = arms_of
-            for version, one in list(self._compared.items()):
-                renewed = renew(one)
-                assert renewed is not None
-                self._compared[version] = renewed
+            self._arms = {alias: _exchange_arms(arms, renew) for alias, arms in self._arms.items()}
+            self._compared.renew(renew)
 
     def follow_state(self) -> None:
         """Do what other workers did: they wrote it down."""
@@ -306,17 +302,18 @@ class Deployments:
             )
             arms = self._arms[alias]
             deployed = self._deploy(release, 0.0 if shadow else 100.0 if share is None else share)
+            result: SwapResult = "promoted"
             if shadow:
-                changed, action = replace(arms, shadow=deployed), "shadow"
+                changed, action, result = replace(arms, shadow=deployed), "shadow", "shadow"
             elif share is not None:
-                changed, action = replace(arms, next=deployed), "split"
+                changed, action, result = replace(arms, next=deployed), "split", "split"
             elif release is arms.prod.release:
                 changed, action = replace(arms, next=None, shadow=None), "promote"
             else:
                 before = arms.prod.release
                 previous = (*arms.previous, before.version)[-100:]
                 changed, action = Arms(deployed, None, None, previous, before if self._keep else None), "promote"
-            self._exchange(alias, changed, "promoted", actor, action, started)
+            self._exchange(alias, changed, result, actor, action, started)
             self._refused.pop(alias, None)
             self._note_job(replace(job, state="done", stage="in use", finished=time.time()))
         except Exception as error:
@@ -329,19 +326,20 @@ class Deployments:
         finally:
             self._busy.discard(alias)
 
-    def _exchange(
-        self, alias: str, changed: Arms, result: Literal["promoted", "rolled back"], actor: str, action: str,
-        started: float,
-    ) -> None:  # fmt: skip
-        """Write a change down, then let it be seen: all at once."""
+    def _exchange(self, alias: str, changed: Arms, result: SwapResult, actor: str, action: str, started: float) -> None:
+        """Write a change down, then let it be seen: all at once. What cannot be written down does not happen."""
         before = self._arms[alias]
         self._move_store(alias, before, changed)
         with self._lock:
             built = time.monotonic()
-            self._state.put_deployment(alias, changed.list_state(), actor, action)
+            try:
+                self._state.put_deployment(alias, changed.list_state(), actor, action)
+            except PeftComboError:
+                self._move_store(alias, changed, before)
+                raise
             self._set(alias, self._renew(changed))
             swapped = time.monotonic()
-            after = changed.next or changed.shadow or changed.prod
+            after = {"split": changed.next, "shadow": changed.shadow}.get(result) or changed.prod
             self.swaps.appendleft(
                 Swap(
                     time.time(), alias, before.prod.release.version, after.release.version, result,
@@ -374,18 +372,6 @@ class Deployments:
         finally:
             self._busy.discard(alias)
 
-    def _build_compared(self, version: str) -> None:
-        try:
-            deployed = self._deploy(self._find_release(version) or self._builder.build(version), 0.0)
-            with self._lock:
-                self._compared[version] = deployed
-                while len(self._compared) > _COMPARED:
-                    self._compared.popitem(last=False)
-        except Exception as error:
-            self._on_note(f"{version} cannot be compared: {error}")
-        finally:
-            self._busy.discard(version)
-
     def _deploy(self, release: Release, share: float) -> DeployedRelease:
         return DeployedRelease(self._items.view(release), share, ArmCounts())
 
@@ -397,8 +383,7 @@ class Deployments:
                 return arm
             return replace(arm, view=self._items.view(arm.release))
 
-        named = {name: renew(arm) for name, arm in arms.list_named().items()}
-        return replace(arms, prod=named["prod"], next=named.get("next"), shadow=named.get("shadow"))
+        return _exchange_arms(arms, renew)
 
     def _set(self, alias: str, arms: Arms) -> None:
         self._arms = {**self._arms, alias: arms}
@@ -489,3 +474,9 @@ class Deployments:
         served: Sequence[str] = (*self._arms, *(one.version for one in self.releases()))
         hint = did_you_mean(name, served)
         return f'No adapter "{shorten(name)}" is served. Served: {", ".join(self._arms) or "none"}. {hint}'.rstrip()
+
+
+def _exchange_arms(arms: Arms, renew: Callable[[DeployedRelease], DeployedRelease]) -> Arms:
+    """Return arms with each release exchanged for what `renew` makes of it."""
+    named = {name: renew(arm) for name, arm in arms.list_named().items()}
+    return replace(arms, prod=named["prod"], next=named.get("next"), shadow=named.get("shadow"))
