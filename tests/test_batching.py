@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.drift import Drift
 from peft_combo.serving.errors import NotReady, Overloaded, TimedOut, TooLarge
+from peft_combo.serving.turns import Turns
 
 
 class Adapter:
@@ -157,3 +159,28 @@ def test_drift_is_nothing_until_traffic_changes() -> None:
     assert changed["query_vectors"] > 0.3
     drift.drop("r", "d")
     assert drift.measure("r", "d") == {}
+
+
+def test_turns_are_taken_one_at_a_time_and_in_order() -> None:
+    turns, order, inside = Turns(), [], []
+    turns.__enter__()
+
+    def take(number: int) -> None:
+        with turns:
+            inside.append(number)
+            assert len(inside) == 1
+            order.append(number)
+            inside.remove(number)
+
+    threads = []
+    for number in range(8):
+        threads.append(threading.Thread(target=take, args=(number,)))
+        threads[-1].start()
+        while len(turns._waiting) <= number:
+            time.sleep(0.001)
+    turns.__exit__(None, None, None)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(8))
+    with turns:  # and it is free again
+        pass

@@ -163,6 +163,11 @@ class TextSearch:
             raise ValueError(f"weights of a text search: expected numbers >= 0 of {known}, found {dict(given)}.")
         return cls(views, {name: float(weight) for name, weight in given.items() if weight > 0})
 
+    def encode_ahead(self, queries: Sequence[str]) -> None:
+        """Encode queries for every view that keeps what it encoded, so that scoring them later waits for no encoder."""
+        for name in self.weights:
+            self.views[name].encode(queries)
+
     def score_items(self, queries: Sequence[str]) -> Floats:
         """Score every item for each query, (Q, N); higher is better."""
         items = {name: self.views[name].items for name in self.weights}

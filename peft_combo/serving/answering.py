@@ -31,6 +31,7 @@ from peft_combo.serving.exploration import explore as draw
 from peft_combo.serving.live_events import LiveEvents, list_context, list_seen
 from peft_combo.serving.requests import ServiceRequest
 from peft_combo.serving.state import EventRow
+from peft_combo.serving.turns import Turns
 
 Route = Literal["recommend", "complete", "compose", "replace", "search", "rank"]
 
@@ -70,6 +71,7 @@ class Answerer:
     ) -> None:  # fmt: skip
         self._events, self._identify, self._is_forgotten = events, identify, is_forgotten
         self._policy = None if explore is None else parse_policy(explore)
+        self._turns = Turns()
 
     def answer(self, route: Route, request: ServiceRequest, alias: str, arm: Arm, deployed: DeployedRelease) -> Answer:
         """Answer one request.
@@ -84,15 +86,18 @@ class Answerer:
             cursor.check(release.release, digest_request(request), route)
         request_id = request.request_id or uuid.uuid4().hex
         propensities: tuple[float, ...] = ()
-        asked = self._understand(route, request, recommender, cursor)
-        understood = time.perf_counter()
-        if route in ("compose", "rank"):
-            results, by, tried, notes = self._answer_bundles(route, asked, recommender)
-            following = None
-        else:
-            results, by, tried, notes, following, propensities = self._answer_items(
-                route, asked, recommender, cursor, release.release, request_id
-            )
+        if request.query is not None and request.query.strip():
+            recommender.state.search.encode_ahead([request.query])  # in a batch with others, before its turn
+        with self._turns:
+            asked = self._understand(route, request, recommender, cursor)
+            understood = time.perf_counter()
+            if route in ("compose", "rank"):
+                results, by, tried, notes = self._answer_bundles(route, asked, recommender)
+                following = None
+            else:
+                results, by, tried, notes, following, propensities = self._answer_items(
+                    route, asked, recommender, cursor, release.release, request_id
+                )
         done = time.perf_counter()
         deployed.counts.add(done - started)
         origin = Origin(alias, release.version, release.digest, release.release, arm, by, tried)
