@@ -24,6 +24,7 @@ from _scripted import run_scripted
 from _served import make_served, run_service
 from _smoke import add_smoke
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 
 warnings.simplefilter("ignore")
 
@@ -34,6 +35,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_smoke(parser)
     options = parser.parse_args()
+    scratch = tempfile.TemporaryDirectory(prefix="schema-")
+    set_hypothesis_home_dir(scratch.name)  # where it is run, nothing is to stay behind
     if options.smoke:
         with run_scripted() as url:
             statuses, faults, alive = measure(url, 60, options.seed)

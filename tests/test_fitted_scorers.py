@@ -29,7 +29,17 @@ from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import Setting, list_scorers
 from peft_combo.recommender.persistence import load_recommender, save_recommender
 from peft_combo.recommender.recommender import BundleRecommender
-from peft_combo.recommender.scorer_id import ALIKE, BOUGHT, FUSION, RANDOM, UNSEEN_FIRST, Kind, ScorerId
+from peft_combo.recommender.scorer_id import (
+    ALIKE,
+    BOUGHT,
+    FUSION,
+    NOT_LIKE,
+    RANDOM,
+    TEXT_SEARCH,
+    UNSEEN_FIRST,
+    Kind,
+    ScorerId,
+)
 from peft_combo.scoring.neighbours import UserKNN
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
@@ -41,7 +51,8 @@ ADAPTERS = ("tuned BERT", "ensemble", "tuned by category", "fusion")
 needs_implicit = pytest.mark.skipif(
     importlib.util.find_spec("implicit") is None, reason="the optional package implicit is not installed"
 )
-KINDS = [kind for kind in get_args(Kind) if kind not in (RANDOM.kind, UNSEEN_FIRST.kind)]  # of reports alone
+OF_REPORTS, OF_ANSWERS = (RANDOM.kind, UNSEEN_FIRST.kind), (TEXT_SEARCH.kind, NOT_LIKE.kind)  # nothing is fitted
+KINDS = [kind for kind in get_args(Kind) if kind not in OF_REPORTS + OF_ANSWERS]
 every_kind = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=needs_implicit if kind == "ALS" else ()) for kind in KINDS]
 )

@@ -56,6 +56,8 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
     """Follow words to a command; return it with the words that are left."""
     command: Any = typer.main.get_command(app)
     while words and hasattr(command, "commands"):
+        if command.invoke_without_command and words[0].startswith("--"):
+            break  # a group that is a command itself
         assert words[0].strip(".,;)") in command.commands, f"no command {words[0]}"
         command, words = command.commands[words[0].strip(".,;)")], words[1:]
     return command, words

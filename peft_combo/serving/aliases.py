@@ -8,6 +8,7 @@ from peft_combo.serving.errors import Conflict
 from peft_combo.serving.release import FROZEN
 from peft_combo.serving.state import State
 from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.lookup import write_tune_command
 
 
 def choose_aliases(
@@ -26,7 +27,7 @@ def choose_aliases(
         return [category]
     on_note(
         f"No adapter of the category {category} is stored, so the frozen encoder answers. Train one with: "
-        "peft-combo tune"
+        f"{write_tune_command(category)}"
     )
     return [FROZEN]
 

@@ -164,9 +164,9 @@ def _log_exposure(context: Context, shown: ShownAnswer) -> None:
 def _log_fault(call: Call, error: Exception) -> None:
     """Write where an error came from to stderr; not its text, for that may hold the id of a user."""
     place = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-    print(f"{type(error).__name__} in {call.route}, request {call.request_id}:\n{place}", file=sys.stderr)
+    sys.stderr.write(f"{type(error).__name__} in {call.route}, request {call.request_id}:\n{place}\n")
 
 
 def _log_access(call: Call, method: str, code: int) -> None:
     """Write a line of a request: the path as it is described, so that no id of a user is in it."""
-    print(f"{method} {call.route} {code} {call.took_ms:.1f} ms {call.request_id} {call.caller.name}", file=sys.stderr)
+    sys.stderr.write(f"{method} {call.route} {code} {call.took_ms:.1f} ms {call.request_id} {call.caller.name}\n")
