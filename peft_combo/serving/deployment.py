@@ -253,15 +253,7 @@ class Deployments:
     def refresh_items(self) -> None:
         """Show every release with today's items."""
         with self._lock:
-            fresh: dict[int, ReleaseView] = {}
-
-            def renew(arm: DeployedRelease) -> DeployedRelease:
-                if arm.view.items == self._items.number:
-                    return arm
-                if id(arm.release) not in fresh:
-                    fresh[id(arm.release)] = self._items.view(arm.release)
-                return replace(arm, view=fresh[id(arm.release)])
-
+            renew = self._make_renewal()
             self._arms = {alias: _exchange_arms(arms, renew) for alias, arms in self._arms.items()}
             self._compared.renew(renew)
 
@@ -375,15 +367,22 @@ class Deployments:
     def _deploy(self, release: Release, share: float) -> DeployedRelease:
         return DeployedRelease(self._items.view(release), share, ArmCounts())
 
-    def _renew(self, arms: Arms) -> Arms:
-        """Return arms with the items of this moment: some may have come while a release was built."""
+    def _make_renewal(self) -> Callable[[DeployedRelease], DeployedRelease]:
+        """Return what shows releases with the items of this moment, each release once however many arms have it."""
+        fresh: dict[int, ReleaseView] = {}
 
         def renew(arm: DeployedRelease) -> DeployedRelease:
             if arm.view.items == self._items.number:
                 return arm
-            return replace(arm, view=self._items.view(arm.release))
+            if id(arm.release) not in fresh:
+                fresh[id(arm.release)] = self._items.view(arm.release)
+            return replace(arm, view=fresh[id(arm.release)])
 
-        return _exchange_arms(arms, renew)
+        return renew
+
+    def _renew(self, arms: Arms) -> Arms:
+        """Return arms with the items of this moment: some may have come while a release was built."""
+        return _exchange_arms(arms, self._make_renewal())
 
     def _set(self, alias: str, arms: Arms) -> None:
         self._arms = {**self._arms, alias: arms}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
 from peft_combo.errors import did_you_mean
+from peft_combo.serving.answers import AdapterStatus
 from peft_combo.serving.bodies import AliasBody, Id, PromoteBody
 from peft_combo.serving.call import Call, get_call, reply
 from peft_combo.serving.errors import UnknownAdapter
 from peft_combo.serving.routes.json_route import BODY, describe, make_router
+
+if TYPE_CHECKING:
+    from peft_combo.serving.service import Service
 
 router = make_router("adapters")
 _BUILD_SECONDS = 3600.0  # a release encodes a catalogue: minutes on a small machine
@@ -44,33 +49,24 @@ async def get_adapter(
 @router.post("/v1/adapters/load", summary="Serve one more alias", **_MOVE)
 async def load(body: AliasBody, request: Request) -> Response:
     """Build and warm the release of an alias, and serve it."""
-    call = get_call(request)
-    service, actor = call.context.service, _name_actor(call)
-    status = await call.run(lambda: service.load(body.alias, actor=actor), timeout=_BUILD_SECONDS)
-    return reply(status.to_json())
+    return await _move(get_call(request), lambda service, actor: service.load(body.alias, actor=actor))
 
 
 @router.post("/v1/adapters/promote", summary="Let an alias mean another version", **_MOVE)
 async def promote(body: PromoteBody, request: Request) -> Response:
     """Replace adapter, item vectors and index of an alias as one, or give another version a share of the traffic."""
-    call = get_call(request)
-    service, actor = call.context.service, _name_actor(call)
     split = None if body.split is None else {str(name): share for name, share in body.split.items()}
 
-    def act() -> Any:
+    def act(service: Service, actor: str) -> AdapterStatus:
         return service.promote(body.alias, body.version, split=split, shadow=body.shadow, wait=body.wait, actor=actor)
 
-    status = await call.run(act, timeout=_BUILD_SECONDS)
-    return reply(status.to_json(), 200 if body.wait else 202)
+    return await _move(get_call(request), act, 200 if body.wait else 202)
 
 
 @router.post("/v1/adapters/rollback", summary="Take the last change of an alias back", **_MOVE)
 async def roll_back(body: AliasBody, request: Request) -> Response:
     """End a split or shadow; without one, let the alias mean what it meant before."""
-    call = get_call(request)
-    service, actor = call.context.service, _name_actor(call)
-    status = await call.run(lambda: service.rollback(body.alias, actor=actor), timeout=_BUILD_SECONDS)
-    return reply(status.to_json())
+    return await _move(get_call(request), lambda service, actor: service.rollback(body.alias, actor=actor))
 
 
 @router.post("/v1/adapters/unload", summary="Stop serving an alias", **_MOVE)
@@ -80,6 +76,13 @@ async def unload(body: AliasBody, request: Request) -> Response:
     service, actor = call.context.service, _name_actor(call)
     await call.run(lambda: service.unload(body.alias, actor=actor))
     return reply({"request_id": call.request_id, "alias": body.alias, "unloaded": True})
+
+
+async def _move(call: Call, act: Callable[[Service, str], AdapterStatus], code: int = 200) -> Response:
+    """Change an alias in a thread of the pool, however long a release takes, and answer how it stands."""
+    service, actor = call.context.service, _name_actor(call)
+    status = await call.run(lambda: act(service, actor), timeout=_BUILD_SECONDS)
+    return reply(status.to_json(), code)
 
 
 def _name_actor(call: Call) -> str:
