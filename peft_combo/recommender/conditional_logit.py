@@ -42,6 +42,11 @@ class SampledCells:
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
 
+    def select(self, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the cells of chosen queries, (M,) of (Q,), where each query begins among them, and its cells."""
+        sizes = np.diff(np.append(self.starts, len(self.rows)))[chosen]
+        return chosen[self.rows], np.cumsum(sizes) - sizes, sizes
+
 
 def sample_cells(
     scores: Collection[NDArray[np.float32]], targets: NDArray[np.int64], evidence: Evidence, rng: np.random.Generator
@@ -80,9 +85,8 @@ def fit_conditional_logit(
     Returns:
         (P,) one number per term.
     """
-    kept = cells[:, chosen[sampled.rows]]
-    sizes = np.diff(np.append(sampled.starts, len(sampled.rows)))[chosen]
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
+    inside, starts, sizes = sampled.select(chosen)
+    kept = cells[:, inside]
     precision = precision / len(sizes)
     targets = kept[:, starts]  # (P, Q)
 

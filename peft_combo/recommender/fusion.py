@@ -393,9 +393,8 @@ class _Fit(Generic[Key]):
     def _sum_scorers(self, chosen: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Return how often each term is in the plain sum that is best on the chosen queries: (P,)."""
         always = [place for place, (_, gate) in enumerate(self._terms) if gate == "always"]
-        kept = self._cells[always][:, chosen[self._sample_groups.rows]]
-        sizes = np.diff(np.append(self._sample_groups.starts, len(self._sample_groups.rows)))[chosen]
-        starts = np.cumsum(sizes) - sizes
+        inside, starts, sizes = self._sample_groups.select(chosen)
+        kept = self._cells[always][:, inside]
         total, best = np.zeros(kept.shape[1], np.float32), -1.0
         counts = np.zeros(len(self._cells), np.float32)
         found = counts.copy()

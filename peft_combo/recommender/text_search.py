@@ -166,7 +166,8 @@ class TextSearch:
     def encode_ahead(self, queries: Sequence[str]) -> None:
         """Encode queries for every view that keeps what it encoded, so that scoring them later waits for no encoder."""
         for name in self.weights:
-            self.views[name].encode(queries)
+            if isinstance(view := self.views[name], VectorView):
+                view.encode(queries)
 
     def score_items(self, queries: Sequence[str]) -> Floats:
         """Score every item for each query, (Q, N); higher is better."""
