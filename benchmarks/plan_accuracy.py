@@ -8,12 +8,16 @@ is that process's high-water mark of resident memory, and the time that of the w
 included. The ratio is estimate over measurement; memory is asked to be within 15 %. What takes memory happens in every
 epoch, so one epoch over some of the bundles shows the peak of many. bf16 on a CPU is shown but not judged: it keeps
 kernels for every shape of batch, as the plan says, so its peak grows with the steps.
+
+Where there is a GPU all runs there, and the memory is the GPU's, as its allocator counts it; `--cpu` hides it. The last
+column of figures is the validation metric after the epoch, so that precisions can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +35,7 @@ CASES: dict[str, tuple[str | dict[str, Any], ...]] = {
     "lora-all-accumulated": ("adapter.top_layers=null", "training.batch_size=128", "training.accumulation=4"),
     "lora-all-plain-path": ("adapter.top_layers=null", "training.fast_path=false"),
     "lora-all-bf16": ("adapter.top_layers=null", "backbone.precision=bf16"),
+    "lora-all-fp16": ("adapter.top_layers=null", "backbone.precision=fp16"),
     "lora-all-8bit": ("adapter.top_layers=null", "backbone.quantization=8bit"),
     "lora-all-4bit": ("adapter.top_layers=null", "backbone.quantization=4bit"),
     "adalora-all": ({"method": "adalora"},),
@@ -47,7 +52,8 @@ import dataclasses, json, sys
 from peft_combo.recipe.parse import parse_recipe
 from peft_combo.tuning.plan import plan
 found = plan(parse_recipe(json.loads(sys.argv[1])))
-print(json.dumps({"mib": found.memory.host, "seconds": found.seconds, "parts": dataclasses.asdict(found.memory)}))
+mib = found.memory.device or found.memory.host
+print(json.dumps({"mib": mib, "seconds": found.seconds, "parts": dataclasses.asdict(found.memory)}))
 """
 RUN = """
 import json, sys
@@ -55,7 +61,8 @@ from pathlib import Path
 from peft_combo.recipe.parse import parse_recipe
 from peft_combo.tuning.loop import tune
 done = tune(parse_recipe(json.loads(sys.argv[1])), run_folder=Path(sys.argv[2]))
-print(json.dumps({"mib": done.peak_mib, "seconds": done.seconds}))
+metric = done.table.rows[-1].values[done.plan.metric]
+print(json.dumps({"mib": done.peak_mib, "seconds": done.seconds, "metric": metric}))
 """
 
 
@@ -64,9 +71,12 @@ def main() -> int:
     parser.add_argument("--data", help="folder of a dataset; default: the built-in demo")
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--bundles", type=int, default=1000, help="how many of the bundles; the catalogue stays whole")
+    parser.add_argument("--cpu", action="store_true", help="leave a GPU alone")
     parser.add_argument("--case", action="append", choices=list(CASES), help="one case; may be repeated; default all")
     add_smoke(parser)
     options = parser.parse_args()
+    if options.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.smoke:
         with make_tiny() as tiny:
             compare(("lora-top1",), tiny.changes, str(tiny.shop))  # so small a run is all overhead: nothing to judge
@@ -81,7 +91,8 @@ def compare(cases: Sequence[str], size: tuple[str, ...], data: str | None) -> fl
     """Print one line a case, and return how far the worst plan is off, as a share of the measured peak."""
     from peft_combo.recipe.files import load_recipe
 
-    print(f"{'':22}{'estimate':>10}{'measured':>10}{'ratio':>7}{'est. s':>9}{'meas. s':>9}{'ratio':>7}   parts, MiB")
+    heads = f"{'est. s':>9}{'meas. s':>9}{'ratio':>7}{'metric':>8}   parts, MiB"
+    print(f"{'':22}{'estimate':>10}{'measured':>10}{'ratio':>7}{heads}")
     worst = 0.0
     for name in cases:
         overrides = (*size, *(key for key in CASES[name] if isinstance(key, str)))
@@ -98,7 +109,7 @@ def compare(cases: Sequence[str], size: tuple[str, ...], data: str | None) -> fl
         parts = " ".join(f"{part} {size:.0f}" for part, size in planned["parts"].items() if size and part != "gpu")
         print(
             f"{name:22}{planned['mib']:10,.0f}{ran['mib']:10,.0f}{ratio:7.2f}{planned['seconds']:9.0f}"
-            f"{ran['seconds']:9.0f}{planned['seconds'] / ran['seconds']:7.2f}   {parts}",
+            f"{ran['seconds']:9.0f}{planned['seconds'] / ran['seconds']:7.2f}{ran['metric']:8.4f}   {parts}",
             flush=True,
         )
     return worst

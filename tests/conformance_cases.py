@@ -128,9 +128,11 @@ class Tuned:
         """How far the vectors of four texts are from fixed random directions."""
         dim = self.backbone.dim
         wanted = torch.nn.functional.normalize(torch.randn(4, dim, generator=torch.Generator().manual_seed(1)), dim=1)
-        ids, mask = self.backbone.tokenize(TEXTS).pad(np.arange(len(TEXTS)), self.backbone.pad_id)
+        device = self.backbone.device
+        padded = self.backbone.tokenize(TEXTS).pad(np.arange(len(TEXTS)), self.backbone.pad_id)
+        ids, mask = (part.to(device) for part in padded)
         pooled = self.backbone.pool(self.attached.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
-        loss = -(pooled * wanted).sum(1).mean()
+        loss = -(pooled * wanted.to(device)).sum(1).mean()
         extra = self.attached.regularizer()
         return loss if extra is None else loss + extra
 
@@ -152,7 +154,7 @@ class Tuned:
         noise = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in trained.values():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=noise))
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=noise).to(parameter.device))
         if trained:
             self.loss().backward()
         silent = [name for name, p in trained.items() if p.grad is None or not float(p.grad.abs().sum()) > 0]
@@ -232,8 +234,8 @@ def find(backbone: Backbone, config: AdapterConfig) -> Finding:
 class Matrix:
     """The encoders, built when first needed, and the findings, each made once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self._folder, self._device = folder, device
         self._backbones: dict[str, Backbone] = {}
         self._findings: dict[tuple[str, str], Finding] = {}
 
@@ -242,7 +244,9 @@ class Matrix:
             architecture, changes, quantization = ENCODERS[encoder]
             changes = changes if architecture == "distilbert" else {"num_hidden_layers": 2, **changes}
             folder = build_encoder(self._folder / encoder.replace(", ", "-"), architecture, **changes)
-            self._backbones[encoder] = Backbone.load(str(folder), max_length=MAX_LENGTH, quantization=quantization)
+            self._backbones[encoder] = Backbone.load(
+                str(folder), max_length=MAX_LENGTH, quantization=quantization, device=self._device
+            )
         return self._backbones[encoder]
 
     def finding(self, method: str, encoder: str) -> Finding:

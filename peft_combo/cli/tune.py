@@ -253,7 +253,8 @@ def _print_dry_run(
     found = plan(recipe, task)
     short = found.shortfalls(recipe, run_folder, max_memory_gib, max_minutes)
     if as_json:
-        print_json({**asdict(found), "peak_mib": found.memory.host, "fits": not short, "shortfalls": short})
+        peaks = {"peak_mib": found.memory.host, "gpu_peak_mib": found.memory.device}
+        print_json({**asdict(found), **peaks, "fits": not short, "shortfalls": short})
         return not short
     _print_plan(found)
     for problem in short:
@@ -288,7 +289,8 @@ def _print_plan(plan: Plan) -> None:
         ("  evaluation", _format_mib(memory.evaluation), "block of scores; not at the same time as a step"),
     ]  # fmt: skip
     if memory.gpu:
-        rows.insert(6, ("  on the GPU", _format_mib(memory.device), "weights, what learns, one step"))
+        base = next(place for place, row in enumerate(rows) if "libraries" in row[0])
+        rows.insert(base + 1, ("GPU memory", _format_mib(memory.device), "at the peak, of which:"))
     rows += [
         ("disk", _format_mib(disk.checkpoints), "checkpoints while it runs"),
         ("", _format_mib(disk.adapter), "the adapter"),

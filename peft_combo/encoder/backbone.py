@@ -33,6 +33,7 @@ from peft_combo.encoder.loading import (
     build_shapes,
     check_finite,
     check_length,
+    choose_device,
     find_doubts,
     find_prefix,
     load_config,
@@ -43,7 +44,7 @@ from peft_combo.encoder.loading import (
 )
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.encoder.sentence_config import Pooling
-from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, chunk_by_length
+from peft_combo.encoder.tokens import Tokens, choose_chunk_tokens, chunk_by_length
 from peft_combo.errors import BackboneError, StoreError, make_printable
 from peft_combo.files import literal_path
 from peft_combo.recipe.model import BackboneConfig
@@ -107,7 +108,7 @@ class Backbone:
             model: ``"embedded"`` (all-MiniLM-L6-v2, comes as a package), a local folder, or a model id of the hub.
             pooling: None takes what the base says of itself, and the mean where it says nothing.
             quantization: ``"8bit"`` or ``"4bit"`` (NF4) through bitsandbytes; both work on CPU too.
-            device: None leaves the model on the CPU (accelerate moves it when tuning).
+            device: None takes the GPU where there is one, as `choose_device` says.
         Raises:
             BackboneError: not found, not reachable, no BERT-like encoder, no safetensors weights, or files that leave a
                 tensor random or a token without embedding.
@@ -123,6 +124,7 @@ class Backbone:
     @classmethod
     def of(cls, config: BackboneConfig, device: str | torch.device | None = None) -> Backbone:
         """Load the encoder a recipe names; see `load`."""
+        device = choose_device() if device is None else device
         base = read_base(config.model)
         shapes, tokenizer, prefix = _load_parts(base)
         backbone = cls._from_shapes(config, base, shapes, tokenizer, prefix, fingerprint=None)
@@ -132,7 +134,7 @@ class Backbone:
             _ = backbone.fingerprint  # of the weights as published, so that 8-bit and fp32 runs can meet
             backbone.model = shapes  # the two forms are never in memory together
             backbone.model = load_quantized(base, prefix, config.quantization, device).eval().requires_grad_(False)
-        elif device is not None:
+        else:
             backbone.model.to(device)
         return backbone
 
@@ -150,7 +152,7 @@ class Backbone:
         return cls._from_shapes(config, base, *_load_parts(base))
 
     @classmethod
-    def twin(cls, config: BackboneConfig, layers: int, device: str | torch.device | None = None) -> Backbone:
+    def twin(cls, config: BackboneConfig, layers: int, device: str | torch.device = "cpu") -> Backbone:
         """Make an encoder like the one a recipe names, with random weights, few layers and few words.
 
         Its layers are as wide, and texts become as many tokens; so a layer takes the time and memory of a real one,
@@ -176,7 +178,7 @@ class Backbone:
                 with silence_loading():
                     encoder.save_pretrained(folder)  # type: ignore[operator]
                 backbone.model = load_quantized(replace(base, path=Path(folder)), "", config.quantization, device)
-        elif device is not None:
+        else:
             backbone.model.to(device)
         backbone.model.eval().requires_grad_(False)
         return backbone
@@ -353,7 +355,7 @@ class Backbone:
         texts: Sequence[str],
         adapter: AttachedAdapter | None = None,
         *,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> NDArray[np.float32]:
         """Encode texts; which adapter does it is an argument, never a hidden state.
@@ -361,6 +363,7 @@ class Backbone:
         Args:
             texts: B texts. Equal texts are encoded once.
             adapter: what `attach` returned; None for the frozen encoder.
+            chunk_tokens: token positions encoded at once; None suits the device.
             progress: called with the number of texts finished since the last call.
         Returns:
             (B, D) float32, rows of unit length.
@@ -370,7 +373,7 @@ class Backbone:
         encoder = self.model if adapter is None else adapter.encoder
         tokens = self.tokenize(list(distinct), None if adapter is None else adapter.max_length)
         vectors = np.empty((len(distinct), self.dim), np.float32)
-        for chunk in chunk_by_length(tokens.lengths, chunk_tokens):
+        for chunk in chunk_by_length(tokens.lengths, chunk_tokens or choose_chunk_tokens(self.device)):
             ids, mask = (part.to(self.device) for part in tokens.pad(chunk, self.pad_id))
             hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             vectors[chunk] = self.pool(hidden, mask).cpu().numpy()
@@ -387,7 +390,7 @@ class Backbone:
         encoder = self.model if adapter is None else adapter.encoder
         tokens = self.tokenize(texts, None if adapter is None else adapter.max_length)
         states = np.empty((len(tokens.ids), self.dim), np.float32)
-        for chunk in chunk_by_length(tokens.lengths):
+        for chunk in chunk_by_length(tokens.lengths, choose_chunk_tokens(self.device)):
             ids, mask = (part.to(self.device) for part in tokens.pad(chunk, self.pad_id))
             hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float().cpu().numpy()
             for row, text in enumerate(chunk):

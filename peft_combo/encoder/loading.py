@@ -328,9 +328,15 @@ def check_finite(encoder: nn.Module, name: str) -> None:
             )  # fmt: skip
 
 
-def load_quantized(
-    base: BaseFolder, prefix: str, quantization: Quantization, device: str | torch.device | None
-) -> nn.Module:
+def choose_device() -> torch.device:
+    """Return where an encoder computes unless it is told: on the GPU where there is one, else on the CPU.
+
+    ``CUDA_VISIBLE_DEVICES=`` (empty) hides the GPU.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_quantized(base: BaseFolder, prefix: str, quantization: Quantization, device: str | torch.device) -> nn.Module:
     """Load the encoder in 8 or 4 bits.
 
     Raises:
@@ -345,7 +351,7 @@ def load_quantized(
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     # One device and never "auto": each process of a distributed run holds its whole copy.
-    place = {"": device if device is not None else "cpu"}
+    place = {"": device}
     try:
         model = load_encoder(base, prefix, quantization_config=config, device_map=place)
         for module in model.modules():

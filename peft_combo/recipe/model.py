@@ -298,8 +298,9 @@ class TrainingConfig(Section):
         default=True, description="Sort by length, encode repeats once, cache frozen layers. Same result, sooner."
     )
     cache_limit_mib: Int = Field(
-        default=1024, ge=0, le=1_048_576, description="Memory for cached layer outputs, in MiB; 0 caches nothing."
-    )
+        default=1024, ge=0, le=1_048_576,
+        description="Memory for cached layer outputs, in MiB, the GPU's where there is one; 0 caches nothing.",
+    )  # fmt: skip
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         default=(), description="Where curves are written, besides the run's own log."
     )

@@ -35,11 +35,13 @@ class Memory:
         base: interpreter, libraries and data.
         frozen: the encoder's weights as they are kept; `loading` what they take while they are read.
         trained: adapter and head, each with gradients, optimizer state and the best copy so far.
-        step: what a forward pass keeps for the backward pass, for the heaviest micro-batch.
-        cached: states of the layers below the adapter, where they are kept in memory.
+        step: what a forward pass keeps for the backward pass, for the heaviest micro-batch; on a GPU all that a step
+            takes at its peak.
+        cached: states of the layers below the adapter, where they are kept in memory, the GPU's where there is one.
         vectors: the whole catalogue, encoded. evaluation: what ranking it takes on top.
-        allocator: what passes through the encoder take beyond that and the allocator does not give back.
-        gpu: whether weights and steps are on a GPU, so that `host` does not hold them.
+        allocator: what passes through the encoder take beyond that and the allocator does not give back; on a GPU the
+            workspace of its matrix products.
+        gpu: whether weights, states and steps are on a GPU, so that `host` does not hold them.
     """
 
     base: float
@@ -57,14 +59,15 @@ class Memory:
     def host(self) -> float:
         """Peak of the process's own memory."""
         if self.gpu:
-            return self.base + self.cached + max(self.loading, self.vectors + self.evaluation)
+            return self.base + max(self.loading, self.vectors)
         held = self.frozen + self.trained + self.cached + self.allocator
         return self.base + max(self.loading, held + max(self.step, self.vectors + self.evaluation))
 
     @property
     def device(self) -> float:
         """Peak of the GPU's memory; 0 without one."""
-        return self.frozen + self.trained + self.step + self.allocator if self.gpu else 0.0
+        held = self.frozen + self.trained + self.cached + self.allocator
+        return held + max(self.step, self.evaluation) if self.gpu else 0.0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peft_combo.encoder.architectures import lower_view, upper_view
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.methods.attached import AttachedAdapter
-from peft_combo.encoder.tokens import CHUNK_TOKENS, Tokens, chunk_by_length
+from peft_combo.encoder.tokens import Tokens, choose_chunk_tokens, chunk_by_length
 from peft_combo.tuning.gather import _concatenate_ranges, gather_shares
 
 
@@ -189,7 +189,9 @@ class ItemEncoder:
     ) -> Tensor:
         """Encode texts by number, (K,) -> (K, D), or the states of all their tokens."""
         lengths = self.tokens.lengths[texts]
-        chunks = list(chunk_by_length(lengths)) if self._fast else [np.arange(len(texts))]
+        chunks = [np.arange(len(texts))]
+        if self._fast:
+            chunks = list(chunk_by_length(lengths, choose_chunk_tokens(self._backbone.device)))
         encoded = []
         begin = np.cumsum(lengths) - lengths  # where each text's tokens begin among those of `texts`
         for chunk in chunks:
@@ -233,7 +235,8 @@ class ItemEncoder:
         # What stands in padded places is some other text's state: never attended to, never pooled.
         source = np.minimum(self.tokens.offsets[rows][:, None] + position, len(self._cache) - 1)
         device = self._backbone.device
-        return self._cache[torch.from_numpy(source)].to(device), torch.from_numpy(present.astype(np.int64)).to(device)
+        states = self._cache[torch.from_numpy(source).to(self._cache.device)]
+        return states.to(device), torch.from_numpy(present.astype(np.int64)).to(device)
 
     @torch.no_grad()
     def _fill_cache(
@@ -242,17 +245,18 @@ class ItemEncoder:
         shape = (len(self.tokens.ids), self._backbone.dim)
         self.cached_bytes = 4 * shape[0] * shape[1]
         if self.cached_bytes <= limit:
-            cache = torch.empty(shape)
+            cache = torch.empty(shape, device=self._backbone.device)
         else:
             self._spill = tempfile.TemporaryDirectory(prefix="layer-cache-", dir=scratch)
             file = Path(self._spill.name) / "states.f32"
             cache = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
-        for chunk in chunk_by_length(self.tokens.lengths, CHUNK_TOKENS):
-            ids, mask = (part.to(self._backbone.device) for part in self.tokens.pad(chunk, self._backbone.pad_id))
-            states = lower(input_ids=ids, attention_mask=mask).last_hidden_state.float().cpu()
+        device = self._backbone.device
+        for chunk in chunk_by_length(self.tokens.lengths, choose_chunk_tokens(device)):
+            ids, mask = (part.to(device) for part in self.tokens.pad(chunk, self._backbone.pad_id))
+            states = lower(input_ids=ids, attention_mask=mask).last_hidden_state.float().to(cache.device)
             source = self.tokens.offsets[chunk][:, None] + np.arange(ids.shape[1])
-            real = mask.bool().cpu()
-            cache[torch.from_numpy(source)[real]] = states[real]
+            real = mask.bool().to(cache.device)
+            cache[torch.from_numpy(source).to(cache.device)[real]] = states[real]
             if progress is not None:
                 progress(len(chunk))
         self._cache = cache

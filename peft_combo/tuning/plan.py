@@ -21,7 +21,7 @@ from torch import nn
 from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import find_layers, set_dropout
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.loading import Quantization
+from peft_combo.encoder.loading import Quantization, choose_device
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.recipe.adapter import AdapterConfig, LoraAdapter, TopLayers
 from peft_combo.recipe.model import Recipe, TrainingConfig
@@ -32,7 +32,7 @@ from peft_combo.tuning.figures import ComputeSetting, Costs, Plan, build_plan, c
 from peft_combo.tuning.item_encoder import ItemEncoder
 from peft_combo.tuning.model import TrainingModel, collect_trained_parameters
 from peft_combo.tuning.probe import probe
-from peft_combo.tuning.resources import give_back, measure, resident_mib
+from peft_combo.tuning.resources import give_back, measure, measure_gpu_workspace, resident_mib
 from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.base import AnyTask, Batch, Encode
 
@@ -60,7 +60,7 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
     shapes = Backbone.blueprint(recipe.backbone)  # what costs nothing first: a base that is not whole, before the data
     task = build_task(recipe) if task is None else task
     total = task.per_epoch * recipe.training.epochs
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device().type
     # What cannot work is refused on shapes alone, which costs nothing however large the encoder is.
     whole = methods.attach(
         shapes.model, _countable(recipe.adapter), max_length=shapes.max_length, total_steps=total,
@@ -77,7 +77,7 @@ def plan(recipe: Recipe, task: AnyTask | None = None) -> Plan:
     slower = _slowdown(recipe, task, trials[-1], total, device)
     give_back()
 
-    costs = _estimate(recipe, task, shapes, whole, trials, vectors_mib, ranking)
+    costs = _estimate(recipe, task, shapes, whole, trials, vectors_mib, ranking, device != "cpu")
     setting = ComputeSetting(
         device=device,
         processes=1,
@@ -100,7 +100,7 @@ def _slowdown(recipe: Recipe, task: AnyTask, trial: _TwinTrial, total: int, devi
 
 def _estimate(
     recipe: Recipe, task: AnyTask, shapes: Backbone, whole: AttachedAdapter, trials: list[_TwinTrial],
-    vectors_mib: float, ranking: tuple[float, float],
+    vectors_mib: float, ranking: tuple[float, float], on_gpu: bool,
 ) -> Costs:  # fmt: skip
     """Reckon what the whole encoder takes from what twins of one and two layers took.
 
@@ -130,6 +130,12 @@ def _estimate(
     seconds += (evaluations + _OTHER_EVALUATIONS) * (share * upper_seconds + ranking[0])
     seconds += kept / last.tokens * lower_seconds if states_mib else 0.0
     step_mib = (last.step_bytes + (adapted - last.layers) * layer_bytes) / 2**20
+    evaluation_mib = ranking[1]
+    allocator_mib = last.encode_mib + step_mib * max(0.0, last.step_mib * 2**20 / max(1, last.step_bytes) - 1)
+    if on_gpu:  # whose allocator counts what a step and an encoding took, temporary results included
+        step_mib = last.step_mib + (adapted - last.layers) * (last.step_mib - first.step_mib)
+        evaluation_mib = max(last.encode_mib, evaluation_mib)
+        allocator_mib = measure_gpu_workspace(*(part for trial in trials for part in trial.held))
     return Costs(
         base=resident_mib(),
         frozen=count_frozen_bytes(shapes.model, recipe.backbone.quantization) / 2**20,
@@ -137,8 +143,8 @@ def _estimate(
         step=step_mib,
         states=states_mib,
         vectors=vectors_mib,
-        evaluation=ranking[1],
-        allocator=last.encode_mib + step_mib * max(0.0, last.step_mib * 2**20 / max(1, last.step_bytes) - 1),
+        evaluation=evaluation_mib,
+        allocator=allocator_mib,
         seconds=seconds,
     )
 
@@ -207,6 +213,7 @@ class _TwinTrial:
             model.zero_grad(set_to_none=True)
             give_back()
             self.encode_seconds, self.encode_mib = measure(lambda: twin.encode(sample))
+        self.held = (twin.model, attached.encoder, self.head)
         self.tokens = int(twin.tokenize(sample, attached.max_length).lengths.sum())
         self.batch_tokens = int(items.tokens.lengths.sum())
         items.close()

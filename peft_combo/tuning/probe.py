@@ -14,6 +14,7 @@ from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import TuningError
 from peft_combo.recipe.model import Recipe
 from peft_combo.tuning.model import collect_trained_parameters
+from peft_combo.tuning.resources import wait_for_gpu
 from peft_combo.tuning.tasks.base import Batch
 
 
@@ -45,8 +46,10 @@ def probe(
     loss.backward()  # type: ignore[no-untyped-call]
     idle = [name for name, p in trained.items() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     model.zero_grad(set_to_none=True)
+    wait_for_gpu()
     clock = time.perf_counter()  # the first pass also paid for memory that the second finds ready
     model(batch, recipe.seed).backward()
+    wait_for_gpu()
     seconds = time.perf_counter() - clock
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -12,10 +12,16 @@ from contextlib import suppress
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from torch import nn
 
 
 def measure(work: Callable[[], object]) -> tuple[float, float]:
-    """Do `work`; return its seconds and the MiB that this process grew by meanwhile."""
+    """Do `work`; return its seconds, and the MiB by which the memory it computes in grew meanwhile.
+
+    That is the GPU's where there is one, as its allocator counts, else this process's own.
+    """
+    if torch.cuda.is_available():
+        return _measure_on_gpu(work)
     before = highest = resident_mib()
     done = threading.Event()
 
@@ -34,6 +40,31 @@ def measure(work: Callable[[], object]) -> tuple[float, float]:
         done.set()
         watcher.join()
     return seconds, max(highest, resident_mib()) - before
+
+
+def _measure_on_gpu(work: Callable[[], object]) -> tuple[float, float]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, clock = torch.cuda.memory_allocated(), time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - clock, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measure_gpu_workspace(*modules: nn.Module) -> float:
+    """Return the MiB that this process holds on the GPU beside the tensors of `modules`: cuBLAS keeps some for good."""
+    own = {
+        storage.data_ptr(): storage.nbytes()
+        for module in modules for tensor in (*module.parameters(), *module.buffers())
+        for storage in (tensor.untyped_storage(),) if tensor.is_cuda
+    }  # fmt: skip
+    return (torch.cuda.memory_allocated() - sum(own.values())) / 2**20
+
+
+def wait_for_gpu() -> None:
+    """Wait until the GPU has done what it was given, so that a clock read next counts it; at once without a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def give_back() -> None:

@@ -30,7 +30,7 @@ from peft_combo.tuning.item_encoder import ItemEncoder
 from peft_combo.tuning.model import TrainingModel, collect_trained_parameters
 from peft_combo.tuning.plan import build_autocast, find_heaviest_batch
 from peft_combo.tuning.probe import probe
-from peft_combo.tuning.resources import measure, resident_mib
+from peft_combo.tuning.resources import measure, measure_gpu_workspace, resident_mib
 from peft_combo.tuning.step import StepExtensions
 from peft_combo.tuning.tasks.base import AnyTask, Encode, Evaluation
 from peft_combo.tuning.warm_start import load_start
@@ -164,10 +164,17 @@ class Setup:
         evaluation_seconds, evaluation_mib = measure(self.evaluate)
         with build_autocast(accelerator.device.type, accelerator.mixed_precision):
             batch = find_heaviest_batch(self.task, training)
-            step_seconds, step_bytes = probe(self.model, self.attached, self.head, batch, recipe)
+            found: list[tuple[float, int]] = []
+            probed = measure(lambda: found.append(probe(self.model, self.attached, self.head, batch, recipe)))
+        ((step_seconds, step_bytes),) = found
+        on_gpu = accelerator.device.type != "cpu"
         weight_bytes = count_bytes(self.backbone.model)
         vectors_mib = 4 * self.backbone.dim * self.items.rows / 2**20
-        held = self.base_mib + (weight_bytes + self.items.cached_bytes) / 2**20
+        if on_gpu:
+            own = (self.backbone.model, self.attached.encoder, self.head)
+            kept_mib = measure_gpu_workspace(*own) - self.items.cached_bytes / 2**20
+        else:
+            kept_mib = resident_mib() - self.base_mib - (weight_bytes + self.items.cached_bytes) / 2**20
         seconds = self.total * step_seconds * training.accumulation * count_passes(training)
         seconds += count_evaluations(training, self.task.per_epoch) * evaluation_seconds + baseline_seconds
         setting = ComputeSetting(
@@ -181,11 +188,11 @@ class Setup:
             base=self.base_mib,
             frozen=weight_bytes / 2**20,
             loading=weight_bytes / 2**20,
-            step=step_bytes / 2**20,
+            step=probed[1] if on_gpu else step_bytes / 2**20,  # a GPU's allocator counts temporary results too
             states=self.items.cached_bytes / 2**20,
             vectors=vectors_mib,
-            evaluation=max(0.0, evaluation_mib - vectors_mib),
-            allocator=max(0.0, resident_mib() - held),
+            evaluation=evaluation_mib if on_gpu else max(0.0, evaluation_mib - vectors_mib),
+            allocator=max(0.0, kept_mib),
             seconds=seconds,
         )
         return build_plan(recipe, self.task, self.attached, setting, costs)

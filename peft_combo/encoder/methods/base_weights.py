@@ -75,7 +75,7 @@ def load_weights(model: nn.Module, folder: Path, max_length: int) -> TunedWeight
     for name, tensor in load_file(folder / TUNED_WEIGHTS_FILE).items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise StoreError(f"{folder / TUNED_WEIGHTS_FILE}: {name} does not fit the encoder.")
-        set_parameter(encoder, name, nn.Parameter(tensor, requires_grad=False))
+        set_parameter(encoder, name, nn.Parameter(tensor.to(parameters[name].device), requires_grad=False))
     return TunedWeights(model, encoder, first_layer=0, max_length=max_length)
 
 

@@ -219,11 +219,11 @@ class Adalora(PeftAdapter):
         super().load_state(tensors, values)
         allocator = self._tuner.rankallocator
         allocator.reset_ipt()
+        device = next(self.inner.parameters()).device  # a checkpoint is read into the CPU's memory
         for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
-            prefix = f"allocator.{kind}."
-            getattr(allocator, kind).update(
-                {name.removeprefix(prefix): t.clone() for name, t in tensors.items() if name.startswith(prefix)}
-            )
+            prefix, kept = f"allocator.{kind}.", getattr(allocator, kind)
+            for name in (name for name in tensors if name.startswith(prefix)):
+                kept[name.removeprefix(prefix)] = tensors[name].to(device, copy=True)
         self._config.rank_pattern = values["rank_pattern"]
 
     def _ranks(self) -> dict[str, int]:

@@ -30,6 +30,13 @@ class _TextOnly(nn.Module):
         return BaseModelOutput(last_hidden_state=states[:, self.length :])  # (B, P + L, D) -> (B, L, D)
 
 
+class _TrainingLstm(nn.LSTM):
+    """An LSTM that stays in training mode: cuDNN takes gradients in no other, and without dropout both are the same."""
+
+    def train(self, mode: bool = True) -> _TrainingLstm:
+        return super().train(True)
+
+
 def is_prompt_method(model: nn.Module, wrapped: Any, max_length: int) -> PeftAdapter:
     """Return the adapter of a prompt-learning model that PEFT made or read.
 
@@ -44,6 +51,10 @@ def is_prompt_method(model: nn.Module, wrapped: Any, max_length: int) -> PeftAda
             f"adapter.length: {length} virtual tokens leave {room} of the encoder's {length + room} positions for "
             "text. Use a shorter one."
         )
+    for module in wrapped.modules():
+        if type(module) is nn.LSTM and not module.dropout:
+            module.__class__ = _TrainingLstm
+            module.train()
     # A prefix lies in the cache of keys and values, a prompt among the states.
     encoder = None if config.peft_type == peft.PeftType.PREFIX_TUNING else _TextOnly(wrapped, length)
     return PeftAdapter(model, wrapped, first_layer=0, max_length=min(max_length, room), encoder=encoder)

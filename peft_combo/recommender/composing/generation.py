@@ -137,8 +137,9 @@ def build_steps(head: CompletionHead, vectors: NDArray[np.float32]) -> Steps:
         queries = encode_contexts(head, vectors, pad_contexts(sets))  # (S, D)
         ends = None
         if isinstance(head, SequenceHead):
-            ends = head.completeness(queries, torch.tensor([len(rows) for rows in sets])).float().numpy()
-        items: NDArray[np.float32] = queries.float().numpy() @ targets.T  # (S, D) @ (D, N) -> (S, N)
+            sizes = torch.tensor([len(rows) for rows in sets], device=queries.device)
+            ends = head.completeness(queries, sizes).float().cpu().numpy()
+        items: NDArray[np.float32] = queries.float().cpu().numpy() @ targets.T  # (S, D) @ (D, N) -> (S, N)
         return items * scale, ends
 
     return steps
