@@ -125,9 +125,12 @@ class LoraAdapter(Section):
 
 
 class AdaloraAdapter(Section):
-    """LoRA whose rank is moved to the layers that use it. Zhang et al. 2023, AdaLoRA. Learning rate: LoRA's."""
+    """LoRA whose rank is moved to the layers that use it. Zhang et al. 2023, AdaLoRA.
 
-    default_learning_rate: ClassVar[float] = 1e-3
+    Learning rate: ten times LoRA's, since the singular values start at 0 and scale whatever else learns.
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-2
 
     method: Literal["adalora"] = "adalora"
     initial_rank: Int = Field(default=12, ge=1, le=1024, description="Rank of each update at the start.")
