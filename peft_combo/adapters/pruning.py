@@ -95,7 +95,10 @@ def prune(
     if pruning.vocabulary:
         tokenizer, note = _cut_vocabulary(model, backbone, texts, max_length)
         notes.append(note)
-    pruned = Backbone(backbone.name, model, tokenizer, backbone.pooling, max_length, fingerprint="pruned")
+    pruned = Backbone(
+        backbone.name, model, tokenizer, backbone.pooling, max_length, fingerprint="pruned",
+        text_prefix=backbone.text_prefix,
+    )  # fmt: skip
     return pruned, tuple(notes)
 
 
@@ -302,7 +305,10 @@ def _check_tokens(
     backbone: Backbone, smaller: Any, texts: Sequence[str], max_length: int, places: dict[int, int]
 ) -> None:
     """Refuse a tokenizer that reads the catalogue otherwise than before."""
-    twin = Backbone(backbone.name, backbone.model, smaller, backbone.pooling, max_length, fingerprint="pruned")
+    twin = Backbone(
+        backbone.name, backbone.model, smaller, backbone.pooling, max_length, fingerprint="pruned",
+        text_prefix=backbone.text_prefix,
+    )  # fmt: skip
     before, after = (one.tokenize(list(texts), max_length) for one in (backbone, twin))
     moved = np.array([places.get(int(token), -1) for token in before.ids], np.int64)
     if not (np.array_equal(before.offsets, after.offsets) and np.array_equal(moved, after.ids)):

@@ -52,17 +52,27 @@ def _is_time_format(written: str) -> bool:
         return False
 
 
+Prefix = Annotated[str, Strict(), StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$"),
+                   Field(json_schema_extra={"patternErrorMessage": "one line of text"})]  # fmt: skip
+
+
 class BackboneConfig(Section):
     """The frozen encoder and how a text becomes one vector."""
 
     model: Text = Field(
         default="embedded",
-        description='"embedded" (all-MiniLM-L6-v2 from the installed wheel), a model id on the hub, or a local folder.',
+        description='"embedded" (all-MiniLM-L6-v2 from the installed wheel), "embedded-multilingual" '
+        "(multilingual-e5-small, extra [multilingual]), a model id on the hub, or a local folder.",
     )
     pooling: Literal["mean", "cls"] | None = Field(
         default=None,
         description="Vector of a text: the mean over its tokens, or the first token's state; null takes what the base "
         "says of itself, and the mean where it says nothing.",
+    )
+    text_prefix: Prefix | None = Field(
+        default=None,
+        description='What is put before every text, such as "query: "; null takes what the base puts there by default, '
+        'and nothing where it says nothing; "" puts nothing.',
     )
     max_length: Int = Field(
         default=64, ge=4, le=8192, description="Tokens per text, special tokens included; longer texts are cut."
