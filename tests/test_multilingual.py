@@ -18,8 +18,10 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.base_folder import EMBEDDED_MULTILINGUAL
 from peft_combo.encoder.vectors import VectorCache
+from peft_combo.encoder.vocabulary import cut_backbone
 from peft_combo.errors import BackboneError, StoreError
 from peft_combo.recipe.files import load_recipe
+from peft_combo.recommender.workspace import Workspace
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
 
@@ -226,3 +228,28 @@ def test_an_export_s_tokenizer_puts_the_prefix_itself(tiny_bert: Path, tmp_path:
     write_tokenizer(tmp_path / "out", 16, backbone, graph=False)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("w10 w40")["input_ids"] == backbone.tokenize(["w10 w40"]).ids.tolist()
+
+
+# --- vocabulary cut to a catalogue's ----------------------------------------------------------------------------------
+
+
+def test_a_cut_vocabulary_leaves_the_texts_of_the_catalogue_as_they_were(tiny_e5: Path) -> None:
+    backbone, texts = Backbone.load(str(tiny_e5), max_length=16), ["红色", "red red"]
+    cut = cut_backbone(backbone, texts)
+    np.testing.assert_array_equal(cut.encode(texts), backbone.encode(texts))
+    assert cut.model.get_input_embeddings().num_embeddings < backbone.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    assert (cut.fingerprint, cut.text_prefix, cut.is_cut) == (backbone.fingerprint, "query: ", True)
+    assert "Vocabulary cut" in cut.notes[-1]
+    # A text with other words is read all the same, and otherwise.
+    assert not np.allclose(cut.encode(["连衣裙"]), backbone.encode(["连衣裙"]))
+
+
+def test_a_recipe_cuts_the_vocabulary_where_a_catalogue_is_encoded(tiny_bert: Path, tmp_path: Path) -> None:
+    changes = [f"backbone.model={tiny_bert}", "backbone.max_length=16", f"store={tmp_path / 'adapters'}"]
+    whole, cut = (
+        Workspace.of(load_recipe("lora-fashion", [*changes, f"backbone.vocabulary={one}"]), cache=tmp_path / one)
+        for one in ("full", "catalog")
+    )
+    np.testing.assert_allclose(cut.encode_catalog(), whole.encode_catalog(), atol=1e-6)
+    assert cut.backbone.is_cut
+    assert not whole.backbone.is_cut

@@ -75,6 +75,7 @@ class Backbone:
         pooling: mean over the real tokens, or the first token; either way scaled to unit length.
         max_length: texts are cut to so many tokens, special tokens and those of the prefix included.
         text_prefix: what every text begins with before it is read; "" for nothing. An empty text stays empty.
+        is_cut: whether its vocabulary was cut, see `vocabulary.cut_backbone`.
         notes: what a user should know of the base and of how it is used here, a sentence each.
     """
 
@@ -91,6 +92,7 @@ class Backbone:
         self.quantization: Quantization = quantization
         self.notes = notes
         self.text_prefix = text_prefix
+        self.is_cut = False
         self._known_fingerprint = fingerprint
         self._warned_of: set[str] = set()  # quantizations of adapters that were tuned on other weights than these
         # A fast tokenizer keeps the truncation of its last call, which another thread's length would overwrite.
@@ -303,6 +305,11 @@ class Backbone:
                 f"--set {shlex.quote(f'backbone.text_prefix={wanted}')}, or Backbone.load(text_prefix={wanted})."
             )
         record.check_backbone(self.fingerprint, self.name)
+        if self.is_cut and record.manifest.stored_as == "trainable_tokens":
+            raise StoreError(
+                f"Adapter {record.reference} holds embeddings of tokens, by their places in the whole vocabulary. Take "
+                "--set backbone.vocabulary=full."
+            )
         if stamp.pooling != self.pooling:
             raise StoreError(
                 f"Adapter {record.reference} was tuned with pooling {stamp.pooling}, this backbone pools by "

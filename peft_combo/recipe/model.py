@@ -77,6 +77,11 @@ class BackboneConfig(Section):
     max_length: Int = Field(
         default=64, ge=4, le=8192, description="Tokens per text, special tokens included; longer texts are cut."
     )
+    vocabulary: Literal["full", "catalog"] = Field(
+        default="full",
+        description="catalog: where a catalogue is encoded, keep the embeddings of its tokens and of single characters "
+        "alone; its texts have the same vectors in less memory, a query with other words is read in smaller pieces.",
+    )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         default="none", description="Bits of the frozen weights (bitsandbytes). Adapter and head stay in float32."
     )
