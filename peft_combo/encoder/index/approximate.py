@@ -29,8 +29,11 @@ from peft_combo.errors import PeftComboError
 
 FaissKind: TypeAlias = Literal["hnsw", "ivf-sq8", "ivfpq"]
 
-FEW_ROWS = 20_000
-"""So few allowed rows are gathered and compared one by one, which is exact and takes a few milliseconds."""
+FEW_ROWS = 2_000
+"""So few allowed rows are gathered and compared one by one, which is exact and takes less than a millisecond."""
+
+# Of fewer rows than one in so many a graph finds its way badly, and comparing them all is sooner done.
+_GRAPH_SHARE = 20
 
 # Points that k-means sees for each list; faiss asks for 39 at least and reads no more than 256. More of them changed
 # neither recall nor the evenness of lists here, and cost time in proportion.
@@ -81,8 +84,10 @@ class FaissIndex:
         k = min(k, len(self))
         if not len(queries) or not len(self):
             return np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-        if allowed is not None and (few := np.count_nonzero(allowed)) < max(FEW_ROWS, len(self) // 100):
-            return self._compare_few(queries, k, pairs, np.flatnonzero(allowed)) if few else _nothing(len(queries), k)
+        few = max(FEW_ROWS, len(self) // _GRAPH_SHARE) if self.kind == "hnsw" else FEW_ROWS
+        there = len(self) if allowed is None else int(np.count_nonzero(allowed))
+        if allowed is not None and there < few:
+            return self._compare_few(queries, k, pairs, np.flatnonzero(allowed)) if there else _nothing(len(queries), k)
         proposed = self._propose(queries, k, pairs, allowed)
         results = []
         for block in slices(len(queries), BLOCK[0]):
@@ -94,7 +99,6 @@ class FaissIndex:
         scores = np.concatenate([scores for _, scores in results])
         # Where what was opened held too few, others there may be are found by looking at all.
         barred = divide_pairs(pairs, len(queries))
-        there = len(self) if allowed is None else np.count_nonzero(allowed)
         short = [query for query, own in enumerate(barred) if (rows[query] >= 0).sum() < min(k, there - len(own))]
         if short:
             exact = ExactIndex(self.vectors)
