@@ -26,6 +26,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "optuna": "evaluation",
     "faiss": "encoder.index",
     "implicit": "scoring.factors",
+    "duckdb": "scoring.out_of_core",
     "matplotlib": "metrics.charts",
     "onnx": "adapters",
     "onnxruntime": "adapters",
