@@ -442,14 +442,8 @@ class BundleRecommender:
     @cached_property
     def _taken(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The items that each user took, by user, each once and latest first, and where each user's begin."""
-        events = self.dataset.interactions
-        assert events is not None
-        order = np.lexsort((-np.arange(len(events)), -np.nan_to_num(events.times), events.users))
-        order = order[events.users[order] >= 0]
-        users, items = events.users[order].astype(np.int64), events.items[order].astype(np.int64)
-        _, first = np.unique(users * len(self.dataset.catalog) + items, return_index=True)
-        first.sort()
-        return items[first], np.searchsorted(users[first], np.arange(len(events.user_ids) + 1))
+        assert self.dataset.interactions is not None
+        return self.dataset.interactions.list_taken(len(self.dataset.catalog))
 
     # Rows become scores.
 
