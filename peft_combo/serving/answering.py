@@ -218,6 +218,8 @@ class Answerer:
         self, route: Route, asked: Asked, waiting: WaitingContext | None, recommender: BundleRecommender
     ) -> tuple[AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], ItemRanking]:
         request = asked.request
+        # The first page and what lists are drawn from; a later page is found in all there is.
+        depth = None if request.cursor is not None else max(request.k + 1, CANDIDATES)
         slots, without = request.slots, request.without_slots
         not_like = [one for one in request.not_like if one in recommender.dataset.catalog.index]
 
@@ -225,13 +227,13 @@ class Answerer:
             if route == "replace" and request.swap is not None:
                 return recommender.rank_replacements(
                     asked.items, request.swap, user=asked.user, constraints=request.constraints, not_like=not_like,
-                    exclude=asked.exclude, exclude_seen=request.exclude_seen, fused=fused,
+                    exclude=asked.exclude, exclude_seen=request.exclude_seen, fused=fused, depth=depth,
                 )  # fmt: skip
             barred = (*asked.exclude, *asked.context) if not asked.items else asked.exclude
             return recommender.rank_items(
                 asked.items, user=asked.user, query=request.query,
                 constraints=request.constraints, required=slots, forbidden=without, not_like=not_like,
-                exclude=barred, exclude_seen=request.exclude_seen, fused=fused,
+                exclude=barred, exclude_seen=request.exclude_seen, fused=fused, depth=depth,
             )  # fmt: skip
 
         if route == "replace" and len(asked.items) == 1:
@@ -240,7 +242,7 @@ class Answerer:
             words = replace(asked, user=None, items=(), context=())
             ranking = recommender.rank_items(
                 query=request.query, constraints=request.constraints, required=slots, forbidden=without,
-                not_like=not_like, exclude=(*words.exclude, *asked.items),
+                not_like=not_like, exclude=(*words.exclude, *asked.items), depth=depth,
             )  # fmt: skip
             return "text", (), (), ranking
         by, tried, notes, fused = self._score(waiting)
