@@ -63,6 +63,12 @@ class LocalExecutor:
         return self.size
 
     @property
+    def told(self) -> str:
+        """What each worker has, in words."""
+        gpu = "a GPU" if self._gpus >= self.size else "a part of a GPU" if self._gpus else ""
+        return f"each has {gpu or f'{self._threads} of the cores'}"
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """The processes that run."""
         return tuple(one.process.pid for one in self._processes.values() if one.process.pid is not None)

@@ -81,6 +81,11 @@ class RayExecutor:
         return self.size
 
     @property
+    def told(self) -> str:
+        """What each worker has, in words."""
+        return f"each has {'a GPU and ' if self._gpus else ''}{self._cpus} of the cores"
+
+    @property
     def pids(self) -> tuple[int, ...]:
         """The processes of the actors that run; those of other machines too."""
         return tuple(one.place[1] for one in self._handles if one.place is not None)
@@ -116,11 +121,13 @@ class RayExecutor:
                 "address": "local", "num_cpus": max(count_usable_cpus(), workers or 1) + 1, "include_dashboard": False,
             }  # fmt: skip
         try:
+            if address is not None:
+                _knock(address)
             self._ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             where = "on this machine" if address is None else f"at {address}"
             raise PeftComboError(
-                f"There is no Ray cluster {where}: {str(error).strip().splitlines()[0] if str(error) else error}. "
+                f"There is no Ray cluster {where}: {str(error).strip().split('. ')[0].rstrip('.')}. "
                 "Start one with: ray start --head; or leave --address away, and one is started here."
             ) from error
 
@@ -176,7 +183,7 @@ class RayExecutor:
     def explain_start(self, reason: str) -> str:
         """See `WorkerPool`."""
         return (
-            f"Workers of the Ray cluster end before they begin ({reason}). Is peft-combo of this version installed on "
+            f"Workers of the Ray cluster end before they begin ({reason}). Is the package installed in this version on "
             "every machine of it, under the same Python?"
         )
 
@@ -191,6 +198,13 @@ def fit_cores(nodes: Sequence[float], workers: int) -> int:
         if sum(int(node) // cores for node in nodes) >= workers and sum(nodes) - workers * cores >= 1:
             return cores
     return 1
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself asks for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _explain_death(worker: _Handle, error: Exception) -> str:
