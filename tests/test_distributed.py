@@ -17,6 +17,7 @@ import pytest
 import share_functions
 from conftest import REPOSITORY
 from numpy.typing import NDArray
+from share_functions import Here
 from test_bank import store_adapter
 
 from peft_combo.data.readers.text_column import TextColumn
@@ -283,22 +284,6 @@ def test_a_killed_ray_worker_leaves_no_trace_in_the_vectors(
     done = embed_shards(bank, Blocks(TEXTS), "food", tmp_path / "shards", executor=ray)
     assert len(done.manifest.shards) == 8
     np.testing.assert_allclose(stack(tmp_path / "shards"), expected, atol=1e-6)
-
-
-class Here:
-    """An executor of one worker, this process; ends after so many shares where it is told to."""
-
-    workers = 1
-
-    def __init__(self, most: int = 1000) -> None:
-        self.most, self.done = most, 0
-
-    def map_shares(self, function: Callable[[Any], Any], shares: Any) -> Iterator[tuple[int, Any]]:
-        for number, share in enumerate(shares):
-            if number == self.most:
-                raise KeyboardInterrupt
-            self.done += 1
-            yield number, function(share)
 
 
 def test_who_hands_out_may_die_too_and_only_the_rest_is_encoded_again(bank: AdapterBank, tmp_path: Path) -> None:

@@ -18,6 +18,16 @@ from peft_combo.cli.app import (
     check_data_path,
     load_ready_recipe,
 )
+from peft_combo.cli.fleet import (
+    DepthOption,
+    EachCategoryOption,
+    FleetOnOption,
+    MinBundlesOption,
+    SlurmOption,
+    list_fleet_pairs,
+    refuse_beside_fleet,
+    run_fleet,
+)
 from peft_combo.cli.output import (
     ConsoleWatch,
     console_watch,
@@ -27,7 +37,7 @@ from peft_combo.cli.output import (
     print_line,
     print_table,
 )
-from peft_combo.cli.workers import refuse_alone
+from peft_combo.cli.workers import AddressOption, WorkersOption, refuse_alone
 
 if TYPE_CHECKING:
     from peft_combo.metrics.report import ResultRow
@@ -106,13 +116,21 @@ def tune(
     fail_on_no_promotion: Annotated[
         bool, typer.Option("--fail-on-no-promotion", help="Exit code 4 where --promote left the alias where it was.")
     ] = False,
+    each_category: EachCategoryOption = False,
+    min_bundles: MinBundlesOption = None,
+    depth: DepthOption = None,
+    on: FleetOnOption = None,
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+    slurm: SlurmOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tune one category's adapter and store it, with quality before and after.
 
     With --dry-run nothing is trained or stored. With --from a stored adapter goes on learning: the new version is
     stored, compared with the one it came from on new and old questions, and --promote moves an alias to it only if it
-    is better; else the alias stays, and the last line says why.
+    is better; else the alias stays, and the last line says why. With --each-category there is an adapter for each
+    category; what is stored already stays, and a run that was stopped goes on.
     """
     from peft_combo.tuning.run_folder import find_run_folder, name_run_folder
 
@@ -126,11 +144,15 @@ def tune(
         ("--promote", promote is not None, "--from", start is not None),
         ("--gate-...", bool(gate), "--promote", promote is not None),
         ("--fail-on-no-promotion", fail_on_no_promotion, "--promote", promote is not None),
+        *list_fleet_pairs(each_category, min_bundles, depth, on, workers, address, slurm),
     )
     loaded = load_ready_recipe(recipe, overrides, data, store)
-    folder = run_folder or name_run_folder(loaded)
-    if run_folder is None and resume:
-        folder = find_run_folder(loaded)
+    if each_category:
+        refuse_beside_fleet(dry_run, start, resume)
+        check_data_path(loaded)
+        run_fleet(loaded, min_bundles, depth, on or "local", workers, address, slurm or (), run_folder, as_json)
+        return
+    folder = run_folder or (find_run_folder(loaded) if resume else name_run_folder(loaded))
     _check_cheaply(loaded, start, promote, None if dry_run else folder)
     check_data_path(loaded)
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
@@ -141,14 +163,18 @@ def tune(
         result, continued = _run_tuning(loaded, start, options, promote, gate, resume, folder, callback)
     if not callback.main:
         return
-    if as_json:
-        print_json(_build_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
-    else:
-        _print_tuned(result, loaded)
-        if continued is not None:
-            print_continued(continued)
+    _print_result(result, continued, loaded, as_json)
     if fail_on_no_promotion and continued is not None and not continued.promoted:
         raise typer.Exit(4)
+
+
+def _print_result(result: TuneResult, continued: Continued | None, recipe: Recipe, as_json: bool) -> None:
+    if as_json:
+        print_json(_build_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
+        return
+    _print_tuned(result, recipe)
+    if continued is not None:
+        print_continued(continued)
 
 
 def _run_tuning(

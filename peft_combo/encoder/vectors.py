@@ -215,7 +215,8 @@ class VectorCache:
                 staged.manifest = (_MANIFEST, json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
                 self._verified.add(_read_stamp((staged.path / _VECTORS).stat()))
         except FileExistsError:
-            if self._open(encoder, name) is None:
+            # Another writer may have put it together with others, and so away, as soon as it was there.
+            if self._open(encoder, name) is None and target.exists() and self._open(encoder, name) is None:
                 raise StoreError(f"The damaged vectors in {target}/ cannot be replaced. Delete that folder.") from None
         present = set(digests)
         for entry in entries:
