@@ -46,15 +46,18 @@ def main() -> None:
         words = ["--recipe", "lora-fashion", "--set", "training.epochs=1"]
         if tiny is not None:
             words += ["--data", str(tiny.shop), *(word for one in tiny.changes for word in ("--set", one))]
-        if options.smoke:  # one thread: spinning ones would only hold up whatever runs beside a smoke run
-            report(words, 1, 1, 1)
+        if options.smoke:  # one setting, one thread: spinning ones would hold up whatever runs beside a smoke run
+            report(words, 1, 1, 1, ("default",))
         else:
             report(words, options.rounds, options.neighbours, os.cpu_count() or 1)
 
 
-def report(words: list[str], rounds: int, neighbours: int, threads: int) -> None:
+def report(
+    words: list[str], rounds: int, neighbours: int, threads: int, names: tuple[str, ...] = ("default", "ours")
+) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(CHOSEN)}
-    settings = {"default": clean | {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": str(threads)}, "ours": clean}
+    spinning = clean | {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": str(threads)}
+    settings = {name: spinning if name == "default" else clean for name in names}
     times: dict[tuple[str, bool], list[float]] = {}
     for _ in range(rounds):
         for busy in (False, True):

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from forked import run_script
 
 SCRIPTS = sorted(file for file in (REPOSITORY / "benchmarks").glob("*.py") if not file.stem.startswith("_"))
-NEEDED = {"tagging_crf": "pycrfsuite", "recommend_speed": "faiss"}
+NEEDED = {"tagging_crf": "pycrfsuite", "recommend_speed": "faiss", "search_scale": "faiss"}
 """What is no dependency of the tests; `.ci/run` installs it."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.stem)
-def test_a_benchmark_runs_to_the_end_with_smoke(script: Path, tmp_path: Path) -> None:
+def test_a_benchmark_runs_to_the_end_with_smoke(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = NEEDED.get(script.stem)
     if needed and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
     written = {file: file.read_bytes() for file in (REPOSITORY / "docs").rglob("*.md")}
-    done = subprocess.run(
-        [sys.executable, str(script), "--smoke"], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert done.stdout.count("\n") >= 2, done.stdout
-    assert list(tmp_path.iterdir()) == [], "a smoke run leaves nothing behind"
+    folder, printed = tmp_path / "here", tmp_path / "printed"
+    folder.mkdir()
+    printed.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for the processes a script starts
+    code, out, err = run_script(script, ["--smoke"], folder, printed)
+    assert code == 0, f"{out[-2000:]}\n{err[-3000:]}"
+    assert out.count("\n") >= 2, out
+    assert list(folder.iterdir()) == [], "a smoke run leaves nothing behind"
     assert written == {file: file.read_bytes() for file in written}, "a smoke run writes nothing into docs/"
