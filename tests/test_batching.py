@@ -5,15 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from peft_combo.recommender.explanations import FusedScores
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.drift import Drift
 from peft_combo.serving.errors import NotReady, Overloaded, TimedOut, TooLarge
+from peft_combo.serving.score_batching import ScoreBatcher, WaitingContext
 from peft_combo.serving.turns import Turns
 
 
@@ -184,3 +187,37 @@ def test_turns_are_taken_one_at_a_time_and_in_order() -> None:
     assert order == list(range(8))
     with turns:  # and it is free again
         pass
+
+
+class _Counting:
+    """A recommender that notes what it scores at once, and cannot score row 9."""
+
+    def __init__(self) -> None:
+        self.passes: list[list[int]] = []
+
+    def score_contexts(self, asked: list[tuple[Any, str | None]]) -> list[FusedScores]:
+        rows = [int(row[0]) for row, _ in asked]
+        self.passes.append(rows)
+        if 9 in rows:
+            raise ValueError("row 9")
+        return [FusedScores(np.full(3, row, np.float32), {}) for row in rows]
+
+
+def test_contexts_in_line_are_scored_in_one_pass_and_each_finds_its_own_fault() -> None:
+    batcher, one, other = ScoreBatcher(most=3), _Counting(), _Counting()
+    line = [WaitingContext(cast(Any, one), np.array([row]), None) for row in (1, 2, 3, 4)]
+    foreign = WaitingContext(cast(Any, other), np.array([7]), None)
+    with ExitStack() as stack:
+        for waiting in (line[0], foreign, *line[1:]):
+            stack.enter_context(batcher.stand_in_line(waiting))
+        assert [batcher.score(waiting).scores[0] for waiting in line] == [1, 2, 3, 4]
+        assert (one.passes, other.passes) == ([[1, 2, 3], [4]], [])  # of one release each
+        assert batcher.score(foreign).scores[0] == 7
+    good, bad, gone = (WaitingContext(cast(Any, one), np.array([row]), None) for row in (5, 9, 6))
+    with batcher.stand_in_line(good), batcher.stand_in_line(bad):
+        with batcher.stand_in_line(gone):
+            pass
+        assert batcher.score(good).scores[0] == 5  # though it was scored beside one that cannot be
+        with pytest.raises(ValueError, match="row 9"):
+            batcher.score(bad)
+    assert one.passes[2:] == [[5, 9], [5], [9]]

@@ -40,3 +40,7 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
         html = (tmp_path / "site" / "reference" / page / "index.html").read_text()
         assert f"peft_combo.{name}" in html or f".{name}" in html, f"{name} is not on the page of {page}"
         assert "fonts.googleapis" not in html
+    commands = (tmp_path / "site" / "reference" / "cli" / "index.html").read_text()
+    assert all(f"peft-combo {name}" in commands for name in ("tune", "retune", "adapters merge", "serve keys add"))
+    fields = (tmp_path / "site" / "reference" / "fields" / "index.html").read_text()
+    assert all(name in fields for name in ("adapter.top_layers", "task.whitening", "training.early_stopping.patience"))

@@ -166,7 +166,7 @@ def test_where_one_has_nothing_to_say_the_next_answers(
     calm: Service, monkeypatch: pytest.MonkeyPatch, silent: tuple[str, ...], by: str
 ) -> None:
     if "fusion" in silent:
-        monkeypatch.setattr(type(calm._deployments.releases()[0].base), "score_context", _raise)
+        monkeypatch.setattr(type(calm._deployments.releases()[0].base), "score_contexts", _raise)
     if "text" in silent:
         monkeypatch.setattr(answering, "score_by_texts", lambda state, rows: None)
     if "cf" in silent:
@@ -178,6 +178,24 @@ def test_where_one_has_nothing_to_say_the_next_answers(
     bundle = calm.compose(ask(items=["p0"], k=1))
     assert bundle.origin.answered_by == by
     assert "p0" in bundle.results[0]["items"]
+
+
+def test_many_contexts_at_once_have_the_scores_they_have_alone(calm: Service) -> None:
+    recommender = calm._deployments.releases()[0].base
+    events = recommender.dataset.interactions
+    assert events is not None
+    users = [None, events.user_ids[0], None, events.user_ids[3]]
+    given = [["p0"], [], ["p3", "p1", "p7"], ["p9"]]
+    asked = [
+        (recommender.find_context(recommender.dataset.find_items(items), user), user)
+        for items, user in zip(given, users, strict=True)
+    ]
+    for (rows, user), together in zip(asked, recommender.score_contexts(asked), strict=True):
+        alone = recommender.score_context(rows, user)
+        np.testing.assert_allclose(together.scores, alone.scores, rtol=2e-5, atol=2e-5)
+        assert together.parts.keys() == alone.parts.keys()
+        for name, part in together.parts.items():
+            np.testing.assert_allclose(part, alone.parts[name], rtol=2e-5, atol=2e-5, err_msg=str(name))
 
 
 def _raise(*_: Any) -> None:

@@ -34,6 +34,8 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "pooch": "data.readers.download",
     "typer": "cli",
     "rich": "cli",
+    "ray": "distributed",
+    "submitit": "distributed",
     "fastapi": "serving",
     "starlette": "serving",
     "uvicorn": "serving",

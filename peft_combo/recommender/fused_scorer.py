@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo.data.queries import Queries
+from peft_combo.data.queries import Queries, pad_contexts
 from peft_combo.recommender.composing.evidence import Composition
 from peft_combo.recommender.explanations import FusedScores
 from peft_combo.recommender.fit_state import FitState
@@ -26,18 +26,22 @@ class FusedScorer:
 
     state: FitState
 
-    def score(self, context: NDArray[np.int64], user: str | None) -> FusedScores:
-        """Score all items for one context, (S,) rows, and keep what each scorer gave."""
-        query = _make_queries(context[None], user)
-        fused, parts = self.state.fusion.explain(self._score_parts(query), self.state.known.evidence(query))
-        scores: NDArray[np.float32] = self._add_neighbours(fused, query)[0]
-        return FusedScores(scores, {scorer: part[0] for scorer, part in parts.items()})
+    def score(self, asked: Sequence[tuple[NDArray[np.int64], str | None]]) -> list[FusedScores]:
+        """Score all items for each context, (S,) rows, and its user; keep what each scorer gave."""
+        queries = _make_queries(pad_contexts([context for context, _ in asked]), [user for _, user in asked])
+        fused, parts = self.state.fusion.explain(self._score_parts(queries), self.state.known.evidence(queries))
+        scores = self._add_neighbours(fused, queries)
+        return [
+            FusedScores(own, {scorer: part[place] for scorer, part in parts.items()})
+            for place, own in enumerate(scores)
+        ]
 
     def credit_context(
         self, context: NDArray[np.int64], user: str | None, rows: Sequence[int], scores: NDArray[np.float32]
     ) -> dict[int, dict[int, float]]:
         """Tell what each item of a context adds to the scores of `rows`: all at once, one query without each."""
-        without = _make_queries(np.stack([np.delete(context, place) for place in range(len(context))]), user)
+        rests = np.stack([np.delete(context, place) for place in range(len(context))])
+        without = _make_queries(rests, [user] * len(context))
         fused = self.state.fusion.combine(self._score_parts(without), self.state.known.evidence(without))
         less = self._add_neighbours(fused, without)
         return {
@@ -81,7 +85,7 @@ class FusedScorer:
         return np.where(has_score, scores + neighbours, scores).astype(np.float32)
 
 
-def _make_queries(contexts: NDArray[np.int64], user: str | None) -> Queries:
-    """Return queries of one user, or of none: (Q, S) rows."""
+def _make_queries(contexts: NDArray[np.int64], users: Sequence[str | None]) -> Queries:
+    """Return queries of users, None for nobody: (Q, S) rows, -1 for none."""
     none = np.zeros(len(contexts), np.int64)
-    return Queries(contexts, none, np.array([user or ""] * len(contexts)), none)
+    return Queries(contexts, none, np.array([user or "" for user in users]), none)

@@ -152,11 +152,15 @@ class TextCosine(HistoryScorer[TextVectors]):
                 # The mean up to a factor that the unit length undoes: (q, N) @ (N, D) -> (q, D).
                 scores[block] = known.cosines(dense(unit_rows(cast(Any, inside[block]) @ known.vectors)))
         else:
-            for row, (start, stop) in enumerate(zip(contexts.indptr[:-1], contexts.indptr[1:], strict=True)):
-                chosen = contexts.indices[start:stop]
-                chosen = chosen[has_text[chosen]]
-                if chosen.size:
-                    scores[row] = known.cosines(dense(known.vectors[chosen])).max(axis=0)
+            longest = int(np.diff(contexts.indptr).max(initial=1))
+            for block in row_blocks(contexts.shape[0], contexts.shape[1] * longest):
+                ends = contexts.indptr[block.start : block.stop + 1]
+                chosen, own = contexts.indices[ends[0] : ends[-1]], np.flatnonzero(np.diff(ends))
+                if len(own):
+                    cosines = known.cosines(dense(known.vectors[chosen]))  # (C, N)
+                    if not has_text[chosen].all():
+                        cosines[~has_text[chosen]] = -np.inf
+                    scores[block][own] = np.maximum.reduceat(cosines, ends[own] - ends[0], axis=0)
         return mask_missing(scores, familiar, has_text)
 
 

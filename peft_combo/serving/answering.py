@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from peft_combo.serving.exploration import CANDIDATES, parse_policy
 from peft_combo.serving.exploration import explore as draw
 from peft_combo.serving.live_events import LiveEvents, list_context, list_seen
 from peft_combo.serving.requests import ServiceRequest
+from peft_combo.serving.score_batching import ScoreBatcher, WaitingContext
 from peft_combo.serving.state import EventRow
 from peft_combo.serving.turns import Turns
 
@@ -47,6 +49,7 @@ class Asked:
         items: ids that are known. context: ids that stand for the request: `items`, or what the user dealt with last.
         user: as the dataset knows them; None where it does not.
         exclude: ids that are not shown. notes: what was noticed.
+        given: rows that are scored, the context but for an item that is swapped; None where scores are not asked for.
     """
 
     request: ServiceRequest
@@ -55,6 +58,7 @@ class Asked:
     user: str | None
     exclude: tuple[str, ...]
     notes: tuple[str, ...]
+    given: NDArray[np.int64] | None
 
 
 class Answerer:
@@ -71,7 +75,7 @@ class Answerer:
     ) -> None:  # fmt: skip
         self._events, self._identify, self._is_forgotten = events, identify, is_forgotten
         self._policy = None if explore is None else parse_policy(explore)
-        self._turns = Turns()
+        self._turns, self._scores = Turns(), ScoreBatcher()
 
     def answer(self, route: Route, request: ServiceRequest, alias: str, arm: Arm, deployed: DeployedRelease) -> Answer:
         """Answer one request.
@@ -88,15 +92,21 @@ class Answerer:
         propensities: tuple[float, ...] = ()
         if request.query is not None and request.query.strip():
             recommender.state.search.encode_ahead([request.query])  # in a batch with others, before its turn
-        with self._turns:
-            asked = self._understand(route, request, recommender, cursor)
-            understood = time.perf_counter()
+        asked = self._understand(route, request, recommender, cursor)
+        understood = time.perf_counter()
+        with ExitStack() as line:
+            waiting = None
+            if asked.given is not None:
+                rows = recommender.find_context(asked.given, asked.user)
+                waiting = WaitingContext(recommender, rows, asked.user)
+                line.enter_context(self._scores.stand_in_line(waiting))
+            line.enter_context(self._turns)
             if route in ("compose", "rank"):
-                results, by, tried, notes = self._answer_bundles(route, asked, recommender)
+                results, by, tried, notes = self._answer_bundles(route, asked, waiting, recommender)
                 following = None
             else:
                 results, by, tried, notes, following, propensities = self._answer_items(
-                    route, asked, recommender, cursor, release.release, request_id
+                    route, asked, waiting, recommender, cursor, release.release, request_id
                 )
         done = time.perf_counter()
         deployed.counts.add(done - started)
@@ -131,7 +141,11 @@ class Answerer:
         if request.exclude_seen and events:
             seen = set(list_seen(events)) - set(items)
             exclude += [one for one in seen if one in recommender.dataset.catalog.index]
-        return Asked(request, tuple(items), tuple(context), user, tuple(exclude), tuple(notes))
+        asked = Asked(request, tuple(items), tuple(context), user, tuple(exclude), tuple(notes), None)
+        if _goes_by_words(route, asked):
+            return asked
+        given = [one for one in context if route != "replace" or one != request.swap]
+        return replace(asked, given=recommender.dataset.find_items(given))
 
     def _find_user(
         self, request: ServiceRequest, recommender: BundleRecommender
@@ -147,8 +161,8 @@ class Answerer:
     # Single items.
 
     def _answer_items(
-        self, route: Route, asked: Asked, recommender: BundleRecommender, cursor: Cursor | None, release: str,
-        request_id: str,
+        self, route: Route, asked: Asked, waiting: WaitingContext | None, recommender: BundleRecommender,
+        cursor: Cursor | None, release: str, request_id: str,
     ) -> tuple[
         list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], str | None, tuple[float, ...]
     ]:  # fmt: skip
@@ -159,7 +173,7 @@ class Answerer:
             raise DataError("Nothing to go by: give items or a user. For words alone ask /v1/search.")
         if route == "replace" and (request.swap is None or not request.items):
             raise BadRequest("swap: expected items, a bundle, and of these the one to replace in swap.")
-        by, tried, notes, ranking = self._rank(route, asked, recommender)
+        by, tried, notes, ranking = self._rank(route, asked, waiting, recommender)
         after: int | None = None
         propensities: tuple[float, ...] = ()
         if cursor is not None:
@@ -201,7 +215,7 @@ class Answerer:
         return [int(pool[place]) for place in found.order], tuple(found.propensities.tolist())
 
     def _rank(
-        self, route: Route, asked: Asked, recommender: BundleRecommender
+        self, route: Route, asked: Asked, waiting: WaitingContext | None, recommender: BundleRecommender
     ) -> tuple[AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], ItemRanking]:
         request = asked.request
         # The first page and what lists are drawn from; a later page is found in all there is.
@@ -222,29 +236,27 @@ class Answerer:
                 exclude=barred, exclude_seen=request.exclude_seen, fused=fused, depth=depth,
             )  # fmt: skip
 
-        if route == "search" or (request.query is not None and not asked.context and asked.user is None):
+        if route == "replace" and len(asked.items) == 1:
+            return "text", (), (), rank(None)
+        if waiting is None or asked.given is None:
             words = replace(asked, user=None, items=(), context=())
             ranking = recommender.rank_items(
                 query=request.query, constraints=request.constraints, required=slots, forbidden=without,
                 not_like=not_like, exclude=(*words.exclude, *asked.items), depth=depth,
             )  # fmt: skip
             return "text", (), (), ranking
-        if route == "replace" and len(asked.items) == 1:
-            return "text", (), (), rank(None)
-        given = [one for one in asked.context if route != "replace" or one != request.swap]
-        by, tried, notes, fused = self._score(recommender, given, asked.user)
+        by, tried, notes, fused = self._score(waiting)
         ranking = rank(fused)
-        rows = recommender.dataset.find_items(given)
-        return by, tried, notes, replace(ranking, context=rows) if len(rows) else ranking
+        return by, tried, notes, replace(ranking, context=asked.given) if len(asked.given) else ranking
 
     def _score(
-        self, recommender: BundleRecommender, given: Sequence[str], user: str | None
-    ) -> tuple[AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], FusedScores]:  # fmt: skip
+        self, waiting: WaitingContext
+    ) -> tuple[AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], FusedScores]:
         """Return the scores of the first that has any to give, and who was asked before."""
-        rows = recommender.find_context(recommender.dataset.find_items(given), user)
-        state = recommender.state
+        rows, state = waiting.rows, waiting.recommender.state
+        some = len(rows) > 0 or waiting.user is not None
         steps: list[tuple[AnsweredBy, Callable[[], FusedScores | None]]] = [
-            ("fusion", lambda: recommender.score_context(rows, user) if len(rows) or user is not None else None),
+            ("fusion", lambda: self._scores.score(waiting) if some else None),
             ("text", lambda: score_by_texts(state, rows)),
             ("cf", lambda: score_by_counts(state, rows)),
             ("popularity", lambda: score_by_popularity(state)),
@@ -269,7 +281,7 @@ class Answerer:
     # Bundles.
 
     def _answer_bundles(
-        self, route: Route, asked: Asked, recommender: BundleRecommender
+        self, route: Route, asked: Asked, waiting: WaitingContext | None, recommender: BundleRecommender
     ) -> tuple[list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...]]:
         request = asked.request
         if request.cursor is not None:
@@ -285,16 +297,24 @@ class Answerer:
             found = recommender.rank(
                 request.bundles, items=asked.items, user=asked.user, query=request.query, explain=request.explain
             )
-            return [_tell_bundle(recommender, one) for one in found], by, tried, notes
-        if asked.context or asked.user is not None or request.query is None:
-            by, tried, notes, fused = self._score(recommender, asked.context, asked.user)
+            return [_tell_bundle(one) for one in found], by, tried, notes
+        if waiting is not None:
+            by, tried, notes, fused = self._score(waiting)
         not_like = [one for one in request.not_like if one in recommender.dataset.catalog.index]
         found = recommender.compose(
             asked.items, user=asked.user, query=request.query, constraints=request.constraints,
             required=request.slots, forbidden=request.without_slots, options=request.options, not_like=not_like,
             exclude=asked.exclude, exclude_seen=request.exclude_seen, fused=fused, explain=request.explain,
         )  # fmt: skip
-        return [_tell_bundle(recommender, one) for one in found], by, tried, notes
+        return [_tell_bundle(one) for one in found], by, tried, notes
+
+
+def _goes_by_words(route: Route, asked: Asked) -> bool:
+    """Tell whether a request is answered without scores of a context or a user."""
+    if route == "replace":
+        return len(asked.items) == 1
+    words = asked.request.query is not None and not asked.context and asked.user is None
+    return route in ("search", "rank") or words
 
 
 def _keep_known(recommender: BundleRecommender, ids: Sequence[str], notes: list[str], what: str) -> list[str]:
@@ -314,11 +334,8 @@ def _tell_item(recommender: BundleRecommender, one: Suggestion, row: int) -> dic
     return {**vars(one), "price": price, "category": " > ".join(path) or None}
 
 
-def _tell_bundle(recommender: BundleRecommender, one: Recommendation) -> dict[str, Any]:
-    catalog = recommender.dataset.catalog
-    prices: NDArray[np.float32] = catalog.prices[[catalog.index[item] for item in one.items]]
-    told = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(one).items()}
-    return {**told, "prices": [None if np.isnan(price) else round(float(price), 2) for price in prices]}
+def _tell_bundle(one: Recommendation) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(one).items()}
 
 
 def _add_bundle_price(recommender: BundleRecommender, results: list[dict[str, Any]], rest: Sequence[str]) -> None:

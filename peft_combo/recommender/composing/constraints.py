@@ -112,11 +112,12 @@ class CatalogIndex:
             all_year = [number for value, number in numbers.items() if value in ALL_SEASONS]
             checks["season"] = fitting | np.isin(codes, [-1, *all_year])
         if constraints.exclude_items:
-            outside = [row for row in constraints.exclude_items if not 0 <= row < len(cents)]
-            if outside:
-                raise ValueError(f"exclude_items must lie in 0..{len(cents) - 1}, found {outside}.")
+            rows = np.array(constraints.exclude_items, np.int64)
+            outside = rows[(rows < 0) | (rows >= len(cents))]
+            if len(outside):
+                raise ValueError(f"exclude_items must lie in 0..{len(cents) - 1}, found {outside.tolist()}.")
             kept = np.ones(len(cents), bool)
-            kept[list(constraints.exclude_items)] = False
+            kept[rows] = False
             checks["exclude_items"] = kept
         if constraints.filter is not None:
             checks |= self.columns.match(constraints.filter)
