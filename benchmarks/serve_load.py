@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,9 @@ from typing import Any
 import httpx
 from _served import run_service
 from _smoke import add_smoke
+
+from peft_combo.data.sources import open_dataset
+from peft_combo.recipe.files import load_recipe
 
 warnings.simplefilter("ignore")
 _WORDS = ("red", "blue", "glass", "paper", "vintage", "heart", "bird", "garden", "metal", "candle", "lunch", "cake")
@@ -54,6 +57,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each run")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--encoder", default="torch", help="torch, onnx, int8 or pruned, as `peft-combo serve` takes it"
+    )
     parser.add_argument("--cache", type=Path, help="folder of vectors and fitted recommenders that are kept")
     parser.add_argument("--url", help="of a service that runs already, in place of one of our own")
     parser.add_argument("--json", type=Path, help="write all lines here")
@@ -63,8 +69,9 @@ def main() -> None:
         options.clients, options.seconds = [1, 4], 0.2
     lines = []
     print(f"{'asked':34} {'clients':>7} {'req/s':>8} {'p50':>8} {'p95':>8} {'p99':>8} ms  errors")
+    users = list_users(options)
     with start(options) as url:
-        for name, path, bodies in list_questions(url, options.smoke):
+        for name, path, bodies in list_questions(url, users, options.smoke):
             lines += [report(name, n, load(url, path, bodies, n, options.seconds)) for n in options.clients]
     if not options.smoke:
         with start_peer() as url:
@@ -98,16 +105,18 @@ def start(options: argparse.Namespace) -> Iterator[str]:
             sys.executable, "-m", "peft_combo", "serve", "--recipe", *recipe, "--port", "0",
             "--state", f"{scratch}/state", "--cache", str(kept / "vectors"),
             "--fitted", str(kept / "fitted"), "--workers", str(options.workers),
+            "--encoder", options.encoder,
         ]  # fmt: skip
         with run_service(command) as (url, _):
             yield url
 
 
-def list_questions(url: str, smoke: bool) -> list[tuple[str, str, Bodies]]:
-    """Return names, paths and bodies by number, over items and users that are there."""
+def list_questions(url: str, users: Sequence[str], smoke: bool) -> list[tuple[str, str, Bodies]]:
+    """Return names, paths and bodies by number, over items and users that are there; `users` in an order by chance."""
     examples = httpx.get(f"{url}/v1/examples", timeout=60).json()
     items = [one["item_id"] for one in httpx.get(f"{url}/v1/items?limit=1000", timeout=60).json()["results"]]
-    users = [one["user"] for one in examples["users"]]
+    busiest = [one["user"] for one in examples["users"]]
+    users = users or busiest
     baskets = [[item["item_id"] for item in one["items"]] for one in examples["baskets"]]
 
     def make_basket(number: int) -> list[str]:
@@ -115,12 +124,24 @@ def list_questions(url: str, smoke: bool) -> list[tuple[str, str, Bodies]]:
 
     return [
         ("recommend, known users", "/v1/recommend", lambda n: {"user": users[n % len(users)], "k": 10}),
+        ("recommend, busiest users", "/v1/recommend", lambda n: {"user": busiest[n % len(busiest)], "k": 10}),
         ("complete, baskets of two", "/v1/complete", lambda n: {"items": make_basket(n), "k": 10}),
         ("compose, baskets of two", "/v1/compose", lambda n: {"items": make_basket(n), "k": 3}),
         ("search, new texts", "/v1/search", lambda n: {"query": make_text(n), "k": 10}),
         ("search, twenty texts", "/v1/search", lambda n: {"query": make_text(n % 20), "k": 10}),
         ("embeddings", "/v1/embeddings", lambda n: {"input": make_text(n)}),
-    ][: 2 if smoke else None]
+    ][: 3 if smoke else None]
+
+
+def list_users(options: argparse.Namespace) -> list[str]:
+    """Return the users of the data that is served, in an order by chance; none where somebody else serves."""
+    if options.url is not None or options.smoke:
+        return []
+    recipe, data = ("lora-fashion", None) if options.demo else ("lora-home", str(options.data_root / "online_retail"))
+    events = open_dataset(load_recipe(recipe, (), data).data, "interactions").interactions
+    users = [] if events is None else list(events.user_ids)
+    random.Random(0).shuffle(users)
+    return users
 
 
 def make_text(number: int) -> str:

@@ -19,7 +19,7 @@ from test_importing import foreign
 from typer.testing import CliRunner
 
 from peft_combo.cli.app import app
-from peft_combo.cli.recommend import _format_reasons, _print_suggestions
+from peft_combo.cli.recommend import _format_reason, _format_reasons, _print_suggestions
 from peft_combo.data.labels.tags import Entity
 from peft_combo.recommender.results import Suggestion
 from peft_combo.store.adapter_store import KEPT_VERSIONS, AdapterStore
@@ -326,6 +326,7 @@ def test_reasons_come_in_words_first(capsys: pytest.CaptureFixture[str]) -> None
         "both for women, season summer; in 3 bundles with F1; relevance +0.50, compatibility +0.25, agreement +1.00; "
         "EASE +0.50"
     )
+    assert _format_reason(entry) == "with F1 in 3 bundles; same season; for women"
     one = Suggestion("F2", "Tee", "top", None, 1.0, {"text ranker": 1.0}, {"F1": 3}, {}, {"same category": 0.75})
     _print_suggestions([one], explain=True)
     assert "same category +0.75; 3 bundles with F1; text ranker +1.00" in " ".join(capsys.readouterr().out.split())
@@ -338,7 +339,9 @@ def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Calla
     ask = ("recommend", "--recipe", "./tiny.yaml")
     code, out, err = run(*ask, "--items", "i0,i6", "-k", "2", "--explain")
     assert code == 0, err
-    assert out.startswith("1. score ")
+    assert re.match(r"1\. ([\d,.]+ in all, )?score ", out)
+    assert re.search(r"\n +slot +item +title +price +why\n", out)
+    assert re.search(r"i0 .* given\n", out)
     assert "compatibility" in out
     bundles = json.loads(run(*ask, "--items", "i0", "-k", "2", "--json")[1])
     assert len(bundles) == 2

@@ -37,6 +37,8 @@ REFUSED = {
     *((method, encoder)
       for method in ("lora: pissa", "top-layers", "full") for encoder in ("BERT, 8bit", "BERT, 4bit")),
     ("lora: dora", "BERT, 8bit"),
+    ("c3a", "BERT, 8bit"),
+    ("c3a", "BERT, 4bit"),
     ("loha", "BERT, 4bit"),
     ("lokr", "BERT, 4bit"),
 }  # fmt: skip

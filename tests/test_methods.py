@@ -49,7 +49,7 @@ PROMPTED = [name for name in METHODS if name.startswith(("prefix", "prompt", "p-
 WITHOUT_FILES_OF_PEFT = ["bottleneck: houlsby", "bottleneck: pfeiffer", "bottleneck: parallel", "bitfit", "head",
                          "top-layers", "full"]  # fmt: skip
 IN_TOP_LAYERS = [name for name, config in METHODS.items() if hasattr(config, "top_layers")]
-MERGED = [name for name in METHODS if name not in PROMPTED and not name.startswith("bottleneck")]
+MERGED = [name for name in METHODS if name not in PROMPTED and not name.startswith(("bottleneck", "lily"))]
 
 
 @pytest.fixture(scope="module")
@@ -642,3 +642,14 @@ def test_a_head_alone_trains_nothing_of_the_encoder(backbone: Backbone) -> None:
 
 def test_a_prefix_is_not_shortened_silently(backbone: Backbone) -> None:
     assert attach(backbone, PrefixAdapter(length=4)).max_length == 16
+
+
+def test_cells_of_shira_outside_a_weight_are_refused(backbone: Backbone, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    _, tensors = saved(attach(backbone, "shira"), tmp_path)
+    name = next(name for name in tensors if name.endswith("shira_indices"))
+    tensors[name][1, 3] = 10**6
+    save_file(tensors, tmp_path / methods.WEIGHTS_FILE, {"format": "pt"})
+    with pytest.raises(StoreError, match="lie outside its 32 x 32 weight"):
+        methods.load(backbone.model, tmp_path, "shira", 16)

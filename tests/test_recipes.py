@@ -186,8 +186,9 @@ def test_a_fault_says_what_was_expected_and_what_was_found(changes: dict[str, An
 def test_a_wrong_method_is_answered_with_the_nearest() -> None:
     told = complaint(adapter={"method": "lorra"})
     assert told == (
-        "adapter.method: expected one of lora, adalora, vera, loha, lokr, randlora, oft, ia3, bottleneck, prefix, "
-        'prompt, p-tuning, tokens, layer-norm, bitfit, head, top-layers, full; found "lorra". Did you mean "lora"?'
+        "adapter.method: expected one of lora, adalora, vera, loha, lokr, randlora, oft, miss, hira, shira, c3a, lily, "
+        "ia3, bottleneck, prefix, prompt, p-tuning, tokens, layer-norm, bitfit, head, top-layers, full; "
+        'found "lorra". Did you mean "lora"?'
     )
 
 

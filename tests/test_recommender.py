@@ -30,8 +30,9 @@ from peft_combo.recommender.persistence import load_or_fit, load_recommender, sa
 from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import match_items
 from peft_combo.recommender.recommender import BundleRecommender
-from peft_combo.recommender.results import Recommendation
+from peft_combo.recommender.results import Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import ENSEMBLE, ScorerId
+from peft_combo.recommender.text_search import WORDS, TextSearch
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
 
@@ -103,6 +104,32 @@ def test_a_user_and_a_text_are_enough(fitted: BundleRecommender, dataset: Datase
     title = dataset.catalog.titles[7]
     assert [item for item, _ in fitted.search(title, k=1)] == ["i7"]
     assert fitted.compose(query=title)
+
+
+def test_where_items_are_many_an_index_answers_and_filters_come_first(
+    fitted: BundleRecommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss", reason="the extra faiss is not installed")
+    monkeypatch.setattr("peft_combo.encoder.index.EXACT_ROWS", 10)
+    monkeypatch.setattr("peft_combo.recommender.text_search._DEPTH", 12)
+    large = replace(fitted.state, search=fitted.state.search.with_indexes())
+    assert large.search.nearest.keys() == large.search.weights.keys() - {WORDS}
+    many = BundleRecommender(dataset, fitted.bank, large, composer=fitted.composer, like=fitted)
+    monkeypatch.setattr(TextSearch, "score_items", None)  # all items are never scored
+    title = dataset.catalog.titles[7]
+    best = [item for item, _ in many.search(title, k=3)]
+    monkeypatch.undo()
+    assert best == [item for item, _ in fitted.search(title, k=3)]
+    asks: list[Callable[[BundleRecommender], list[Suggestion]]] = [
+        lambda one: one.complete(query=title, k=3),
+        lambda one: one.complete(query=title, k=3, exclude=best),
+        lambda one: one.complete(query=title, k=3, constraints=Constraints(exclude_items=tuple(range(20)))),
+        lambda one: one.replace([best[0]], best[0], k=3, exclude=best[1:]),
+    ]
+    for ask in asks:
+        found, expected = ask(many), ask(fitted)
+        assert [one.item_id for one in found] == [one.item_id for one in expected]
+        assert [one.score for one in found] == pytest.approx([one.score for one in expected], abs=1e-4)
 
 
 def test_each_kind_of_request_has_its_weights(fitted: BundleRecommender) -> None:

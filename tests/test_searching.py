@@ -184,3 +184,23 @@ def test_a_range_test_of_a_recipe_ends_where_it_runs_away_and_stores_nothing(
     assert f"It is lost at {found.rates[found.diverged]:.2g}" in capsys.readouterr().out
     assert "a tenth of divergence" in chart.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chart.html", "tiny.yaml"]
+
+
+def test_trials_may_run_by_workers_over_one_study_file(file: str, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from share_functions import Here
+
+    axes = [axis_of("training.learning_rate=1e-9..1e-2:log"), axis_of("adapter.rank=2,4"), axis_of("seed=1..3")]
+    notes: list[str] = []
+
+    class Listen(RunCallback):
+        def on_note(self, text: str) -> None:
+            notes.append(text)
+
+    options = {"folder": tmp_path / "study", "callback": Listen(), "overrides": ("training.epochs=1",)}
+    found = search(file, axes, trials=3, executor=Here(), **options)
+    assert [trial.number for trial in found.trials] == [0, 1, 2]
+    assert [note.split(",")[0] for note in notes] == ["trial 0", "trial 1", "trial 2"]
+    again = Here()
+    assert search(file, axes, trials=3, executor=again, **options).trials == found.trials
+    assert again.done == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -126,6 +128,34 @@ def test_a_dead_worker_is_started_anew_and_figures_are_those_of_all(tmp_path: Pa
         counted = re.search(r'seconds_count{.*complete"} (\S+)', httpx.get(f"{url}/metrics", timeout=30).text)
         assert counted is not None
         assert float(counted[1]) == 6
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl, which makes the certificate, is not installed")
+def test_with_a_certificate_it_speaks_tls_and_nothing_else(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-keyout", str(key), "-out", str(cert), "-subj", "/CN=shop", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    program = (
+        "from peft_combo.serving.config import make_config\nfrom peft_combo.serving.processes import serve\n"
+        f"values = {{'recipe': 'none', 'port': 0, 'workers': 1, 'state': {str(tmp_path / 'state')!r},\n"
+        f"          'tls_cert': {str(cert)!r}, 'tls_key': {str(key)!r}}}\n"
+        "tell = lambda text: print(text, flush=True)\n"
+        f"serve(make_config(values), tell, lambda lines: tell(lines[0]), None, [{str(WORKER)!r}])\n"
+    )
+    with run_service([sys.executable, "-c", program]) as (url, process):
+        assert url.startswith("https://127.0.0.1:")
+        known = ssl.create_default_context(cafile=str(cert))
+        answer = httpx.post(f"{url}/v1/complete", json={"items": ["F1"]}, timeout=30, verify=known)
+        assert answer.status_code == 200
+        with pytest.raises(httpx.ConnectError, match="certificate"):
+            httpx.get(f"{url}/health/live", timeout=30)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url.replace('https', 'http')}/health/live", timeout=30)
         process.terminate()
         assert process.wait(30) == 0
 

@@ -503,7 +503,7 @@ def test_a_mapped_file_can_be_searched(bank: AdapterBank, cache: VectorCache) ->
     np.testing.assert_allclose(scores, 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["exact", "hnsw", "ivfpq"])
+@pytest.mark.parametrize("kind", ["exact", "hnsw", "ivf-sq8", "ivfpq"])
 def test_what_cannot_be_searched_is_refused_and_nothing_is_found_in_nothing(kind: Any) -> None:
     if kind != "exact":
         pytest.importorskip("faiss", reason="the extra faiss is not installed")
@@ -532,7 +532,7 @@ def many() -> NDArray[np.float32]:
     return clustered(10_200, 64)
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+@pytest.mark.parametrize("kind", ["hnsw", "ivf-sq8", "ivfpq"])
 def test_approximate_search_finds_nearly_all_of_the_best(many: NDArray[np.float32], kind: Any) -> None:
     pytest.importorskip("faiss", reason="the extra faiss is not installed")
     many, queries = many[:10_000], many[10_000:]
@@ -552,7 +552,7 @@ def test_approximate_search_finds_nearly_all_of_the_best(many: NDArray[np.float3
     assert np.mean([len({*a} & {*b}) / 10 for a, b in zip(rows, expected, strict=True)]) >= 0.95
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+@pytest.mark.parametrize("kind", ["hnsw", "ivf-sq8", "ivfpq"])
 @pytest.mark.parametrize("n_rows", [1, 5, 60, 400])
 def test_small_sets_are_searched_too(kind: Any, n_rows: int, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("faiss", reason="the extra faiss is not installed")
@@ -569,7 +569,7 @@ def test_faiss_comes_in_by_size_and_only_where_it_is_installed(monkeypatch: pyte
     vectors = clustered(400, 8)
     assert isinstance(open_index(vectors), ExactIndex)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    for kind in ("hnsw", "ivfpq"):
+    for kind in ("hnsw", "ivf-sq8", "ivfpq"):
         with pytest.raises(PeftComboError, match=r"pip install \"peft-combo\[faiss\]\""):
             open_index(vectors, kind)
     with pytest.warns(UserWarning, match="All 400 rows are compared"):
@@ -578,8 +578,8 @@ def test_faiss_comes_in_by_size_and_only_where_it_is_installed(monkeypatch: pyte
     pytest.importorskip("faiss", reason="the extra faiss is not installed")
     index = open_index(vectors, exact_rows=100)
     assert isinstance(index, FaissIndex)
-    assert index.kind == "hnsw"
-    index = open_index(vectors, exact_rows=100, hnsw_rows=200)
+    assert index.kind == "ivf-sq8"
+    index = open_index(vectors, exact_rows=100, compressed_rows=200)
     assert isinstance(index, FaissIndex)
     assert index.kind == "ivfpq"
 

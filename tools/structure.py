@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "peft_combo"
 # A room (a package or module directly under peft_combo) may import those on earlier lines: see docs/architecture.md.
 ORDER = [
     ["errors", "callbacks", "machine"],
-    ["files"],
+    ["files", "distributed"],
     ["scoring", "metrics", "recipe", "store"],
     ["data"],
     ["encoder"],

@@ -94,8 +94,20 @@ _UPDATES: dict[str, _Update] = {
         "oft", r"oft_R\.weight", numbers={"r": 4096, "oft_block_size": 1024, "eps": 1, "num_cayley_neumann_terms": 100},
         flags=("use_cayley_neumann", "block_share", "coft"), ignored=("module_dropout",),
     ),
+    "MISS": _Update("miss", r"miss_block", numbers={"r": 1024, "mini_r": 4096}, ignored=("miss_dropout",)),
+    "HIRA": _Update("hira", r"hira_[AB]", numbers={"r": 1024}, ignored=("hira_dropout",)),
+    "SHIRA": _Update(
+        "shira", r"shira_(weight|indices)", numbers={"r": 4096, "random_seed": 2**63}, ignored=("mask_type",),
+    ),
+    "C3A": _Update("c3a", r"c3a_kernel", numbers={"block_size": 4096}, ignored=("block_size_pattern",)),
+    "LILY": _Update(
+        "lily", r"lily_(A|B|router)\.weight", numbers={"r": 1024, "stride_A": 1024, "num_B": 64, "scaling": 4096},
+    ),
     "LN_TUNING": _Update("layer-norm", r"ln_tuning_layers\.(?:weight|bias)"),
     "TRAINABLE_TOKENS": _Update("tokens", r"trainable_tokens_delta", ignored=("token_indices",)),
+}  # fmt: skip
+_PATTERNS = {
+    "LOHA": ("rank_pattern", "alpha_pattern"), "LOKR": ("rank_pattern", "alpha_pattern"), "HIRA": ("rank_pattern",),
 }  # fmt: skip
 _PROMPTS = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "p-tuning"}
 PEFT_TYPES = ("LORA", "ADALORA", *_PROMPTS, *_UPDATES)
@@ -335,7 +347,7 @@ def _rewrite_update(
 ) -> Believed:
     """Rewrite a method whose tensors sit at modules; loading then holds names and shapes against the encoder's."""
     update = _UPDATES[kind]
-    patterns = {"rank_pattern", "alpha_pattern"} if kind in ("LOHA", "LOKR") else set()
+    patterns = set(_PATTERNS.get(kind, ()))
     _refuse_unknown(config, {*update.numbers, *update.flags, *update.ignored, *patterns}, faults)
     written: dict[str, Any] = {"peft_type": kind, "task_type": "FEATURE_EXTRACTION"}
     for name, most in update.numbers.items():
@@ -369,6 +381,9 @@ def _rewrite_update(
     if kind == "IA3":
         ends = [place.strip(one) for one in config.get("feedforward_modules") or () if isinstance(one, str)]
         written["feedforward_modules"] = sorted(m for m in modules if any(f".{m}".endswith(f".{one}") for one in ends))
+    if kind == "MISS" and not isinstance(config.get("init_weights", True), bool):
+        problem = f"{format_value(config['init_weights'])} computes otherwise than MiSS does, and is not known here."
+        faults.append(Fault("init_weights", problem, "Merge it with PEFT, and give the result as backbone.model."))
     if kind == "TRAINABLE_TOKENS":
         written["token_indices"] = _read_token_indices(config, backbone, faults)
     return Believed(update.method, kind.lower(), written, names, _list_head(own, place))

@@ -28,6 +28,7 @@ from peft_combo.store.manifest import parse_json_object
 
 _CONFIG_LIMIT = 2**20  # bytes; a real one has some kB
 _DTYPES = {"F32", "F16", "BF16"}
+_PLACES = {"I32", "I64"}  # SHiRA says which cells of a weight it trained
 _PROBES = ("linen dress", "a text of a few more words than the first")
 
 
@@ -140,7 +141,11 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         open_regular(folder / WEIGHTS_FILE).close()
         with safe_open(str(folder / WEIGHTS_FILE), "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-            odd = {name: s.get_dtype() for name, s in slices.items() if s.get_dtype() not in _DTYPES}
+            types = {name: s.get_dtype() for name, s in slices.items()}
+            odd = {
+                name: one for name, one in types.items()
+                if one not in (_PLACES if name.endswith(".shira_indices") else _DTYPES)
+            }  # fmt: skip
             shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise refuse_import(folder, [_explain_unreadable(folder, WEIGHTS_FILE, error)]) from error

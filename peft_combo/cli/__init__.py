@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # ruff: noqa: F401, I001
 from peft_combo.cli import tune
+from peft_combo.cli import embed
 from peft_combo.cli import evaluate
 from peft_combo.cli import retune
 from peft_combo.cli import compare

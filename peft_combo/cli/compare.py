@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app, check_data_path, load_ready_recipe
 from peft_combo.cli.output import console_watch, format_metric_name, print_error, print_json, print_line, print_table
+from peft_combo.cli.workers import AddressOption, OnOption, WorkersOption, open_executor, refuse_alone
 from peft_combo.errors import PeftComboError
 
 if TYPE_CHECKING:
@@ -108,25 +110,37 @@ def search(
     folder: Annotated[Path, typer.Option("--folder", help="Folder of the study, where it goes on.")] = Path(
         "runs/search"
     ),
+    on: OnOption = None,
+    workers: WorkersOption = None,
+    address: AddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search for the best values of some keys with Optuna, cutting off trials that fall behind."""
+    """Search for the best values of some keys with Optuna, cutting off trials that fall behind.
+
+    With --on trials run side by side, by workers that see the one study file.
+    """
     from peft_combo.files import check_folder_target
     from peft_combo.recipe.files import check_destination, write_recipe
 
+    refuse_alone(
+        ("--workers", workers is not None, "--on", on is not None),
+        ("--address", address is not None, "--on ray", on == "ray"),
+    )
     check_data_path(load_ready_recipe(recipe, overrides, data))
     check_folder_target(folder)
     if to is not None:
         check_destination(to)
-    with console_watch() as callback:
+    with console_watch() as callback, ExitStack() as opened:
         from peft_combo.evaluation.search import axis_of
         from peft_combo.evaluation.search import search as run
         from peft_combo.tuning.loop import Interrupted
 
+        axes = [axis_of(one) for one in over]
+        executor = None if on is None else opened.enter_context(open_executor(on, workers, address, callback))
         try:
             found = run(
-                recipe, [axis_of(one) for one in over], trials=trials, overrides=overrides or (),
-                data=None if data is None else str(data), seed=seed, folder=folder, callback=callback,
+                recipe, axes, trials=trials, overrides=overrides or (), data=None if data is None else str(data),
+                seed=seed, folder=folder, callback=callback, executor=executor,
             )  # fmt: skip
         except Interrupted as error:
             callback.close()

@@ -192,7 +192,7 @@ def _make_console(**options: Any) -> Console:
 def _print_rich(console: Console, renderable: Any) -> None:
     with console.capture() as captured:
         console.print(renderable)
-    _write(captured.get())
+    _write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))  # a table fills its last column
 
 
 def _write(text: str) -> None:

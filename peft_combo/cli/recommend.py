@@ -229,14 +229,35 @@ def _print_suggestions(suggestions: Sequence[Suggestion], explain: bool) -> None
 
 def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
     for place, bundle in enumerate(bundles, 1):
-        price = "" if bundle.price is None else f", {bundle.price:.2f} in all"
+        price = "" if bundle.price is None else f"{bundle.price:,.2f} in all, "
         parts = ", ".join(f"{name} {value:+.2f}" for name, value in bundle.parts.items())
-        print_line(f"{place}. score {bundle.score:.2f}{price}" + (f" ({parts})" if explain else ""))
+        print_line(f"{place}. {price}score {bundle.score:.2f}" + (f" ({parts})" if explain else ""))
         why = {entry["item"]: entry for entry in bundle.evidence}
-        for item, title, slot in zip(bundle.items, bundle.titles, bundle.slots, strict=True):
-            print_line(f"   {'+' if item in bundle.added else ' '} {slot:12} {item:12} {title}")
-            if explain and item in why:
-                print_line(f"     {' ' * 25}{_format_reasons(why[item])}")
+        rows = []
+        for item, title, slot, cost in zip(bundle.items, bundle.titles, bundle.slots, bundle.prices, strict=True):
+            reason = "given" if item not in bundle.added else _format_reason(why.get(item, {}))
+            rows.append((f"   {slot}", item, title, "" if cost is None else f"{cost:,.2f}", reason))
+        print_table(("   slot", "item", "title", "price", "why"), rows)
+        for item in bundle.added if explain else ():
+            if item in why:
+                print_line(f"   {item}: {_format_reasons(why[item])}")
+
+
+def _format_reason(entry: Mapping[str, Any]) -> str:
+    """Say in words why an item is in a bundle: what it answers, what was counted, and what it has in common."""
+    reasons = [f"answers {one['wish']}" for one in entry.get("answers", ())]
+    if "together" in entry:
+        reasons.append(f"with {entry['together']['with']} in {_count_bundles(entry['together']['bundles'])}")
+    agrees = dict(entry.get("agrees", {}))
+    whom = agrees.pop("for", None)
+    if agrees:
+        reasons.append(f"same {', '.join(list(agrees)[:3])}")
+    if whom is not None:
+        reasons.append(f"for {whom}")
+    if not reasons and "rule" in entry:
+        rule = entry["rule"]
+        reasons.append(f"{rule['confidence']:.0%} of bundles with {rule['given']} have {rule['slot']}")
+    return "; ".join(reasons)
 
 
 def _print_detected(bundles: Sequence[DetectedBundle]) -> None:

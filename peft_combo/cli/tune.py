@@ -1,4 +1,4 @@
-"""`tune` and `embed`: what makes adapters and item vectors."""
+"""`tune`: what makes adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo.cli.app import (
-    CacheOption,
     DataOption,
     JsonOption,
     RecipeOption,
@@ -18,7 +17,16 @@ from peft_combo.cli.app import (
     app,
     check_data_path,
     load_ready_recipe,
-    open_workspace,
+)
+from peft_combo.cli.fleet import (
+    DepthOption,
+    EachCategoryOption,
+    FleetOnOption,
+    MinBundlesOption,
+    SlurmOption,
+    list_fleet_pairs,
+    refuse_beside_fleet,
+    run_fleet,
 )
 from peft_combo.cli.output import (
     ConsoleWatch,
@@ -29,6 +37,7 @@ from peft_combo.cli.output import (
     print_line,
     print_table,
 )
+from peft_combo.cli.workers import AddressOption, WorkersOption, refuse_alone
 
 if TYPE_CHECKING:
     from peft_combo.metrics.report import ResultRow
@@ -107,31 +116,43 @@ def tune(
     fail_on_no_promotion: Annotated[
         bool, typer.Option("--fail-on-no-promotion", help="Exit code 4 where --promote left the alias where it was.")
     ] = False,
+    each_category: EachCategoryOption = False,
+    min_bundles: MinBundlesOption = None,
+    depth: DepthOption = None,
+    on: FleetOnOption = None,
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+    slurm: SlurmOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tune one category's adapter and store it, with quality before and after.
 
     With --dry-run nothing is trained or stored. With --from a stored adapter goes on learning: the new version is
     stored, compared with the one it came from on new and old questions, and --promote moves an alias to it only if it
-    is better; else the alias stays, and the last line says why.
+    is better; else the alias stays, and the last line says why. With --each-category there is an adapter for each
+    category; what is stored already stays, and a run that was stopped goes on.
     """
     from peft_combo.tuning.run_folder import find_run_folder, name_run_folder
 
     limits = max_memory_gib is not None or max_minutes is not None
     bounds = {"gain": gate_gain, "p": gate_p, "forgetting": gate_forgetting}
     gate = {name: value for name, value in bounds.items() if value is not None}
-    _refuse_alone(
+    refuse_alone(
         ("--max-memory-gib or --max-minutes", limits, "--dry-run", dry_run),
         ("--new-data", new_data is not None, "--from", start is not None),
         ("--replay", replay is not None, "--new-data", new_data is not None),
         ("--promote", promote is not None, "--from", start is not None),
         ("--gate-...", bool(gate), "--promote", promote is not None),
         ("--fail-on-no-promotion", fail_on_no_promotion, "--promote", promote is not None),
+        *list_fleet_pairs(each_category, min_bundles, depth, on, workers, address, slurm),
     )
     loaded = load_ready_recipe(recipe, overrides, data, store)
-    folder = run_folder or name_run_folder(loaded)
-    if run_folder is None and resume:
-        folder = find_run_folder(loaded)
+    if each_category:
+        refuse_beside_fleet(dry_run, start, resume)
+        check_data_path(loaded)
+        run_fleet(loaded, min_bundles, depth, on or "local", workers, address, slurm or (), run_folder, as_json)
+        return
+    folder = run_folder or (find_run_folder(loaded) if resume else name_run_folder(loaded))
     _check_cheaply(loaded, start, promote, None if dry_run else folder)
     check_data_path(loaded)
     options: dict[str, Any] = {"new_data": new_data} | ({} if replay is None else {"replay": replay})
@@ -142,14 +163,18 @@ def tune(
         result, continued = _run_tuning(loaded, start, options, promote, gate, resume, folder, callback)
     if not callback.main:
         return
-    if as_json:
-        print_json(_build_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
-    else:
-        _print_tuned(result, loaded)
-        if continued is not None:
-            print_continued(continued)
+    _print_result(result, continued, loaded, as_json)
     if fail_on_no_promotion and continued is not None and not continued.promoted:
         raise typer.Exit(4)
+
+
+def _print_result(result: TuneResult, continued: Continued | None, recipe: Recipe, as_json: bool) -> None:
+    if as_json:
+        print_json(_build_json(result) | ({} if continued is None else {"continued": continued.to_json()}))
+        return
+    _print_tuned(result, recipe)
+    if continued is not None:
+        print_continued(continued)
 
 
 def _run_tuning(
@@ -209,15 +234,6 @@ def _check_cheaply(recipe: Recipe, start: str | None, promote: str | None, run_f
     if run_folder is not None and get_rank() == 0:
         check_folder_target(store.path)
         check_run_folder(run_folder)
-
-
-def _refuse_alone(*pairs: tuple[str, bool, str, bool]) -> None:
-    """Refuse options that mean nothing without another one."""
-    from peft_combo.errors import PeftComboError
-
-    for option, given, needed, there in pairs:
-        if given and not there:
-            raise PeftComboError(f"{option} means nothing without {needed}. Add {needed}, or drop it.")
 
 
 def _find_pretrained(
@@ -324,46 +340,6 @@ def print_continued(continued: Continued) -> None:
     print_table(("NDCG@10", "questions", *versions, "gain", "95 % interval", "p"), told, numbers=True)
     print_line("The old test questions were asked once, for this report; nothing was chosen by them.")
     print_line(continued.promotion)
-
-
-@app.command()
-def embed(
-    recipe: RecipeOption,
-    adapter: Annotated[
-        str | None, typer.Option("--adapter", help="Adapter, as in fashion or fashion@v2; default the frozen encoder.")
-    ] = None,
-    data: DataOption = None,
-    overrides: SetOption = None,
-    store: RecipeStoreOption = None,
-    cache: CacheOption = Path("vectors"),
-) -> None:
-    """Encode a catalogue once; under `accelerate launch` each process takes a share."""
-    import os
-
-    loaded = load_ready_recipe(recipe, overrides, data, store)
-    with console_watch() as callback:
-        from peft_combo.files import check_folder_target
-
-        check_folder_target(cache)
-        references = [] if adapter is None else [adapter]
-        space = open_workspace(
-            loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
-        )
-
-        from peft_combo.encoder.vectors import embed as run
-
-        bank = space.bank  # before the data: a base that is not whole is told at once
-        dataset = space.dataset
-        wanted = [dataset.texts] if adapter else dataset.read_frozen
-        process, processes = get_rank(), int(os.environ.get("WORLD_SIZE", "1"))
-        callback.on_stage("Encoding the catalogue", sum(len(set(texts)) for texts in wanted) // processes)
-        shared: dict[str, Any] = {"process": process, "processes": processes, "progress": callback.on_advance}
-        count = sum(run(bank, texts, adapter, cache, **shared) for texts in wanted)
-    if callback.main:
-        whose = adapter or "the frozen encoder"
-        print_line(
-            f"{len(dataset.catalog):,} items of {loaded.name} in {cache} for {whose}; {count:,} texts encoded now"
-        )
 
 
 def _print_tuned(result: TuneResult, recipe: Recipe) -> None:

@@ -241,6 +241,21 @@ class Interactions:
                 raise ValueError(f"{n} item rows but a column of {len(column)}")
         return interactions
 
+    def list_taken(self, n_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the items of all users one after the other, a user's each once and latest first.
+
+        Args:
+            n_items: of the catalogue.
+        Returns:
+            (T,) rows of the catalogue, and (U + 1,) where each user's begin.
+        """
+        order = np.lexsort((-np.arange(len(self)), -np.nan_to_num(self.times), self.users))
+        order = order[self.users[order] >= 0]
+        users, items = self.users[order].astype(np.int64), self.items[order].astype(np.int64)
+        _, first = np.unique(users * n_items + items, return_index=True)
+        first.sort()
+        return items[first], np.searchsorted(users[first], np.arange(len(self.user_ids) + 1))
+
     def __len__(self) -> int:
         return len(self.items)
 

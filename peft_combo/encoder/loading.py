@@ -336,6 +336,11 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def count_gpus() -> int:
+    """Return how many GPUs this process may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def load_quantized(base: BaseFolder, prefix: str, quantization: Quantization, device: str | torch.device) -> nn.Module:
     """Load the encoder in 8 or 4 bits.
 

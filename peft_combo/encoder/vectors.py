@@ -30,9 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from peft_combo.encoder.backbone import Backbone
+from peft_combo.distributed import Executor, LostShare, cut_blocks
 from peft_combo.encoder.bank import AdapterBank
-from peft_combo.encoder.methods.attached import AttachedAdapter
+from peft_combo.encoder.fixed_encoder import FixedEncoder, encode_share, find_encoder
 from peft_combo.errors import StoreError
 from peft_combo.files import DRAFT, TRASH, discard, measure_size, move_aside, stage_folder
 
@@ -76,7 +76,7 @@ class VectorCache:
         Raises:
             StoreError: the adapter cannot be had.
         """
-        return _find_encoder(bank, reference).key
+        return find_encoder(bank, reference).key
 
     def missing(self, bank: AdapterBank, texts: Sequence[str], reference: str | None) -> int:
         """Return how many distinct texts `vectors` would have to encode.
@@ -84,7 +84,7 @@ class VectorCache:
         Raises:
             StoreError: the adapter cannot be had, or the folder not be read.
         """
-        encoder = _find_encoder(bank, reference)
+        encoder = find_encoder(bank, reference)
         with _explain_disk_errors(self.folder):
             return len(_find_unknown(_digest_texts(texts), self._list_entries(encoder)))
 
@@ -103,7 +103,7 @@ class VectorCache:
         Raises:
             StoreError: the adapter cannot be had, or the folder not be read or written.
         """
-        encoder = _find_encoder(bank, reference)
+        encoder = find_encoder(bank, reference)
         digests = _digest_texts(texts)
         if not digests:
             return _make_read_only(np.empty((0, encoder.dim), np.float32))
@@ -145,7 +145,7 @@ class VectorCache:
                         freed += _discard(path) if path.name.startswith((DRAFT, TRASH)) and old else 0
         return freed
 
-    def _open(self, encoder: _Encoder, name: str) -> _CacheEntry | None:
+    def _open(self, encoder: FixedEncoder, name: str) -> _CacheEntry | None:
         """Return what is kept under `name`, or None where nothing is, or not what was written."""
         path = self.folder / encoder.key / name
         try:
@@ -172,19 +172,22 @@ class VectorCache:
             return None
         return _CacheEntry(path, index, vectors)
 
-    def _list_entries(self, encoder: _Encoder) -> list[_CacheEntry]:
+    def _list_entries(self, encoder: FixedEncoder) -> list[_CacheEntry]:
         names = [path.name for path in _list_children(self.folder / encoder.key) if _NAME.fullmatch(path.name)]
         return [entry for name in names if (entry := self._open(encoder, name)) is not None]
 
     def _write(
         self,
-        encoder: _Encoder,
+        encoder: FixedEncoder,
         texts: Sequence[str],
         digests: Sequence[bytes],
         entries: Sequence[_CacheEntry],
         progress: Progress | None,
+        encoded: NDArray[np.float32] | None = None,
     ) -> int:
         """Keep the vectors of `texts`: those on `entries` are copied, the others encoded; return how many those were.
+
+        `encoded`, where it is given, are the vectors of those others.
 
         An older state of the same catalogue goes: a entry at least half of whose texts are in the new one. Others
         stay, they are other catalogues under the same adapter.
@@ -198,7 +201,9 @@ class VectorCache:
             # is damaged, or another writer was quicker with the same texts.
             with stage_folder(target, replace=lambda: self._open(encoder, name) is None, missed=False) as staged:
                 sources = [entry.vectors for entry in entries]
-                if fresh:
+                if encoded is not None:
+                    sources.append(encoded)
+                elif fresh:
                     sources.append(self._encode(encoder, fresh, staged.path / "encoded.f32", progress))
                 checksum = self._copy(*_find_places(digests, entries, unknown), sources, staged.path / _VECTORS)
                 sources.clear()
@@ -210,7 +215,8 @@ class VectorCache:
                 staged.manifest = (_MANIFEST, json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
                 self._verified.add(_read_stamp((staged.path / _VECTORS).stat()))
         except FileExistsError:
-            if self._open(encoder, name) is None:
+            # Another writer may have put it together with others, and so away, as soon as it was there.
+            if self._open(encoder, name) is None and target.exists() and self._open(encoder, name) is None:
                 raise StoreError(f"The damaged vectors in {target}/ cannot be replaced. Delete that folder.") from None
         present = set(digests)
         for entry in entries:
@@ -219,7 +225,7 @@ class VectorCache:
         return len(fresh)
 
     def _encode(
-        self, encoder: _Encoder, texts: Sequence[str], path: Path, progress: Progress | None
+        self, encoder: FixedEncoder, texts: Sequence[str], path: Path, progress: Progress | None
     ) -> NDArray[np.float32]:
         """Encode texts into a file, block by block; return it mapped."""
         # Written rather than mapped: on a full disk a write fails, a page of a mapped file ends the process.
@@ -252,30 +258,40 @@ def embed(
     processes: int = 1,
     patience: float = 600.0,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> int:
-    """Encode a catalogue into a cache, the work divided over processes that share nothing but the folder.
+    """Encode a catalogue into a cache: here, by workers, or by processes that share nothing but the folder.
 
     Each process encodes its share of the texts that are not known yet; process 0 then waits for the others and puts
     the whole together, so that `VectorCache.vectors` maps it. Every process gives the same arguments but `process`.
+
+    An executor's workers are handed texts and give back vectors, block by block. Each block is kept as it comes: a
+    call that was ended, or of which workers died, goes on with what is missing.
 
     Args:
         texts: N texts, in the catalogue's order.
         reference: an adapter of `bank`; None is the frozen encoder.
         patience: seconds that process 0 waits, once its own share is done, before it encodes what others still owe.
+        executor: whose workers encode, in the place of this process; see `peft_combo.distributed`.
     Returns:
-        the number of texts this process encoded.
+        the number of texts this process, or the executor's workers, encoded.
     Raises:
-        ValueError: no such process.
-        StoreError: the adapter cannot be had, or the folder not be read or written.
+        ValueError: no such process, or an executor beside several processes.
+        StoreError: the adapter cannot be had, the folder not be read or written, or workers died of a block.
+        PeftComboError: no worker could be started.
     """
     if not 0 <= process < processes:
         raise ValueError(f"process: expected 0 to {processes - 1}, found {process}.")
-    cache, encoder = VectorCache(folder), _find_encoder(bank, reference)
+    if executor is not None and processes > 1:
+        raise ValueError(f"executor: expected none beside {processes} processes, which take shares themselves.")
+    cache, encoder = VectorCache(folder), find_encoder(bank, reference)
     digests = _digest_texts(texts)
     if not digests:
         return 0
     encoded = 0
     with _explain_disk_errors(cache.folder):
+        if executor is not None and cache._open(encoder, _name_shelf(digests)) is None:
+            encoded += _embed_blocks(cache, encoder, texts, digests, executor, progress)
         if processes > 1 and cache._open(encoder, _name_shelf(digests)) is None:
             # Shares are of all texts, not of the unknown ones: by now another process may have made its own known.
             share = list(dict.fromkeys(digests))[process::processes]
@@ -294,7 +310,31 @@ def embed(
     return encoded
 
 
-def _wait_for_others(cache: VectorCache, encoder: _Encoder, digests: Sequence[bytes], deadline: float) -> None:
+def _embed_blocks(
+    cache: VectorCache, encoder: FixedEncoder, texts: Sequence[str], digests: Sequence[bytes], executor: Executor,
+    progress: Progress | None,
+) -> int:  # fmt: skip
+    """Let workers encode what is not known yet, keep every block as it comes, and return how many texts that were."""
+    unknown = _find_unknown(digests, cache._list_entries(encoder))
+    names, rows = list(unknown), list(unknown.values())
+    blocks = cut_blocks(len(rows), executor.workers, cache._block_rows)
+    shares = (encoder.build_share([texts[row] for row in rows[block]]) for block in blocks)
+    encoded, lost = 0, ""
+    for number, vectors in executor.map_shares(encode_share, shares):
+        if isinstance(vectors, LostShare):
+            lost = vectors.reason
+            continue
+        own = rows[blocks[number]]
+        cache._write(encoder, [texts[row] for row in own], names[blocks[number]], (), None, vectors)
+        encoded += len(own)
+        if progress is not None:
+            progress(len(own))
+    if lost:
+        raise StoreError(f"{len(rows) - encoded:,} texts were not encoded: {lost}. The others are kept; try again.")
+    return encoded
+
+
+def _wait_for_others(cache: VectorCache, encoder: FixedEncoder, digests: Sequence[bytes], deadline: float) -> None:
     """Return when every text is known, or time is up."""
     seen: set[str] = set()
     while time.monotonic() < deadline:
@@ -303,40 +343,6 @@ def _wait_for_others(cache: VectorCache, encoder: _Encoder, digests: Sequence[by
             return
         seen = names
         time.sleep(_POLL_SECONDS)
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """Who encodes: one adapter version (or none) on one backbone, fetched once, so a refresh cannot come between."""
-
-    backbone: Backbone
-    attached: AttachedAdapter | None
-    fields: dict[str, str | int | None]
-
-    @property
-    def dim(self) -> int:
-        return self.backbone.dim
-
-    @cached_property
-    def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()
-
-    def encode(self, texts: Sequence[str], progress: Progress | None) -> NDArray[np.float32]:
-        return self.backbone.encode(texts, self.attached, progress=progress)
-
-
-def _find_encoder(bank: AdapterBank, reference: str | None) -> _Encoder:
-    live = None if reference is None else bank.get(reference)
-    backbone = bank.backbone
-    fields: dict[str, str | int | None] = {
-        "adapter": None if live is None else live.digest,
-        # The fingerprint is of the weights alone; these three change vectors too.
-        "backbone": backbone.fingerprint,
-        "pooling": backbone.pooling,
-        "max_length": backbone.max_length if live is None else live.attached.max_length,
-        "quantization": backbone.quantization,
-    }
-    return _Encoder(backbone, None if live is None else live.attached, fields)
 
 
 class _CacheManifest(BaseModel):

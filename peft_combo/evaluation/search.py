@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, assert_never
 
 from peft_combo.callbacks import RunCallback
+from peft_combo.distributed import Executor, LostShare
 from peft_combo.errors import PeftComboError, RecipeError
 from peft_combo.evaluation.comparison.variants import Over, over_of
+from peft_combo.files import literal_path
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recipe.model import Recipe
 from peft_combo.tuning.loop import Interrupted, tune
@@ -154,6 +156,7 @@ def search(
     seed: int = 0,
     folder: Path = Path("runs/search"),
     callback: RunCallback | None = None,
+    executor: Executor | None = None,
 ) -> Search:
     """Look for the values that are best on validation: a tree-structured Parzen estimator with successive halving.
 
@@ -162,6 +165,8 @@ def search(
         trials: finished ones there are to be in the end, those of earlier calls with the same space included.
         seed: of the proposals; with it a search that was stopped proposes what it would have proposed.
         folder: keeps the study file. Adapters are not kept: tune the recipe that was found.
+        executor: whose workers run trials side by side over the one study file, which all must see. Each proposes by
+            what is finished when it starts, so two such searches may differ.
     Raises:
         RecipeError: the recipe, or an end of the space, does not hold together.
         PeftComboError: Optuna is not installed, or the study file cannot be read.
@@ -177,24 +182,18 @@ def search(
     study = _open_study(file, _study_name(base, axes, seed))
     if before := len(_list_finished(study)):
         callback.on_note(f"Going on after {before} trials of {file}.")
+    if executor is not None:
+        share = {"recipe": str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe, "overrides": overrides,
+                 "data": None if data is None else str(literal_path(data).absolute()), "axes": _write_axes(axes),
+                 "file": str(file.absolute()), "study": study.study_name, "seed": seed}  # fmt: skip
+        _run_by_workers(executor, share, study, trials, callback)
     while (done := len(_list_finished(study))) < trials:
         # A sampler of its own for each trial: a study that is resumed draws what an unbroken one would have drawn.
         study.sampler = optuna.samplers.TPESampler(seed=seed * 1_000_003 + done)
-        trial = study.ask()
-        settings = tuple(_propose(trial, axis) for axis in axes)
-        trial.set_user_attr("settings", settings)
         try:
-            told = _run(load_recipe(recipe, (*overrides, *settings), data), study, trial, callback)
+            callback.on_note(_run_next(study, axes, recipe, overrides, data, callback))
         except Interrupted as error:
-            raise Interrupted(
-                f"Stopped in trial {trial.number}. {done} trials are kept in {file}; the same command goes on.",
-                error.signal,
-            ) from None
-        except PeftComboError as error:
-            trial.set_user_attr("reason", str(error))
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            told = f"failed: {error}"
-        callback.on_note(f"trial {trial.number}, {' '.join(settings)}: {told}")
+            raise Interrupted(f"{error} {done} trials are kept in {file}.", error.signal) from None
     found = tuple(_trial_of(one) for one in _list_finished(study))
     completed = [one for one in found if one.state == "complete" and one.value is not None]
     best = max(completed, key=lambda one: one.value or 0.0, default=None)
@@ -206,6 +205,70 @@ def search(
         importance=_importance(study) if len(completed) >= _ENOUGH_TO_WEIGH and len(axes) > 1 else {},
         study=file,
     )
+
+
+def run_trial(share: Mapping[str, Any]) -> str:
+    """Run one trial of a study in the process of a worker, and say what came out.
+
+    Args:
+        share: ``recipe``, ``overrides``, ``data`` and ``axes`` as on a command line; ``file`` and ``study``, of the
+            journal; ``seed`` of this proposal.
+    """
+    optuna = _optuna()
+    study = _open_study(Path(share["file"]), share["study"], mend=False)
+    # What others are at work on counts as bad as the worst so far, so that two do not try the same.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.sampler = optuna.samplers.TPESampler(seed=share["seed"], constant_liar=True)
+    axes = [axis_of(one) for one in share["axes"]]
+    return _run_next(study, axes, share["recipe"], share["overrides"], share["data"], RunCallback())
+
+
+def _run_by_workers(executor: Executor, share: dict[str, Any], study: Any, trials: int, callback: RunCallback) -> None:
+    """Let workers run what is missing; who asks runs what they lost."""
+    done = len(_list_finished(study))
+    callback.on_stage("Trials", max(0, trials - done))
+    shares = (
+        {**share, "overrides": list(share["overrides"]), "seed": share["seed"] * 1_000_003 + number}
+        for number in range(done, trials)
+    )
+    for _, told in executor.map_shares(run_trial, shares):
+        callback.on_note(f"a trial is lost: {told.reason}" if isinstance(told, LostShare) else told)
+        callback.on_advance(1)
+
+
+def _run_next(
+    study: Any, axes: Sequence[Axis], recipe: str, overrides: Sequence[str], data: str | None, callback: RunCallback
+) -> str:
+    """Ask the study for a trial, run it, and say in words what came out.
+
+    Raises:
+        Interrupted: a signal came; the trial counts as never begun.
+    """
+    import optuna
+
+    trial = study.ask()
+    settings = tuple(_propose(trial, axis) for axis in axes)
+    trial.set_user_attr("settings", settings)
+    try:
+        told = _run(load_recipe(recipe, (*overrides, *settings), data), study, trial, callback)
+    except Interrupted as error:
+        raise Interrupted(f"Stopped in trial {trial.number}; the same command goes on.", error.signal) from None
+    except PeftComboError as error:
+        trial.set_user_attr("reason", str(error))
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        told = f"failed: {error}"
+    return f"trial {trial.number}, {' '.join(settings)}: {told}"
+
+
+def _write_axes(axes: Sequence[Axis]) -> list[str]:
+    """Write axes as `axis_of` reads them."""
+    return [
+        f"{axis.key}={','.join(axis.values)}"
+        if isinstance(axis, Over)
+        else f"{_setting(axis, axis.low)}..{_setting(axis, axis.high).partition('=')[2]}{':log' if axis.log else ''}"
+        for axis in axes
+    ]
 
 
 def _optuna() -> Any:
@@ -255,13 +318,13 @@ def _study_name(base: Recipe, axes: Sequence[Axis], seed: int) -> str:
     return f"{base.name}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]}"
 
 
-def _open_study(file: Path, name: str) -> Any:
+def _open_study(file: Path, name: str, mend: bool = True) -> Any:
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if mend and file.exists():  # never while others write
             _drop_half_a_line(file)
         return optuna.create_study(
             study_name=name,

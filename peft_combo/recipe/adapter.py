@@ -9,58 +9,12 @@ One way only: what changes a low-rank update without replacing it (rsLoRA, DoRA,
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from peft_combo.errors import did_you_mean
-from peft_combo.recipe.fields import Bool, Int, Real, Section, Text, fault, format_value
-
-TargetSet = Literal["attention", "attention+ffn", "query+value"]
-
-
-def _target_list(value: object) -> object:
-    # A union of a choice and a list would be reported once per member; this says it once.
-    names = get_args(TargetSet)
-    expected = f"expected one of {', '.join(names)}, or a list of module names"
-    if isinstance(value, str) and value not in names:
-        raise fault(f"{expected}; found {format_value(value)}.", did_you_mean(value, names))
-    if not isinstance(value, str | list | tuple) or not value:
-        raise fault(f"{expected}; found {format_value(value)}.")
-    for entry in value:
-        if not isinstance(entry, str) or not entry or not entry.isprintable():
-            raise fault(f"{expected}; found {format_value(entry)} in the list.")
-    return value
-
-
-Targets = Annotated[
-    TargetSet | tuple[Text, ...],
-    BeforeValidator(_target_list),
-    Field(
-        description="Linear layers that get an adapter: query+value, attention (query, key, value, output), "
-        "attention+ffn, or a list of module names."
-    ),
-]
-TopLayerCount = Annotated[
-    Int | None,
-    Field(
-        ge=1,
-        le=256,
-        description="Adapt only this many layers nearest the output, counted from the top; null adapts all. The layers "
-        "below then give the same states at every step and can be computed once.",
-    ),
-]
-Rank = Annotated[Int, Field(ge=1, le=1024, description="Rank of each update.")]
-Alpha = Annotated[
-    Real, Field(gt=0, le=4096, description="Scale; the update is multiplied by alpha / rank, so keep their ratio.")
-]
-Dropout = Annotated[
-    Real,
-    Field(ge=0, lt=1, description="Dropout on the input of each update; on a CPU it costs a third of the step."),
-]
-Length = Annotated[
-    Int, Field(ge=1, le=512, description="Virtual positions; they count against the model's limit of positions.")
-]
+from peft_combo.recipe.adapter_fields import Alpha, Dropout, Length, Rank, Targets, TopLayerCount
+from peft_combo.recipe.fields import Bool, Int, Real, Section, Text, fault
 
 
 class LoraAdapter(Section):
@@ -262,6 +216,85 @@ class OftAdapter(Section):
     top_layers: TopLayerCount = None
 
 
+class MissAdapter(Section):
+    """One trained matrix a layer, repeated over blocks of the input; B of LoRA without A. Kang and Yin 2024, MiSS.
+
+    Learning rate: LoRA's; the matrix starts at zero.
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    method: Literal["miss"] = "miss"
+    rank: Rank = 16
+    dropout: Dropout = 0.0
+    targets: Targets = "attention+ffn"
+    top_layers: TopLayerCount = None
+
+
+class HiraAdapter(Section):
+    """The frozen weight is multiplied, element by element, by a low-rank matrix: a full-rank update. Huang et al. 2025.
+
+    Learning rate: ten times LoRA's; what learns is multiplied by weights of some hundredths.
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-2
+
+    method: Literal["hira"] = "hira"
+    rank: Rank = 8
+    dropout: Dropout = 0.0
+    targets: Targets = "attention+ffn"
+    top_layers: TopLayerCount = None
+
+
+class ShiraAdapter(Section):
+    """Few cells of each weight, drawn by chance, get values of their own. Bhardwaj et al. 2024, SHiRA.
+
+    Learning rate: LoRA's; each cell is one number of a weight, and starts as it was.
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    method: Literal["shira"] = "shira"
+    rank: Int = Field(
+        default=8, ge=1, le=4096, description="As many cells as a LoRA of this rank has numbers: rank (in + out)."
+    )
+    targets: Targets = "attention+ffn"
+    top_layers: TopLayerCount = None
+
+
+class C3aAdapter(Section):
+    """The update consists of circulant blocks, a vector each, multiplied by FFT. Chen et al. 2024, C3A.
+
+    Learning rate: ten times LoRA's; a number of a circulant block stands for a whole diagonal.
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-2
+
+    method: Literal["c3a"] = "c3a"
+    block_size: Int = Field(
+        default=64, ge=2, le=4096,
+        description="Width of a block; it divides the input and output of every adapted layer. Larger trains fewer.",
+    )  # fmt: skip
+    targets: Targets = "attention+ffn"
+    top_layers: TopLayerCount = None
+
+
+class LilyAdapter(Section):
+    """LoRA whose B matrices are shared by all layers and mixed by a router for each token. Zhong et al. 2024, Lily.
+
+    Learning rate: LoRA's.
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    method: Literal["lily"] = "lily"
+    rank: Rank = 16
+    layers_per_a: Int = Field(default=1, ge=1, le=1024, description="Neighbouring layers that share one A matrix.")
+    shared_b: Int = Field(default=2, ge=2, le=64, description="B matrices that the layers share; a router mixes them.")
+    targets: Targets = "attention+ffn"
+    top_layers: TopLayerCount = None
+
+
 class Ia3Adapter(Section):
     """Trained scales on keys, values and the inside of the feed-forward part, as in the paper. Liu et al. 2022, (IA)^3.
 
@@ -419,6 +452,11 @@ AdapterConfig = Annotated[
     | LokrAdapter
     | RandloraAdapter
     | OftAdapter
+    | MissAdapter
+    | HiraAdapter
+    | ShiraAdapter
+    | C3aAdapter
+    | LilyAdapter
     | Ia3Adapter
     | BottleneckAdapter
     | PrefixAdapter

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from peft_combo.data.model import Dataset
 from peft_combo.errors import DataError
-from peft_combo.recommender.query_items import select_largest
 from peft_combo.recommender.results import BundleMatch
-from peft_combo.recommender.text_search import TextSearch
+from peft_combo.recommender.text_search import TextSearch, select_largest
 from peft_combo.scoring.base import Vectors
 
 

@@ -79,6 +79,7 @@ def describe_bundle(
         tuple(catalog.titles[row] for row in composition.items),
         composition.slots,
         tuple(catalog.item_ids[row] for row in composition.added), composition.score, composition.parts,
+        tuple(None if np.isnan(price) else round(float(price), 2) for price in catalog.prices[list(composition.items)]),
         None if np.isnan(composition.price) else composition.price, tuple(evidence),
     )  # fmt: skip
 

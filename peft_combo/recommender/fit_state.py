@@ -120,8 +120,8 @@ def fit_scorers(
     weighed = not known.user_rows.keys().isdisjoint(users)
     neighbours = None if weighed or not everything.user_rows else build_past(everything, neighbours=True)
     return FitState(
-        side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights, search,
-        parts.digest, tuple(notes),
+        side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights,
+        search.with_indexes(), parts.digest, tuple(notes),
     )  # fmt: skip
 
 

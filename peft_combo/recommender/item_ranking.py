@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.recommender.explanations import FusedScores
-from peft_combo.recommender.query_items import select_largest
 from peft_combo.recommender.scorer_id import FUSION, NOT_LIKE, TEXT_SEARCH
+from peft_combo.recommender.text_search import select_largest
 
 
 @dataclass(frozen=True, eq=False)

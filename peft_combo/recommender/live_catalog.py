@@ -20,13 +20,13 @@ from scipy import sparse
 from peft_combo.data.model import Catalog
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.completion import CompletionHead, project_targets
+from peft_combo.encoder.index import ExactIndex
 from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import Fitted, FittedCategories, FittedEnsemble, FittedHead
-from peft_combo.recommender.query_items import select_largest
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import CEASE_BERT, FROZEN, PEER, TEXT_RANKER, WORDS, ScorerId
-from peft_combo.recommender.text_search import TextSearch, VectorView, View, WordView
+from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorView, View, WordView
 
 Floats = NDArray[np.float32]
 
@@ -215,15 +215,15 @@ class _Extension:
         """Return for each new item the rows most like it and their weights, (M, K) both: of all, and of unsold ones."""
         assert self.known.frozen is not None
         own = self.frozen[self.size :]
-        unsold = np.flatnonzero(self.known.support == 0)
-        found: dict[bool, tuple[NDArray[np.int64], Floats] | None] = {True: None, False: None}
-        for counts, rows in ((False, np.arange(self.size)), (True, unsold)):
-            if len(own) and len(rows) >= (_FEWEST if counts else 1):
-                alike = own @ self.known.frozen[rows].T if counts else own @ self.known.frozen.T  # (M, D) @ (D, C)
-                places = np.stack([select_largest(one, _LIKE) for one in alike])
-                weights = np.maximum(np.take_along_axis(alike, places, axis=1), 1e-3)
-                found[counts] = (rows[places], weights.astype(np.float32))
-        return found
+        nearest: dict[bool, tuple[NDArray[np.int64], Floats] | None] = {True: None, False: None}
+        kept = self.base.state.search.nearest.get(FROZEN_TITLE)
+        index = ExactIndex(self.known.frozen) if kept is None else kept.index
+        unsold = self.known.support == 0
+        for counts, least in ((False, 1), (True, _FEWEST)):
+            if len(own) and (unsold.sum() if counts else self.size) >= least:
+                rows, alike = index.search(own, _LIKE, allowed=unsold if counts else None)  # (M, K) both
+                nearest[counts] = (rows, np.maximum(alike, 1e-3).astype(np.float32))
+        return nearest
 
     def _extend(self, fitted: Fitted, scorer: ScorerId | None) -> Fitted:
         match fitted:
@@ -271,7 +271,11 @@ class _Extension:
                 views[name] = self._extend_words(view, template)
             else:
                 views[name] = view
-        return TextSearch(views, search.weights)
+        nearest = {
+            name: one.grow(self._grow(one.vectors, self._names[id(one.vectors)]), self.moved)
+            for name, one in search.nearest.items()
+        }
+        return TextSearch(views, search.weights, nearest)
 
     def _extend_words(self, view: WordView, template: str) -> WordView:
         later = [*self.moved.values(), *self.new]

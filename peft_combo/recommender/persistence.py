@@ -273,7 +273,7 @@ def _rebuild(
         search = TextSearch.of(build_views(dataset, bank, side.frozen, side.described, tuned), manifest.search)
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
-        _parse_weights(manifest.weights), search, manifest.split, manifest.notes,
+        _parse_weights(manifest.weights), search.with_indexes(), manifest.split, manifest.notes,
     )  # fmt: skip
 
 

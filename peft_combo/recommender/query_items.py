@@ -16,7 +16,7 @@ from peft_combo.data.language import is_same_noun
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.query import QueryItem
-from peft_combo.recommender.text_search import TextSearch
+from peft_combo.recommender.text_search import TextSearch, select_largest
 
 # Items whose titles are read for a query item: so many most like its words, and so many most like its name alone.
 _READ = 128
@@ -70,17 +70,6 @@ def apply_matches(likeness: NDArray[np.float32], matches: Sequence[QueryMatch]) 
     for one in matches:
         own[one.rows] = np.maximum(own[one.rows], one.likeness[one.rows])
     return np.where(np.isfinite(own), own, likeness)
-
-
-def select_largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Return the places of the k largest, best first; of equals the earlier one."""
-    if len(scores) > k:
-        # The k-th largest and all that equal it, so that the order of equals is that of the rows.
-        edge = np.partition(scores, len(scores) - k)[len(scores) - k]
-        places = np.flatnonzero(scores >= edge)
-    else:
-        places = np.arange(len(scores))
-    return places[np.argsort(-scores[places], kind="stable")][:k]
 
 
 def check_count(k: int) -> None:

@@ -46,7 +46,6 @@ from peft_combo.recommender.query_items import (
     check_count,
     check_query,
     match_items,
-    select_largest,
 )
 from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import NOT_LIKE, TEXT_RANKER, TEXT_SEARCH
@@ -153,7 +152,7 @@ class BundleRecommender:
         check_count(k)
         ranking = self.rank_items(
             items, user=user, query=query, constraints=constraints, required=required, forbidden=forbidden,
-            not_like=not_like, exclude=exclude, exclude_seen=exclude_seen,
+            not_like=not_like, exclude=exclude, exclude_seen=exclude_seen, depth=k,
         )  # fmt: skip
         return self.describe_items(ranking, ranking.take(k), explain=explain)
 
@@ -161,12 +160,14 @@ class BundleRecommender:
         self, items: Sequence[str] = (), *, user: str | None = None, query: str | None = None,
         constraints: Constraints | None = None, required: Iterable[str] | None = None,
         forbidden: Iterable[str] | None = None, not_like: Sequence[str] = (), exclude: Sequence[str] = (),
-        exclude_seen: bool = True, fused: FusedScores | None = None,
+        exclude_seen: bool = True, fused: FusedScores | None = None, depth: int | None = None,
     ) -> ItemRanking:  # fmt: skip
         """Rank all items, of which `complete` shows the first; see there.
 
         Args:
             fused: scores in place of those for items and user.
+            depth: so many of the best will do: where a query is all there is to go by and items are many, others then
+                have no score. None scores all.
         """
         check_query(query)
         given = self.dataset.find_items(items)
@@ -177,7 +178,10 @@ class BundleRecommender:
         context = self.find_context(given, user)
         if fused is None and (len(context) or user is not None):
             fused = self.score_context(context, user)
-        likeness = None if query is None else self.state.search.score_items([query])[0]
+        likeness: NDArray[np.float32] | None = None
+        if query is not None:
+            alone = fused is None and not len(not_like)
+            likeness = self.state.search.score_query(query, allowed, depth if alone else None)
         return self._rank_by(join_scores(fused, likeness), context, user, allowed, not_like)
 
     def replace(
@@ -205,16 +209,16 @@ class BundleRecommender:
         check_count(k)
         ranking = self.rank_replacements(
             items, swap, user=user, constraints=constraints, not_like=not_like, exclude=exclude,
-            exclude_seen=exclude_seen,
+            exclude_seen=exclude_seen, depth=k,
         )  # fmt: skip
         return self.describe_items(ranking, ranking.take(k), explain=explain)
 
     def rank_replacements(
         self, items: Sequence[str], swap: str, *, user: str | None = None, constraints: Constraints | None = None,
         not_like: Sequence[str] = (), exclude: Sequence[str] = (), exclude_seen: bool = True,
-        fused: FusedScores | None = None,
+        fused: FusedScores | None = None, depth: int | None = None,
     ) -> ItemRanking:  # fmt: skip
-        """Rank all items that could replace one; see `replace`, and `rank_items` for `fused`."""
+        """Rank all items that could replace one; see `replace`, and `rank_items` for `fused` and `depth`."""
         whole = self.dataset.find_items(items)
         (row,) = self.dataset.find_items([swap]).tolist()
         if row not in whole:
@@ -225,8 +229,7 @@ class BundleRecommender:
         if len(rest) and fused is None:
             fused = self.score_context(rest, user)
         elif fused is None:
-            assert self.state.known.frozen is not None
-            alike = self.state.known.frozen @ self.state.known.frozen[row]
+            alike = self.state.search.score_alike(int(row), allowed, None if len(not_like) else depth)
             fused = FusedScores(alike, {TEXT_SEARCH: alike})
         return self._rank_by(fused, rest, user, allowed, not_like)
 
@@ -402,8 +405,9 @@ class BundleRecommender:
         """Return the items whose title and category are most like `query`, with the scores of `text_search`."""
         check_count(k)
         check_query(query)
-        scores = self.state.search.score_items([query])[0]
-        return [(self.dataset.catalog.item_ids[row], float(scores[row])) for row in select_largest(scores, k)]
+        rows, scores = self.state.search.find_items(query, k)
+        ids = self.dataset.catalog.item_ids
+        return [(ids[row], score) for row, score in zip(rows.tolist(), scores.tolist(), strict=True)]
 
     def search_bundles(
         self, query: str, k: int = 10, *, bundles: Sequence[Sequence[str]] | None = None
@@ -442,14 +446,8 @@ class BundleRecommender:
     @cached_property
     def _taken(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The items that each user took, by user, each once and latest first, and where each user's begin."""
-        events = self.dataset.interactions
-        assert events is not None
-        order = np.lexsort((-np.arange(len(events)), -np.nan_to_num(events.times), events.users))
-        order = order[events.users[order] >= 0]
-        users, items = events.users[order].astype(np.int64), events.items[order].astype(np.int64)
-        _, first = np.unique(users * len(self.dataset.catalog) + items, return_index=True)
-        first.sort()
-        return items[first], np.searchsorted(users[first], np.arange(len(events.user_ids) + 1))
+        assert self.dataset.interactions is not None
+        return self.dataset.interactions.list_taken(len(self.dataset.catalog))
 
     # Rows become scores.
 

@@ -55,7 +55,7 @@ class Recommendation:
     Attributes:
         items: outside ids, what was given included. added: those that are new.
         score: the composer's objective, the sum of `parts`.
-        price: of the whole bundle; None where a price is unknown.
+        prices: of each item; None where it is unknown. price: of the whole bundle; None where one is unknown.
         evidence: per added item what speaks for it: counts, agreeing attributes, the slot rule with its support and
             confidence, what each scorer gives it beside the given items, which things of the query it `answers`, and
             where it was asked for, what each other item of the bundle adds to its compatibility (`because`, in cosines
@@ -68,6 +68,7 @@ class Recommendation:
     added: tuple[str, ...]
     score: float
     parts: dict[str, float]
+    prices: tuple[float | None, ...]
     price: float | None
     evidence: tuple[dict[str, Any], ...]
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -28,6 +28,7 @@ from peft_combo import metrics
 from peft_combo.data.language import Language, count_unspaced, split_characters, split_words
 from peft_combo.data.model import Bundles, Dataset
 from peft_combo.encoder.bank import AdapterBank
+from peft_combo.recommender.item_index import ItemIndex, find_home, is_large
 from peft_combo.scoring.base import Vectors, dense, unit_rows
 from peft_combo.scoring.text import Tfidf, cut_plurals
 
@@ -42,6 +43,7 @@ WORDS, CHARACTERS, FROZEN_TITLE, FROZEN_ALL = "words", "characters", "frozen tit
 _WEIGHTS = {WORDS: 0.5, CHARACTERS: 0.5, FROZEN_TITLE: 1.0, FROZEN_ALL: 1.0}
 # What validation may choose for a tuned encoder, and for the words.
 _TUNED_SHARES, _WORD_SHARES = (0.5, 1.0), (0.25, 1.0)
+_DEPTH = 1000  # items that each view proposes, where an index finds them
 _FLAT = 1e-6  # a view whose cosines all lie closer together says nothing of this query
 
 
@@ -77,6 +79,12 @@ class WordView:
     read: Callable[[str], str]
     tfidf: Tfidf
     items: Vectors
+
+    @cached_property
+    def by_term(self) -> Any:
+        """(T, N) CSR, the items by word; kept, for turning them round costs more than a query."""
+        items: Any = self.items
+        return items.T.tocsr()
 
     @classmethod
     def of(cls, texts: Sequence[str], read: Callable[[str], str] = cut_plurals) -> WordView:
@@ -157,10 +165,12 @@ class TextSearch:
 
     Attributes:
         views: by name. weights: above 0; a view that has none is not asked.
+        nearest: of views by vectors, what finds the best items without scoring all; none where items are few.
     """
 
     views: Mapping[str, View]
     weights: Mapping[str, float]
+    nearest: Mapping[str, ItemIndex] = field(default_factory=dict)
 
     @classmethod
     def of(cls, views: Mapping[str, View], weights: Mapping[str, float] | None = None) -> TextSearch:
@@ -182,10 +192,80 @@ class TextSearch:
             if isinstance(view := self.views[name], VectorView):
                 view.encode(queries)
 
+    def with_indexes(self) -> TextSearch:
+        """Return the same search with an index of each view by vectors, where there are so many items that it pays."""
+        vectors = {name: view.items for name in self.weights if isinstance(view := self.views[name], VectorView)}
+        if not any(is_large(len(own)) for own in vectors.values()):
+            return self
+        home = next((home for own in vectors.values() if (home := find_home(own)) is not None), None)
+        return replace(self, nearest={name: ItemIndex.build(own, home) for name, own in vectors.items()})
+
+    def find_items(
+        self, query: str, k: int, allowed: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.int64], Floats]:
+        """Return the k best items for a query and their scores, those of `score_items`; of equal ones the lower row.
+
+        With indexes the items that are best by one view are scored by all, so of many items one may be missed that is
+        good by all and best by none.
+
+        Args:
+            allowed: (N,) the items that may be found; None for all.
+        """
+        depth = max(_DEPTH, 4 * k)
+        if self.nearest and 4 * depth <= len(next(iter(self.nearest.values())).vectors):
+            rows, scores = self._score_best(query, depth, allowed)
+        else:
+            scores = np.asarray(self.score_items([query])[0], np.float32)
+            rows = np.arange(len(scores)) if allowed is None else np.flatnonzero(allowed)
+            scores = scores[rows]
+        best = select_largest(scores, k)
+        return rows[best], scores[best]
+
+    def score_query(self, query: str, allowed: NDArray[np.bool_], depth: int | None) -> Floats:
+        """Score every item for one query, (N,), or only the `depth` best that are allowed; all others have NaN."""
+        if depth is None or not self.nearest:
+            return np.asarray(self.score_items([query])[0], np.float32)
+        return _spread(len(allowed), *self.find_items(query, depth, allowed))
+
+    def score_alike(self, row: int, allowed: NDArray[np.bool_], depth: int | None) -> Floats:
+        """Score every item by the cosine of its title with that of one item, (N,); see `score_query`."""
+        view = self.views[FROZEN_TITLE]
+        assert isinstance(view, VectorView)
+        if depth is None or FROZEN_TITLE not in self.nearest:
+            return np.asarray(view.items @ view.items[row], np.float32)
+        rows, scores = self.nearest[FROZEN_TITLE].index.search(view.items[[row]], depth, allowed=allowed)
+        return _spread(len(allowed), rows[rows >= 0], scores[rows >= 0])
+
     def score_items(self, queries: Sequence[str]) -> Floats:
         """Score every item for each query, (Q, N); higher is better."""
         items = {name: self.views[name].items for name in self.weights}
         return self._sum_views(queries, items, items)
+
+    def _score_best(
+        self, query: str, depth: int, allowed: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.int64], Floats]:
+        """Score the items that are among the `depth` best by one view at least; rows ascending."""
+        found, words = [], {}
+        asked = {name: self.views[name].encode([query]) for name in self.weights}
+        for name, own in asked.items():
+            view = self.views[name]
+            if isinstance(view, WordView):
+                words[name] = _Hits.of(own, view)
+                found.append(words[name].find_best(depth, allowed))
+            else:
+                rows, _ = self.nearest[name].index.search(dense(own), depth, allowed=allowed)
+                found.append(rows[0][rows[0] >= 0])
+        rows = np.unique(np.concatenate(found))
+        total = np.zeros(len(rows), np.float32)
+        for name, weight in self.weights.items():
+            if name in words:
+                values, (mean, deviation) = words[name].scores[rows], words[name].describe()
+            else:
+                values = _compare(asked[name], self.views[name].items[rows])[0]
+                mean, deviation = self.nearest[name].describe(dense(asked[name])[0])
+            if deviation > _FLAT:
+                total += np.float32(weight / deviation) * (values - np.float32(mean))
+        return rows, total
 
     def pool_bundles(self, bundles: Sequence[Rows]) -> dict[str, Vectors]:
         """Return what `score_bundles` reads of B bundles, from the rows of their items: by view (B, D)."""
@@ -211,6 +291,49 @@ class TextSearch:
             own = _compare(asked, vectors[name])
             found[name] = standardize(own, own if vectors is among else _compare(asked, among[name]))
         return _weigh(found, self.weights)
+
+
+def _spread(count: int, rows: NDArray[np.int64], scores: Floats) -> Floats:
+    spread = np.full(count, np.nan, np.float32)
+    spread[rows] = scores
+    return spread
+
+
+def select_largest(scores: Floats, k: int) -> NDArray[np.int64]:
+    """Return the places of the k largest, best first; of equals the earlier one."""
+    if len(scores) > k:
+        # The k-th largest and all that equal it, so that the order of equals is that of the rows.
+        edge = np.partition(scores, len(scores) - k)[len(scores) - k]
+        places = np.flatnonzero(scores >= edge)
+    else:
+        places = np.arange(len(scores))
+    return places[np.argsort(-scores[places], kind="stable")][:k]
+
+
+@dataclass(frozen=True, eq=False)
+class _Hits:
+    """The items that share a word with a query: (H,) rows, and (N,) their likeness, 0 for all others."""
+
+    rows: NDArray[np.int64]
+    scores: Floats
+
+    @classmethod
+    def of(cls, query: Vectors, view: WordView) -> _Hits:
+        product: Any = query @ view.by_term  # (1, T) @ (T, N), sparse
+        scores = np.zeros(product.shape[1], np.float32)
+        scores[product.indices] = product.data
+        return cls(np.sort(product.indices).astype(np.int64), scores)
+
+    def find_best(self, depth: int, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+        rows = self.rows if allowed is None else self.rows[allowed[self.rows]]
+        values = self.scores[rows]
+        return rows[np.argpartition(-values, depth)[:depth]] if len(rows) > depth else rows
+
+    def describe(self) -> tuple[float, float]:
+        """Return mean and standard deviation over all items."""
+        values = self.scores[self.rows].astype(np.float64)
+        mean = float(values.sum() / len(self.scores))
+        return mean, max(float((values**2).sum()) / len(self.scores) - mean**2, 0.0) ** 0.5
 
 
 def standardize(values: Floats, among: Floats | None = None) -> Floats:

@@ -218,6 +218,8 @@ class Answerer:
         self, route: Route, asked: Asked, waiting: WaitingContext | None, recommender: BundleRecommender
     ) -> tuple[AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], ItemRanking]:
         request = asked.request
+        # The first page and what lists are drawn from; a later page is found in all there is.
+        depth = None if request.cursor is not None else max(request.k + 1, CANDIDATES)
         slots, without = request.slots, request.without_slots
         not_like = [one for one in request.not_like if one in recommender.dataset.catalog.index]
 
@@ -225,13 +227,13 @@ class Answerer:
             if route == "replace" and request.swap is not None:
                 return recommender.rank_replacements(
                     asked.items, request.swap, user=asked.user, constraints=request.constraints, not_like=not_like,
-                    exclude=asked.exclude, exclude_seen=request.exclude_seen, fused=fused,
+                    exclude=asked.exclude, exclude_seen=request.exclude_seen, fused=fused, depth=depth,
                 )  # fmt: skip
             barred = (*asked.exclude, *asked.context) if not asked.items else asked.exclude
             return recommender.rank_items(
                 asked.items, user=asked.user, query=request.query,
                 constraints=request.constraints, required=slots, forbidden=without, not_like=not_like,
-                exclude=barred, exclude_seen=request.exclude_seen, fused=fused,
+                exclude=barred, exclude_seen=request.exclude_seen, fused=fused, depth=depth,
             )  # fmt: skip
 
         if route == "replace" and len(asked.items) == 1:
@@ -240,7 +242,7 @@ class Answerer:
             words = replace(asked, user=None, items=(), context=())
             ranking = recommender.rank_items(
                 query=request.query, constraints=request.constraints, required=slots, forbidden=without,
-                not_like=not_like, exclude=(*words.exclude, *asked.items),
+                not_like=not_like, exclude=(*words.exclude, *asked.items), depth=depth,
             )  # fmt: skip
             return "text", (), (), ranking
         by, tried, notes, fused = self._score(waiting)
@@ -295,7 +297,7 @@ class Answerer:
             found = recommender.rank(
                 request.bundles, items=asked.items, user=asked.user, query=request.query, explain=request.explain
             )
-            return [_tell_bundle(recommender, one) for one in found], by, tried, notes
+            return [_tell_bundle(one) for one in found], by, tried, notes
         if waiting is not None:
             by, tried, notes, fused = self._score(waiting)
         not_like = [one for one in request.not_like if one in recommender.dataset.catalog.index]
@@ -304,7 +306,7 @@ class Answerer:
             required=request.slots, forbidden=request.without_slots, options=request.options, not_like=not_like,
             exclude=asked.exclude, exclude_seen=request.exclude_seen, fused=fused, explain=request.explain,
         )  # fmt: skip
-        return [_tell_bundle(recommender, one) for one in found], by, tried, notes
+        return [_tell_bundle(one) for one in found], by, tried, notes
 
 
 def _goes_by_words(route: Route, asked: Asked) -> bool:
@@ -332,11 +334,8 @@ def _tell_item(recommender: BundleRecommender, one: Suggestion, row: int) -> dic
     return {**vars(one), "price": price, "category": " > ".join(path) or None}
 
 
-def _tell_bundle(recommender: BundleRecommender, one: Recommendation) -> dict[str, Any]:
-    catalog = recommender.dataset.catalog
-    prices: NDArray[np.float32] = catalog.prices[[catalog.index[item] for item in one.items]]
-    told = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(one).items()}
-    return {**told, "prices": [None if np.isnan(price) else round(float(price), 2) for price in prices]}
+def _tell_bundle(one: Recommendation) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(one).items()}
 
 
 def _add_bundle_price(recommender: BundleRecommender, results: list[dict[str, Any]], rest: Sequence[str]) -> None:

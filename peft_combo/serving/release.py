@@ -26,7 +26,7 @@ from peft_combo.errors import PeftComboError
 from peft_combo.recommender.live_catalog import VectorBuffers
 from peft_combo.recommender.persistence import load_or_fit
 from peft_combo.recommender.recommender import BundleRecommender
-from peft_combo.recommender.text_search import FROZEN_ALL, FROZEN_TITLE, TextSearch, VectorView, View
+from peft_combo.recommender.text_search import FROZEN_ALL, FROZEN_TITLE, VectorView, View
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.drift import Drift
 from peft_combo.serving.encoders import Encoders
@@ -170,7 +170,7 @@ class ReleaseBuilder:
             if isinstance(view, VectorView):
                 adapter = None if name in (FROZEN_TITLE, FROZEN_ALL) else adapters[name]
                 views[name] = VectorView(view.items, encode_by(adapter))
-        state = replace(base.state, search=TextSearch(views, base.state.search.weights))
+        state = replace(base.state, search=replace(base.state.search, views=views))
         return BundleRecommender(base.dataset, base.bank, state, composer=base.composer, like=base)
 
     def _warm_up(self, base: BundleRecommender) -> None:

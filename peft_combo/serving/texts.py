@@ -21,8 +21,8 @@ from peft_combo.encoder.heads.classification import ClassificationHead
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead
 from peft_combo.encoder.vectors import VectorCache
-from peft_combo.recommender.query_items import select_largest
 from peft_combo.recommender.rating import Rater, rate
+from peft_combo.recommender.text_search import select_largest
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.errors import BadRequest
 

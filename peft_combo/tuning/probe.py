@@ -73,6 +73,9 @@ class _Kept:
         self.bytes = 0
 
     def note(self, tensor: Tensor) -> Tensor:
+        if tensor.is_sparse:  # SHiRA's, which has no storage of its own
+            self.bytes += tensor._indices().nbytes + tensor._values().nbytes
+            return tensor
         storage = tensor.untyped_storage()
         # What is kept is alive until the backward pass, so its address is nobody else's.
         if storage.data_ptr() not in self._known:

@@ -19,6 +19,11 @@ from peft_combo.errors import TuningError
 from peft_combo.recipe.model import Recipe
 from peft_combo.tuning.run_state import flatten
 
+# What `accelerate launch` sets -> what it is; it is asked before accelerate, which would need GPUs to say so.
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a mesh of devices",
+}  # fmt: skip
 _STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
@@ -26,8 +31,9 @@ def build_accelerator(recipe: Recipe, run_folder: Path) -> Accelerator:
     """Start accelerate as a recipe asks for it, and its trackers.
 
     Raises:
-        TuningError: a tracker is not installed, or accelerate refuses the configuration.
+        TuningError: a tracker is not installed, or accelerate refuses the configuration, or it divides the weights.
     """
+    refuse_sharding()
     # "no" is the recipe's way of not asking, and leaves the choice to `accelerate launch`.
     precision = None if recipe.backbone.precision == "no" else recipe.backbone.precision
     trackers = list(recipe.training.trackers)
@@ -56,6 +62,25 @@ def build_accelerator(recipe: Recipe, run_folder: Path) -> Accelerator:
     if trackers:
         accelerator.init_trackers(recipe.name, config=flatten(recipe.model_dump(mode="json")))
     return accelerator
+
+
+def refuse_sharding() -> None:
+    """Refuse what accelerate was told to divide over processes beside the batch.
+
+    Checkpoints, stored adapters and the comparison with the frozen encoder are made of whole tensors, by one process;
+    of a shard they would be wrong, and nobody would notice.
+
+    Raises:
+        TuningError: the launcher asks for FSDP, DeepSpeed, Megatron-LM or a mesh of devices.
+    """
+    named = next((name for switch, name in _SHARDING.items() if os.environ.get(switch, "").lower() == "true"), None)
+    if named is not None:
+        raise TuningError(
+            f"This run was launched with {named}, which divides weights or optimizer over processes. Adapters are "
+            "stored and resumed from whole tensors: a part of them would be saved as if it were all. Nor is anything "
+            "gained, for an adapter's optimizer takes some hundred kilobytes. Launch it data parallel (--multi_gpu, or "
+            "recipes/accelerate/ddp.yaml); for an encoder that does not fit: --set backbone.quantization=4bit"
+        )
 
 
 def agree_on_signal(accelerator: Accelerator, number: int) -> int:

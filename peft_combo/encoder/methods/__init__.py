@@ -18,6 +18,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import peft
 import torch
+
+# SHiRA's updates are sparse tensors. Their checks are off by default; said, so that torch does not warn of it.
+torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -36,7 +39,7 @@ from peft_combo.encoder.methods.base_weights import TUNED_WEIGHTS_FILE, attach_w
 from peft_combo.encoder.methods.bottleneck import attach_bottleneck, load_bottleneck
 from peft_combo.encoder.methods.low_rank import Lora, attach_adalora, attach_lora
 from peft_combo.encoder.methods.merge_weights import merge_into_base
-from peft_combo.encoder.methods.peft_updates import attach_update
+from peft_combo.encoder.methods.peft_updates import attach_update, check_cells
 from peft_combo.encoder.methods.prompts import attach_prompt, is_prompt_method
 from peft_combo.encoder.methods.trainable_tokens import TrainableTokens, attach_tokens
 from peft_combo.errors import StoreError
@@ -45,18 +48,23 @@ from peft_combo.recipe.adapter import (
     AdapterConfig,
     BitfitTuning,
     BottleneckAdapter,
+    C3aAdapter,
     FullTuning,
     HeadOnly,
+    HiraAdapter,
     Ia3Adapter,
     LayerNormTuning,
+    LilyAdapter,
     LohaAdapter,
     LokrAdapter,
     LoraAdapter,
+    MissAdapter,
     OftAdapter,
     PrefixAdapter,
     PromptAdapter,
     PTuningAdapter,
     RandloraAdapter,
+    ShiraAdapter,
     TokensAdapter,
     TopLayers,
     VeraAdapter,
@@ -97,8 +105,8 @@ def attach(
             case AdaloraAdapter():
                 return attach_adalora(model, config, max_length, total_steps)
             case (
-                VeraAdapter() | LohaAdapter() | LokrAdapter() | RandloraAdapter() | OftAdapter() | Ia3Adapter()
-                | LayerNormTuning()
+                VeraAdapter() | LohaAdapter() | LokrAdapter() | RandloraAdapter() | OftAdapter() | MissAdapter()
+                | HiraAdapter() | ShiraAdapter() | C3aAdapter() | LilyAdapter() | Ia3Adapter() | LayerNormTuning()
             ):  # fmt: skip
                 return attach_update(model, config, max_length, seed)
             case PromptAdapter() | PTuningAdapter() | PrefixAdapter():
@@ -154,6 +162,7 @@ def _load_peft(model: nn.Module, folder: Path, stored_as: str, max_length: int) 
     wanted = set(read_peft_state(wrapped))
     if written != wanted:
         raise ValueError(f"its tensors are not those the encoder takes, for example {min(written ^ wanted)}")
+    check_cells(wrapped)
     if wrapped.peft_config[NAME].is_prompt_learning:
         return is_prompt_method(model, wrapped, max_length)
     match kind:

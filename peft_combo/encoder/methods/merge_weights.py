@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
+from peft.tuners.hira.layer import HiraLayer
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.miss.layer import MissLayer
 from peft.tuners.oft.layer import OFTLayer
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,6 +28,7 @@ _ADDED = {
     "p_tuning": "positions before the text",
     "prefix_tuning": "keys and values before the text's own",
     "bottleneck": "layers with a bend in them",
+    "lily": "a mixture that differs from token to token",
 }
 
 
@@ -82,6 +85,11 @@ def _merge_weight(module: Any) -> Tensor:
             moved = weight + module.get_delta_weight(NAME).float()
             length = module.lora_magnitude_vector[NAME].weight / torch.linalg.norm(moved, dim=1)
             wanted = length.unsqueeze(1) * moved  # Liu et al. 2024, equation 5
+        case MissLayer():
+            # Gives the whole weight, in spite of its name, and writes into what it is given.
+            wanted = module.get_delta_weight_miss(NAME, weight.clone())
+        case HiraLayer():
+            wanted = weight * (1 + module.get_delta_weight(NAME).float())  # W + W * (B A), element by element
         case _:
             wanted = weight + module.get_delta_weight(NAME).float()
     return wanted
