@@ -155,6 +155,11 @@ def test_a_chinese_query_is_taken_apart() -> None:
     assert found.budget == 1000
 
 
+def test_what_is_left_of_a_budget_is_no_part_of_a_thing() -> None:
+    (item,) = parse_query("三百块以下的白色运动鞋", noun_entities).items
+    assert (item.name, item.text) == ("运动鞋", "白色运动鞋")
+
+
 def test_names_of_one_noun() -> None:
     assert is_same_noun("高跟鞋", "鞋子")
     assert is_same_noun("连身裙", "连衣裙")

@@ -62,7 +62,7 @@ def parse_query(query: str, tagger: Tagger) -> ParsedQuery:
     items: dict[str, QueryItem] = {}
     for one, (start, end) in zip(found, _split_clauses(text, found), strict=True):
         name = one.text.casefold()
-        items.setdefault(name, QueryItem(name, one.type, text[start:end].strip(" ,;.，；。、")))
+        items.setdefault(name, QueryItem(name, one.type, text[start:end].strip(" ,;.，；。、的")))
     return ParsedQuery(text, tuple(items.values()), None if budget is None else budget.amount)
 
 
