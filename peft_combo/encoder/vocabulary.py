@@ -33,6 +33,9 @@ def cut_backbone(backbone: Backbone, texts: Sequence[str]) -> Backbone:
     fingerprint = backbone.fingerprint  # of the whole
     model = copy_sharing_weights(backbone.model)
     tokenizer, note = cut_vocabulary(model, backbone, texts, backbone.max_length)
+    if backbone.quantization == "none":  # off the file they are mapped from, which holds the whole table
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     cut = Backbone(
         backbone.name, model, tokenizer, backbone.pooling, backbone.max_length, backbone.quantization, fingerprint,
         (*backbone.notes, f"Vocabulary cut to the catalogue's: {note}."), backbone.text_prefix,
