@@ -281,6 +281,20 @@ def test_the_size_picks_the_kind() -> None:
     ]  # fmt: skip
 
 
+def test_an_index_in_files_takes_the_kind_of_all_its_rows(vectors: NDArray[np.float32], tmp_path: Path) -> None:
+    needs_faiss("ivf-sq8")
+    assert build_index(tmp_path / "few", cut(vectors)).kind == "exact"
+    many = [np.broadcast_to(vectors[0], (100_001, 24))] * 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_combo.encoder.index.shards.train", _stop)
+        with pytest.raises(InterruptedError, match="ivf-sq8 for 200002 rows"):
+            build_index(tmp_path / "many", many)
+
+
+def _stop(sample: NDArray[np.float32], kind: str, *, rows: int) -> None:
+    raise InterruptedError(f"{kind} for {rows} rows")
+
+
 def test_without_faiss_the_extra_is_named(
     vectors: NDArray[np.float32], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from peft_combo.recommender import fit_state
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import ModeWeights, ObjectiveWeights, Options
 from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.live_catalog import DESCRIBED, TITLE, LiveItem, VectorBuffers, extend_recommender
 from peft_combo.recommender.persistence import load_or_fit, load_recommender, save_recommender
 from peft_combo.recommender.query import parse_query
 from peft_combo.recommender.query_items import match_items
@@ -130,6 +131,20 @@ def test_where_items_are_many_an_index_answers_and_filters_come_first(
         found, expected = ask(many), ask(fitted)
         assert [one.item_id for one in found] == [one.item_id for one in expected]
         assert [one.score for one in found] == pytest.approx([one.score for one in expected], abs=1e-4)
+    text, names = "w45 of late", [*fitted.state.known.tuned]
+    vectors = {name: fitted.bank.encode([text], name)[0] for name in names}
+    vectors |= dict.fromkeys((TITLE, DESCRIBED), fitted.bank.encode([text], None)[0])
+    monkeypatch.setattr("peft_combo.recommender.text_search._DEPTH", 12)
+    found, expected = (
+        extend_recommender(one, [LiveItem("late", text, vectors=vectors)], best[:1], VectorBuffers()).complete(
+            query=f"{text} {title}", k=5
+        )
+        for one in (many, fitted)
+    )  # fmt: skip
+    assert [one.item_id for one in found] == [one.item_id for one in expected]
+    assert [one.score for one in found] == pytest.approx([one.score for one in expected], abs=1e-4)
+    assert "late" in {one.item_id for one in found}
+    assert best[0] not in {one.item_id for one in found}
 
 
 def test_each_kind_of_request_has_its_weights(fitted: BundleRecommender) -> None:

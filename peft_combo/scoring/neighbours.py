@@ -100,13 +100,7 @@ class ItemKNN(HistoryScorer[Similar]):
         return Similar(history, support_of(history), similarity)
 
     def _score(self, known: Similar, contexts: Csr) -> NDArray[np.float32]:
-        seen = known.support > 0
-        weight = with_data(contexts, np.abs(contexts.data)) @ seen.astype(np.float32)  # (Q,)
-        scores = np.empty(contexts.shape, np.float32)
-        weights = scale_rows(contexts, np.divide(1, weight, out=np.zeros_like(weight), where=weight > 0))
-        for block in row_blocks(*contexts.shape):
-            scores[block] = (weights[block] @ known.similarity).toarray()
-        return mask_missing(scores, weight > 0, seen)
+        return score_neighbours(known, contexts)
 
     def _nearest(self, history: Csr, wanted: NDArray[np.int64]) -> Csr:
         """The k nearest others of each wanted item: (len(wanted), N)."""
@@ -252,6 +246,17 @@ class UserKNN(HistoryScorer[Raters]):
             return np.zeros(rows.shape[0], np.float32)
         sums, counts = np.asarray(rows.sum(axis=1), np.float64), np.diff(rows.indptr)
         return np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0).astype(np.float32)
+
+
+def score_neighbours(known: Similar, contexts: Csr) -> NDArray[np.float32]:
+    """Score all items by their likeness to those of each context, as `ItemKNN` says: (Q, N) -> (Q, N)."""
+    seen = known.support > 0
+    weight = with_data(contexts, np.abs(contexts.data)) @ seen.astype(np.float32)  # (Q,)
+    scores = np.empty(contexts.shape, np.float32)
+    weights = scale_rows(contexts, np.divide(1, weight, out=np.zeros_like(weight), where=weight > 0))
+    for block in row_blocks(*contexts.shape):
+        scores[block] = (weights[block] @ known.similarity).toarray()
+    return mask_missing(scores, weight > 0, seen)
 
 
 def largest(matrix: Csr, k: int) -> Csr:

@@ -179,24 +179,29 @@ class CoOccurrence(HistoryScorer[PairCounts]):
         return PairCounts(stack(known.history, rows), support, pairs)
 
     def _score(self, known: PairCounts, contexts: Csr) -> NDArray[np.float32]:
-        seen = known.support > 0
-        inside = binary(contexts)
-        familiar = (inside @ seen.astype(np.float32)).astype(np.float32)  # (Q,) context items ever seen
-        shared = 1 / np.maximum(familiar, 1)
-        weights = scale_rows(inside, shared)
-        if self.measure != "count":
-            weights.data = weights.data / np.maximum(known.support, 1).astype(np.float32)[weights.indices]
-        scores = np.empty(contexts.shape, np.float32)
-        for block in row_blocks(*contexts.shape):
-            scores[block] = (weights[block] @ known.pairs).toarray()
-        match self.measure:
-            case "lift":
-                scores *= (known.history.shape[0] / np.maximum(known.support, 1)).astype(np.float32)
-            case "count" | "conditional":
-                pass
-            case _:
-                assert_never(self.measure)
-        return mask_missing(scores, familiar > 0, seen)
+        return score_pairs(known, contexts, self.measure)
+
+
+def score_pairs(known: PairCounts, contexts: Csr, measure: Measure) -> NDArray[np.float32]:
+    """Score all items by how often they share a row with those of each context, as `CoOccurrence` says."""
+    seen = known.support > 0
+    inside = binary(contexts)
+    familiar = (inside @ seen.astype(np.float32)).astype(np.float32)  # (Q,) context items ever seen
+    shared = 1 / np.maximum(familiar, 1)
+    weights = scale_rows(inside, shared)
+    if measure != "count":
+        weights.data = weights.data / np.maximum(known.support, 1).astype(np.float32)[weights.indices]
+    scores = np.empty(contexts.shape, np.float32)
+    for block in row_blocks(*contexts.shape):
+        scores[block] = (weights[block] @ known.pairs).toarray()
+    match measure:
+        case "lift":
+            scores *= (known.history.shape[0] / np.maximum(known.support, 1)).astype(np.float32)
+        case "count" | "conditional":
+            pass
+        case _:
+            assert_never(measure)
+    return mask_missing(scores, familiar > 0, seen)
 
 
 def _pairs(history: Csr) -> Csr:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peft_combo.encoder.index.approximate import FaissIndex, FaissMissing, add_rows, choose_effort, import_faiss, train
+from peft_combo.encoder.index.choose import IndexKind, choose_kind
 from peft_combo.encoder.index.exact import (
     ExactIndex,
     Excluded,
@@ -80,7 +81,7 @@ class IndexManifest(BaseModel):
 
 
 def build_index(
-    folder: str | Path, vectors: Sequence[NDArray[np.float32]], kind: ShardedKind, *, source: str = "",
+    folder: str | Path, vectors: Sequence[NDArray[np.float32]], kind: IndexKind = "auto", *, source: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> IndexManifest:  # fmt: skip
     """Build an index over shards of vectors and keep it in a folder, which appears whole or not at all.
@@ -90,6 +91,7 @@ def build_index(
 
     Args:
         vectors: shards, each (N_s, D) float32 and not empty; mapped files will do.
+        kind: ``auto`` takes that of `choose_kind` for all rows.
         source: who made the vectors; `ShardedIndex.open` can ask for it.
         progress: told how many rows were added.
     Raises:
@@ -101,6 +103,7 @@ def build_index(
     if not shards or not all(len(own) for own in shards) or len({own.shape[1] for own in shards}) != 1:
         raise ValueError(f"vectors: expected shards of rows, equally wide, found {[own.shape for own in shards]}.")
     rows = sum(map(len, shards))
+    kind = choose_kind(rows) if kind == "auto" else kind
     trained = None if kind == "exact" or kind == "hnsw" else train(_take_sample(shards), kind, rows=rows)
     described = []
     try:
