@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.smoke:
         with make_tiny() as tiny:
-            run(str(tiny.folder / "encoder"), str(tiny.shop), 300, 1, ["local"], [2])
+            run(str(tiny.folder / "encoder"), str(tiny.shop), 300, 1, ["local"], [1])
         return
     run("embedded", None, options.texts, options.rounds, options.on.split(","), [*map(int, options.workers.split(","))])
 
@@ -98,7 +98,8 @@ def _compare(bank: AdapterBank, texts: list[str], folder: Path, kind: str, sizes
         away = np.abs(_read(bank, texts, folder / f"{kind}-{size}-0") - alone).max()
         told = f"{kind}, {size} worker{'s' if size > 1 else ''}"
         print(f"{told:24}{len(texts) / taken:9,.0f}{single / taken:8.2f}{starts[size]:9.1f}{away:12.1e}")
-    _kill(bank, texts, folder / f"{kind}-killed", opened[max(sizes)], kind, alone)
+    if max(sizes) > 1:  # one alone leaves nobody to take over
+        _kill(bank, texts, folder / f"{kind}-killed", opened[max(sizes)], kind, alone)
     for executor in reversed(opened.values()):
         executor.close()
 

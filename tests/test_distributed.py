@@ -321,6 +321,12 @@ def test_a_block_that_is_given_up_is_told_and_the_others_are_kept(bank: AdapterB
     assert embed_shards(bank, Blocks(TEXTS), "food", tmp_path / "shards").encoded == 100
 
 
+def test_a_worker_puts_the_same_words_before_each_text(tiny_bert: Path, tmp_path: Path) -> None:
+    backbone = Backbone.load(str(tiny_bert), max_length=16, text_prefix="w7 ")
+    encoder = find_encoder(AdapterBank(backbone, AdapterStore(tmp_path)), None)
+    np.testing.assert_allclose(encode_share(encoder.build_share(["w1"])), backbone.encode(["w1"]), atol=1e-6)
+
+
 def test_a_worker_with_another_adapter_refuses(bank: AdapterBank, tmp_path: Path) -> None:
     share = find_encoder(bank, "food").build_share(["w1"])
     told = json.loads(share["encoder"])

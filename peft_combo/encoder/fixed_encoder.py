@@ -68,7 +68,7 @@ class FixedEncoder:
             {
                 "model": str(folder.resolve()) if folder.is_dir() else backbone.name, "pooling": backbone.pooling,
                 "max_length": backbone.max_length, "quantization": backbone.quantization, "store": self.store,
-                "reference": self.reference, "key": self.key,
+                "reference": self.reference, "key": self.key, "text_prefix": backbone.text_prefix,
             }
         )  # fmt: skip
 
@@ -116,7 +116,7 @@ def _open_encoder(told: str) -> FixedEncoder:
     wanted = json.loads(told)
     backbone = Backbone.load(
         wanted["model"], pooling=wanted["pooling"], max_length=wanted["max_length"],
-        quantization=wanted["quantization"],
+        quantization=wanted["quantization"], text_prefix=wanted["text_prefix"],
     )  # fmt: skip
     found = find_encoder(AdapterBank(backbone, AdapterStore(wanted["store"])), wanted["reference"])
     if found.key != wanted["key"]:
