@@ -95,6 +95,15 @@ def list_shipped_recipes() -> list[str]:
     return sorted(file.stem for file in recipes_folder().glob("*.yaml"))
 
 
+def cache_folder() -> Path:
+    """Return this user's folder of what can be made again: $PEFT_COMBO_CACHE, or peft-combo in the system's own."""
+    named = os.environ.get("PEFT_COMBO_CACHE")
+    if named:
+        return literal_path(named)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path("~/.cache").expanduser()) / "peft-combo"
+
+
 # --- locking ----------------------------------------------------------------------------------------------------------
 
 

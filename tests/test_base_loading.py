@@ -520,9 +520,9 @@ def test_a_pooling_that_cannot_be_followed_is_said(
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        ({SETTINGS: {"prompts": {"query": "query: ", "document": "passage: "}}}, "'data.text=passage: {title}'"),
+        ({SETTINGS: {"prompts": {"query": "query: ", "document": "passage: "}}}, "'backbone.text_prefix=passage: '"),
         ({SETTINGS: {"prompts": {"query": "", "document": ""}}}, ""),
-        ({SETTINGS: {"prompts": {"a": "Say: "}, "default_prompt_name": "a"}}, "'data.text=Say: {title}'"),
+        ({SETTINGS: {"prompts": {"a": "Say: "}, "default_prompt_name": "a"}}, ""),
         ({SETTINGS: {"similarity_fn_name": "dot"}}, "compares vectors by dot"),
         ({"modules": MODULES[:2]}, "leaves vectors at their own length"),
         ({"modules": [*MODULES, {"type": "sentence_transformers.models.Dense", "path": "3_Dense"}]}, "models.Dense"),

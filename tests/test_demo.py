@@ -16,6 +16,7 @@ from pyarrow import parquet
 from typer.testing import CliRunner
 
 from peft_combo.cli import app
+from peft_combo.data.language import count_unspaced, has_han
 from peft_combo.data.readers.demo import demo_dataset
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import split, split_as
@@ -26,6 +27,7 @@ from peft_combo.recipe.model import DataConfig
 SHIPPED = REPOSITORY / "peft_combo" / "data" / "demo"
 
 # Changes only when the rules or words of tools/make_demo.py change; say so in the changelog, for figures change too.
+DIGEST_ZH = "894e1e3999bcfba7676a672773f26c4ffc4a41abda3ff07b8e0d1a4c24cbd0a5"
 DIGEST = "d8af0e3f79495e15edc5620cbb52c543e1e168c3dc8565be40f442de15871b81"
 
 
@@ -48,6 +50,21 @@ def test_the_shipped_tables_are_what_the_script_makes(make_tables: Callable[...,
     for name, columns in tables.items():
         assert parquet.read_table(files[name]).to_pydict() == columns
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 200_000
+
+
+def test_the_chinese_shop_is_the_same_shop_in_other_words(make_tables: Callable[..., Any]) -> None:
+    tables = make_tables(language="zh")
+    folder = SHIPPED.with_name("demo_zh")
+    assert {file.stem for file in folder.iterdir()} == {"items", "bundle_meta"}
+    for file in folder.iterdir():
+        assert parquet.read_table(file).to_pydict() == tables[file.stem]
+    demo, chinese = demo_dataset(), demo_dataset("demo-zh")
+    assert (chinese.digest, demo.digest) == (DIGEST_ZH, DIGEST)
+    assert chinese.catalog.item_ids == demo.catalog.item_ids
+    assert [rows.tolist() for rows in chinese.bundles.items] == [rows.tolist() for rows in demo.bundles.items]
+    assert chinese.catalog.prices.tolist() == demo.catalog.prices.tolist()
+    assert count_unspaced(chinese.catalog.titles) == len(chinese.catalog)
+    assert all(has_han(part) for path in chinese.catalog.categories for part in path)
 
 
 def test_another_seed_is_another_shop(make_tables: Callable[..., Any]) -> None:

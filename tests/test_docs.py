@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY
@@ -44,3 +46,24 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert all(f"peft-combo {name}" in commands for name in ("tune", "retune", "adapters merge", "serve keys add"))
     fields = (tmp_path / "site" / "reference" / "fields" / "index.html").read_text()
     assert all(name in fields for name in ("adapter.top_layers", "task.whitening", "training.early_stopping.patience"))
+
+
+def test_every_command_of_the_start_page_runs_here_or_in_the_readme(shell: Any, in_tmp: Path) -> None:
+    """Those that take long are the README's own, which test_readme.py runs as written."""
+    page = (REPOSITORY / "docs" / "start.md").read_text()
+    readme = (REPOSITORY / "README.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    ran = 0
+    for line in lines:
+        if line in readme or line == "peft-combo tune --recipe lora-fashion":
+            continue
+        code, out, err = shell(*shlex.split(line)[1:])
+        assert code == 0, f"{line}\n{out}\n{err}"
+        ran += 1
+    assert ran == 5
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from data_folders import write_folder
 
-from peft_combo.data.augmentation.fashion_nouns import FASHION_NOUNS
 from peft_combo.data.labels.tags import head_entity, noun_entities, read_tags, weak_tags, with_slots, words_of
 from peft_combo.data.labels.texts import labels_of_catalogue, read_labels, split_texts, text_key
+from peft_combo.data.language.english_nouns import FASHION_NOUNS
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers.folder import write_items
 from peft_combo.data.sources import open_dataset

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from peft_combo.data.labels.tags import noun_entities
-from peft_combo.recommender.query import is_same_noun, parse_query
+from peft_combo.data.language import is_same_noun
+from peft_combo.recommender.query import parse_query
 
 
 @pytest.mark.parametrize(

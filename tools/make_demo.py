@@ -1,4 +1,4 @@
-"""Makes the demo, a synthetic fashion shop, and writes it where the package ships it: peft_combo/data/demo.
+"""Makes the demo, a synthetic fashion shop, and writes it where the package ships it: peft_combo/data/demo and demo_zh.
 
     python tools/make_demo.py
 
@@ -7,6 +7,9 @@ it is invented: brands, items, people's tastes. It is made to be learnable: outf
 show only in part (a brand leans to a style, and nothing but the outfits says which), besides season, palette, price
 tier and slots. So text similarity alone finds little, and tuning on bundles can find more. Figures measured on it say
 that the machinery works, never that a method is good on real data.
+
+In Chinese it is the same shop: items, users, outfits and purchases are the same rows, words and titles are those of
+`demo_words_zh`. So only items and the names of outfits are written a second time.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import demo_words_zh
 import pyarrow as pa
 import pyarrow.parquet as pq
 from demo_words import (
@@ -39,6 +43,7 @@ from demo_words import (
 )
 
 FOLDER = Path(__file__).resolve().parent.parent / "peft_combo" / "data" / "demo"
+FOLDER_ZH, TABLES_ZH = FOLDER.with_name("demo_zh"), ("items", "bundle_meta")
 
 _T = TypeVar("_T")
 
@@ -54,10 +59,47 @@ _DAYS = 730
 
 
 @dataclass(frozen=True)
+class _Title:
+    """The parts of a title; "" for one that it does not tell."""
+
+    form: int
+    brand: str
+    whose: str
+    line: str
+    cloth: str
+    cut: str
+    noun: str
+    colour: str
+    size: str
+
+    def write(self) -> str:
+        """Return it as shops write it."""
+        cut, cloth, line = (f"{one} " if one else "" for one in (self.cut, self.cloth, self.line))
+        whose = f"{self.whose}'s " if self.whose else ""
+        size = f", Size {self.size}" if self.size else ""
+        match self.form:
+            case 0:
+                title = f"{self.brand} {whose}{line}{cloth}{cut}{self.noun}, {self.colour}{size}"
+            case 1:
+                title = f"{self.brand} {line}{cut}{self.noun} in {self.colour} {cloth}"
+                title = title.rstrip() + (f" for {self.whose}" if whose else "") + size
+            case 2:
+                title = f"{whose}{cut}{cloth}{self.noun} by {self.brand}{f' - {line}'.rstrip() if line else ''}, "
+                title += self.colour
+            case _:
+                title = f"{self.brand} {line}{self.noun} - {cloth}{cut}{whose}{self.colour}{size}"
+        return " ".join(title.split())
+
+    def write_zh(self) -> str:
+        """Return it as Chinese shops write it."""
+        return " ".join(demo_words_zh.write_title(**vars(self)).split())
+
+
+@dataclass(frozen=True)
 class _Item:
     """What the shop knows of an item; style and tier are hidden from the dataset."""
 
-    title: str
+    parts: _Title
     category: tuple[str, ...]
     slot: str
     gender: str
@@ -69,7 +111,7 @@ class _Item:
     brand: str
     fabric: str | None
     cents: int
-    description: str
+    description: tuple[str, ...]
     stock: int
     appeal: float
     arrival: bool  # not yet in any outfit
@@ -111,19 +153,26 @@ class _Dice:
 
 
 def main() -> None:
-    FOLDER.mkdir(exist_ok=True)
-    for name, columns in make_tables().items():
-        table = pa.table(columns)
-        pq.write_table(table, FOLDER / f"{name}.parquet", compression="zstd", compression_level=19)
-        print(f"{name}: {table.num_rows:,} rows, {(FOLDER / f'{name}.parquet').stat().st_size:,} bytes")
+    made = [(FOLDER, name, columns) for name, columns in make_tables().items()]
+    made += [(FOLDER_ZH, name, columns) for name, columns in make_tables(language="zh").items() if name in TABLES_ZH]
+    for folder, name, columns in made:
+        folder.mkdir(exist_ok=True)
+        table, file = pa.table(columns), folder / f"{name}.parquet"
+        pq.write_table(table, file, compression="zstd", compression_level=19)
+        print(f"{folder.name}/{name}: {table.num_rows:,} rows, {file.stat().st_size:,} bytes")
 
 
-def make_tables(seed: int = 0) -> dict[str, dict[str, list[Any]]]:
+def make_tables(seed: int = 0, language: Literal["en", "zh"] = "en") -> dict[str, dict[str, list[Any]]]:
     """Return the shop as the tables of a data folder: about 1,000 items, 400 users, 600 outfits, 12,000 purchases.
 
     Args:
         seed: the same seed gives the same tables on every platform; the package ships that of 0.
+        language: of the words; everything else is the same.
     """
+
+    def tell(word: str | None) -> str | None:
+        return demo_words_zh.WORDS[word] if word and language == "zh" else word
+
     dice = _Dice(seed)
     items = _stock_shelves(dice)
     users = [_invent_user(dice) for _ in range(_USERS)]
@@ -133,7 +182,7 @@ def make_tables(seed: int = 0) -> dict[str, dict[str, list[Any]]]:
 
     outfits: list[list[int]] = []
     owners: list[int] = []
-    names: list[str] = []
+    names: list[tuple[str, str, str]] = []
     days: list[int] = []
     for _ in range(_OUTFITS):
         owner = dice.below(_USERS)
@@ -151,15 +200,18 @@ def make_tables(seed: int = 0) -> dict[str, dict[str, list[Any]]]:
     return {
         "items": {
             "item_id": item_ids,
-            "title": [item.title for item in items],
-            "category": [" > ".join(item.category) for item in items],
+            "title": [item.parts.write_zh() if language == "zh" else item.parts.write() for item in items],
+            "category": [" > ".join(str(tell(part)) for part in item.category) for item in items],
             "slot": [item.slot for item in items],
             "price": [item.cents / 100 for item in items],
-            "description": [item.description or None for item in items],
-            "brand": [item.brand for item in items],
-            "colour": [item.colour for item in items],
-            "fabric": [item.fabric for item in items],
-            "season": [item.season for item in items],
+            "description": [
+                ("。" if language == "zh" else ". ").join(str(tell(part)) for part in item.description) or None
+                for item in items
+            ],
+            "brand": [tell(item.brand) for item in items],
+            "colour": [tell(item.colour) for item in items],
+            "fabric": [tell(item.fabric) for item in items],
+            "season": [tell(item.season) for item in items],
             "stock": [item.stock for item in items],
         },
         "bundles": {
@@ -168,7 +220,10 @@ def make_tables(seed: int = 0) -> dict[str, dict[str, list[Any]]]:
         },
         "bundle_meta": {
             "bundle_id": bundle_ids,
-            "name": names,
+            "name": [
+                demo_words_zh.write_bundle(*name) if language == "zh" else "{} {} for {}".format(*name)
+                for name in names
+            ],
             "user_id": [user_ids[owner] for owner in owners],
             "timestamp": [_moment(_START + day * 86_400 + 43_200) for day in days],
             "basket_id": [f"B{row:05d}" for row in range(_OUTFITS)],
@@ -211,9 +266,9 @@ def _make_item(dice: _Dice, gender: str, slot: str) -> _Item:
     summer = season == "spring-summer" or (season == "all-year" and dice.chance(0.5))
     fabric = dice.pick(FABRICS[department][style][0 if summer else 1])
     cents = _price(dice, slot, brand.tier)
-    title, shows_fabric = _title(dice, gender, style, brand, kind, colour, fabric)
+    title = _title(dice, gender, style, brand, kind, colour, fabric)
     return _Item(
-        title=title,
+        parts=title,
         category=(department, gender, kind.group, kind.leaf),
         slot=slot,
         gender=gender,
@@ -223,9 +278,9 @@ def _make_item(dice: _Dice, gender: str, slot: str) -> _Item:
         colour=colour,
         palette=palette,
         brand=brand.name,
-        fabric=fabric if shows_fabric else None,
+        fabric=title.cloth or None,
         cents=cents,
-        description=f"{fabric}. {dice.pick(CARE)}" if dice.chance(0.5) else "",
+        description=(fabric, dice.pick(CARE)) if dice.chance(0.5) else (),
         stock=0 if dice.chance(0.04) else 3 + dice.below(80),
         appeal=(0.7, 0.85, 1.0, 1.2, 1.4)[dice.below(5)],
         arrival=dice.chance(0.12),
@@ -238,27 +293,14 @@ def _price(dice: _Dice, slot: str, tier: int) -> int:
     return whole * 100 + (95 if dice.chance(0.6) else 0)
 
 
-def _title(
-    dice: _Dice, gender: str, style: str, brand: Brand, kind: Kind, colour: str, fabric: str
-) -> tuple[str, bool]:
-    """Return a title as shops write them, and whether it tells the fabric."""
-    cut = f"{dice.pick(CUTS[DEPARTMENTS[kind.slot]][style])} " if dice.chance(0.45) else ""
-    shows_fabric = dice.chance(0.7)
-    cloth = f"{fabric} " if shows_fabric else ""
-    whose = f"{gender}'s " if dice.chance(0.75) else ""
-    line = f"{dice.pick(LINES[style])} " if dice.chance(0.45) else ""
-    size = f", Size {dice.pick(kind.sizes)}" if kind.sizes and dice.chance(0.3) else ""
-    match dice.below(4):
-        case 0:
-            title = f"{brand.name} {whose}{line}{cloth}{cut}{kind.noun}, {colour}{size}"
-        case 1:
-            title = f"{brand.name} {line}{cut}{kind.noun} in {colour} {cloth}"
-            title = title.rstrip() + (f" for {gender}" if whose else "") + size
-        case 2:
-            title = f"{whose}{cut}{cloth}{kind.noun} by {brand.name}{f' - {line}'.rstrip() if line else ''}, {colour}"
-        case _:
-            title = f"{brand.name} {line}{kind.noun} - {cloth}{cut}{whose}{colour}{size}"
-    return " ".join(title.split()), shows_fabric
+def _title(dice: _Dice, gender: str, style: str, brand: Brand, kind: Kind, colour: str, fabric: str) -> _Title:
+    """Draw what a title tells."""
+    cut = dice.pick(CUTS[DEPARTMENTS[kind.slot]][style]) if dice.chance(0.45) else ""
+    cloth = fabric if dice.chance(0.7) else ""
+    whose = gender if dice.chance(0.75) else ""
+    line = dice.pick(LINES[style]) if dice.chance(0.45) else ""
+    size = dice.pick(kind.sizes) if kind.sizes and dice.chance(0.3) else ""
+    return _Title(dice.below(4), brand.name, whose, line, cloth, cut, kind.noun, colour, size)
 
 
 def _invent_user(dice: _Dice) -> _User:
@@ -273,8 +315,8 @@ def _season_of(day: int) -> str:
 
 def _put_together(
     dice: _Dice, user: _User, season: str, items: list[_Item], shelves: dict[tuple[str, str], list[int]]
-) -> tuple[list[int], str]:
-    """Return the rows of one outfit and its name."""
+) -> tuple[list[int], tuple[str, str, str]]:
+    """Return the rows of one outfit and its name: what it leads with, what it is, what for."""
     style = user.styles[0] if dice.chance(0.75) else user.styles[1]
     palette = dice.weigh(*PALETTES[style])
     slots = ["dress", "shoes"] if user.gender == "Women" and dice.chance(0.35) else ["top", "bottom", "shoes"]
@@ -302,7 +344,7 @@ def _put_together(
 
     lead = next((fabric for row in members if (fabric := items[row].fabric)), items[members[0]].colour)
     occasion = dice.pick(OCCASIONS[style][0 if season == "spring-summer" else 1])
-    return members, f"{lead} {dice.pick(('look', 'outfit', 'set'))} for {occasion}"
+    return members, (lead, dice.pick(("look", "outfit", "set")), occasion)
 
 
 def _purchases(

@@ -163,7 +163,11 @@ def _build_encoder(
     if pruning:
         return prune(backbone, encoder, texts, source.attached.max_length, pruning, callback)
     length = source.attached.max_length
-    return Backbone(backbone.name, encoder, backbone.tokenizer, backbone.pooling, length, fingerprint="export"), ()
+    written = Backbone(
+        backbone.name, encoder, backbone.tokenizer, backbone.pooling, length, fingerprint="export",
+        text_prefix=backbone.text_prefix,
+    )  # fmt: skip
+    return written, ()
 
 
 def _write_model(

@@ -23,6 +23,7 @@ from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.encoder.heads.base import HEAD_FILE
 from peft_combo.encoder.heads.completion import BundleHead, CompletionHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
+from peft_combo.errors import BackboneError
 from peft_combo.recipe.task import BundleTask
 from peft_combo.store.manifest import list_versions
 
@@ -121,7 +122,9 @@ def write_report(folder: Path, done: Export, source: ExportSource, backbone: Bac
 
 
 def write_tokenizer(folder: Path, max_length: int, backbone: Backbone, *, graph: bool) -> None:
-    """Write tokenizer and config; the tokenizer cuts where the adapter was tuned to cut, whoever reads it."""
+    """Write tokenizer and config; the tokenizer cuts where the adapter was tuned to cut, and puts the prefix before a
+    text, whoever reads it.
+    """
     config: Any = backbone.model.config
     config.save_pretrained(folder)
     tokenizer = copy.deepcopy(backbone.tokenizer)
@@ -131,7 +134,23 @@ def write_tokenizer(folder: Path, max_length: int, backbone: Backbone, *, graph:
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.enable_truncation(max_length)
         tokenizer.backend_tokenizer.no_padding()
+        if backbone.text_prefix:
+            _put_prefix(tokenizer.backend_tokenizer, backbone.text_prefix)
+    elif backbone.text_prefix:
+        raise BackboneError(
+            f"An export puts the text prefix into tokenizer.json, and {backbone.name} has none: take an encoder with a "
+            "fast tokenizer."
+        )
     tokenizer.save_pretrained(folder)
+
+
+def _put_prefix(tokenizer: Any, prefix: str) -> None:
+    """Have a tokenizer of the tokenizers library put a prefix before every text."""
+    from tokenizers import normalizers
+
+    first = normalizers.Prepend(prefix)
+    own = tokenizer.normalizer
+    tokenizer.normalizer = first if own is None else normalizers.Sequence([first, own])
 
 
 def read_back(folder: Path, max_length: int, backbone: Backbone) -> Backbone:

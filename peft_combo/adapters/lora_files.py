@@ -47,11 +47,11 @@ def write_lora(
 
 
 def explain_unlike_backbones(manifests: Sequence[Manifest]) -> list[str]:
-    """Say in what the encoders of some adapters differ: fingerprint, pooling or max_length; empty where in nothing."""
+    """Say in what the encoders of some adapters differ: prefix, fingerprint, pooling, max_length; empty for none."""
     first, *others = manifests
     found = []
     for other in others:
-        for name in ("fingerprint", "pooling", "max_length"):
+        for name in ("text_prefix", "fingerprint", "pooling", "max_length"):
             mine, theirs = (str(getattr(m.backbone, name))[:12] for m in (first, other))
             if getattr(first.backbone, name) != getattr(other.backbone, name):
                 found.append(f"{first.reference} has {name} {mine}, {other.reference} has {theirs}")

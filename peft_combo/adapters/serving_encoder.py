@@ -127,8 +127,9 @@ def open_encoder(
     source = ExportSource.of(live, backbone)
     length = source.attached.max_length
     reader = Backbone(
-        backbone.name, backbone.model, backbone.tokenizer, backbone.pooling, length, fingerprint="serving"
-    )
+        backbone.name, backbone.model, backbone.tokenizer, backbone.pooling, length, fingerprint="serving",
+        text_prefix=backbone.text_prefix,
+    )  # fmt: skip
     whole = Engine(run_torch(backbone, source.attached.encoder), backbone.pad_id)
     if kind == "torch":
         return ServingEncoder(kind, reader, [whole])

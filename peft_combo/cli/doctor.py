@@ -17,7 +17,11 @@ _ROW = 200  # characters of a row of the table; what is longer stands below it, 
 @app.command()
 def doctor(
     backbone: Annotated[
-        str, typer.Option("--backbone", help="Encoder to look at: embedded (the default), a folder or a hub id.")
+        str,
+        typer.Option(
+            "--backbone",
+            help="Encoder to look at: embedded (the default), embedded-multilingual, a folder or a hub id.",
+        ),
     ] = "embedded",
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,

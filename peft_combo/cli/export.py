@@ -75,7 +75,10 @@ def adapters_export(
 
         check_export(to, format)
         # In full precision whatever the adapter was tuned on: an export starts from there.
-        encoder = loaded.backbone.model_copy(update={"quantization": "none", "pooling": manifest.backbone.pooling})
+        stamp = manifest.backbone
+        encoder = loaded.backbone.model_copy(
+            update={"quantization": "none", "pooling": stamp.pooling, "text_prefix": stamp.text_prefix}
+        )
         space = Workspace.of(loaded.model_copy(update={"backbone": encoder}), store=opened.path)
         questions = None
         if texts is not None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_combo.data.language import has_han
+from peft_combo.data.language.chinese import has_words as has_chinese_words
 from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Dataset, Interactions
 from peft_combo.data.sessions import Sessions
 from peft_combo.errors import DataError, did_you_mean
@@ -53,6 +55,14 @@ def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
             needed.
     """
     notes = list(found.notes)
+    if config.language != "auto":
+        found = replace(found, catalog=replace(found.catalog, language=config.language))
+    chinese = sum(map(has_han, found.catalog.titles)) if config.language in ("auto", "chinese") else 0
+    if chinese and not has_chinese_words():
+        notes.append(
+            f"{chinese:,} titles are Chinese, whose words are told by pairs of characters: pip install "
+            "'peft-combo[chinese]' finds words"
+        )
     if config.category_filter is not None:
         rows = _rows_under(found.catalog, config.category_filter)
         notes.append(f"{len(rows):,} of {len(found.catalog):,} items lie under {config.category_filter!r}")

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from peft_combo.data.digest import compute_digest
+from peft_combo.data.language import Language, split_all
 from peft_combo.errors import DataError, did_you_mean, shorten
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Catalog:
         prices: (N,) float32; NaN where unknown.
         descriptions: longer text; "" where unknown.
         attributes: per further column (brand, colour, stock ...) one value or None per item.
+        language: what texts are read as where words are told apart; no part of a dataset's digest.
     """
 
     item_ids: tuple[str, ...]
@@ -47,6 +49,7 @@ class Catalog:
     prices: NDArray[np.float32]
     descriptions: tuple[str, ...]
     attributes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    language: Language = "auto"
 
     @classmethod
     def build(
@@ -124,6 +127,10 @@ class Catalog:
         numbers = {name: number for number, name in enumerate(sorted({name for name in names if name}))}
         return np.array([numbers[name] if name else -1 for name in names], np.int64)
 
+    def split_words(self, texts: Iterable[str]) -> list[str]:
+        """Return texts with their words apart, read in the catalogue's language."""
+        return split_all(texts, self.language)
+
     def texts(self, template: str = "{title}") -> list[str]:
         """Return one text per item, made from `template` over the item's fields, with whitespace normalised.
 
@@ -155,7 +162,7 @@ class Catalog:
     def take(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> Catalog:
         """Return the catalogue of these rows, in this order."""
         order = [int(row) for row in rows]
-        return Catalog.build(
+        taken = Catalog.build(
             item_ids=[self.item_ids[row] for row in order],
             titles=[self.titles[row] for row in order],
             categories=[self.categories[row] for row in order],
@@ -164,6 +171,7 @@ class Catalog:
             descriptions=[self.descriptions[row] for row in order],
             attributes={name: [values[row] for row in order] for name, values in self.attributes.items()},
         )
+        return taken if self.language == "auto" else replace(taken, language=self.language)
 
     def _text_column(self, name: str) -> list[str]:
         match name:
@@ -436,6 +444,11 @@ class Dataset:
     def plain(self) -> tuple[str, ...]:
         """The text of each item without its category path; see `texts` for errors."""
         return tuple(self.catalog.texts(self.plain_template))
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The texts of `plain` with their words apart: see `peft_combo.data.language.split_words`."""
+        return tuple(self.catalog.split_words(self.plain))
 
     @cached_property
     def described(self) -> tuple[str, ...] | None:

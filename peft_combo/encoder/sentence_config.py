@@ -34,12 +34,14 @@ class SentenceConfig:
         pooling: how the base pools; None where it does not say, or in a way that is not known here.
         max_length: the most tokens of a text the base was made for; None where it does not say.
         lower_case: whether texts are to be written in lower case first.
+        prefix: what it puts before every text unless told otherwise; None where it does not say.
         notes: what it says and is not followed, a sentence each.
     """
 
     pooling: Pooling | None = None
     max_length: int | None = None
     lower_case: bool = False
+    prefix: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -74,7 +76,14 @@ def read_sentence_config(root: Path, read: ReadJson) -> SentenceConfig:
         notes.append(f"The base compares vectors by {shorten(str(similarity))}; here by the cosine, at unit length.")
     elif modules and similarity is None and "Normalize" not in [kind for kind, _, _ in modules]:
         notes.append("The base leaves vectors at their own length; here they have unit length and the cosine compares.")
-    notes += _describe_prompts(settings)
+    prompts = settings.get("prompts")
+    told = {k: v for k, v in prompts.items() if isinstance(v, str) and v} if isinstance(prompts, dict) else {}
+    name = settings.get("default_prompt_name")
+    prefix = told.get(name) if isinstance(name, str) else None
+    if prefix is not None and (len(prefix) > 200 or not prefix.isprintable()):
+        prefix = None
+    if prefix is None:
+        notes += _describe_prompts(told)
     places = [root, *(path for kind, _, path in modules if kind == "Transformer")]
     limits: dict[str, Any] = next((read(path / _LENGTH) for path in places if (path / _LENGTH).exists()), {})
     longest = limits.get("max_seq_length")
@@ -82,6 +91,7 @@ def read_sentence_config(root: Path, read: ReadJson) -> SentenceConfig:
         pooling,
         longest if isinstance(longest, int) and longest > 0 else None,
         limits.get("do_lower_case") is True,
+        prefix,
         tuple(notes),
     )
 
@@ -109,16 +119,13 @@ def _list_modes(config: Any) -> list[str]:
     return [key.removeprefix(_LEGACY) for key, on in config.items() if key.startswith(_LEGACY) and on is True]
 
 
-def _describe_prompts(settings: dict[str, Any]) -> list[str]:
+def _describe_prompts(told: dict[str, str]) -> list[str]:
     """Say which words the base expects before a text, and how to put them there."""
-    prompts = settings.get("prompts")
-    told = {k: v for k, v in prompts.items() if isinstance(v, str) and v} if isinstance(prompts, dict) else {}
     if not told:
         return []
-    name = settings.get("default_prompt_name")
-    first = name if name in told else next((k for k in ("document", "passage") if k in told), next(iter(told)))
+    first = next((k for k in ("document", "passage") if k in told), next(iter(told)))
     listed = ", ".join(f'{shorten(str(key), 20)} "{shorten(value, 40)}"' for key, value in list(told.items())[:3])
     return [
         f"The base expects words before a text ({listed}), which are not added here: "
-        f"--set {shlex.quote(f'data.text={shorten(told[first], 60)}{{title}}')} adds them."
+        f"--set {shlex.quote(f'backbone.text_prefix={shorten(told[first], 60)}')} adds them."
     ]

@@ -51,7 +51,7 @@ def run_canary(
     test = make_queries(dataset, parts.test, max_queries, seed, "test", [])
     order = np.random.default_rng(seed).permutation(len(dataset.catalog))
     history = dataset.bundles.to_csr(len(dataset.catalog), parts.train)
-    vectors: dict[ScorerId, ItemVectors] = {ScorerId("TF-IDF title"): tfidf_vectors(dataset.plain)}
+    vectors: dict[ScorerId, ItemVectors] = {ScorerId("TF-IDF title"): tfidf_vectors(dataset.words)}
     if frozen is not None:
         vectors[FROZEN] = frozen
     asks: dict[ScorerId, tuple[Fitted, Fitted]] = {}

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo import metrics
+from peft_combo.data.language import split_words
 from peft_combo.data.model import Dataset
 from peft_combo.data.splits import Split
 from peft_combo.errors import DataError
@@ -126,7 +128,11 @@ def evaluate_queries(
     if not len(valid):
         notes.append("no validation bundle has an intent: the weights of the views are not chosen but the usual ones")
     chosen = TextSearch.of(views, select_weights(views, valid))
-    searches = {BASELINE: TextSearch.of({WORDS: WordView.of(dataset.plain, str)})}
+    searches = {
+        BASELINE: TextSearch.of(
+            {WORDS: WordView.of(dataset.plain, partial(split_words, language=dataset.catalog.language))}
+        )
+    }
     searches |= {LABELS.get(name, f"tuned {name}"): TextSearch.of(views, {name: 1.0}) for name in views}
     searches |= {BOTH: TextSearch.of(views), CHOSEN: chosen}
     found = {name: _measure(search, wanted, len(dataset.catalog)) for name, search in searches.items()}

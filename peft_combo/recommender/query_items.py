@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.labels.tags import Tagger, head_entity
+from peft_combo.data.language import is_same_noun
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.constraints import Constraints
-from peft_combo.recommender.query import QueryItem, is_same_noun
+from peft_combo.recommender.query import QueryItem
 from peft_combo.recommender.text_search import TextSearch, select_largest
 
 # Items whose titles are read for a query item: so many most like its words, and so many most like its name alone.

@@ -18,13 +18,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo import metrics
+from peft_combo.data.language import Language, count_unspaced, split_characters, split_words
 from peft_combo.data.model import Bundles, Dataset
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.recommender.item_index import ItemIndex, find_home, is_large
@@ -35,10 +36,11 @@ Floats: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.integer[Any]]
 EncodeTexts: TypeAlias = Callable[[Sequence[str]], Floats]
 
-WORDS, FROZEN_TITLE, FROZEN_ALL = "words", "frozen title", "frozen title and category"
+WORDS, CHARACTERS, FROZEN_TITLE, FROZEN_ALL = "words", "characters", "frozen title", "frozen title and category"
 # Where nothing is chosen: words at half of what each of the two texts counts. On intents of BundleRec clothing and
 # electronics (docs/quality.md) R@10 .374 and .340; words at 3/4, 1/4 and 0: .371, .368 and .336; .339, .344 and .310.
-_WEIGHTS = {WORDS: 0.5, FROZEN_TITLE: 1.0, FROZEN_ALL: 1.0}
+# Runs of characters are a view of catalogues without spaces alone, and share the weight of words there.
+_WEIGHTS = {WORDS: 0.5, CHARACTERS: 0.5, FROZEN_TITLE: 1.0, FROZEN_ALL: 1.0}
 # What validation may choose for a tuned encoder, and for the words.
 _TUNED_SHARES, _WORD_SHARES = (0.5, 1.0), (0.25, 1.0)
 _DEPTH = 1000  # items that each view proposes, where an index finds them
@@ -117,10 +119,17 @@ class VectorView:
         return self.encode_texts(texts)
 
 
+def read_words(text: str, language: Language = "auto") -> str:
+    """Return the words of a text with one space between, plural and singular being one."""
+    return cut_plurals(split_words(text, language))
+
+
 def build_views(
     dataset: Dataset, bank: AdapterBank, frozen: Floats, described: Floats | None, tuned: Mapping[str, Floats]
 ) -> dict[str, View]:
     """Compare by words, by the frozen encoder on titles and on titles with category, and by each tuned encoder.
+
+    Where no spaces part the words of most items, by runs of characters too.
 
     Args:
         frozen: (N, D) vectors of ``dataset.plain``. described: the same of ``dataset.described``; None leaves them out.
@@ -135,9 +144,13 @@ def build_views(
         return lambda texts: encode(tuple(texts))
 
     by_frozen = encode_by(None)
+    said, language = dataset.described or dataset.plain, dataset.catalog.language
     views: dict[str, View] = {
-        WORDS: WordView.of(dataset.described or dataset.plain), FROZEN_TITLE: VectorView(frozen, by_frozen),
-    }  # fmt: skip
+        WORDS: WordView.of(said, partial(read_words, language=language)),
+        FROZEN_TITLE: VectorView(frozen, by_frozen),
+    }
+    if 2 * count_unspaced(said, language) > len(said):
+        views[CHARACTERS] = WordView.of(said, split_characters)
     if described is not None:
         views[FROZEN_ALL] = VectorView(described, by_frozen)
     return views | {name: VectorView(own, encode_by(name)) for name, own in tuned.items()}

@@ -124,6 +124,11 @@ class Workspace:
         from peft_combo.encoder.backbone import Backbone
 
         found = Backbone.of(self.recipe.backbone)
+        if self.recipe.backbone.vocabulary == "catalog":
+            from peft_combo.encoder.vocabulary import cut_backbone
+
+            read = {text for texts in (self.dataset.texts, *self.dataset.read_frozen) for text in texts}
+            found = cut_backbone(found, sorted(read))
         for note in found.notes:
             self.on_note(note)
         return found

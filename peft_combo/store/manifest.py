@@ -58,6 +58,7 @@ class BackboneStamp(_Frozen):
     pooling: Text
     max_length: Positive
     quantization: Text = "none"
+    text_prefix: Annotated[str, Field(max_length=200)] = ""
 
 
 class DataStamp(BaseModel):

@@ -43,6 +43,7 @@ def render_model_card(manifest: Manifest) -> str:
         "Backbone": f"{backbone.model} ({backbone.model_type}, {backbone.layers} layers, {backbone.dim} dimensions)",
         "Backbone fingerprint": backbone.fingerprint,
         "Pooling": f"{backbone.pooling}, at most {backbone.max_length} tokens",
+        **({"Text prefix": json.dumps(backbone.text_prefix)} if backbone.text_prefix else {}),
         "Quantization while tuning": backbone.quantization,
         "Data": data.name,
         "Data digest": data.digest,
@@ -170,6 +171,7 @@ def _explain_loading(manifest: Manifest, with_peft: bool) -> list[str]:
         "",
         f"Pool its last hidden state by {_escape_cell(backbone.pooling)} over at most {backbone.max_length} tokens"
         + (", the virtual ones in front left out. " if manifest.stored_as in ("prompt_tuning", "p_tuning") else ". ")
+        + (f"Every text begins with {_escape_cell(json.dumps(backbone.text_prefix))}. " if backbone.text_prefix else "")
         + f"The encoder has to be the one named above{where}: PEFT does not notice another of the same shape.",
         "",
     ]
@@ -182,11 +184,12 @@ def _format_load_arguments(backbone: BackboneStamp) -> str:
     model = "" if default else json.dumps(backbone.model)
     # Without a word on it a base pools as it says of itself, which need not be how the adapter was tuned.
     pooling = "" if default and backbone.pooling == "mean" else f'pooling="{backbone.pooling}"'
-    return ", ".join(filter(None, (model, pooling)))
+    prefix = f"text_prefix={json.dumps(backbone.text_prefix)}" if backbone.text_prefix else ""
+    return ", ".join(filter(None, (model, pooling, prefix)))
 
 
 def _is_hub_id(model: str) -> bool:
-    return model != "embedded" and _HUB_ID.fullmatch(model) is not None
+    return model not in ("embedded", "embedded-multilingual") and _HUB_ID.fullmatch(model) is not None
 
 
 def _escape_cell(text: str, limit: int = 300) -> str:

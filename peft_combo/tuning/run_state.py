@@ -133,6 +133,8 @@ class Progress:
         for told in (then, now):  # null is what the base says of itself
             if told.get("backbone.pooling") == "null":
                 told["backbone.pooling"] = setup.backbone.pooling
+            if told.get("backbone.text_prefix") == "null":
+                told["backbone.text_prefix"] = setup.backbone.text_prefix
         changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key) and key not in _FREE]
         if changed:
             shown = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed[:5])

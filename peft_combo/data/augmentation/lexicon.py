@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from peft_combo.data.augmentation.fashion_nouns import pluralize
+from peft_combo.data.language.english_nouns import pluralize
+from peft_combo.data.language.scripts import HAN_RANGES
 from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
 from peft_combo.files import literal_path
 from peft_combo.recipe.fields import format_value
@@ -25,8 +26,10 @@ from peft_combo.recipe.parse import format_step
 SHIPPED = Path(__file__).with_name("lexicon.yaml")
 _MAX_BYTES = 4 * 2**20
 _SECTIONS = ("nouns", "words", "attributes", "keep")
-# "women's", "ladies'", "R&B" as three words; a hyphen parts words, so that "v-neck" and "v neck" are one phrase.
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*(?:(?<=s)['’])?|&")
+# "women's", "ladies'", "R&B" as three words; a hyphen parts words, so that "v-neck" and "v neck" are one phrase. A Han
+# character is a word of its own, so that a Chinese phrase is found wherever its characters stand together.
+_LETTER = rf"[^\W_{HAN_RANGES}]"
+_WORD = re.compile(rf"[{HAN_RANGES}]|{_LETTER}+(?:['’]{_LETTER}+)*(?:(?<=s)['’])?|&")
 _JOINING = ("", " ", "-")
 
 

@@ -16,8 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from peft_combo.data.augmentation.fashion_nouns import FASHION_NOUNS
 from peft_combo.data.labels.texts import data_path, list_entries, text_key
+from peft_combo.data.language.names import FASHION_NAMES, join_folded
+from peft_combo.data.language.scripts import HAN_RANGES
 from peft_combo.data.model import Catalog, Dataset
 from peft_combo.data.readers.csv_table import SHOWN_FAULTS
 from peft_combo.data.readers.encodings import decode
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 
 OUTSIDE = "O"
 TAG_SUFFIXES = (".jsonl", ".conll")
-# A word is letters and digits, also around a hyphen or an apostrophe; any other mark stands for itself.
-_WORD = re.compile(r"\w+(?:[-'’&]\w+)*|[^\w\s]")
+# A word is letters and digits, also around a hyphen or an apostrophe; any other mark stands for itself. A Han character
+# is a word: where Chinese words end is for the tagger to say.
+_LETTER = rf"[^\W{HAN_RANGES}]"
+_WORD = re.compile(rf"[{HAN_RANGES}]|{_LETTER}+(?:[-'’&]{_LETTER}+)*|[^\w\s]")
 # What follows one of these in a title is not the thing itself: "dress with belt", "case for phone".
-_BESIDE = re.compile(r"\b(?:with|and|for|in|from|by)\b|\bw/|[&+]", re.IGNORECASE)
+_BESIDE = re.compile(r"\b(?:with|and|for|in|from|by)\b|\bw/|[&+]|搭配|[配送赠附]", re.IGNORECASE)
 _TAG = re.compile(r"O|[BI]-\S+")
 
 
@@ -307,7 +310,7 @@ def weak_tags(dataset: Dataset, types: Mapping[str, str]) -> TaggedTexts:
     they serve to start, and what a model adds to the rule shows only on texts that people tagged.
 
     Args:
-        types: slot -> entity type (a key of `FASHION_NOUNS`).
+        types: slot -> entity type (a key of `FASHION_NAMES`).
     Raises:
         DataError: no item has one of these slots, or no title a known noun.
     """
@@ -339,12 +342,12 @@ def weak_tags(dataset: Dataset, types: Mapping[str, str]) -> TaggedTexts:
 
 def _noun_tags(words: Sequence[str], kind: str) -> tuple[str, ...] | None:
     """Tag the nouns of one type in a title; None where there is none."""
-    nouns = FASHION_NOUNS[kind]
+    nouns = FASHION_NAMES[kind]
     folded = [word.casefold().replace("’", "'") for word in words]
     inside = [False] * len(words)
     for start in range(len(words)):
         for end in range(min(len(words), start + nouns.longest), start, -1):
-            if " ".join(folded[start:end]) in nouns:
+            if join_folded(folded[start:end]) in nouns:
                 inside[start:end] = [True] * (end - start)
                 break
     if not any(inside):
@@ -359,7 +362,7 @@ def _noun_tags(words: Sequence[str], kind: str) -> tuple[str, ...] | None:
 def noun_entities(texts: Sequence[str]) -> list[list[Entity]]:
     """Find the things to wear that texts name, by the list of nouns alone: of runs that overlap the longest.
 
-    It serves where no tagging adapter is at hand, and knows what stands in `FASHION_NOUNS` and nothing else.
+    It serves where no tagging adapter is at hand, and knows what stands in `FASHION_NAMES` and nothing else.
     """
     return [list(_nouns_in(text)) for text in texts]
 
@@ -370,9 +373,9 @@ def _nouns_in(text: str) -> Iterator[Entity]:
     place = 0
     while place < len(words):
         longest = 0
-        for kind, nouns in FASHION_NOUNS.items():
+        for kind, nouns in FASHION_NAMES.items():
             for end in range(min(len(words), place + nouns.longest), place + longest, -1):
-                if " ".join(folded[place:end]) in nouns:
+                if join_folded(folded[place:end]) in nouns:
                     longest, named = end - place, kind
                     break
         if longest:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from peft_combo.data.model import CATEGORY_SEPARATOR, Dataset
 from peft_combo.data.readers.cells import Table
 from peft_combo.data.readers.forms import READ, find_table, table_at
+from peft_combo.data.readers.reviews_zh import read_reviews
 from peft_combo.data.readers.tables import name_columns, read_table
 from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
 from peft_combo.files import literal_path
@@ -81,9 +82,23 @@ class LabelledTexts:
             tuple(sorted(votes)) if multi_label else (min(votes, key=lambda label: (-votes[label], label)),)
             for votes in seen.values()
         ]
-        digest = hashlib.sha256(b"peft-combo labelled texts 1\n")
-        digest.update(json.dumps([list(first.values()), kept]).encode())
-        return cls(name, tuple(first.values()), tuple(kept), digest.hexdigest(), tuple(told))
+        return cls(name, tuple(first.values()), tuple(kept), _digest(list(first.values()), kept), tuple(told))
+
+    def sample(self, most: int | None) -> LabelledTexts:
+        """Keep the `most` texts whose hashes are lowest: which ones does not depend on their order; None keeps all."""
+        if most is None or len(self.texts) <= most:
+            return self
+        ranks = [hashlib.sha256(text_key(text).encode("utf-8", "surrogatepass")).digest() for text in self.texts]
+        rows = sorted(sorted(range(len(ranks)), key=ranks.__getitem__)[:most])
+        texts, labels = [self.texts[row] for row in rows], [self.labels[row] for row in rows]
+        note = f"{most:,} of {len(self.texts):,} texts sampled by a hash of each"
+        return LabelledTexts(self.name, tuple(texts), tuple(labels), _digest(texts, labels), (*self.notes, note))
+
+
+def _digest(texts: Sequence[str], labels: Sequence[tuple[str, ...]]) -> str:
+    digest = hashlib.sha256(b"peft-combo labelled texts 1\n")
+    digest.update(json.dumps([list(texts), list(labels)]).encode())
+    return digest.hexdigest()
 
 
 def text_key(text: str) -> str:
@@ -132,6 +147,8 @@ def read_labels(config: DataConfig, multi_label: bool) -> LabelledTexts:
     Raises:
         DataError: it is not there, or has faults; all of them are in the message.
     """
+    if config.source == "reviews-zh":
+        return LabelledTexts.build(config.source, *read_reviews(), multi_label, []).sample(config.max_texts)
     faults: list[Fault] = []
     notes: list[str] = []
     path = data_path(config, "labels")
@@ -148,7 +165,7 @@ def read_labels(config: DataConfig, multi_label: bool) -> LabelledTexts:
     if faults:
         raise DataError.from_faults(f"The labels in {path} cannot be used:", faults)
     folder = path.parent if path.is_file() else path
-    return LabelledTexts.build(folder.resolve().name, texts, labels, multi_label, notes)
+    return LabelledTexts.build(folder.resolve().name, texts, labels, multi_label, notes).sample(config.max_texts)
 
 
 def find_labels(

@@ -1,4 +1,4 @@
-"""Reader of the demo: a synthetic fashion shop that comes with the package as a data folder.
+"""Reader of the demo: a synthetic fashion shop that comes with the package as a data folder, in English and Chinese.
 
 Owns where it lies and its numbering. Everything in it is invented by `tools/make_demo.py` of the repository: figures
 measured on it say that the machinery works, never that a method is good on real data.
@@ -10,27 +10,41 @@ import io
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from peft_combo.data.assemble import Found, assemble
 from peft_combo.data.model import Dataset
-from peft_combo.data.readers.folder import read_folder
-from peft_combo.errors import DataError
+from peft_combo.data.readers.folder import TABLES, read_tables
+from peft_combo.data.readers.forms import find_table
+from peft_combo.data.readers.tables import read_table
+from peft_combo.errors import DataError, Fault
 from peft_combo.files import write_text
 from peft_combo.recipe.model import DataConfig
 
+Demo = Literal["demo", "demo-zh"]
+
 _FOLDER = Path(__file__).resolve().parent.parent / "demo"
+_FOLDER_ZH = _FOLDER.with_name("demo_zh")
 
 
-@lru_cache(maxsize=1)
-def read_demo() -> Found:
+@lru_cache(maxsize=2)
+def read_demo(source: Demo = "demo") -> Found:
     """Read the shop: 1,000 items, 400 users, 600 outfits and 12,000 purchases over two years.
+
+    In Chinese it is the same shop with other words: its items and the names of its outfits lie in a folder of their
+    own, bundles and purchases are those of the English one.
 
     Users and baskets are numbered by their ids, where a folder numbers them as they appear: the digest of the dataset,
     which stored adapters name, depends on it.
     """
-    found, faults = read_folder(_FOLDER, DataConfig(source="demo"), "bundles")
+    config = DataConfig(source=source)
+    faults: list[Fault] = []
+    notes: list[str] = []
+    files = {name: find_table(_find_folder(source, name), name, faults) for name in TABLES}
+    tables = {name: read_table(where, faults, notes) for name, where in files.items() if where is not None}
+    found, faults = read_tables(source, source, tables, config, "bundles", faults, notes)
     if found is None:
         raise DataError.from_faults("The demo of this installation is damaged; install the package again:", faults)
     interactions, bundles = found.interactions, found.bundles
@@ -54,12 +68,17 @@ def read_demo() -> Found:
     )
 
 
-def demo_dataset() -> Dataset:
+def _find_folder(source: Demo, table: str) -> Path:
+    """Return the folder a table of a shop lies in: the Chinese one has its own words, and rows in common."""
+    return _FOLDER_ZH if source == "demo-zh" and (_FOLDER_ZH / f"{table}.parquet").is_file() else _FOLDER
+
+
+def demo_dataset(source: Demo = "demo") -> Dataset:
     """Return the shop as a dataset, nothing filtered."""
-    return assemble(read_demo(), DataConfig(source="demo"), "bundles")
+    return assemble(read_demo(source), DataConfig(source=source), "bundles")
 
 
-def copy_demo(folder: Path) -> None:
+def copy_demo(folder: Path, source: Demo = "demo") -> None:
     """Write the shop as CSV into an empty or new folder: an example of the format, which `--data` reads.
 
     Raises:
@@ -70,7 +89,8 @@ def copy_demo(folder: Path) -> None:
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"Expected an empty or new folder, but {folder} exists and is not empty. Name another one.")
-    for file in sorted(_FOLDER.glob("*.parquet")):
+    for name in sorted(one.stem for one in _FOLDER.glob("*.parquet")):
+        file = _find_folder(source, name) / f"{name}.parquet"
         text = io.BytesIO()
         options = pyarrow.csv.WriteOptions(quoting_style="needed")
         pyarrow.csv.write_csv(pyarrow.parquet.read_table(file), text, options)

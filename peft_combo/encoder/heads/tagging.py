@@ -73,16 +73,34 @@ def find_first_pieces(words: Sequence[tuple[int, int]], pieces: Sequence[tuple[i
         words: where each word starts and ends in the text.
         pieces: the same for each piece of the tokenizer; (0, 0) for special tokens.
     Returns:
-        (W,) place of the piece, -1 for a word that has none: it was cut off, or the tokenizer knows no part of it.
+        (W,) place of the piece, -1 for a word that has none of its own: it was cut off, the tokenizer knows no part of
+        it, or it lies in the piece of the word before, as Chinese characters do in pieces of SentencePiece.
     """
+    found = _cover(words, pieces)
+    return np.where(find_joined(words, pieces), -1, found)
+
+
+def find_joined(words: Sequence[tuple[int, int]], pieces: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """Find the words that begin in the very piece that the word before begins in: (W,)."""
+    found = _cover(words, pieces)
+    return np.concatenate([np.zeros(min(1, len(found)), bool), (found[1:] >= 0) & (found[1:] == found[:-1])])
+
+
+def _cover(words: Sequence[tuple[int, int]], pieces: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    """Return for each word the piece that its start lies in, or the first that begins in it; -1 for none."""
     place = 0
     found = np.full(len(words), -1, np.int64)
     for number, (start, end) in enumerate(words):
         while place < len(pieces) and (pieces[place][0] == pieces[place][1] or pieces[place][1] <= start):
             place += 1
-        if place < len(pieces) and start <= pieces[place][0] < end:
+        if place < len(pieces) and pieces[place][0] < end:
             found[number] = place
     return found
+
+
+def continue_tag(tag: str) -> str:
+    """Return the tag of a word that goes on with the word before: I-Shoe after B-Shoe or I-Shoe, O after O."""
+    return f"I-{tag[2:]}" if tag.startswith("B-") else tag
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +143,19 @@ def encode_words(
         likely = np.zeros((len(words), len(head.tags)), np.float32)
         likely[:, 0] = 1.0
         likely[first >= 0] = head.probabilities(seen)
+        for number in np.flatnonzero(find_joined(words, own)):
+            likely[number] = _continue(likely[number - 1], head.tags)
         read.append(EncodedWords(text, words, likely, seen.sum(0) / max(1, len(seen))))
     return read
+
+
+def _continue(likely: NDArray[np.float32], tags: Sequence[str]) -> NDArray[np.float32]:
+    """Return how likely the tags of a word are that goes on with the word before: (number of tags,)."""
+    going_on = np.zeros_like(likely)
+    for place, tag in enumerate(tags):
+        there = tags.index(continue_tag(tag)) if continue_tag(tag) in tags else place
+        going_on[there] += likely[place]
+    return going_on
 
 
 def tag_texts(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.data.language import count_unspaced
 from peft_combo.data.model import Catalog
 from peft_combo.machine import row_blocks
 from peft_combo.scoring.base import binary, dense, unit_rows
@@ -184,8 +185,8 @@ class TextViews:
             text: template of an item's text. frozen: (N, D) vectors of the encoder without adapter.
             described: (N, D) the same of the texts with their category path.
         """
-        texts = catalog.texts(text)
-        with_category = catalog.texts(text + " {category}")
+        texts = catalog.split_words(catalog.texts(text))
+        with_category = catalog.split_words(catalog.texts(text + " {category}"))
         fitted = Tfidf.fit(texts)
         words, said = fitted.vectors(texts), Tfidf.fit(with_category).vectors(with_category)
         pieces, okapi = _word_pieces(texts), _okapi(texts)
@@ -274,9 +275,10 @@ def _join(parts: Sequence[Floats]) -> Floats:
 def _word_pieces(texts: Sequence[str]) -> Csr:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    shortest = 2 if 2 * count_unspaced(texts) > len(texts) else 3  # a word of Chinese has two characters
     try:
         made = TfidfVectorizer(
-            analyzer="char_wb", ngram_range=(3, 5), min_df=2, sublinear_tf=True, dtype=np.float32
+            analyzer="char_wb", ngram_range=(shortest, 5), min_df=2, sublinear_tf=True, dtype=np.float32
         ).fit_transform(texts)
     except ValueError:  # no piece occurs twice
         return _empty(len(texts))

@@ -364,7 +364,7 @@ class Completion(Generic[CompletionHeadT]):
         ranks = {
             "popularity": self._scorer_ranks(Popularity().fit(history)),
             "item-kNN": self._scorer_ranks(ItemKNN().fit(history)),
-            "TF-IDF title": self._scorer_ranks(TextCosine().fit(history, items=tfidf_vectors(self._dataset.plain))),
+            "TF-IDF title": self._scorer_ranks(TextCosine().fit(history, items=tfidf_vectors(self._dataset.words))),
             "frozen backbone": before,
             "tuned": after,
         }

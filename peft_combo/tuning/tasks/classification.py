@@ -7,8 +7,9 @@ from is for `data` to know.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peft_combo.data.labels.texts import split_texts
+from peft_combo.data.language import count_unspaced, split_characters, split_words
 from peft_combo.data.model import CATEGORY_SEPARATOR
 from peft_combo.data.task_data import read_labelled
 from peft_combo.encoder.backbone import Backbone
@@ -103,6 +105,7 @@ class Classification:
                 f"{rare:,} classes with under {config.min_texts} training texts left out, {lost:,} texts with them"
             )
         self.texts = list(found.texts)
+        self._language = recipe.data.language
         self._right = right
         known: NDArray[np.bool_] = np.asarray(right.any(1))
         self._train, self._valid, self._test = (part[known[part]] for part in (parts.train, parts.valid, parts.test))
@@ -167,7 +170,7 @@ class Classification:
     def table(self, before: ClassificationPredictions, after: ClassificationPredictions) -> ResultTable:
         predictions = {
             "most frequent class": self._most_frequent(),
-            "TF-IDF + logistic regression": self._tfidf(),
+            **{name: self._tfidf(read) for name, read in self._readings.items()},
             "frozen backbone": before,
             "tuned": after,
         }
@@ -236,9 +239,24 @@ class Classification:
         probabilities = np.repeat(share[None], len(self._test), axis=0)
         return ClassificationPredictions(probabilities, _choose_classes(probabilities, True, 0.5))
 
-    def _tfidf(self) -> ClassificationPredictions:
-        train, valid, test = ([self.texts[row] for row in rows] for rows in (self._train, self._valid, self._test))
-        words = Tfidf.fit(train, longest=2, sublinear=True)
+    @property
+    def _readings(self) -> dict[str, tuple[Callable[[str], str], int]]:
+        """What texts are turned into for TF-IDF, and how many terms make a run: words, and where no spaces part them
+        characters too.
+        """
+        own: dict[str, tuple[Callable[[str], str], int]] = {
+            "TF-IDF + logistic regression": (partial(split_words, language=self._language), 2)
+        }
+        if 2 * count_unspaced(self.texts, self._language) > len(self.texts):
+            own["TF-IDF of characters + logistic regression"] = (split_characters, 1)
+        return own
+
+    def _tfidf(self, reading: tuple[Callable[[str], str], int]) -> ClassificationPredictions:
+        read, longest = reading
+        train, valid, test = (
+            [read(self.texts[row]) for row in rows] for rows in (self._train, self._valid, self._test)
+        )
+        words = Tfidf.fit(train, longest=longest, sublinear=True)
         features = words.vectors(valid)
         model = fit_best_linear(words.vectors(train), self._targets, features, self._held)
         _, choice = self._choice(_probabilities(model.logits(features), self.exclusive), "macro_f1")

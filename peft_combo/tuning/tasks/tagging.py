@@ -24,7 +24,7 @@ from peft_combo.data.labels.tags import OUTSIDE, TaggedText, entities
 from peft_combo.data.labels.texts import split_texts
 from peft_combo.data.task_data import read_tagged
 from peft_combo.encoder.backbone import Backbone
-from peft_combo.encoder.heads.tagging import TaggingHead, find_first_pieces
+from peft_combo.encoder.heads.tagging import TaggingHead, continue_tag, find_first_pieces, find_joined
 from peft_combo.errors import DataError
 from peft_combo.metrics.classification import (
     Counts,
@@ -88,6 +88,7 @@ class Tagging:
         self._column = {tag: place for place, tag in enumerate(self._tags)}
         self._epochs = Epochs(len(parts.train), recipe.training.batch_size, recipe.seed)
         self._first: list[NDArray[np.int64]] = []
+        self._joined: list[NDArray[np.bool_]] = []
         self._sizes = np.empty(0, np.int64)
         unseen = sorted({kind for one in found.texts for kind, _, _ in entities(one.tags)} - set(seen))
         self.notes = [*found.notes, *([f"no training text names: {', '.join(unseen)}"] if unseen else [])]
@@ -107,6 +108,7 @@ class Tagging:
     def head(self, backbone: Backbone, max_length: int) -> TaggingHead:
         pieces = backbone.pieces(self.texts, max_length)
         self._first = [find_first_pieces(one.words, own) for one, own in zip(self._texts, pieces, strict=True)]
+        self._joined = [find_joined(one.words, own) for one, own in zip(self._texts, pieces, strict=True)]
         self._sizes = np.array([len(own) for own in pieces], np.int64)
         return TaggingHead(backbone.dim, self._tags, self._config)
 
@@ -204,7 +206,10 @@ class Tagging:
             tags = np.zeros(len(there), np.int64)
             tags[there] = said[place : place + int(there.sum())]
             place += int(there.sum())
-            predictions.append(tuple(self._tags[tag] for tag in tags))
+            names = [self._tags[tag] for tag in tags]
+            for number in np.flatnonzero(self._joined[row]):
+                names[number] = continue_tag(names[number - 1])
+            predictions.append(tuple(names))
         return predictions
 
 
