@@ -90,12 +90,17 @@ def count_by_implicit(folder: Path, n_items: int, memory: int) -> dict[str, Any]
     return {"took": took, "read": matrix.nnz, "parts": 1, "near": shown}
 
 
+COUNT = {"duckdb": count_by_duckdb, "implicit": count_by_implicit}
+
+
 def choose_items(n_items: int) -> list[int]:
     return np.unique(np.linspace(0, n_items - 1, SHOWN).astype(int)).tolist()
 
 
-def run_apart(kind: str, folder: Path, n_items: int, memory: int) -> dict[str, Any] | None:
-    """Count in a process of its own; None where it ran out of memory or failed."""
+def run(kind: str, folder: Path, n_items: int, memory: int, apart: bool) -> dict[str, Any] | None:
+    """Count, in a process of its own where `apart`; None where that ran out of memory or failed."""
+    if not apart:
+        return {**COUNT[kind](folder, n_items, memory), "peak": 0.0}
     command = [sys.executable, __file__, "--worker", kind, str(folder), str(n_items), str(memory)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
@@ -108,9 +113,7 @@ def run_apart(kind: str, folder: Path, n_items: int, memory: int) -> dict[str, A
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         kind, folder, n_items, memory = sys.argv[2:]
-        found = {"duckdb": count_by_duckdb, "implicit": count_by_implicit}[kind](
-            Path(folder), int(n_items), int(memory)
-        )
+        found = COUNT[kind](Path(folder), int(n_items), int(memory))
         print(json.dumps({**found, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,7 +138,7 @@ def main() -> None:
             for kind in ("duckdb", "implicit"):
                 if kind == "implicit" and (size > most or importlib.util.find_spec("implicit") is None):
                     continue
-                found = run_apart(kind, Path(name), n_items, int(options.memory * 2**30))
+                found = run(kind, Path(name), n_items, int(options.memory * 2**30), not options.smoke)
                 if found is None:
                     print(ROW.format(f"{size:,}", "", kind, "failed", "", "", "", ""), flush=True)
                     continue
