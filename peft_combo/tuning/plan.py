@@ -23,7 +23,7 @@ from peft_combo.encoder.architectures import find_layers, set_dropout
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.loading import Quantization, choose_device
 from peft_combo.encoder.methods.attached import AttachedAdapter
-from peft_combo.recipe.adapter import AdapterConfig, LoraAdapter, TopLayers
+from peft_combo.recipe.adapter import AdapterConfig, LoraAdapter, ShiraAdapter, TopLayers
 from peft_combo.recipe.model import Recipe, TrainingConfig
 from peft_combo.tuning.adversarial import count_passes
 from peft_combo.tuning.augmentation import build_text_variants
@@ -220,7 +220,12 @@ class _TwinTrial:
 
 
 def _countable(adapter: AdapterConfig) -> AdapterConfig:
-    """Return a config of the same shapes that can be attached to shapes alone; PiSSA would decompose the weights."""
+    """Return a config of as many numbers that can be attached to shapes alone.
+
+    PiSSA would decompose the weights. SHiRA draws cells of them, as many as a LoRA of its rank has numbers.
+    """
+    if isinstance(adapter, ShiraAdapter):
+        return LoraAdapter(rank=adapter.rank, targets=adapter.targets, top_layers=adapter.top_layers)
     return adapter.model_copy(update={"pissa": False}) if isinstance(adapter, LoraAdapter) else adapter
 
 
