@@ -187,7 +187,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_recipe: MakeRecipe, tmp_path: P
     assert run(recipe, tmp_path, resume=True).losses == straight.losses
 
 
-@pytest.mark.parametrize("method", RESUMABLE)
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(one, marks=pytest.mark.slow) for one in RESUMABLE[1:])])
 def test_kill_9_at_any_step_then_resume(method: str, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(method, **{"training.checkpoint_every": 1, "training.epochs": 6})
     file = tmp_path / "recipe.json"
@@ -219,7 +219,13 @@ def _free_port() -> int:
 
 # --multi_gpu is accelerate's word for several processes on one machine; without a GPU they compute on the CPU (gloo).
 @pytest.mark.parametrize(
-    ("method", "task"), [("lora", "bundle"), ("adalora", "bundle"), ("prefix", "bundle"), ("lora", "tagging")]
+    ("method", "task"),
+    [
+        ("lora", "bundle"),
+        pytest.param("adalora", "bundle", marks=pytest.mark.slow),
+        pytest.param("prefix", "bundle", marks=pytest.mark.slow),
+        ("lora", "tagging"),
+    ],
 )
 def test_two_processes_learn_what_one_does(method: str, task: str, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"training.accumulation": 2}
