@@ -398,6 +398,7 @@ def test_a_column_of_a_parquet_file_is_read_in_blocks(tmp_path: Path) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_embed_hands_work_to_processes(
     shell: Run, tiny_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

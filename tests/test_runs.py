@@ -434,6 +434,7 @@ def test_a_loop_of_kills_ends_with_the_weights_of_an_undisturbed_run(
         assert steps == sorted(set(steps)), "every step stands in the log once"
 
 
+@pytest.mark.slow
 def test_several_processes_save_together_and_go_on(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(**{"adapter.dropout": 0.0, "training.epochs": 400, "training.checkpoint_every": 1000})
     raw = recipe.model_dump(mode="json")

@@ -224,7 +224,7 @@ def _free_port() -> int:
         ("lora", "bundle"),
         pytest.param("adalora", "bundle", marks=pytest.mark.slow),
         pytest.param("prefix", "bundle", marks=pytest.mark.slow),
-        ("lora", "tagging"),
+        pytest.param("lora", "tagging", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_learn_what_one_does(method: str, task: str, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
