@@ -21,6 +21,9 @@ from peft_combo.errors import PeftComboError
 BLOCKS_PER_WORKER = 4
 """Blocks cut for each worker at least: with fewer, the last one of a slow worker is what all wait for."""
 
+CORES_PER_WORKER = 4
+"""What one encoder keeps busy well; more cores are better used by another worker."""
+
 _WORKERS_PER_SHARE = 3  # a share that so many workers died of is what they died of
 _STARTS = 3  # workers in a row that ended before they were ready, after which no other is started
 _POLL_SECONDS = 1.0
@@ -64,11 +67,13 @@ class Executor(Protocol):
     def close(self) -> None:
         """End the workers."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def cut_blocks(count: int, workers: int, most: int) -> list[slice]:
@@ -108,6 +113,16 @@ def call_by_name(name: str, share: Share) -> Reply:
         return "refused", str(error)
     except Exception:
         return "failed", traceback.format_exc()
+
+
+def check_workers(workers: int | None) -> None:
+    """Refuse a number of workers below 1.
+
+    Raises:
+        ValueError: see above.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers: expected 1 or more, found {workers}.")
 
 
 def bound_threads(cores: int) -> str:
@@ -236,3 +251,21 @@ def open_reply(kind: str, value: Any) -> Any:
     if kind == "failed":
         raise RuntimeError(f"In a worker:\n{value}")
     return value
+
+
+class PooledExecutor(Executor):
+    """An executor over a pool of workers that it is itself; sets `size` and `_crew` when it is made."""
+
+    size: int
+    _crew: Crew
+
+    @property
+    def workers(self) -> int:
+        """How many workers there are at most."""
+        return self.size
+
+    def map_shares(
+        self, function: Callable[[Share], Any], shares: Iterable[Share]
+    ) -> Iterator[tuple[int, Any | LostShare]]:
+        """See `Executor.map_shares`."""
+        return self._crew.map_shares(name_function(function), shares)

@@ -9,18 +9,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from types import TracebackType
-from typing import Any, Self
 
-from peft_combo.distributed.executor import Crew, LostShare, Reply, Share, bound_threads, call_by_name, name_function
+from peft_combo.distributed.executor import (
+    CORES_PER_WORKER,
+    Crew,
+    PooledExecutor,
+    Reply,
+    Share,
+    bound_threads,
+    call_by_name,
+    check_workers,
+)
 from peft_combo.machine import count_usable_cpus
 
-_CORES_PER_WORKER = 4  # what one encoder keeps busy well; more cores are better used by another
 _FAREWELL_SECONDS = 30.0  # for a tuning run to write its checkpoint
 
 
@@ -31,7 +37,7 @@ class _Process:
     place: int
 
 
-class LocalExecutor:
+class LocalExecutor(PooledExecutor):
     """Processes of this machine.
 
     Args:
@@ -46,21 +52,15 @@ class LocalExecutor:
         self, workers: int | None = None, *, gpus: int = 0, patience: float = 120.0,
         on_note: Callable[[str], None] = lambda note: None, gentle: bool = False,
     ) -> None:  # fmt: skip
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers: expected 1 or more, found {workers}.")
+        check_workers(workers)
         cpus = count_usable_cpus()
-        self.size = workers or gpus or max(1, cpus // _CORES_PER_WORKER)
+        self.size = workers or gpus or max(1, cpus // CORES_PER_WORKER)
         self.patience, self.on_note = patience, on_note
         self._gpus, self._gentle = gpus, gentle
         self._threads = max(1, cpus // self.size)
         self._crew = Crew(self)
         self._places = set(range(self.size))
         self._processes: dict[int, _Process] = {}
-
-    @property
-    def workers(self) -> int:
-        """How many processes there are at most."""
-        return self.size
 
     @property
     def told(self) -> str:
@@ -73,26 +73,12 @@ class LocalExecutor:
         """The processes that run."""
         return tuple(one.process.pid for one in self._processes.values() if one.process.pid is not None)
 
-    def map_shares(
-        self, function: Callable[[Share], Any], shares: Iterable[Share]
-    ) -> Iterator[tuple[int, Any | LostShare]]:
-        """See `Executor.map_shares`."""
-        return self._crew.map_shares(name_function(function), shares)
-
     def close(self) -> None:
         """End the processes."""
         for one in self._processes.values():
             if self._gentle:
                 one.process.terminate()  # all at once, then each is waited for
         self._crew.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # --- the pool ---
 

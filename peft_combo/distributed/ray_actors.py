@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from peft_combo.distributed.executor import Crew, LostShare, Reply, Share, bound_threads, call_by_name, name_function
+from peft_combo.distributed.executor import (
+    CORES_PER_WORKER,
+    Crew,
+    PooledExecutor,
+    Reply,
+    Share,
+    bound_threads,
+    call_by_name,
+    check_workers,
+)
 from peft_combo.errors import PeftComboError
 from peft_combo.machine import count_usable_cpus
-
-_CORES_PER_WORKER = 4
 
 
 class _Actor:
@@ -42,7 +48,7 @@ class _Handle:
         self.place: tuple[str, int] | None = None
 
 
-class RayExecutor:
+class RayExecutor(PooledExecutor):
     """Actors of a Ray cluster.
 
     Args:
@@ -59,8 +65,7 @@ class RayExecutor:
         self, workers: int | None = None, address: str | None = None, *, patience: float = 120.0,
         on_note: Callable[[str], None] = lambda note: None,
     ) -> None:  # fmt: skip
-        if workers is not None and workers < 1:
-            raise ValueError(f"workers: expected 1 or more, found {workers}.")
+        check_workers(workers)
         self._ray = _import_ray()
         self.patience, self.on_note = patience, on_note
         self._owned = not self._ray.is_initialized()
@@ -69,16 +74,11 @@ class RayExecutor:
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         cpus = [float(node.get("CPU", 0)) for node in nodes]
         gpus = int(sum(float(node.get("GPU", 0)) for node in nodes))
-        self.size = workers or gpus or max(1, int(sum(cpus) - 1) // _CORES_PER_WORKER)
+        self.size = workers or gpus or max(1, int(sum(cpus) - 1) // CORES_PER_WORKER)
         self._gpus = 1 if gpus else 0
         self._cpus = fit_cores(cpus, self.size)
         self._crew = Crew(self)
         self._handles: list[_Handle] = []
-
-    @property
-    def workers(self) -> int:
-        """How many actors there are at most."""
-        return self.size
 
     @property
     def told(self) -> str:
@@ -90,26 +90,12 @@ class RayExecutor:
         """The processes of the actors that run; those of other machines too."""
         return tuple(one.place[1] for one in self._handles if one.place is not None)
 
-    def map_shares(
-        self, function: Callable[[Share], Any], shares: Iterable[Share]
-    ) -> Iterator[tuple[int, Any | LostShare]]:
-        """See `Executor.map_shares`."""
-        return self._crew.map_shares(name_function(function), shares)
-
     def close(self) -> None:
         """End the actors, and a cluster that was started for them."""
         self._crew.close()
         if self._owned:
             self._ray.shutdown()
             self._owned = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _connect(self, workers: int | None, address: str | None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that it runs

@@ -11,17 +11,24 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from peft_combo.distributed.executor import LostShare, Share, call_by_name, name_function, open_reply
+from peft_combo.distributed.executor import (
+    Executor,
+    LostShare,
+    Share,
+    call_by_name,
+    check_workers,
+    name_function,
+    open_reply,
+)
 from peft_combo.errors import PeftComboError
 
 _JOBS_PER_SHARE = 3
 _FAREWELL_SECONDS = 30.0
 
 
-class SlurmExecutor:
+class SlurmExecutor(Executor):
     """Jobs of SLURM.
 
     Args:
@@ -39,8 +46,7 @@ class SlurmExecutor:
         options: dict[str, Any] | None = None, on_note: Callable[[str], None] = lambda note: None,
         poll_seconds: float = 5.0,
     ) -> None:  # fmt: skip
-        if workers < 1:
-            raise ValueError(f"workers: expected 1 or more, found {workers}.")
+        check_workers(workers)
         self._workers, self._folder, self._on_note, self._poll = workers, folder.absolute(), on_note, poll_seconds
         self._jobs: list[Any] = []
         submitit = _import_submitit()
@@ -99,14 +105,6 @@ class SlurmExecutor:
         while time.monotonic() < deadline and not all(job.done() for job in running):
             time.sleep(min(self._poll, 0.2))
         self._jobs = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _submit(self, name: str, shares: dict[int, Share]) -> dict[int, tuple[Any, Path]]:
         """Submit jobs as one array; return for each share its job and where the answer will be."""
