@@ -19,6 +19,7 @@ from peft_combo.encoder.index.exact import (
     check_queries,
     check_vectors,
     divide_pairs,
+    find_nothing,
     multiply_pairs,
     pad_found,
     rank,
@@ -83,11 +84,13 @@ class FaissIndex:
         queries, pairs = check_queries(self.vectors.shape, queries, k, excluded, allowed)
         k = min(k, len(self))
         if not len(queries) or not len(self):
-            return np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+            return find_nothing(len(queries), k)
         few = max(FEW_ROWS, len(self) // _GRAPH_SHARE) if self.kind == "hnsw" else FEW_ROWS
         there = len(self) if allowed is None else int(np.count_nonzero(allowed))
+        if not there:
+            return find_nothing(len(queries), k)
         if allowed is not None and there < few:
-            return self._compare_few(queries, k, pairs, np.flatnonzero(allowed)) if there else _nothing(len(queries), k)
+            return self._compare_few(queries, k, pairs, np.flatnonzero(allowed))
         proposed = self._propose(queries, k, pairs, allowed)
         results = []
         for block in slices(len(queries), BLOCK[0]):
@@ -206,10 +209,6 @@ def choose_effort(kind: FaissKind, lists: int) -> int:
             return min(lists, max(16, lists // 16))
         case _:
             assert_never(kind)
-
-
-def _nothing(queries: int, k: int) -> Found:
-    return np.full((queries, k), -1, np.int64), np.full((queries, k), -np.inf, np.float32)
 
 
 class FaissMissing(PeftComboError):

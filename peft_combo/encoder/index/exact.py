@@ -80,7 +80,7 @@ class ExactIndex:
         queries, pairs = check_queries(self.vectors.shape, queries, k, excluded, allowed)
         k = min(k, len(self))
         if not len(queries) or not len(self):
-            return np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+            return find_nothing(len(queries), k)
         blocks = [
             self._best(queries[block], k, take_queries(pairs, block), allowed)
             for block in slices(len(queries), self._n_queries)
@@ -119,11 +119,9 @@ class ExactIndex:
     @cached_property
     def _longest(self) -> float:
         """The length of the longest vector."""
-        squares = [np.einsum("rd,rd->r", own, own).max() for own in map(self.vectors.__getitem__, self._blocks())]
+        blocks = (self.vectors[block] for block in slices(len(self), self._n_rows))
+        squares = [np.einsum("rd,rd->r", own, own).max() for own in blocks]
         return float(np.sqrt(max(squares, default=0.0)))
-
-    def _blocks(self) -> Iterator[slice]:
-        return slices(len(self), self._n_rows)
 
 
 def merge_results(parts: Sequence[Found], k: int) -> Found:
@@ -212,6 +210,11 @@ def pad_found(found: Found, width: int) -> Found:
     return np.pad(rows, more, constant_values=-1), np.pad(scores, more, constant_values=-np.inf)
 
 
+def find_nothing(n_queries: int, k: int) -> Found:
+    """Return results (Q, k) of nothing: row -1 with score -inf."""
+    return np.full((n_queries, k), -1, np.int64), np.full((n_queries, k), -np.inf, np.float32)
+
+
 def slices(count: int, step: int) -> Iterator[slice]:
     """Cut `count` places into slices of `step`."""
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
@@ -223,8 +226,7 @@ def rank(query: NDArray[np.int64], row: NDArray[np.int64], score: NDArray[np.flo
     query, row, score = query[order], row[order], score[order]
     place = np.arange(len(query)) - np.searchsorted(query, query)  # within its query
     top = place < k
-    rows = np.full((n_queries, k), -1, np.int64)
-    scores = np.full((n_queries, k), -np.inf, np.float32)
+    rows, scores = find_nothing(n_queries, k)
     rows[query[top], place[top]] = row[top]
     scores[query[top], place[top]] = score[top]
     return rows, scores
