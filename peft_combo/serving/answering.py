@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peft_combo.errors import DataError, PeftComboError, did_you_mean, shorten
 from peft_combo.recommender.explanations import FusedScores
@@ -49,7 +48,7 @@ class Asked:
         items: ids that are known. context: ids that stand for the request: `items`, or what the user dealt with last.
         user: as the dataset knows them; None where it does not.
         exclude: ids that are not shown. notes: what was noticed.
-        given: rows that are scored, the context but for an item that is swapped; None where scores are not asked for.
+        waiting: what is scored, the context but for an item that is swapped; None where scores are not asked for.
     """
 
     request: ServiceRequest
@@ -58,7 +57,7 @@ class Asked:
     user: str | None
     exclude: tuple[str, ...]
     notes: tuple[str, ...]
-    given: NDArray[np.int64] | None
+    waiting: WaitingContext | None
 
 
 class Answerer:
@@ -95,18 +94,15 @@ class Answerer:
         asked = self._understand(route, request, recommender, cursor)
         understood = time.perf_counter()
         with ExitStack() as line:
-            waiting = None
-            if asked.given is not None:
-                rows = recommender.find_context(asked.given, asked.user)
-                waiting = WaitingContext(recommender, rows, asked.user)
-                line.enter_context(self._scores.stand_in_line(waiting))
+            if asked.waiting is not None:
+                line.enter_context(self._scores.stand_in_line(asked.waiting))
             line.enter_context(self._turns)
             if route in ("compose", "rank"):
-                results, by, tried, notes = self._answer_bundles(route, asked, waiting, recommender)
+                results, by, tried, notes = self._answer_bundles(route, asked, recommender)
                 following = None
             else:
                 results, by, tried, notes, following, propensities = self._answer_items(
-                    route, asked, waiting, recommender, cursor, release.release, request_id
+                    route, asked, recommender, cursor, release.release, request_id
                 )
         done = time.perf_counter()
         deployed.counts.add(done - started)
@@ -145,7 +141,8 @@ class Answerer:
         if _goes_by_words(route, asked):
             return asked
         given = [one for one in context if route != "replace" or one != request.swap]
-        return replace(asked, given=recommender.dataset.find_items(given))
+        rows = recommender.find_context(recommender.dataset.find_items(given), user)
+        return replace(asked, waiting=WaitingContext(recommender, rows, user))
 
     def _find_user(
         self, request: ServiceRequest, recommender: BundleRecommender
@@ -161,8 +158,8 @@ class Answerer:
     # Single items.
 
     def _answer_items(
-        self, route: Route, asked: Asked, waiting: WaitingContext | None, recommender: BundleRecommender,
-        cursor: Cursor | None, release: str, request_id: str,
+        self, route: Route, asked: Asked, recommender: BundleRecommender, cursor: Cursor | None, release: str,
+        request_id: str,
     ) -> tuple[
         list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], str | None, tuple[float, ...]
     ]:  # fmt: skip
@@ -173,7 +170,7 @@ class Answerer:
             raise DataError("Nothing to go by: give items or a user. For words alone ask /v1/search.")
         if route == "replace" and (request.swap is None or not request.items):
             raise BadRequest("swap: expected items, a bundle, and of these the one to replace in swap.")
-        by, tried, notes, ranking = self._rank(route, asked, waiting, recommender)
+        by, tried, notes, ranking = self._rank(route, asked, recommender)
         after: int | None = None
         propensities: tuple[float, ...] = ()
         if cursor is not None:
@@ -215,7 +212,7 @@ class Answerer:
         return [int(pool[place]) for place in found.order], tuple(found.propensities.tolist())
 
     def _rank(
-        self, route: Route, asked: Asked, waiting: WaitingContext | None, recommender: BundleRecommender
+        self, route: Route, asked: Asked, recommender: BundleRecommender
     ) -> tuple[AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], ItemRanking]:
         request = asked.request
         # The first page and what lists are drawn from; a later page is found in all there is.
@@ -238,16 +235,16 @@ class Answerer:
 
         if route == "replace" and len(asked.items) == 1:
             return "text", (), (), rank(None)
-        if waiting is None or asked.given is None:
+        if asked.waiting is None:
             words = replace(asked, user=None, items=(), context=())
             ranking = recommender.rank_items(
                 query=request.query, constraints=request.constraints, required=slots, forbidden=without,
                 not_like=not_like, exclude=(*words.exclude, *asked.items), depth=depth,
             )  # fmt: skip
             return "text", (), (), ranking
-        by, tried, notes, fused = self._score(waiting)
+        by, tried, notes, fused = self._score(asked.waiting)
         ranking = rank(fused)
-        return by, tried, notes, replace(ranking, context=asked.given) if len(asked.given) else ranking
+        return by, tried, notes, replace(ranking, context=asked.waiting.rows) if asked.context else ranking
 
     def _score(
         self, waiting: WaitingContext
@@ -281,7 +278,7 @@ class Answerer:
     # Bundles.
 
     def _answer_bundles(
-        self, route: Route, asked: Asked, waiting: WaitingContext | None, recommender: BundleRecommender
+        self, route: Route, asked: Asked, recommender: BundleRecommender
     ) -> tuple[list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...]]:
         request = asked.request
         if request.cursor is not None:
@@ -298,8 +295,8 @@ class Answerer:
                 request.bundles, items=asked.items, user=asked.user, query=request.query, explain=request.explain
             )
             return [_tell_bundle(one) for one in found], by, tried, notes
-        if waiting is not None:
-            by, tried, notes, fused = self._score(waiting)
+        if asked.waiting is not None:
+            by, tried, notes, fused = self._score(asked.waiting)
         not_like = [one for one in request.not_like if one in recommender.dataset.catalog.index]
         found = recommender.compose(
             asked.items, user=asked.user, query=request.query, constraints=request.constraints,
