@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _peer import load_sentence_transformer
 from _smoke import add_smoke, make_tiny
 from numpy.typing import NDArray
 
@@ -98,14 +99,10 @@ def tokenize(backbone: Backbone, texts: list[str]) -> NDArray[np.float32]:
 def load_peer(backbone: Backbone, folder: Path) -> Encode | None:
     if importlib.util.find_spec("sentence_transformers") is None:
         return None
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
-    backbone.model.save_pretrained(folder)  # type: ignore[operator]
-    backbone.tokenizer.save_pretrained(folder)
-    transformer = Transformer(str(folder), max_seq_length=backbone.max_length)
-    peer = SentenceTransformer(modules=[transformer, Pooling(backbone.dim, pooling_mode="mean"), Normalize()])
-    return lambda texts: np.asarray(peer.encode(texts, batch_size=256, show_progress_bar=False), np.float32)
+    peer = load_sentence_transformer(backbone, folder, None)
+    return lambda texts: np.asarray(
+        peer.encode(texts, batch_size=256, show_progress_bar=False, normalize_embeddings=True), np.float32
+    )
 
 
 if __name__ == "__main__":

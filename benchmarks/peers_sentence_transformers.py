@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from _cases import parse_cases
+from _peer import load_sentence_transformer
 from _smoke import make_tiny
 from numpy.typing import NDArray
 
@@ -108,17 +109,13 @@ def tune_pairs(
     """Tune a copy of the encoder by sentence-transformers; hand the catalogue's vectors to `keep` after each epoch."""
     from datasets import Dataset
     from sentence_transformers import (
-        SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
-    backbone.model.save_pretrained(folder / "base")
-    backbone.tokenizer.save_pretrained(folder / "base")
-    model = SentenceTransformer(str(folder / "base"), device="cpu")
-    model.max_seq_length = backbone.max_length
+    model = load_sentence_transformer(backbone, folder / "base")
     pairs = [pair for bundle in bundles for pair in itertools.combinations(bundle.tolist(), 2)]
     data = Dataset.from_dict({"anchor": [texts[a] for a, _ in pairs], "positive": [texts[b] for _, b in pairs]})
 

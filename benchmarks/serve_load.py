@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from _peer import load_sentence_transformer
 from _served import run_service
 from _smoke import add_smoke
 
@@ -225,16 +226,12 @@ def _serve_peer(ready: Any) -> None:
     import uvicorn
     from fastapi import FastAPI
     from pydantic import BaseModel
-    from sentence_transformers import SentenceTransformer
 
     from peft_combo import Backbone
 
     backbone = Backbone.load()
     with tempfile.TemporaryDirectory(prefix="peer-") as folder:
-        backbone.model.save_pretrained(folder)
-        backbone.tokenizer.save_pretrained(folder)
-        model = SentenceTransformer(folder, device="cpu")
-    model.max_seq_length = backbone.max_length
+        model = load_sentence_transformer(backbone, folder)
 
     class Asked(BaseModel):
         input: str

@@ -33,6 +33,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from _peer import load_sentence_transformer
 from _smoke import add_smoke, make_tiny
 from torch import nn
 
@@ -189,17 +190,13 @@ def sentence_transformers_step(backbone: Backbone, adapter: LoraAdapter, texts: 
     import peft
     from datasets import Dataset
     from sentence_transformers import (
-        SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     folder = tempfile.TemporaryDirectory(prefix="tune-speed-")
-    backbone.model.save_pretrained(folder.name)
-    backbone.tokenizer.save_pretrained(folder.name)
-    model = SentenceTransformer(folder.name, device="cpu")
-    model.max_seq_length = backbone.max_length
+    model = load_sentence_transformer(backbone, folder.name)
     targets = find_target_modules(backbone.model, "attention+ffn", adapter.top_layers)
     model.add_adapter(
         peft.LoraConfig(
