@@ -9,11 +9,15 @@ place alone, as long as they are not satisfied (cascade), or less where items of
 the mean expected reward of lists drawn by the candidate. One row is one law, estimator and slate model over all
 repeats: bias and root mean squared error in clicks per list, the share of 95 % intervals that held the truth, the mean
 effective sample.
+
+A last table is of Thompson sampling, which changes with what it sees: eight items, of which the best has the lowest
+score, lists of two, counters read every ten lists; the candidate knows the best one.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -21,7 +25,14 @@ from _smoke import add_smoke
 from numpy.typing import NDArray
 
 from peft_combo.metrics.off_policy import Estimator, RewardModel, SlateModel, estimate_value
-from peft_combo.serving.exploration import EpsilonGreedy, ExplorationPolicy, PlackettLuce, compute_propensities, explore
+from peft_combo.serving.exploration import (
+    EpsilonGreedy,
+    ExplorationPolicy,
+    PlackettLuce,
+    Thompson,
+    compute_propensities,
+    explore,
+)
 
 ITEMS, PLACES = 20, 5
 LAWS = ("position", "cascade", "list")
@@ -49,6 +60,11 @@ def main() -> None:
         for distance, noise in NOISE.items():
             for line in measure(policy, noise, options):
                 print(f"{policy_name:15}{distance:10}{line}", flush=True)
+    print(f"\n{'Thompson':15}{'lists':>7}{'estimate':>15}{'truth':>7}{'bias':>8}{'error':>8}{'coverage':>10}"
+          f"{'effective':>11}{'best first':>12}")  # fmt: skip
+    for lists in (60,) if options.smoke else (300, 1000):
+        for line in measure_thompson(lists, options.repeats):
+            print(line, flush=True)
 
 
 def measure(policy: ExplorationPolicy, noise: float, options: argparse.Namespace) -> list[str]:
@@ -92,6 +108,45 @@ def measure(policy: ExplorationPolicy, noise: float, options: argparse.Namespace
         effective = np.mean([one.effective_size for one in estimates])
         lines.append(
             f"{law:10}{name:17}{right:7.3f}{values.mean() - right:+8.3f}{error:8.3f}{held:10.2f}{effective:11.0f}"
+        )
+    return lines
+
+
+def measure_thompson(lists: int, repeats: int) -> list[str]:
+    """Judge a candidate from logs that Thompson sampling drew while it learned."""
+    rates, scores, batch = np.array([0.1] * 7 + [0.6]), np.linspace(1, -1, 8), 10
+    other, wanted = np.array([*scores[:7], 2.0]), PlackettLuce(0.5)
+    truth = sum(
+        float(np.prod(compute_propensities(other, one, wanted)) * rates[list(one)].sum())
+        for one in permutations(range(8), 2)
+    )
+    found: dict[tuple[Estimator, SlateModel], list[Any]] = {}
+    best = []
+    for repeat in range(repeats):
+        rng, clicks, views = np.random.default_rng(repeat), np.zeros(8), np.zeros(8)
+        shown, earned, logged = [], [], []
+        for start in range(0, lists, batch):
+            policy = Thompson(clicks.copy(), views.copy())
+            for place in range(start, start + batch):
+                drawn = explore(scores, 2, policy, f"{repeat} {place}")
+                shown.append(drawn.order)
+                logged.append(drawn.propensities)
+                earned.append((rng.random(2) < rates[drawn.order]).astype(np.float64))
+                views[drawn.order] += 1
+                clicks[drawn.order] += earned[-1]
+        best.append(np.mean([order[0] == 7 for order in shown[-100:]]))
+        asked = [compute_propensities(other, order, wanted) for order in shown]
+        for estimator, slate in ESTIMATES[:4]:
+            told = estimate_value(earned, logged, asked, np.arange(lists), estimator=estimator, model=slate, n=300)
+            found.setdefault((estimator, slate), []).append(told)
+    lines = []
+    for (estimator, slate), estimates in found.items():
+        values = np.array([one.value for one in estimates])
+        held = np.mean([one.interval[0] <= truth <= one.interval[1] for one in estimates])
+        error, effective = np.sqrt(np.mean((values - truth) ** 2)), np.mean([one.effective_size for one in estimates])
+        lines.append(
+            f"{'':15}{lists:7}{estimator + ' ' + slate:>15}{truth:7.3f}{values.mean() - truth:+8.3f}{error:8.3f}"
+            f"{held:10.2f}{effective:11.0f}{np.mean(best):12.2f}"
         )
     return lines
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.special import ndtr
 
 from peft_combo.errors import PeftComboError
+from peft_combo.metrics.off_policy import estimate_value
+from peft_combo.serving.drawing import ListDrawer
 from peft_combo.serving.exploration import (
     EpsilonGreedy,
     ExplorationPolicy,
@@ -20,6 +23,8 @@ from peft_combo.serving.exploration import (
     measure_places,
     parse_policy,
 )
+from peft_combo.serving.learning import gather_lists
+from peft_combo.serving.state import ExposureRow, FeedbackRow, ShownItem, State
 
 SCORES = np.array([0.2, 1.5, -0.3, 0.9])
 THOMPSON = Thompson(np.array([1.0, 30.0, 0.0, 4.0]), np.array([10.0, 300.0, 2.0, 30.0]), rate=0.1, strength=5.0)
@@ -46,9 +51,9 @@ def test_epsilon_greedy_and_plackett_luce_by_hand() -> None:
 
 
 def test_thompsons_first_place_is_the_chance_of_the_larger_draw() -> None:
-    # Log-odds of Beta(2, 1) and of Beta(1, 1): means 1 and 0, variances pi2/3 - 1 and pi2/3.
-    policy = Thompson(np.array([1.0, 0.0]), np.array([1.0, 0.0]), rate=0.5, strength=2.0)
-    share = float(ndtr(1 / np.sqrt(2 * np.pi**2 / 3 - 1)))
+    # Angles of Beta(2, 1) and of Beta(1, 1): arcsin(sqrt(2/3)) and pi / 4, variances 1/16 and 1/12.
+    policy = Thompson(np.array([1.0, 0.0]), np.array([1.0, 0.0]), rate=0.5, strength=2.0, epsilon=0.0)
+    share = float(ndtr((np.arcsin(np.sqrt(2 / 3)) - np.pi / 4) / np.sqrt(1 / 16 + 1 / 12)))
     np.testing.assert_allclose(compute_propensities(np.zeros(2), [0, 1], policy), [share, 1], atol=1e-5)
     np.testing.assert_allclose(compute_propensities(np.zeros(2), [1, 0], policy), [1 - share, 1], atol=1e-5)
 
@@ -99,8 +104,55 @@ def test_what_makes_no_sense_is_refused() -> None:
         explore(SCORES, 0, EpsilonGreedy(), "x")
     assert parse_policy("epsilon-greedy:0.2") == EpsilonGreedy(0.2)
     assert parse_policy("plackett-luce:2") == PlackettLuce(2.0)
-    for text in ("plackett:1", "epsilon-greedy", "epsilon-greedy:7", "plackett-luce:0"):
+    told = parse_policy("thompson:30")
+    assert isinstance(told, Thompson)
+    assert told.strength == 30
+    for text in ("plackett:1", "epsilon-greedy", "epsilon-greedy:7", "plackett-luce:0", "thompson:0", "thomson:9"):
         with pytest.raises(PeftComboError, match="Expected epsilon-greedy:SHARE"):
             parse_policy(text)
     with pytest.raises(ValueError, match="k: expected"):
         measure_places(SCORES, 5, 0.1)
+
+
+def test_thompson_finds_what_scores_hide_and_its_log_tells_the_worth_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFT_COMBO_SECRET", "a secret of the tests")  # it seeds what is drawn
+    # Eight items, lists of two, clicks by item alone. The best one has the lowest score: the ranking never shows it.
+    rates, scores = np.array([0.1] * 7 + [0.6]), np.linspace(1, -1, 8).astype(np.float32)
+    items, state, rng = list("abcdefgh"), State.open(tmp_path), np.random.default_rng(0)
+    drawers = [ListDrawer("thompson:20", state) for _ in range(2)]  # two workers on one state
+    for turn in range(30):
+        rows, said = [], []
+        for n in range(10):
+            name, drawer = f"{turn}-{n}", drawers[n % 2]
+            told = drawer.draw(items, scores, 2, name)
+            shown = [
+                ShownItem(items[row], float(scores[row]), float(p))
+                for row, p in zip(told.order, told.propensities, strict=True)
+            ]
+            rows.append(ExposureRow(name, None, "complete", "x@prod", "x@v1", "d", "prod", ("z",), shown))
+            said += [FeedbackRow(name, "click", items[row]) for row in told.order if rng.random() < rates[row]]
+        state.add_exposures(rows)
+        state.add_feedback(said)
+        for drawer in drawers:
+            drawer.refresh()
+    logged = gather_lists(state)
+    state.close()
+    assert len(logged) == 300
+    assert np.mean([one.items[0] == "h" for one in logged[:50]]) < 0.5
+    assert np.mean([one.items[0] == "h" for one in logged[-100:]]) > 0.8
+    # The worth of a recommender that knows the best one, from lists that were drawn otherwise and ever differently.
+    other, wanted = np.array([*scores[:7], 2.0]), PlackettLuce(0.5)
+    place = {item: row for row, item in enumerate(items)}
+    truth = sum(
+        np.prod(compute_propensities(other, one, wanted)) * rates[list(one)].sum() for one in permutations(range(8), 2)
+    )
+    told = estimate_value(
+        [one.rewards for one in logged], [one.propensities for one in logged],
+        [compute_propensities(other, [place[item] for item in one.items], wanted) for one in logged],
+        [one.request_id for one in logged], estimator="ips",
+    )  # fmt: skip
+    assert told.interval[0] <= truth <= told.interval[1]
+    assert told.interval[1] - told.interval[0] < 0.4
+    assert told.mean_weight == pytest.approx(1, abs=0.2)

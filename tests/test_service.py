@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from peft_combo.serving.errors import (
 )
 from peft_combo.serving.requests import ServiceRequest
 from peft_combo.serving.service import Service
-from peft_combo.serving.state import State, StateError
+from peft_combo.serving.state import ExposureRow, FeedbackRow, ShownItem, State, StateError
 from peft_combo.store.adapter_store import AdapterStore
 
 ALIAS = "tiny@prod"
@@ -630,3 +631,27 @@ def test_drawn_lists_tell_how_probable_they_were(shop: Shop) -> None:
     assert seen[0].propensities == first.propensities
     with pytest.raises(PeftComboError, match="Expected epsilon-greedy:SHARE"):
         shop.open(explore="thompson")
+
+
+def test_what_is_clicked_is_drawn_by_every_worker_until_who_clicked_is_forgotten(shop: Shop) -> None:
+    services = [shop.open(explore="thompson:5") for _ in range(2)]
+    state = State.open(shop.folder / "state")
+    pool = ids(services[0].complete(ask(items=["p0", "p6"], k=200)))[:100]  # what lists are drawn from
+    last, key = pool[-1], state.identify("somebody")
+    shown = tuple(ShownItem(one, 0.1, 0.1) for one in pool)
+    row = ExposureRow("", key, "complete", ALIAS, "tiny@v1", "d", "prod", ("p0",), shown)
+    state.add_exposures([replace(row, request_id=f"r{n}") for n in range(40)])
+    state.add_feedback([FeedbackRow(f"r{n}", "click", last) for n in range(36)])
+
+    def share(service: Service, turn: str) -> float:
+        asked = (ask(items=["p0", "p6"], k=3, request_id=f"{turn}{n}") for n in range(10))
+        return float(np.mean([ids(service.complete(one))[0] == last for one in asked]))
+
+    for place, service in enumerate(services):
+        _wait(lambda service=service, place=place: share(service, f"{place} {time.monotonic()}") > 0.6, 1)  # type: ignore[misc]
+    answer = services[0].complete(ask(items=["p0", "p6"], k=3))
+    assert all(0 < one <= 1 for one in answer.propensities)
+    assert len(answer.propensities) == 3
+    services[1].forget_user("somebody")
+    _wait(lambda: share(services[0], f"forgotten {time.monotonic()}") < 0.3, 1)
+    state.close()

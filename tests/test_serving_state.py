@@ -10,9 +10,13 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
@@ -80,9 +84,11 @@ def state(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
         engine = create_engine(url)
         with engine.begin() as connection:  # an empty one for each test
-            for table in ("items", "events", "exposures", "feedback", "deployments", "keys", "audit", "forgotten"):
+            for table in ("items", "events", "exposures", "feedback", "deployments", "keys", "audit", "forgotten",
+                          "item_counts"):  # fmt: skip
                 connection.execute(text(f"TRUNCATE {table} RESTART IDENTITY"))
             connection.execute(text("UPDATE heads SET seq = 0"))
+            connection.execute(text("UPDATE item_counts_head SET seq = 0"))
         engine.dispose()
     yield opened
     opened.close()
@@ -120,6 +126,70 @@ def test_exposures_and_feedback_are_joined_by_the_request(state: State) -> None:
     assert (found.context, found.shown, found.arm) == (("a",), shown, "prod")
     state.add_feedback([FeedbackRow("r1", "click", "b")])
     assert [one.request_id for one in state.feedback_since()] == ["r1"]
+
+
+def _count(state: State) -> dict[str, tuple[int, int]]:
+    return {row.item_id: (row.shown, row.rewarded) for row in state.item_counts_since()}
+
+
+def _list(request: str, *items: str, user: str | None = None, **more: str) -> ExposureRow:
+    shown = tuple(ShownItem(item, 0.5, 0.5) for item in items)
+    row = ExposureRow(request, user, "complete", "fashion@prod", "fashion@v1", "d", "prod", ("z",), shown)
+    return replace(row, **more)  # type: ignore[arg-type]
+
+
+def test_counters_of_items_follow_what_was_shown_earned_and_forgotten(state: State) -> None:
+    key = state.identify("u1")
+    state.add_feedback([FeedbackRow("r1", "click", "b")])  # before its list is written, which lags behind
+    state.add_exposures([_list("r1", "a", "b"), _list("r2", "b", "c", user=key)])
+    state.add_exposures([_list("r3", "a", arm="shadow"), _list("r4", "a", route="compose")])  # unseen; no list
+    assert _count(state) == {"a": (1, 0), "b": (2, 1), "c": (1, 0)}
+    seen = state.item_counts_since()[-1].seq
+    # An item earns once in a list; what it was not shown in, or was rejected in, earns it nothing.
+    state.add_feedback([FeedbackRow("r1", "purchase", "b"), FeedbackRow("r1", "rejected", "a")])
+    state.add_feedback([FeedbackRow("r1", "click", "z"), FeedbackRow("r9", "click", "a")])
+    assert state.item_counts_since(seen) == []
+    state.add_feedback([FeedbackRow("r2", "basket", "c"), FeedbackRow("r2", "purchase")])  # the answer as a whole
+    assert _count(state) == {"a": (1, 0), "b": (2, 2), "c": (1, 1)}
+    assert {row.item_id for row in state.item_counts_since(seen)} == {"b", "c"}
+    state.forget(key)
+    assert _count(state) == {"a": (1, 0), "b": (1, 1), "c": (0, 0)}
+
+
+def test_counters_are_those_of_the_rows_whoever_writes_at_once(state: State) -> None:
+    rng = np.random.default_rng(0)
+    lists = [_list(f"r{n}", *rng.permutation(list("abcdef"))[:3], user=f"u{n % 4}") for n in range(40)]
+    said = [FeedbackRow(f"r{n}", "click", str(rng.choice(list("abcdef")))) for n in rng.integers(0, 40, 60)]
+    writes: list[Callable[[], object]] = [partial(state.add_exposures, lists[n : n + 4]) for n in range(0, 40, 4)]
+    writes += [partial(state.add_feedback, said[n : n + 6]) for n in range(0, 60, 6)]
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(writes[n]) for n in rng.permutation(len(writes))]:
+            done.result()
+    state.forget("u2")
+    expected = {item: [0, 0] for item in "abcdef"}
+    for row in lists:
+        for one in row.shown if row.user_key != "u2" else ():
+            expected[one.item_id][0] += 1
+            expected[one.item_id][1] += any(f.request_id == row.request_id and f.item_id == one.item_id for f in said)
+    assert _count(state) == {item: tuple(counts) for item, counts in expected.items()}
+
+
+def test_a_state_of_the_schema_before_gets_its_counters(tmp_path: Path) -> None:
+    state = State.open(tmp_path)
+    state.add_exposures([_list("r1", "a", "b"), _list("r2", "b")])
+    state.add_feedback([FeedbackRow("r2", "click", "b")])
+    before = _count(state)
+    state.close()
+    with sqlite3.connect(tmp_path / "state.db") as connection:
+        connection.executescript(
+            "DROP TABLE item_counts; DROP TABLE item_counts_head; UPDATE schema_version SET version=1"
+        )
+    connection.close()
+    state = State.open(tmp_path)
+    assert _count(state) == before == {"a": (1, 0), "b": (2, 1)}
+    state.add_exposures([_list("r3", "a")])
+    assert _count(state)["a"] == (2, 0)
+    state.close()
 
 
 def test_deployments_keep_their_history_and_the_newest_counts(state: State) -> None:

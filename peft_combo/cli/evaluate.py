@@ -20,7 +20,7 @@ from peft_combo.cli.app import (
     open_workspace,
 )
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, print_json, print_line, print_table
-from peft_combo.errors import DataError
+from peft_combo.errors import DataError, PeftComboError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -321,9 +321,15 @@ def _judge_by_log(
     from peft_combo.evaluation.off_policy import judge_candidate
     from peft_combo.files import literal_path
     from peft_combo.recommender.recommender import BundleRecommender
-    from peft_combo.serving.exploration import CANDIDATES, compute_propensities, parse_policy
+    from peft_combo.serving.exploration import CANDIDATES, Thompson, compute_propensities, parse_policy
 
     policy = parse_policy(explore)
+    if isinstance(policy, Thompson):
+        raise PeftComboError(
+            "--explore: expected epsilon-greedy:SHARE or plackett-luce:TEMPERATURE, found Thompson sampling: what a "
+            "candidate would draw by it hangs on what items had earned at that moment, which the log does not hold. A "
+            "log that was drawn by it can be judged."
+        )
     if "://" in log or literal_path(log).is_dir():
         from peft_combo.serving.learning import gather_lists
 

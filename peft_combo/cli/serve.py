@@ -63,7 +63,9 @@ def serve(
     explore: Annotated[
         str | None,
         typer.Option(
-            "--explore", help="Draw of lists, to learn from, as in plackett-luce:0.5; default the ranking as it is."
+            "--explore",
+            help="Draw of lists, to learn from: epsilon-greedy:SHARE, plackett-luce:TEMPERATURE or thompson:VIEWS; "
+            "default the ranking as it is.",
         ),
     ] = None,
     opened: Annotated[

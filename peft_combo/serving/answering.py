@@ -25,9 +25,9 @@ from peft_combo.recommender.results import Recommendation, Suggestion
 from peft_combo.serving.answers import Answer, AnsweredBy, Arm, Origin
 from peft_combo.serving.arms import DeployedRelease
 from peft_combo.serving.cursors import Cursor, digest_request
+from peft_combo.serving.drawing import ListDrawer
 from peft_combo.serving.errors import BadRequest, CursorExpired
-from peft_combo.serving.exploration import CANDIDATES, parse_policy
-from peft_combo.serving.exploration import explore as draw
+from peft_combo.serving.exploration import CANDIDATES
 from peft_combo.serving.live_events import LiveEvents, list_context, list_seen
 from peft_combo.serving.requests import ServiceRequest
 from peft_combo.serving.score_batching import ScoreBatcher, WaitingContext
@@ -65,15 +65,15 @@ class Answerer:
 
     Args:
         identify: the key of a user id. is_forgotten: whether somebody asked to be forgotten.
-        explore: how lists for a person or items are drawn, see `parse_policy`; None shows the ranking as it is.
+        drawer: draws lists for a person or items.
     """
 
     def __init__(
         self, events: LiveEvents, identify: Callable[[str], str], is_forgotten: Callable[[str], bool],
-        explore: str | None = None,
+        drawer: ListDrawer,
     ) -> None:  # fmt: skip
         self._events, self._identify, self._is_forgotten = events, identify, is_forgotten
-        self._policy = None if explore is None else parse_policy(explore)
+        self._drawer = drawer
         self._turns, self._scores = Turns(), ScoreBatcher()
 
     def answer(self, route: Route, request: ServiceRequest, alias: str, arm: Arm, deployed: DeployedRelease) -> Answer:
@@ -179,7 +179,7 @@ class Answerer:
                 raise CursorExpired("The item that the list ended with is gone. Send the request again without cursor.")
         rows = ranking.take(request.k + 1, after)
         more, rows = len(rows) > request.k, rows[: request.k]
-        drawn = self._draw(route, request, ranking, cursor, request_id)
+        drawn = self._draw(route, request, recommender, ranking, cursor, request_id)
         if drawn is not None:  # an item of a later page may be on this one, so there is none
             rows, propensities = drawn
             more = False
@@ -198,17 +198,17 @@ class Answerer:
         return results, by, tried, notes, following, propensities
 
     def _draw(
-        self, route: Route, request: ServiceRequest, ranking: ItemRanking, cursor: Cursor | None, request_id: str
-    ) -> tuple[list[int], tuple[float, ...]] | None:
+        self, route: Route, request: ServiceRequest, recommender: BundleRecommender, ranking: ItemRanking,
+        cursor: Cursor | None, request_id: str,
+    ) -> tuple[list[int], tuple[float, ...]] | None:  # fmt: skip
         """Return the rows that are shown and their propensities, where lists are drawn; None where they are not."""
-        if self._policy is None or route not in ("recommend", "complete") or cursor is not None:
+        if cursor is not None or not self._drawer.draws(route, request.k):
             return None
         pool = ranking.take(CANDIDATES, None)
-        if not len(pool) or request.k > CANDIDATES:
+        if not len(pool):
             return None
-        # By a keyed hash, so that a client that chooses its request ids does not choose its lists.
-        seed = self._identify(f"list of request {request_id}")
-        found = draw(ranking.fused.scores[pool], request.k, self._policy, seed)
+        ids = recommender.dataset.catalog.item_ids
+        found = self._drawer.draw([ids[row] for row in pool], ranking.fused.scores[pool], request.k, request_id)
         return [int(pool[place]) for place in found.order], tuple(found.propensities.tolist())
 
     def _rank(

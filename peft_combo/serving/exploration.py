@@ -11,8 +11,8 @@ the product of all the probability of the list (`Exploration.list_probability`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
 import numpy as np
@@ -60,26 +60,34 @@ class PlackettLuce:
 
 @dataclass(frozen=True, eq=False)
 class Thompson:
-    """The order of click rates drawn from each item's posterior, around what its score leads to expect.
+    """At every place the item whose click rate, drawn from its posterior, is the highest of those that are left.
 
-    The posterior of item i is Beta(strength * r_i + clicks_i, strength * (1 - r_i) + views_i - clicks_i), its prior
-    mean r_i = sigmoid(logit(rate) + z_i) with z_i the score in standard deviations of the candidates. Its log-odds are
-    drawn from the normal distribution of the same mean and variance, whose propensities take milliseconds.
+    Rates are drawn anew for every place, and with probability `epsilon` any item takes it: what is known to be worse
+    would else become so improbable that no log could tell what another recommender earns by it. The posterior of item i
+    is Beta(strength * r_i + clicks_i, strength * (1 - r_i) + views_i - clicks_i), its prior mean
+    r_i = sigmoid(logit(rate) + z_i) with z_i the score in standard deviations of the candidates. Drawn is the angle
+    arcsin(sqrt(rate)), from the normal distribution that the delta method gives: its variance hangs on the views alone,
+    also where nobody clicked yet (that of log-odds has no bound there), and propensities take milliseconds.
 
     Attributes:
-        clicks, views: (N,) so far, of each candidate; views at least clicks.
+        clicks, views: (N,) so far, of each candidate; views at least clicks. Without them it is a policy that is still
+            to be told what it draws from.
         rate: click rate of a candidate of average score.
         strength: so many views the score is worth.
-    Source: Chapelle and Li 2011, "An empirical evaluation of Thompson sampling".
+        epsilon: share of places given to any item.
+    Source: Chapelle and Li 2011, "An empirical evaluation of Thompson sampling"; Zhang et al. 2021, "Inference for
+        batched bandits" (a least probability, for the log's sake); Anscombe 1948 (the angle).
     """
 
-    clicks: NDArray[np.float64]
-    views: NDArray[np.float64]
+    clicks: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    views: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     rate: float = 0.05
     strength: float = 20.0
+    epsilon: float = 0.1
 
     def __post_init__(self) -> None:
         _check_between("rate", self.rate, 0.0, 1.0)
+        _check_between("epsilon", self.epsilon, 0.0, 1.0)
         if not 0 < self.rate < 1 or not (np.isfinite(self.strength) and self.strength > 0):
             raise ValueError(
                 f"rate must lie inside (0, 1) and strength above 0, found {self.rate} and {self.strength}."
@@ -110,23 +118,26 @@ class Exploration:
         return float(np.prod(self.propensities))
 
 
-def parse_policy(text: str) -> EpsilonGreedy | PlackettLuce:
-    """Read a policy as it is written on a command line: ``epsilon-greedy:0.1``, ``plackett-luce:0.5``.
+def parse_policy(text: str) -> ExplorationPolicy:
+    """Read a policy as it is written on a command line: ``epsilon-greedy:0.1``, ``plackett-luce:0.5``, ``thompson:20``.
+
+    The number of the last is its `strength`; it knows no clicks and views yet.
 
     Raises:
         PeftComboError: it is none.
     """
     name, _, number = text.partition(":")
-    policies: dict[str, type[EpsilonGreedy] | type[PlackettLuce]] = {
+    policies: dict[str, Callable[[float], ExplorationPolicy]] = {
         "epsilon-greedy": EpsilonGreedy,
         "plackett-luce": PlackettLuce,
+        "thompson": lambda strength: Thompson(strength=strength),
     }
     try:
         return policies[name](float(number))
     except (KeyError, ValueError) as error:
         raise PeftComboError(
-            f'Expected epsilon-greedy:SHARE (0 to 1) or plackett-luce:TEMPERATURE (above 0), found "{text}". '
-            f"{did_you_mean(name, policies)}".rstrip()
+            "Expected epsilon-greedy:SHARE (0 to 1), plackett-luce:TEMPERATURE (above 0) or thompson:VIEWS (above 0, "
+            f'what a score is worth), found "{text}". {did_you_mean(name, policies)}'.rstrip()
         ) from error
 
 
@@ -157,8 +168,7 @@ def explore(scores: ArrayLike, k: int, policy: ExplorationPolicy, request_id: st
         case PlackettLuce():
             order = np.argsort(-(own / policy.temperature + rng.gumbel(size=len(own))), kind="stable")[:k]
         case Thompson():
-            mean, spread = _posterior(own, policy, candidates)
-            order = np.argsort(-rng.normal(mean, spread), kind="stable")[:k]
+            order = _draw_thompson(*_posterior(own, policy, candidates), min(k, len(own)), policy.epsilon, rng)
         case _:
             assert_never(policy)
     rows = candidates[order].astype(np.int64)
@@ -195,7 +205,7 @@ def compute_propensities(scores: ArrayLike, order: Sequence[int] | NDArray[np.in
         case PlackettLuce():
             found[:possible] = _plackett_luce_propensities(own / policy.temperature, wanted)
         case Thompson():
-            found[:possible] = _thompson_propensities(*_posterior(own, policy, candidates), wanted)
+            found[:possible] = _thompson_propensities(*_posterior(own, policy, candidates), wanted, policy.epsilon)
         case _:
             assert_never(policy)
     return found
@@ -263,46 +273,59 @@ def _plackett_luce_propensities(logits: NDArray[np.float64], order: NDArray[np.i
     return found
 
 
-def _thompson_propensities(
-    mean: NDArray[np.float64], spread: NDArray[np.float64], order: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Return the conditional probabilities that independent normal draws come in this order, by nested integrals.
+def _draw_thompson(
+    mean: NDArray[np.float64], spread: NDArray[np.float64], k: int, epsilon: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    left = np.arange(len(mean))
+    order = np.empty(k, np.int64)
+    for place in range(k):
+        best = int(np.argmax(rng.normal(mean[left], spread[left])))
+        chosen = int(rng.integers(len(left))) if rng.random() < epsilon else best
+        order[place] = left[chosen]
+        left = np.delete(left, chosen)
+    return order
 
-    P(x_1 > ... > x_m > all others) = integral of dF_m(y) * above_{m-1}(y) * prod_{others} F_j(y), with above_m(y) =
-    integral from y on of dF_m(t) above_{m-1}(t) and above_0 = 1; what is conditional is the ratio of two of these.
+
+def _thompson_propensities(
+    mean: NDArray[np.float64], spread: NDArray[np.float64], order: NDArray[np.int64], epsilon: float
+) -> NDArray[np.float64]:
+    """Return the probability of each item at its place given those before it.
+
+    P(x_i is the largest of those left) = integral of dF_i(y) * prod over the others j that are left of F_j(y).
     """
+    found = np.empty(len(order))
     if not len(order):
-        return np.empty(0)
-    # Nodes where the draws are, so that narrow posteriors have theirs; the masses between nodes are exact.
-    quantiles = (mean[:, None] + spread[:, None] * _QUANTILES).ravel()
+        return found
+    # Nodes where the draws are, so that narrow posteriors have theirs, and the middle between any two.
+    own = mean[order, None] + spread[order, None] * _QUANTILES
+    leaders = np.argsort(-(mean + 2 * spread), kind="stable")[
+        : max(len(order), 12)
+    ]  # what the others' product turns at
+    quantiles = np.concatenate([own, mean[leaders, None] + spread[leaders, None] * _QUANTILES]).ravel()
     grid = np.unique(np.concatenate([quantiles, np.linspace(quantiles.min(), quantiles.max(), _NODES)]))
-    cumulative = special.ndtr((grid - mean[:, None]) / spread[:, None])  # (N, G)
-    mass = np.diff(cumulative, axis=1)  # (N, G - 1)
-    logs = np.log(np.clip((cumulative[:, 1:] + cumulative[:, :-1]) / 2, 1e-300, None))
+    grid = np.insert((grid[:-1] + grid[1:]) / 2, np.arange(len(grid)), grid)
+    width = np.diff(grid[::2])
+    logs = special.log_ndtr((grid - mean[:, None]) / spread[:, None])  # (N, G)
     others = logs.sum(0)
-    above = np.ones(mass.shape[1])
-    prefix = np.empty(len(order))
     for place, row in enumerate(order):
         others = others - logs[row]
-        cells = mass[row] * above
-        prefix[place] = float((cells * np.exp(others)).sum())
-        above = np.cumsum(cells[::-1])[::-1] - cells / 2  # from the middle of each cell on
-    found: NDArray[np.float64] = np.clip(prefix / np.concatenate([[1.0], prefix[:-1]]), 0.0, 1.0)
+        density = np.exp(others - ((grid - mean[row]) / spread[row]) ** 2 / 2) / (spread[row] * np.sqrt(2 * np.pi))
+        largest = float((width * (density[:-2:2] + 4 * density[1::2] + density[2::2])).sum() / 6)  # Simpson's rule
+        found[place] = epsilon / (len(mean) - place) + (1 - epsilon) * min(max(largest, 0.0), 1.0)
     return found
 
 
 def _posterior(
     scores: NDArray[np.float64], policy: Thompson, candidates: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and standard deviation of the log-odds of each candidate's click rate, (N,) each."""
+    """Return mean and standard deviation of the angle of each candidate's click rate, arcsin(sqrt(rate)): (N,) each."""
     wide = scores.std()
     standard = (scores - scores.mean()) / wide if wide > 0 else np.zeros(len(scores))
     expected = special.expit(special.logit(policy.rate) + standard)
     clicks = np.asarray(policy.clicks, np.float64)[candidates]
     views = np.asarray(policy.views, np.float64)[candidates]
     a, b = policy.strength * expected + clicks, policy.strength * (1 - expected) + views - clicks
-    spread = np.sqrt(special.polygamma(1, a) + special.polygamma(1, b))
-    return special.digamma(a) - special.digamma(b), spread
+    return np.arcsin(np.sqrt(a / (a + b))), 0.5 / np.sqrt(a + b + 1)
 
 
 def _check_scores(scores: ArrayLike, policy: ExplorationPolicy) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

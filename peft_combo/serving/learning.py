@@ -12,11 +12,12 @@ from typing import Any
 
 from peft_combo.data.use import LoggedList, UseBundle
 from peft_combo.serving.state import EventRow, ExposureRow, FeedbackRow, State
+from peft_combo.serving.state.item_counts import list_rewards
+from peft_combo.serving.state.rows import REWARDING
 
 GAP = 1800.0
 """Seconds between two purchases of one person that still are one bundle."""
 
-_POSITIVE = ("click", "basket", "purchase")
 _TAKEN = ("basket", "purchase")
 _SIZES = range(2, 21)  # of a bundle: one item goes with nothing, and more is a stock-up
 _PAGE = 10_000
@@ -51,15 +52,13 @@ def gather_lists(state: State, alias: str | None = None) -> list[LoggedList]:
     Args:
         alias: of the adapter that answered, ``fashion@prod``; None for all.
     """
-    clicked = _group_feedback(state, _POSITIVE)
+    clicked = _group_feedback(state, REWARDING)
     lists = []
     for exposure in _read_all(state.exposures_since):
         if exposure.arm == "shadow" or alias not in (None, exposure.alias) or not exposure.shown:
             continue
         items = tuple(one.item_id for one in exposure.shown)
         earned = {one.item_id for one in clicked.get(exposure.request_id, ())}
-        # Feedback without an item is on the answer as a whole: it counts once, at its first place.
-        rewards = tuple(float(item in earned or (place == 0 and None in earned)) for place, item in enumerate(items))
         lists.append(
             LoggedList(
                 exposure.request_id,
@@ -70,7 +69,7 @@ def gather_lists(state: State, alias: str | None = None) -> list[LoggedList]:
                 items,
                 _numbers(exposure, "propensity"),
                 _numbers(exposure, "score"),
-                rewards,
+                list_rewards(items, earned),
                 exposure.time,
             )
         )

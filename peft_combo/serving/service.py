@@ -32,6 +32,7 @@ from peft_combo.serving.arms import DeployedRelease
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.catalogue import find_items, get_item, list_examples, list_versions
 from peft_combo.serving.deployment import Deployments
+from peft_combo.serving.drawing import ListDrawer
 from peft_combo.serving.drift import Drift
 from peft_combo.serving.encoders import Encoders
 from peft_combo.serving.engine_config import EngineConfig
@@ -68,7 +69,8 @@ class Service:
         self._items = LiveItems(dataset, self._batcher, self._counts)
         self._events = LiveEvents(state)
         self._forgotten: frozenset[str] = frozenset()
-        self._answerer = Answerer(self._events, state.identify, lambda key: key in self._forgotten, config.explore)
+        self._drawer = ListDrawer(config.explore, state)
+        self._answerer = Answerer(self._events, state.identify, lambda key: key in self._forgotten, self._drawer)
         self._drift = Drift()
         builder = ReleaseBuilder(
             dataset, space.split, bank, space.cache, config.fitted, space.recipe.seed, self._encoders,
@@ -109,6 +111,7 @@ class Service:
         """Take in the state, build a release for every alias, and begin to follow what others change."""
         self._refresh()
         self._counts.add(self._state.events_since(0))
+        self._drawer.refresh()
         for alias in aliases:
             self._deployments.load(alias)
         self._started = True
@@ -288,8 +291,7 @@ class Service:
 
     def list_versions(self) -> list[dict[str, Any]]:
         """Return the versions in the store: version, digest, method, created, bytes, metrics, aliases, loaded."""
-        loaded = {one.version for one in self._deployments.releases()}
-        return list_versions(self._store, loaded)
+        return list_versions(self._store, {one.version for one in self._deployments.releases()})
 
     def load(self, alias: str, actor: str = "") -> AdapterStatus:
         """Serve one more alias."""
@@ -359,9 +361,7 @@ class Service:
         if request.request_id is None:
             request = request.model_copy(update={"request_id": uuid.uuid4().hex})
         with self._answering():
-            key = request.request_id or ""
-            if request.user is not None:
-                key = self._state.identify(request.user)
+            key = self._state.identify(request.user) if request.user is not None else request.request_id or ""
             try:
                 alias, arm, deployed, arms = self._deployments.find(request.adapter, key)
             except UnknownAdapter:
@@ -443,6 +443,7 @@ class Service:
                     self._refresh()
                     self._deployments.follow_state()
                     before = head
+                self._drawer.refresh()
                 if time.monotonic() - folded > _FOLD_SECONDS:
                     self.fold_events()
                     folded = time.monotonic()
@@ -489,8 +490,7 @@ class Service:
         self._batcher.clear()  # whose query a vector was of is not known, so all go
 
     def _catalogue(self) -> Dataset:
-        _, _, deployed, _ = self._deployments.find(None, "")
-        return deployed.view.recommender.dataset
+        return self._deployments.find(None, "")[2].view.recommender.dataset
 
     def _require_item(self, item_id: str) -> None:
         if not self._items.knows(item_id):

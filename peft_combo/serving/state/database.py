@@ -16,7 +16,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from peft_combo.files import sync_folder
-from peft_combo.serving.state.tables import StateError, migrate
+from peft_combo.serving.state.migrations import migrate
+from peft_combo.serving.state.tables import StateError
 
 _FILE = "state.db"
 _BUSY_MS = 10_000  # how long a writer waits for another process that writes

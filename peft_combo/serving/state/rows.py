@@ -11,6 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 EventKind = Literal["view", "purchase", "rating", "rejected"]
 FeedbackKind = Literal["click", "basket", "purchase", "rejected", "rating"]
+REWARDING: tuple[FeedbackKind, ...] = ("click", "basket", "purchase")
+"""Feedback that an item of a list earns something by."""
+
+LIST_ROUTES = ("recommend", "complete")
+"""Routes whose lists of single items may be drawn, and count in the counters of items."""
+
 Scope = Literal["read", "write", "admin"]
 """What a key may do: read asks, write gives items, events and feedback, admin moves adapters and forgets people."""
 
@@ -82,6 +88,15 @@ class ExposureRow:
     context: Sequence[str] = ()
     shown: Sequence[ShownItem] = ()
     time: float = 0.0
+    seq: int = 0
+
+
+class ItemCount(NamedTuple):
+    """How often an item was shown in lists of single items, and how often it earned something there."""
+
+    item_id: str
+    shown: int
+    rewarded: int
     seq: int = 0
 
 

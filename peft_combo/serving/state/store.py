@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, delete, func, insert, literal, select, update
@@ -19,8 +20,10 @@ from peft_combo.errors import did_you_mean
 from peft_combo.serving.state import tables
 from peft_combo.serving.state.database import Database
 from peft_combo.serving.state.identities import Identities
+from peft_combo.serving.state.item_counts import Tally, hold_counts, read_earned, read_lists, select_lists
 from peft_combo.serving.state.keys import make_key, match_secret, parse_key
 from peft_combo.serving.state.rows import (
+    REWARDING,
     AuditRow,
     Caller,
     DeployedArm,
@@ -29,6 +32,7 @@ from peft_combo.serving.state.rows import (
     ExposureRow,
     FeedbackRow,
     Heads,
+    ItemCount,
     ItemRow,
     Scope,
     ShownItem,
@@ -145,7 +149,11 @@ class State:
             gone = set(connection.execute(select(table.c.user_key).where(table.c.user_key.in_(given))).scalars())
             kept = [value for value in values if value["user_key"] not in gone]
             if kept:
+                hold_counts(connection)
                 connection.execute(insert(tables.exposures), kept)
+                lists = select_lists(SimpleNamespace(**value) for value in kept)
+                # Of a request id that is used again there may be feedback already.
+                Tally().add(lists, read_earned(connection, [request for request, _ in lists])).write(connection)
 
     def exposures_since(self, seq: int = 0, limit: int | None = None) -> list[ExposureRow]:
         """Return exposures after a sequence number, oldest first; all, or at most `limit`."""
@@ -162,15 +170,25 @@ class State:
         """Write feedback; return how many rows."""
         if rows:
             now = time.time()
+            requests = [row.request_id for row in rows if row.kind in REWARDING]
             with self._database.write() as connection:
+                if requests:
+                    hold_counts(connection)
+                lists, before = read_lists(connection, requests), read_earned(connection, requests)
                 values = [_drop_seq({**asdict(row), "time": row.time or now}) for row in rows]
                 connection.execute(insert(tables.feedback), values)
+                Tally().remove(lists, before).add(lists, read_earned(connection, requests)).write(connection)
         return len(rows)
 
     def feedback_since(self, seq: int = 0, limit: int | None = None) -> list[FeedbackRow]:
         """Return feedback after a sequence number, oldest first; all, or at most `limit`."""
         rows = self._since(tables.feedback, seq, limit)
         return [FeedbackRow(row.request_id, row.kind, row.item_id, row.value, row.time, row.seq) for row in rows]
+
+    def item_counts_since(self, seq: int = 0, limit: int | None = None) -> list[ItemCount]:
+        """Return counters of items that changed after a sequence number, oldest change first; all, or at most `limit`."""
+        rows = self._since(tables.item_counts, seq, limit)
+        return [ItemCount(row.item_id, row.shown, row.rewarded, row.seq) for row in rows]
 
     # --- deployments
 
@@ -219,9 +237,13 @@ class State:
         events, exposures, feedback = tables.events, tables.exposures, tables.feedback
         theirs = select(exposures.c.request_id).where(exposures.c.user_key == user_key)
         with self._database.write() as connection:
+            hold_counts(connection)
+            requests = connection.execute(theirs).scalars().all()
+            tally = Tally().remove(read_lists(connection, requests), read_earned(connection, requests))
             counts["feedback"] = connection.execute(delete(feedback).where(feedback.c.request_id.in_(theirs))).rowcount
             counts["exposures"] = connection.execute(delete(exposures).where(exposures.c.user_key == user_key)).rowcount
             counts["events"] = connection.execute(delete(events).where(events.c.user_key == user_key)).rowcount
+            tally.add(read_lists(connection, requests), {}).write(connection)
             seq = _advance(connection, "forgotten", 1)
             statement = _insert(connection, tables.forgotten).values(seq=seq, user_key=user_key, time=time.time())
             connection.execute(

@@ -1,19 +1,12 @@
-"""Tables of the service's state, and the migrations that lead to them.
-
-Owns what a column is called and which schema version this code writes. Runs on SQLite and on Postgres; knows nothing of
-what the rows mean.
-"""
+"""Tables of the service's state. Owns what a column is called; knows nothing of what the rows mean."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from sqlalchemy import (
     JSON,
     BigInteger,
     Boolean,
     Column,
-    Connection,
     Float,
     Index,
     Integer,
@@ -21,8 +14,6 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    select,
-    text,
 )
 
 from peft_combo.errors import PeftComboError
@@ -103,6 +94,17 @@ audit = Table(
     Column("action", String(32), nullable=False),
     Column("details", JSON, nullable=False),
 )  # fmt: skip
+item_counts = Table(
+    "item_counts", metadata,
+    Column("item_id", Text, primary_key=True),
+    Column("seq", _Long, nullable=False, index=True),
+    Column("shown", _Long, nullable=False),
+    Column("rewarded", _Long, nullable=False),
+)  # fmt: skip
+"""How often an item was shown in a list of single items and earned something there; see `item_counts`."""
+item_counts_head = Table("item_counts_head", metadata, Column("seq", _Long, nullable=False))
+"""The newest sequence number of `item_counts`. Not in `heads`: a worker of the release before, which goes on while the
+next one is deployed, would not know the name."""
 forgotten = Table(
     "forgotten", metadata,
     Column("seq", _Long, primary_key=True, autoincrement=False),
@@ -116,61 +118,3 @@ FOLLOWED = ("items", "events", "deployments", "forgotten", "keys")
 
 class StateError(PeftComboError):
     """The state cannot be read or written: another schema, no such place, or the machine refuses."""
-
-
-def migrate(connection: Connection) -> int:
-    """Bring the tables to the schema of this code, within the connection's transaction; return the version it had.
-
-    Raises:
-        StateError: a newer peft-combo wrote it.
-    """
-    schema.create(connection, checkfirst=True)
-    if connection.dialect.name == "postgresql":  # two workers that start at once
-        connection.execute(text("LOCK TABLE schema_version IN EXCLUSIVE MODE"))
-    before = connection.execute(select(schema.c.version)).scalar()
-    if before is None:
-        connection.execute(schema.insert().values(version=0))
-    version = before or 0
-    if version > VERSION:
-        raise StateError(
-            f"Expected a state of schema {VERSION} or older, found {version}, written by a newer peft-combo. "
-            "Upgrade with: pip install --upgrade peft-combo"
-        )
-    for number in range(version, VERSION):
-        MIGRATIONS[number](connection)
-    if version < VERSION:
-        connection.execute(schema.update().values(version=VERSION))
-    return version
-
-
-def _create_tables(connection: Connection) -> None:
-    """Schema 1: all tables, and an audit log that only grows."""
-    metadata.create_all(connection)
-    connection.execute(heads.insert(), [{"name": name, "seq": 0} for name in FOLLOWED])
-    if connection.dialect.name == "postgresql":
-        connection.execute(
-            text(
-                "CREATE FUNCTION audit_stays() RETURNS trigger LANGUAGE plpgsql AS "
-                "$$ BEGIN RAISE EXCEPTION 'the audit log only grows'; END $$"
-            )
-        )
-        connection.execute(
-            text(
-                "CREATE TRIGGER audit_stays BEFORE UPDATE OR DELETE ON audit "
-                "FOR EACH ROW EXECUTE FUNCTION audit_stays()"
-            )
-        )
-        return
-    for verb in ("UPDATE", "DELETE"):
-        connection.execute(
-            text(
-                f"CREATE TRIGGER audit_refuses_{verb.lower()} BEFORE {verb} ON audit "
-                "BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END"
-            )
-        )
-
-
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_create_tables,)
-"""One step from each version to the next. A step never changes once it is released; a change of tables adds one."""
-
-VERSION = len(MIGRATIONS)
