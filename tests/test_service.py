@@ -221,6 +221,21 @@ def test_a_cursor_goes_on_where_the_list_ended(calm: Service) -> None:
         calm.complete(ask(items=["p0"], cursor="bm90IGEgY3Vyc29y"))
 
 
+def test_no_bundle_comes_twice_on_the_pages_of_a_list(calm: Service) -> None:
+    asked: dict[str, Any] = {"items": ["p0", "p6"], "k": 4, "size": 3}
+    pages = [calm.compose(ask(**asked))]
+    while pages[-1].next_cursor is not None and len(pages) < 4:
+        pages.append(calm.compose(ask(**asked, cursor=pages[-1].next_cursor)))
+    found = [frozenset(one["items"]) for page in pages for one in page.results]
+    assert len(pages) == 4
+    assert [len(page.results) for page in pages] == [4] * 4
+    assert len(set(found)) == 16
+    again = calm.compose(ask(**asked, cursor=pages[0].next_cursor))
+    assert [one["items"] for one in again.results] == [one["items"] for one in pages[1].results]
+    with pytest.raises(BadRequest, match="another request"):
+        calm.rank(ask(bundles=[["p0", "p6"]], cursor=pages[0].next_cursor))
+
+
 def test_rejected_items_push_what_is_like_them_down(calm: Service) -> None:
     plain = ids(calm.complete(ask(items=["p0", "p6"], k=90)))
     first = plain[0]

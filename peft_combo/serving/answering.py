@@ -24,7 +24,7 @@ from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.results import Recommendation, Suggestion
 from peft_combo.serving.answers import Answer, AnsweredBy, Arm, Origin
 from peft_combo.serving.arms import DeployedRelease
-from peft_combo.serving.cursors import Cursor, digest_request
+from peft_combo.serving.cursors import MOST_BUNDLES, Cursor, digest_bundle, digest_request, split_digests
 from peft_combo.serving.drawing import ListDrawer
 from peft_combo.serving.errors import BadRequest, CursorExpired
 from peft_combo.serving.exploration import CANDIDATES
@@ -98,8 +98,9 @@ class Answerer:
                 line.enter_context(self._scores.stand_in_line(asked.waiting))
             line.enter_context(self._turns)
             if route in ("compose", "rank"):
-                results, by, tried, notes = self._answer_bundles(route, asked, recommender)
-                following = None
+                results, by, tried, notes, following = self._answer_bundles(
+                    route, asked, recommender, cursor, release.release
+                )
             else:
                 results, by, tried, notes, following, propensities = self._answer_items(
                     route, asked, recommender, cursor, release.release, request_id
@@ -191,10 +192,9 @@ class Answerer:
             notes = (*notes, "No item meets all conditions.")
         following = None
         if more:
-            context = None if request.items or request.user is None else asked.context
             shown = len(rows) + (0 if cursor is None else cursor.shown)
             last = recommender.dataset.catalog.item_ids[rows[-1]]
-            following = Cursor(release, digest_request(request), route, last, shown, context).encode()
+            following = _write_cursor(route, asked, release, last, shown)
         return results, by, tried, notes, following, propensities
 
     def _draw(
@@ -278,11 +278,9 @@ class Answerer:
     # Bundles.
 
     def _answer_bundles(
-        self, route: Route, asked: Asked, recommender: BundleRecommender
-    ) -> tuple[list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...]]:
+        self, route: Route, asked: Asked, recommender: BundleRecommender, cursor: Cursor | None, release: str
+    ) -> tuple[list[dict[str, Any]], AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], str | None]:
         request = asked.request
-        if request.cursor is not None:
-            raise BadRequest("cursor: bundles come in one list; ask for a larger k.")
         by: AnsweredBy = "text"
         tried: tuple[AnsweredBy, ...] = ()
         notes: tuple[str, ...] = ()
@@ -294,16 +292,31 @@ class Answerer:
             found = recommender.rank(
                 request.bundles, items=asked.items, user=asked.user, query=request.query, explain=request.explain
             )
-            return [_tell_bundle(one) for one in found], by, tried, notes
+            return [_tell_bundle(one) for one in found], by, tried, notes, None
+        before = [] if cursor is None else split_digests(cursor.after)
         if asked.waiting is not None:
             by, tried, notes, fused = self._score(asked.waiting)
         not_like = [one for one in request.not_like if one in recommender.dataset.catalog.index]
         found = recommender.compose(
             asked.items, user=asked.user, query=request.query, constraints=request.constraints,
-            required=request.slots, forbidden=request.without_slots, options=request.options, not_like=not_like,
+            required=request.slots, forbidden=request.without_slots,
+            options=replace(request.options, k=len(before) + request.k), not_like=not_like,
             exclude=asked.exclude, exclude_seen=request.exclude_seen, fused=fused, explain=request.explain,
         )  # fmt: skip
-        return [_tell_bundle(one) for one in found], by, tried, notes
+        digests = [digest_bundle(one.items) for one in found]
+        page = [place for place, digest in enumerate(digests) if digest not in before][: request.k]
+        if before and not page:
+            notes = (*notes, "That was all.")
+        following = None
+        shown = [*before, *(digests[place] for place in page)]
+        if len(page) == request.k and len(shown) < MOST_BUNDLES:
+            following = _write_cursor(route, asked, release, "".join(shown), len(shown))
+        return [_tell_bundle(found[place]) for place in page], by, tried, notes, following
+
+
+def _write_cursor(route: Route, asked: Asked, release: str, after: str, shown: int) -> str:
+    context = None if asked.request.items or asked.request.user is None else asked.context
+    return Cursor(release, digest_request(asked.request), route, after, shown, context).encode()
 
 
 def _goes_by_words(route: Route, asked: Asked) -> bool:
