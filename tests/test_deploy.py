@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPOSITORY
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
@@ -166,3 +169,18 @@ def test_the_bill_of_materials_lists_all_that_is_installed_below_the_package() -
     refs = {one["bom-ref"] for one in (*bom["components"], bom["metadata"]["component"])}
     assert {one for entry in bom["dependencies"] for one in (entry["ref"], *entry["dependsOn"])} == refs
     assert bom["specVersion"] == "1.6"
+
+
+def test_the_kept_bill_of_materials_is_what_the_service_installs_by_the_constraints() -> None:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    bom = json.loads((DEPLOY / "sbom.cdx.json").read_text())
+    found = {one["name"]: one["version"].partition("+")[0] for one in bom["components"]}
+    assert found == {name: pinned.get(name) for name in found}, "pin it, or write the file anew: see docs/serving.md"
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    direct = [Requirement(line) for line in (*project["dependencies"], *extras["serve"], *extras["postgres"])]
+    assert {canonicalize_name(one.name) for one in direct if one.marker is None or one.marker.evaluate()} <= {*found}
+    assert all(one.specifier.contains(found[canonicalize_name(one.name)]) for one in direct)
+    assert bom["metadata"]["component"]["version"] == project["version"]

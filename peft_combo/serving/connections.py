@@ -9,6 +9,7 @@ import asyncio
 import signal
 import socket
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from peft_combo.errors import PeftComboError
 from peft_combo.serving.config import ServiceConfig
+from peft_combo.serving.problems import Problem
 
 _HEADER_SECONDS = 15.0
 _KEEP_ALIVE_SECONDS = 30
@@ -47,9 +49,16 @@ def bind(config: ServiceConfig) -> socket.socket:
 
 
 class PatientProtocol(HttpToolsProtocol):
-    """HTTP that closes a connection whose request has not told its headers after some seconds."""
+    """HTTP that closes a connection whose request has not told its headers after some seconds.
+
+    Beyond the most connections it answers in the service's own form, in place of uvicorn's plain text.
+    """
 
     _clock: asyncio.TimerHandle | None = None
+
+    def __init__(self, *values: Any, **more: Any) -> None:
+        super().__init__(*values, **more)
+        self._served, self._most, self.limit_concurrency = self.app, self.limit_concurrency, None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -63,6 +72,8 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop()
+        full = self._most is not None and max(len(self.connections), len(self.tasks)) >= self._most
+        self.app = _turn_away if full else self._served
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -81,6 +92,15 @@ class PatientProtocol(HttpToolsProtocol):
         self._clock = None
         if not self.transport.is_closing():
             self.transport.close()
+
+
+async def _turn_away(scope: Any, receive: Any, send: Any) -> None:
+    """Answer that there are too many connections; of this one no more requests are taken."""
+    problem = Problem(
+        503, "overloaded", "There are as many connections as the service takes. Try again later, or keep fewer open.",
+        headers={"Retry-After": "1", "Connection": "close"},
+    )  # fmt: skip
+    await problem.to_response(uuid.uuid4().hex)(scope, receive, send)
 
 
 class GracefulServer(uvicorn.Server):
