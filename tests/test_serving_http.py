@@ -333,3 +333,32 @@ def test_only_loopback_is_open_by_itself() -> None:
     assert make_config({"recipe": "r"}).open_scopes == {"read", "write"}
     assert make_config({"recipe": "r", "host": "::1"}).open_scopes == {"read", "write"}
     assert make_config({"recipe": "r", "host": "0.0.0.0"}).open_scopes == set()
+
+
+def test_a_connection_too_many_is_told_in_the_same_form(start: Callable[..., Shop]) -> None:
+    import socket
+    import threading
+
+    from peft_combo.serving.connections import bind, make_server
+
+    shop = start()
+    config = make_config({"recipe": "lora-fashion", "port": 0, "connections": 3})
+    bound, started = bind(config), threading.Event()
+    server = make_server(make_app(shop.context), config, started.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    assert started.wait(30)
+    held = [socket.create_connection(bound.getsockname()) for _ in range(3)]
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}/health/live"
+    found = httpx.get(url)
+    assert (found.status_code, found.headers["content-type"]) == (503, "application/problem+json")
+    assert found.headers["retry-after"] == "1"
+    assert found.json()["type"] == "urn:peft-combo:problem:overloaded"
+    for one in held:
+        one.close()
+    for _ in range(100):
+        if (again := httpx.get(url)).status_code == 200:
+            break
+    assert again.status_code == 200
+    server.should_exit = True
+    thread.join(30)
