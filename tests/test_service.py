@@ -18,6 +18,7 @@ from served_shop import Served
 
 from peft_combo.errors import DataError, PeftComboError
 from peft_combo.recommender.fitted_scorers import FittedScorer
+from peft_combo.recommender.scorer_id import FROZEN, PEER
 from peft_combo.scoring import EASE, CoOccurrence, ItemKNN, Popularity
 from peft_combo.serving import answering
 from peft_combo.serving.answers import Answer, ShownAnswer
@@ -298,12 +299,19 @@ def test_a_new_item_is_scored_as_an_old_one_of_the_same_text_is(shop: Shop) -> N
 def test_a_change_of_a_known_item_keeps_what_is_known_of_it(shop: Shop) -> None:
     service = shop.open()
     before = service.complete(ask(items=["p0"], k=95))
-    service.put_items([{"item_id": "p6", "price": 1.25, "stock": 0}])
+    [cheaper] = service.put_items([{"item_id": "p6", "price": 1.25, "stock": 0}])
+    assert cheaper.note is None
     after = service.complete(ask(items=["p0"], k=95))
     assert ids(after) == ids(before)
     assert next(one for one in after.results if one["item_id"] == "p6")["price"] == 1.25
     assert "p6" not in ids(service.complete(ask(items=["p0"], k=95, in_stock=True)))
-    service.put_items([{"item_id": "p6", "title": "w100 w101 w102"}])
+    release = service._deployments.releases()[0]
+    words = replace(release.base.state.fusion, weights={**release.base.state.fusion.weights, PEER: {"always": 0.1}})
+    for fusion, late in ((words, True), (replace(words, weights={FROZEN: {"always": 1.0}}, silence={}), False)):
+        object.__setattr__(release.base.state, "fusion", fusion)
+        told = service.put_items([{"item_id": "p6", "title": "w100 w101 w102"}, {"item_id": "fresh", "title": "w100"}])
+        assert told[1].note is None, "what is new has no old text"
+        assert (told[0].note or "").startswith("Its text has changed: CEASE-TFIDF") is late
     assert ids(service.search(ask(query="w100 w101 w102", k=1))) == ["p6"]
     service.delete_item("p6")
     assert "p6" not in ids(service.complete(ask(items=["p0"], k=95)))

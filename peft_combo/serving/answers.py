@@ -78,11 +78,13 @@ class ItemOutcome:
 
     Attributes:
         status: "created", "updated" or "refused". error: why it was refused.
+        note: what does not go by the change yet, in a sentence; None where all does.
     """
 
     item_id: str
     status: Literal["created", "updated", "refused"]
     error: str | None = None
+    note: str | None = None
 
     @property
     def accepted(self) -> bool:

@@ -19,6 +19,8 @@ from peft_combo.data.model import CATEGORY_SEPARATOR, Catalog, Dataset
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.errors import DataError, did_you_mean, shorten
 from peft_combo.recommender.live_catalog import DESCRIBED, TITLE, LiveItem, extend_recommender, make_catalog
+from peft_combo.recommender.scorer_id import CEASE_BERT, PEER, TEXT_RANKER, WORDS
+from peft_combo.serving.answers import ItemOutcome
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.live_counts import LiveCounts
 from peft_combo.serving.release import Release, ReleaseView
@@ -121,6 +123,18 @@ class LiveItems:
             items |= self._encode(changed, releases)
             self._overlay = _Overlay(items, frozenset(hidden), frozenset(encoded), overlay.number + 1, texts)
 
+    def note_late(self, outcomes: Sequence[ItemOutcome], releases: Collection[Release]) -> list[ItemOutcome]:
+        """Say of items whose texts are no longer those that were fitted which scorers still read the old ones."""
+        late = sorted({str(one) for release in releases for one in release.base.state.fusion.needs if one in _FITTED})
+        if not late:
+            return list(outcomes)
+        note = f"Its text has changed: {', '.join(late)} read the old one until the recommender is fitted again."
+        known, changed = self._dataset.catalog.index, self._overlay.encoded
+        return [
+            replace(one, note=note) if one.accepted and one.item_id in known and one.item_id in changed else one
+            for one in outcomes
+        ]
+
     def note_counts(self) -> None:
         """Say that more was bought: every release is to be shown anew."""
         with self._lock:
@@ -199,6 +213,10 @@ class LiveItems:
     def _frozen_templates(self) -> dict[str, str]:
         plain = self._dataset.plain_template
         return {TITLE: plain, **({} if self._dataset.described is None else {DESCRIBED: plain + " {category}"})}
+
+
+# Scorers that learn a matrix of the items' texts when they are fitted; all others read a text when it comes.
+_FITTED = (PEER, CEASE_BERT, TEXT_RANKER, WORDS)
 
 
 def _check_value(name: str, value: Any) -> Any:

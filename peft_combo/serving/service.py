@@ -248,7 +248,7 @@ class Service:
                 outcomes.append(ItemOutcome(name, "updated" if known else "created"))
             self._state.put_items(list(rows.values()))
             self._take_items()
-        return outcomes
+        return self._items.note_late(outcomes, self._deployments.releases())
 
     def delete_item(self, item_id: str) -> None:
         """Hide an item until it is put again.

@@ -53,7 +53,7 @@ async def put_item(body: ItemBody, request: Request, item_id: _ItemId) -> Respon
     [outcome] = await call.run(lambda: call.context.service.put_items([values]))
     if not outcome.accepted:
         raise BadRequest(outcome.error or "The item was refused.")
-    told = {"request_id": call.request_id, "item_id": item_id, "status": outcome.status}
+    told = {"request_id": call.request_id, "item_id": item_id, "status": outcome.status, "note": outcome.note}
     return reply(told, 201 if outcome.status == "created" else 200)
 
 
