@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
+from peft_combo.serving.recent import Recent
 from peft_combo.serving.state import (
     EventRow,
     ExposureRow,
@@ -304,3 +305,17 @@ def test_what_a_killed_process_was_told_is_there(tmp_path: Path) -> None:
     stored = {int(row.item_id) for row in state.events_since()}
     state.close()
     assert stored >= set(range(told[-1] + 1))
+
+
+def test_what_was_asked_for_last_is_kept() -> None:
+    kept: Recent[str, int] = Recent(2)
+    assert kept.put("a", 1) == []
+    assert kept.put("b", 2) == []
+    assert kept.get("a") == 1
+    assert kept.put("c", 3) == [2]
+    assert kept.get("b") is None
+    assert kept.get_or_make("a", lambda: 9) == 1
+    assert kept.get_or_make("d", lambda: 4) == 4
+    kept.forget(["d", "nobody"])
+    assert kept.list_all() == [("a", 1)]
+    assert Recent(0).put("x", 1) == [1]

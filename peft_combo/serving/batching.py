@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from peft_combo.encoder.bank import LiveAdapter
 from peft_combo.errors import shorten
 from peft_combo.serving.errors import NotReady, Overloaded, TimedOut, TooLarge
+from peft_combo.serving.recent import Recent
 
 Floats = NDArray[np.float32]
 EncodeBatch = Callable[[Sequence[str], LiveAdapter | None], Floats]
@@ -206,33 +207,24 @@ class VectorMemory:
     """Vectors of texts by (digest of the adapter, text); the ones unused for longest go first."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, str], Floats] = OrderedDict()
+        self._kept: Recent[tuple[str, str], Floats] = Recent(most)
         self.hits = self.misses = 0
 
     def get(self, key: tuple[str, str]) -> Floats | None:
         """Return what is kept, (D,)."""
-        with self._lock:
-            found = self._kept.get(key)
-            if found is None:
-                self.misses += 1
-            else:
-                self.hits += 1
-                self._kept.move_to_end(key)
-            return found
+        found = self._kept.get(key)
+        if found is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return found
 
     def put(self, key: tuple[str, str], vector: Floats) -> None:
         """Keep a vector."""
         own = np.array(vector)  # a row of a batch would keep all of it
         own.flags.writeable = False
-        with self._lock:
-            self._kept[key] = own
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
+        self._kept.put(key, own)
 
     def drop(self, digest: str | None) -> None:
         """Drop the vectors of an adapter, or all."""
-        with self._lock:
-            for key in [key for key in self._kept if digest is None or key[0] == digest]:
-                del self._kept[key]
+        self._kept.forget([key for key, _ in self._kept.list_all() if digest is None or key[0] == digest])

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 
 from peft_combo.errors import PeftComboError
 from peft_combo.serving.arms import DeployedRelease
 from peft_combo.serving.errors import RefusedRelease
+from peft_combo.serving.recent import Recent
 
 _KEPT = 2
 _REFUSED_S = 60.0  # so long a version that could not be built is not tried again
@@ -31,21 +31,17 @@ class ComparedReleases:
     ) -> None:  # fmt: skip
         self._build, self._drop, self._on_note = build, drop, on_note
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, DeployedRelease] = OrderedDict()
+        self._kept: Recent[str, DeployedRelease] = Recent(_KEPT)
         self._busy: set[str] = set()
         self._failed: dict[str, tuple[float, str]] = {}  # version -> when and why
 
     def find(self, version: str) -> DeployedRelease | None:
         """Return a release that is ready."""
-        with self._lock:
-            if version in self._kept:
-                self._kept.move_to_end(version)
-            return self._kept.get(version)
+        return self._kept.get(version)
 
     def list_all(self) -> list[DeployedRelease]:
         """Return those that are ready."""
-        with self._lock:
-            return list(self._kept.values())
+        return [one for _, one in self._kept.list_all()]
 
     def start(self, version: str) -> None:
         """Build a version in the background, once.
@@ -57,28 +53,25 @@ class ComparedReleases:
             when, why = self._failed.get(version, (0.0, ""))
             if why and time.monotonic() - when < _REFUSED_S:
                 raise RefusedRelease(why)
-            if version in self._busy or version in self._kept:
+            if version in self._busy or self._kept.get(version) is not None:
                 return
             self._busy.add(version)
         threading.Thread(target=self._make, args=(version,), name=f"build {version}", daemon=True).start()
 
     def renew(self, renew: Callable[[DeployedRelease], DeployedRelease]) -> None:
         """Exchange each for what `renew` makes of it."""
-        for version, one in list(self._kept.items()):
+        for version, one in self._kept.list_all():
             fresh = renew(one)
             with self._lock:
                 if self._kept.get(version) is one:
-                    self._kept[version] = fresh
+                    self._kept.put(version, fresh)
 
     def _make(self, version: str) -> None:
-        gone: list[DeployedRelease] = []
         try:
             made = self._build(version)
             with self._lock:
-                self._kept[version] = made
+                gone = self._kept.put(version, made)
                 self._failed.pop(version, None)
-                while len(self._kept) > _KEPT:
-                    gone.append(self._kept.popitem(last=False)[1])
             for one in gone:
                 self._drop(one)
         except Exception as error:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peft_combo.errors import DataError, did_you_mean, shorten
+from peft_combo.serving.recent import Recent
 from peft_combo.serving.state import EventRow, State
 
 _FIELDS = ("user", "item_id", "kind", "value", "time", "event_id")
@@ -30,9 +30,9 @@ class LiveEvents:
     """
 
     def __init__(self, state: State, most: int = 100_000) -> None:
-        self._state, self._most = state, most
+        self._state = state
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, tuple[EventRow, ...]] = OrderedDict()
+        self._kept: Recent[str, tuple[EventRow, ...]] = Recent(most)
         self.seq = state.head().events
         self.number = 0
 
@@ -41,15 +41,12 @@ class LiveEvents:
         with self._lock:
             found = self._kept.get(user_key)
             if found is not None:
-                self._kept.move_to_end(user_key)
                 return found
             number = self.number
         rows = tuple(self._state.events_of(user_key, _EVENTS))
         with self._lock:
             if number == self.number:  # else somebody did something meanwhile: the next request reads it
-                self._kept[user_key] = rows
-                while len(self._kept) > self._most:
-                    self._kept.popitem(last=False)
+                self._kept.put(user_key, rows)
         return rows
 
     def refresh(self) -> list[EventRow]:
@@ -59,15 +56,14 @@ class LiveEvents:
             with self._lock:
                 self.seq = max(self.seq, rows[-1].seq)
                 self.number += 1
-                for user in {row.user_key for row in rows}:
-                    self._kept.pop(user, None)
+                self._kept.forget({row.user_key for row in rows})
         return rows
 
     def forget(self, user_key: str) -> None:
         """Drop what is kept of a user."""
         with self._lock:
             self.number += 1
-            self._kept.pop(user_key, None)
+            self._kept.forget([user_key])
 
 
 def list_context(events: Sequence[EventRow], most: int) -> list[str]:

@@ -5,9 +5,7 @@ Owns what heads say of texts that are sent. Knows adapters by reference; nothing
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +23,7 @@ from peft_combo.recommender.rating import Rater, rate
 from peft_combo.recommender.text_search import select_largest
 from peft_combo.serving.batching import EncodeBatcher
 from peft_combo.serving.errors import BadRequest
+from peft_combo.serving.recent import Recent
 
 _KEPT = 4  # taggers and raters kept, by adapter
 
@@ -34,7 +33,7 @@ class TextTasks:
 
     def __init__(self, bank: AdapterBank, batcher: EncodeBatcher, dataset: Dataset, cache: VectorCache) -> None:
         self._bank, self._batcher, self._dataset, self._cache = bank, batcher, dataset, cache
-        self._made = _Kept(_KEPT)
+        self._made: Recent[str, Any] = Recent(_KEPT)
 
     def embed(self, texts: Sequence[str], adapter: LiveAdapter | None) -> NDArray[np.float32]:
         """Return unit vectors (B, D)."""
@@ -52,7 +51,9 @@ class TextTasks:
             found = noun_entities(texts)
         else:
             head = adapter.head_as(TaggingHead)
-            tagger = self._made.get(adapter.digest, lambda: AdapterTagger(self._bank.backbone, adapter.attached, head))
+            tagger = self._made.get_or_make(
+                adapter.digest, lambda: AdapterTagger(self._bank.backbone, adapter.attached, head)
+            )
             found = tagger(texts)
         return [[asdict(one) for one in own] for own in found]
 
@@ -95,26 +96,8 @@ class TextTasks:
             vectors = self._cache.vectors(self._bank, self._dataset.texts, adapter.reference)
             return Rater.of(vectors, head, self._dataset.interactions)
 
-        rater = self._made.get(adapter.digest, make)
+        rater = self._made.get_or_make(adapter.digest, make)
         return [asdict(one) for one in rate(rater, self._dataset, liked=liked, user=user, items=items, k=k)]
-
-
-class _Kept:
-    """The last few things that were made, by key; one is made once however many ask."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Any] = OrderedDict()
-
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        with self._lock:
-            if key not in self._kept:
-                self._kept[key] = make()
-            self._kept.move_to_end(key)
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-            return self._kept[key]
 
 
 def _check_texts(texts: Sequence[str]) -> None:
