@@ -24,7 +24,15 @@ from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.recipe.task import RatingTask
 from peft_combo.recommender import fit_state
 from peft_combo.recommender.fit_data import FitData
-from peft_combo.recommender.fitted_scorers import Fitted, FittedPast, build_past, fuse_scorers, score_beside
+from peft_combo.recommender.fitted_scorers import (
+    Fitted,
+    FittedPast,
+    build_next_basket,
+    build_past,
+    fuse_scorers,
+    list_half_lives,
+    score_beside,
+)
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import Setting, list_scorers
 from peft_combo.recommender.persistence import load_recommender, save_recommender
@@ -33,6 +41,7 @@ from peft_combo.recommender.scorer_id import (
     ALIKE,
     BOUGHT,
     FUSION,
+    NEXT_BASKET,
     NOT_LIKE,
     RANDOM,
     TEXT_SEARCH,
@@ -84,6 +93,7 @@ def list_served(made: BundleRecommender) -> dict[str, Fitted]:
         **{scorer.kind: fitted for scorer, fitted in state.serving.items()},
         BOUGHT.kind: build_past(state.known, neighbours=False),
         ALIKE.kind: state.neighbours,
+        NEXT_BASKET.kind: build_next_basket(state.known, list_half_lives(state.known)[-1]),
         FUSION.kind: fuse_scorers(state.fusion, state.serving, state.known),
     }
 
@@ -172,12 +182,12 @@ def test_without_context_items_what_reads_them_cannot_say(kind: str, shop: Shop,
     """Of a user who is known, of the stranger, of nobody."""
     scores = shop.scorers[kind](replace(queries, contexts=np.full((4, 3), -1)))
     missing = np.isnan(scores).all(axis=1).tolist()
-    reads_past = kind in ("bought before", "users alike", "rated")
+    reads_past = kind in ("bought before", "users alike", "next basket", "rated")
     expected = {"popularity": [False] * 4}.get(kind, [False, False, True, True] if reads_past else [True] * 4)
     assert missing == expected
 
 
-@pytest.mark.parametrize("kind", ["bought before", "users alike"])
+@pytest.mark.parametrize("kind", ["bought before", "users alike", "next basket"])
 def test_what_reads_the_past_cannot_say_of_strangers(kind: str, shop: Shop, queries: Queries) -> None:
     scores = shop.scorers[kind](queries)
     assert np.isnan(scores).all(axis=1).tolist() == [False, False, True, True]
@@ -225,3 +235,22 @@ def test_users_alike_read_ratings_where_a_rating_adapter_says_that_there_are_som
     alike = replace(alike, alike=replace(alike.alike, k=2).fit(csr_array(np.array(table, np.float32))))
     assert alike(query)[0, [0, 5]] == pytest.approx([3.35, 0.86], abs=0.005)
     assert not np.array_equal(taken.fit()(query), expected.score_users([2]))
+
+
+def test_baskets_are_counted_once_each_and_lose_half_their_weight_in_a_half_life() -> None:
+    """User 0 took item 0 in two baskets 30 days apart, on two lines of the second; nobody knows when user 1 took 2."""
+    day = 86_400.0
+    interactions = Interactions.build(
+        ["u0", "u1"], [0, 0, 0, 1, -1], [0, 0, 0, 2, 1], [5, 1, 1, 1, 1], [70 * day, 100 * day, 100 * day, np.nan, 0.0],
+        [7, 8, 8, -1, 9],
+    )  # fmt: skip
+    catalog = Catalog.build(["a", "b", "c"], ["one", "two", "three"])
+    known = FitData.of(
+        Dataset.build("dated", catalog, interactions, Bundles.build(["b"], [[0, 1]])), None, None, None, {}
+    )
+    assert known.count_baskets(None).toarray().tolist() == [[2, 0, 0], [0, 0, 1]]
+    np.testing.assert_allclose(known.count_baskets(30.0).toarray(), [[1.5, 0, 0], [0, 0, 0.5]], rtol=1e-6)
+    assert list_half_lives(known)[0] == "all times alike"
+    without = replace(known, interactions=replace(interactions, times=np.full(5, np.nan)))
+    assert list_half_lives(without) == ["all times alike"]
+    np.testing.assert_array_equal(without.count_baskets(30.0).toarray(), without.count_baskets(None).toarray())

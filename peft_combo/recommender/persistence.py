@@ -40,6 +40,7 @@ from peft_combo.recommender.fitted_scorers import (
     FittedHead,
     FittedScorer,
     build_ensemble,
+    build_next_basket,
     build_past,
     build_rating,
 )
@@ -254,6 +255,8 @@ def _rebuild(
                 return build_rating(known, adapter, settings[scorer])
             case ScorerId("text ranker"):
                 return TextRanker.from_state(known.text_views, *_read_state(folder, files[scorer]))
+            case ScorerId("next basket"):
+                return build_next_basket(known, settings[scorer])
             case ScorerId("bought before" | "users alike"):
                 return build_past(known, neighbours=scorer.kind == "users alike", setting=settings[scorer])
             case _:
