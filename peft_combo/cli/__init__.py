@@ -11,6 +11,7 @@ from __future__ import annotations
 from peft_combo.cli import tune
 from peft_combo.cli import embed
 from peft_combo.cli import evaluate
+from peft_combo.cli import uplift
 from peft_combo.cli import retune
 from peft_combo.cli import compare
 from peft_combo.cli import recommend

@@ -21,6 +21,7 @@ from scipy.special import expit, gammaln
 
 from peft_combo.data.model import Interactions
 from peft_combo.errors import DataError
+from peft_combo.metrics.regression import fit_logistic, predict_linear
 from peft_combo.scoring.popularity import SECONDS_PER_DAY
 
 Floats = NDArray[np.float64]
@@ -28,7 +29,6 @@ Floats = NDArray[np.float64]
 PERIODS = 13
 """So many periods after a landmark have a hazard of their own; later ones have that of the last."""
 _LANDMARKS, _ROWS = 10, 400_000
-_RIDGE = 1.0
 _FEWEST_EVENTS = 20
 
 
@@ -191,7 +191,7 @@ class RepurchaseModel:
             )
         table, labels = np.concatenate(columns), np.concatenate(events)
         centre, spread = table.mean(axis=0), table.std(axis=0) + 1e-9
-        return cls(period, _solve((table - centre) / spread, labels), centre, spread)
+        return cls(period, fit_logistic((table - centre) / spread, labels), centre, spread)
 
     def predict(self, history: PurchaseHistory, day: float) -> DuePairs:
         """Tell of every pair that was taken before a day how likely it is taken again in each period from it on."""
@@ -200,7 +200,7 @@ class RepurchaseModel:
         hazards = np.empty((len(known), PERIODS))
         for place in range(PERIODS):
             table = _spread_over(facts, np.full(len(known), place + 1))
-            hazards[:, place] = expit((table - self.centre) / self.spread @ self.weights[1:] + self.weights[0])
+            hazards[:, place] = expit(predict_linear((table - self.centre) / self.spread, self.weights))
         counts = np.diff(known.starts)
         return DuePairs(
             known.users, known.things, known.days[known.starts[1:] - 1], counts, day, self.period,
@@ -283,30 +283,3 @@ def _spread_over(facts: Floats, step: NDArray[np.int64]) -> Floats:
     due = np.log(np.clip(np.exp(facts[:, 2]) * (1 + step / np.exp(facts[:, 1])), 0.05, 40)) * facts[:, 4]
     extra = [number, np.square(number), step == 1, due, np.square(due), number * facts[:, 1], number * facts[:, 6]]
     return np.column_stack([facts, *extra])
-
-
-def _solve(table: Floats, labels: NDArray[np.bool_]) -> Floats:
-    """Fit a logistic regression by Newton steps, halved where they overshoot: (M, F), (M,) -> (F + 1,), the constant
-    first."""
-    full = np.column_stack([np.ones(len(table)), table])
-    penalty = np.full(full.shape[1], _RIDGE)
-    penalty[0] = 0.0
-
-    def loss(at: Floats) -> float:
-        logits = full @ at
-        return float((np.logaddexp(0, logits) - labels * logits).sum() + penalty @ at**2 / 2)
-
-    weights = np.zeros(full.shape[1])
-    weights[0] = np.log((labels.sum() + 0.5) / ((~labels).sum() + 0.5))
-    value = loss(weights)
-    for _ in range(50):
-        chance = expit(full @ weights)
-        slope = full.T @ (labels - chance) - penalty * weights
-        curve = (full * (chance * (1 - chance))[:, None]).T @ full + np.diag(penalty)
-        step = np.linalg.solve(curve, slope)
-        while (lower := loss(weights + step)) > value and np.abs(step).max() > 1e-9:
-            step /= 2
-        weights, gain, value = weights + step, value - lower, lower
-        if gain < 1e-6 * len(labels) ** 0.5:
-            break
-    return weights
