@@ -37,12 +37,14 @@ from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fitted_scorers import Fitted, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, split_blocks
+from peft_combo.recommender.repurchase import PurchaseHistory, RepurchaseModel
 from peft_combo.recommender.scorer_id import NEXT_BASKET, RANDOM, TEXT_RANKER, ScorerId
+from peft_combo.recommender.user_habits import HISTORY, UserHabits, choose_habits
 from peft_combo.scoring.popularity import SECONDS_PER_DAY, Popularity
 
 CASES = {"online_retail": "lora-home"}
 WITHOUT, WITH, RECENT, LAST = "fusion without next basket", "fusion", "recent popularity", "after the last basket"
-_HISTORY = 5  # of `BundleRecommender`: what a user took last is the context where nothing else is given
+HABITS, DUE = "fusion and habits, as served", "due within 14 days"
 _HALF_LIFE = 14.0
 Ranks = Mapping[str, NDArray[np.float64]]
 
@@ -72,7 +74,7 @@ def write_purchases(shop: Path) -> None:
     lines = [
         f"u{user},{user * 10 + turn},i{item},1,{1_700_000_000 + turn * 86_400 + user}"
         for user in range(20)
-        for turn in range(8)
+        for turn in range(0, 80, 8)
         for item in dice.sample(range(user % 6, 60, 6), 3)
     ]
     (shop / "interactions.csv").write_text("user_id,basket_id,item_id,quantity,timestamp\n" + "\n".join(lines) + "\n")
@@ -104,15 +106,27 @@ def measure(name: str, folder: Path, changes: tuple[str, ...], cache: Path, opti
     print(f"{name} ({parts.digest[:12]}), {'test' if options.test else 'validation'}")
     print(f"next basket: {settings[NEXT_BASKET]}; its weight in the fusion: {weight}\n")
     asks = {scorer: one.fitted for scorer, one in selected.items()}
+    form = fusions[WITH].form
+    fused = fuse_scorers(fusions[WITH], asks, known)
+    habit_weight = choose_habits(known, dataset.bundles, parts.valid, fused, asks[NEXT_BASKET], form)
+    print(f"its weight where a user is all there is to go by: {habit_weight:g}\n")
     rows = parts.test if options.test else parts.valid
     asked = make_queries(dataset, rows, options.questions, 0, "asked", notes)
-    print_table("completion", rank(asks, fusions, known, asked, asked.excluded()), asked.groups)
+    both = {label: fuse_scorers(fusion, asks, known) for label, fusion in fusions.items()}
+    print_table("completion", rank(asks, both, known, asked, asked.excluded()), asked.groups)
     start = dataset.bundles.times[rows].min()
     if options.test:
         known = FitData.of(dataset, *before(dataset, parts, start), frozen, {})
         again = list_scorers(known, owners, 0)
         asks = {s: next(one for one in again[s] if one.setting == settings[s]).fit() for s in asks}
-    foretell(dataset, known, asks, fusions, start, options.users)
+    habits = UserHabits.of(known, settings[NEXT_BASKET], habit_weight)
+    served = fuse_scorers(fusions[WITH], asks, known)
+
+    def ask_served(queries: Queries) -> NDArray[np.float32]:
+        return served(queries) + habits.share(queries, known.evidence(queries), form)
+
+    foretell(dataset, known, asks, {WITHOUT: fuse_scorers(fusions[WITHOUT], asks, known), WITH: served,
+             HABITS: ask_served}, start, options.users)  # fmt: skip
 
 
 def before(dataset: Dataset, parts: Split, start: float) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -123,8 +137,8 @@ def before(dataset: Dataset, parts: Split, start: float) -> tuple[NDArray[np.int
 
 
 def foretell(
-    dataset: Dataset, known: FitData, asks: Mapping[ScorerId, Fitted], fusions: Mapping[str, Fusion[ScorerId]],
-    start: float, most: int,
+    dataset: Dataset, known: FitData, asks: Mapping[ScorerId, Fitted], fusions: Mapping[str, Fitted], start: float,
+    most: int,
 ) -> None:  # fmt: skip
     """Print how well the next baskets of known users are foretold."""
     assert dataset.interactions is not None
@@ -139,7 +153,7 @@ def foretell(
         mine = order[later.users[order] == user]
         basket = np.unique(later.items[mine[later.baskets[mine] == later.baskets[mine[0]]]]).astype(np.int64)
         for item in basket.tolist():
-            contexts.append(taken[starts[user] : starts[user + 1]][:_HISTORY])
+            contexts.append(taken[starts[user] : starts[user + 1]][:HISTORY])
             targets.append(item)
             owner.append(user)
             others.append(basket[basket != item])
@@ -147,7 +161,7 @@ def foretell(
     queries = Queries(pad_contexts(contexts), np.array(targets), owners, np.zeros(len(targets), np.int64))
     had = np.asarray(known.past[places, queries.targets]).ravel() > 0
     print(f"{len(users):,} users, {len(targets):,} items of their next baskets, {had.mean():.0%} taken before\n")
-    found = rank(asks, {}, known, queries, others)
+    found = rank(asks, {DUE: tell_due(known, start)}, known, queries, others)
     print_table("next basket, all items", found, owners)
     new = np.flatnonzero(~had)
     seen = [taken[starts[user] : starts[user + 1]] for user in places[new].tolist()]
@@ -158,13 +172,13 @@ def foretell(
 
 
 def rank(
-    asks: Mapping[ScorerId, Fitted], fusions: Mapping[str, Fusion[ScorerId]], known: FitData, queries: Queries,
+    asks: Mapping[ScorerId, Fitted], fusions: Mapping[str, Fitted], known: FitData, queries: Queries,
     excluded: list[NDArray[np.int64]],
 ) -> Ranks:  # fmt: skip
     """Rank the answers by every scorer and fusion."""
     assert known.interactions is not None
     every: dict[str, Fitted] = {str(scorer): ask for scorer, ask in asks.items()}
-    every |= {label: fuse_scorers(fusion, asks, known) for label, fusion in fusions.items()}
+    every |= fusions
     counts = Popularity(half_life_days=_HALF_LIFE)
     dated = known.interactions.take(np.isfinite(known.interactions.times))
     days, place = np.unique(dated.times // SECONDS_PER_DAY, return_inverse=True)
@@ -181,6 +195,26 @@ def rank(
             ranks[label].append(metrics.midranks(ask(part), part.targets, barred))
         done += len(part)
     return {label: np.concatenate(own) for label, own in ranks.items()}
+
+
+def tell_due(known: FitData, start: float) -> Fitted:
+    """Score what a user took before by the chance that it is taken again within 14 days; the rest has no score."""
+    assert known.interactions is not None
+    size = len(known.catalog)
+    history = PurchaseHistory.of(known.interactions, np.arange(size))
+    day = float(np.floor(start / SECONDS_PER_DAY))
+    pairs = RepurchaseModel.fit(history, day).predict(history, day)
+    starts, chances = np.searchsorted(pairs.users, np.arange(len(known.interactions.user_ids) + 1)), pairs.within(14)
+
+    def ask(queries: Queries) -> NDArray[np.float32]:
+        scores = np.full((len(queries), size), np.nan, np.float32)
+        for row, group in enumerate(queries.groups.tolist()):
+            user = known.user_rows.get(group, -1)
+            own = slice(starts[user], starts[user + 1]) if user >= 0 else slice(0, 0)
+            scores[row, pairs.things[own]] = chances[own]
+        return scores
+
+    return ask
 
 
 def follow(known: FitData) -> Fitted:

@@ -49,6 +49,7 @@ from peft_combo.recommender.scorer_id import (
     Kind,
     ScorerId,
 )
+from peft_combo.recommender.user_habits import UserHabits
 from peft_combo.scoring.neighbours import UserKNN
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
@@ -79,10 +80,13 @@ class AllOfThem:
 class Shop:
     """Attributes:
     scorers: one of each kind, as fitted. loaded: the same after save and load.
+    without: a recommender. habitual: the same where validation found habits worth adding, as made and as loaded.
     """
 
     scorers: dict[str, Fitted]
     loaded: dict[str, Fitted]
+    without: BundleRecommender
+    habitual: tuple[BundleRecommender, BundleRecommender]
 
 
 def list_served(made: BundleRecommender) -> dict[str, Fitted]:
@@ -136,7 +140,10 @@ def shop(tiny_bert: Path, tiny_shop: Path, tmp_path_factory: pytest.TempPathFact
             save_recommender(made, folder / "kept")
             scorers |= list_served(made)
             loaded |= list_served(load_recommender(folder / "kept", dataset, bank))
-    return Shop(scorers, loaded)
+    state = replace(made.state, habits=UserHabits.of(made.state.known, "all times alike", 3.0))
+    habitual = BundleRecommender(dataset, bank, state)
+    save_recommender(habitual, folder / "habits")
+    return Shop(scorers, loaded, made, (habitual, load_recommender(folder / "habits", dataset, bank)))
 
 
 @pytest.fixture
@@ -254,3 +261,23 @@ def test_baskets_are_counted_once_each_and_lose_half_their_weight_in_a_half_life
     without = replace(known, interactions=replace(interactions, times=np.full(5, np.nan)))
     assert list_half_lives(without) == ["all times alike"]
     np.testing.assert_array_equal(without.count_baskets(30.0).toarray(), without.count_baskets(None).toarray())
+
+
+def test_habits_count_where_a_user_is_all_there_is_to_go_by(shop: Shop) -> None:
+    """They are in the score, in its explanation, and in what was saved; a request with items is answered as ever."""
+    made, loaded = shop.habitual
+    alone = made.complete(user="u3", k=5, explain=True)
+    assert alone == loaded.complete(user="u3", k=5, explain=True)
+    assert alone != shop.without.complete(user="u3", k=5, explain=True)
+    for one in alone:
+        assert sum(one.shares.values()) == pytest.approx(one.score, abs=1e-3)
+        assert "next basket" in one.shares
+    context = made.find_context(np.empty(0, np.int64), "u3")
+    before, after = (one.score_context(context, "u3") for one in (shop.without, made))
+    queries = Queries(context[None, :], np.zeros(1, np.int64), np.array(["u3"]), np.zeros(1, np.int64))
+    known = made.state.known
+    assert made.state.habits is not None
+    added = made.state.habits.share(queries, known.evidence(queries), made.state.fusion.form)[0]
+    np.testing.assert_allclose(after.scores, before.scores + added, rtol=1e-5, atol=1e-5)
+    given = made.dataset.catalog.item_ids[3]
+    assert made.complete([given], user="u3", k=5) == shop.without.complete([given], user="u3", k=5)

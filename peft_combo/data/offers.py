@@ -23,8 +23,8 @@ _WEEKS = 8  # of history that covariates are read from
 _PLACEBO = 28  # days before a campaign that stand for its time in the placebo
 
 COVARIATES = (
-    "log spend", "log visits", "log spend on the set", "log products of the set", "log joint baskets",
-    "spend, late half", "days since last visit", "earlier campaigns", "campaigns at the time", "coupons redeemed",
+    "log spend", "log visits", "log spend on the set", "root spend on the set", "root late spend on the set",
+    "root weekly spend on the set, ever", "log products of the set", "log joint baskets", "spend, late half", "days since last visit", "earlier campaigns", "campaigns at the time", "coupons redeemed",
     "demographics known",
 )  # fmt: skip
 
@@ -167,6 +167,13 @@ def _describe_households(lines: Any, products: set[Any], start: Any, history: An
     rows["log spend on the set"] = np.log1p(own["sales_value"].sum().reindex(rows.index).fillna(0))
     rows["log products of the set"] = np.log1p(own["product_id"].nunique().reindex(rows.index).fillna(0))
     rows["log joint baskets"] = np.log1p(_count_joint(inside).reindex(rows.index).fillna(0))
+    rows["root spend on the set"] = np.sqrt(own["sales_value"].sum().reindex(rows.index).fillna(0))
+    late = inside[inside["day"] >= start - history / 2].groupby("household_id")["sales_value"].sum()
+    rows["root late spend on the set"] = np.sqrt(late.reindex(rows.index).fillna(0))
+    ever = lines[(lines["day"] < start) & lines["product_id"].isin(products)]
+    weeks = max(1.0, (start - lines["day"].min()).days / 7)
+    weekly = ever.groupby("household_id")["sales_value"].sum().reindex(rows.index).fillna(0) / weeks
+    rows["root weekly spend on the set, ever"] = np.sqrt(weekly)
     recent = past[past["day"] >= start - history / 2].groupby("household_id")["sales_value"].sum()
     rows["spend, late half"] = (recent.reindex(rows.index).fillna(0) / by["sales_value"].sum().clip(lower=0.01)).clip(
         0, 1
