@@ -24,8 +24,8 @@ _PLACEBO = 28  # days before a campaign that stand for its time in the placebo
 
 COVARIATES = (
     "log spend", "log visits", "log spend on the set", "root spend on the set", "root late spend on the set",
-    "root weekly spend on the set, ever", "log products of the set", "log joint baskets", "spend, late half", "days since last visit", "earlier campaigns", "campaigns at the time", "coupons redeemed",
-    "demographics known",
+    "root weekly spend on the set, ever", "log products of the set", "log joint baskets", "spend, late half",
+    "days since last visit", "earlier campaigns", "campaigns at the time", "coupons redeemed", "demographics known",
 )  # fmt: skip
 
 

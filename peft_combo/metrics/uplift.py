@@ -112,7 +112,8 @@ def estimate_uplift(
     Args:
         outcomes: (M,). offered: (M,) whether the row had the offer. covariates: (M, F) as they were before it.
         units: (M,) what is independent of each other: a customer, all of whose rows are in one fold.
-        names: (F,) of the covariates. segments: (M,) part of the data a row is in; None for no parts.
+        names: (F,) of the covariates. segments: (M,) part of the data a row is in, such as its bundle; both regressions
+            know it. None for no parts.
         trim: rows with a propensity below it or above 1 - it are left out, so the effect is of those who could have
             been in either group.
         penalty: of both regressions, on standardized columns.
@@ -126,6 +127,7 @@ def estimate_uplift(
     if len(labels) != table.shape[1]:
         raise ValueError(f"names: expected {table.shape[1]}, found {len(labels)}.")
     table = (table - table.mean(0)) / np.where(table.std(0) > 0, table.std(0), 1.0)
+    columns = table if segments is None else np.hstack([table, _mark_segments(np.asarray(segments))])
     rng = np.random.default_rng(seed)
     fold_of = (rng.permutation(owner.max() + 1) % folds)[owner]
     propensity, without, with_it = (np.empty(len(earned)) for _ in range(3))
@@ -133,9 +135,9 @@ def estimate_uplift(
         held, seen = fold_of == fold, fold_of != fold
         if min(treated[seen].sum(), (~treated)[seen].sum()) < 2:
             raise ValueError("Too few units to cross-fit: outside of one fold a group has fewer than two rows.")
-        propensity[held] = expit(predict_linear(table[held], fit_logistic(table[seen], treated[seen], penalty)))
+        propensity[held] = expit(predict_linear(columns[held], fit_logistic(columns[seen], treated[seen], penalty)))
         for group, told in ((~treated, without), (treated, with_it)):
-            told[held] = predict_linear(table[held], fit_ridge(table[seen & group], earned[seen & group], penalty))
+            told[held] = predict_linear(columns[held], fit_ridge(columns[seen & group], earned[seen & group], penalty))
     kept = (propensity >= trim) & (propensity <= 1 - trim)
     if min(treated[kept].sum(), (~treated)[kept].sum()) < _FEWEST:
         raise ValueError(
@@ -157,6 +159,13 @@ def estimate_uplift(
         _foretell(scores, table[kept], clusters, fold_of[kept], penalty, level) if table.shape[1] else None,
         len(earned), int(owner.max()) + 1, _list_doubts(overlap),
     )  # fmt: skip
+
+
+def _mark_segments(segments: NDArray[np.generic]) -> Floats:
+    """Return a column for each segment but the first, in deviations: (M, S - 1)."""
+    names = np.unique(segments)[1:]
+    marks = (segments[:, None] == names).astype(np.float64)
+    return np.asarray((marks - marks.mean(0)) / np.maximum(marks.std(0), 1e-9), np.float64)
 
 
 def _score(
