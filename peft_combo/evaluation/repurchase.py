@@ -95,7 +95,7 @@ def measure_repurchase(
     model = RepurchaseModel.fit(history, day, period=period, seed=seed)
     ways = {LANDMARK: model.predict(history, day)}
     told = {name: (_tell(one.within, horizons), one.median()) for name, one in ways.items()}
-    told |= _list_baselines(known, day, period, horizons, waited, came)
+    told |= _list_baselines(known, day, period, horizons)
     repeated = np.diff(known.starts) > 1
     rng = np.random.default_rng(seed)
 
@@ -104,6 +104,8 @@ def measure_repurchase(
         found = []
         for name, (chances, median) in told.items():
             own, middle = chances[chosen], horizons[1]
+            if name == BASE:  # the share of these pairs: no way that tells them apart may lose to it
+                own = np.tile([float((came & (waited <= days))[chosen].mean()) for days in horizons], (len(chosen), 1))
             due = (came & (waited <= middle))[chosen]
             seen = chosen[came[chosen]]
             found.append(
@@ -129,10 +131,9 @@ def _tell(within: Any, horizons: tuple[float, ...]) -> Floats:
 
 
 def _list_baselines(
-    known: PurchaseHistory, day: float, period: float, horizons: tuple[float, ...], waited: Floats,
-    came: NDArray[np.bool_],
-) -> Mapping[str, tuple[Floats, Floats]]:  # fmt: skip
-    """Return chances (P, H) and median days (P,) of each baseline; the last knows the share that came, and no pair."""
+    known: PurchaseHistory, day: float, period: float, horizons: tuple[float, ...]
+) -> Mapping[str, tuple[Floats, Floats]]:
+    """Return chances (P, H) and median days (P,) of each baseline; those of the last are the caller's to put in."""
     first, last = known.days[known.starts[:-1]], known.days[known.starts[1:] - 1]
     repeats = np.diff(known.starts) - 1
     own = repeats > 0
@@ -144,7 +145,6 @@ def _list_baselines(
     gap = np.where(own, gaps, of_thing[known.things])
     rest = np.maximum(last + gap - day, 0) + 1
     shape, rate = measure_rates(known, day, period)
-    shares = [float((came & (waited <= days)).mean()) for days in horizons]
     return {
         POSTERIOR: (
             _tell(lambda days: 1 - (1 + days / period / rate) ** -shape, horizons),
@@ -152,5 +152,5 @@ def _list_baselines(
         ),
         STEP: (_tell(lambda days: (rest <= days).astype(np.float64), horizons), rest),
         MEMORYLESS: (_tell(lambda days: -np.expm1(-days / gap), horizons), gap * np.log(2)),
-        BASE: (np.tile(shares, (len(gap), 1)), np.full(len(gap), np.inf)),
+        BASE: (np.zeros((len(gap), len(horizons))), np.full(len(gap), np.inf)),
     }
