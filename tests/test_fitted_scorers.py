@@ -34,6 +34,7 @@ from peft_combo.recommender.fitted_scorers import (
     score_beside,
 )
 from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.live_catalog import DESCRIBED, TITLE, LiveItem, VectorBuffers, extend_recommender
 from peft_combo.recommender.model_selection import Setting, list_scorers
 from peft_combo.recommender.persistence import load_recommender, save_recommender
 from peft_combo.recommender.recommender import BundleRecommender
@@ -281,3 +282,17 @@ def test_habits_count_where_a_user_is_all_there_is_to_go_by(shop: Shop) -> None:
     np.testing.assert_allclose(after.scores, before.scores + added, rtol=1e-5, atol=1e-5)
     given = made.dataset.catalog.item_ids[3]
     assert made.complete([given], user="u3", k=5) == shop.without.complete([given], user="u3", k=5)
+
+
+def test_habits_stay_where_items_come_later(shop: Shop) -> None:
+    """A new item has no habit; what is said of the others is as before."""
+    made, _ = shop.habitual
+    known = made.state.known
+    assert known.frozen is not None
+    names = {TITLE: known.frozen, DESCRIBED: known.described, **{name: own for name, (own, _) in known.tuned.items()}}
+    vectors = {name: own[0] for name, own in names.items() if own is not None}
+    later = extend_recommender(made, [LiveItem("new", "w10 w99", ("Style 1",), vectors=vectors)], (), VectorBuffers())
+    context = made.find_context(np.empty(0, np.int64), "u3")
+    before, after = made.score_context(context, "u3"), later.score_context(context, "u3")
+    np.testing.assert_allclose(after.parts[NEXT_BASKET][:N_ITEMS], before.parts[NEXT_BASKET], rtol=1e-4, atol=1e-4)
+    assert len(after.scores) == N_ITEMS + 1
