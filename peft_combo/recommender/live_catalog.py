@@ -187,6 +187,7 @@ class _Extension:
             (*catalog.item_ids, *more.item_ids), put(catalog.titles, "title", more.titles),
             put(catalog.categories, "category", more.categories), put(catalog.slots, "slot", more.slots), prices,
             put(catalog.descriptions, "description", more.descriptions), attributes,
+            (*catalog.pictures, *(None for _ in self.new)) if catalog.pictures else (),
         )  # fmt: skip
 
     def _grow(self, own: Floats, name: str) -> Floats:
