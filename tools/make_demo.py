@@ -15,6 +15,7 @@ In Chinese it is the same shop: items, users, outfits and purchases are the same
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -88,7 +89,10 @@ class _Title:
                 title += self.colour
             case _:
                 title = f"{self.brand} {line}{self.noun} - {cloth}{cut}{whose}{self.colour}{size}"
-        return " ".join(title.split()).replace(" in for ", " for ").removesuffix(" in").rstrip(" ,-")
+        if not self.colour:  # nothing stands before or behind it that it left over
+            title = re.sub(r"[ ,]*,", ",", title).replace(" in for ", " for ").replace(" in, ", ", ").strip(" ,-")
+            title = title.removesuffix(" in")
+        return " ".join(title.split())
 
     def without_colour(self) -> _Title:
         """Return a title that does not tell the colour."""

@@ -130,9 +130,9 @@ class Setup:
     @property
     def encode(self) -> Encode:
         """Encodes texts with the adapter as it is, and the pictures beside them."""
-        return self._beside_pictures(partial(self.items.catalogue, self.model.encoder))
+        return self._add_pictures(partial(self.items.catalogue, self.model.encoder))
 
-    def _beside_pictures(self, encode: Encode) -> Encode:
+    def _add_pictures(self, encode: Encode) -> Encode:
         pictures = self.pictures
         return encode if pictures is None else lambda rows: np.hstack([encode(rows), pictures.catalogue(rows)])
 
@@ -154,7 +154,7 @@ class Setup:
         Returns:
             predictions of the frozen encoder for the table, and the seconds they took.
         """
-        frozen = self._beside_pictures(partial(self.items.catalogue, self.items.frozen))
+        frozen = self._add_pictures(partial(self.items.catalogue, self.items.frozen))
         self.stop_training()
         with self.accelerator.autocast():
             self.task.start(self.head, frozen)

@@ -135,8 +135,7 @@ class BundleHead(CompletionHead):
         """Half-whiten (M, D) vectors of length 1, where the recipe says so, and weigh pictures, where there are any."""
         if self.picture is None:
             return self._whiten(items)
-        texts, pictures = items.split([self.dim, WIDTH], dim=-1)
-        return self.picture.join(self._whiten(texts), pictures)
+        return self.picture.join(self._whiten(items[:, : self.dim]), items[:, self.dim :])
 
     def _whiten(self, items: Tensor) -> Tensor:
         if not self.whitened:

@@ -75,7 +75,8 @@ class PictureAdapter(nn.Module):
         """Move (B, D) pooled features by the bottleneck; LoRA has moved them before."""
         if self.down is None or self.up is None:
             return features
-        return features + self.up(functional.gelu(self.down(functional.normalize(features, dim=-1))))
+        moved: Tensor = self.up(functional.gelu(self.down(functional.normalize(features, dim=-1))))
+        return features + moved
 
     def merge_into(self, model: nn.Module) -> nn.Module:
         """Return a copy of a vision encoder with the updates in its weights; it shares all others.
@@ -97,7 +98,7 @@ class PictureAdapter(nn.Module):
     def _updates(self, model: nn.Module) -> dict[str, Tensor]:
         scale = 2.0  # alpha is twice the rank, as for texts
         return {
-            f"{name}.weight": model.get_submodule(name).weight + scale * left @ right  # type: ignore[operator]
+            f"{name}.weight": model.get_submodule(name).weight + scale * left @ right
             for (name, _, _), left, right in zip(self.layers, self.left, self.right, strict=True)
         }
 
