@@ -1,7 +1,7 @@
 """What pictures add on the drawn demo: text, picture and both, before and after tuning, on test bundles.
 
     python benchmarks/pictures.py            # three splits by user, nine runs of about a minute and a half
-    python benchmarks/pictures.py --quick    # one split, one epoch
+    python benchmarks/pictures.py --folder KEPT    # what each run gave is kept there; an ended one goes on
 
 The shop is made up so that outfits match by colour and pattern, which texts hide or tell half of the time
 (`tools/make_demo_pictures.py`): that pictures help here is by construction, and the figures say that they are read.
@@ -16,19 +16,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _smoke import add_smoke, make_tiny
+from made_up import build_vision
 from numpy.typing import NDArray
 
 from peft_combo import metrics
 from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
-from peft_combo.data.splits import Split, split_as
+from peft_combo.data.splits import split_as
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.heads.completion import BundleHead, rank_targets
@@ -50,19 +54,21 @@ METRICS = ("ndcg@10", "r@10")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one split, one epoch")
-    parser.add_argument("--folder", type=Path, help="keeps what each split gave; a run that was ended goes on")
+    parser.add_argument("--folder", type=Path, help="keeps what each run gave; one that was ended goes on")
     parser.add_argument("--set", action="append", default=[], dest="changes", help="as of peft-combo tune")
-    arguments = parser.parse_args()
-    changes = (*arguments.changes, *(("training.epochs=1",) if arguments.quick else ()))
+    add_smoke(parser)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    if options.smoke:
+        with make_tiny() as tiny:
+            vision = build_vision(tiny.folder / "vision", "resnet")
+            changes = (*tiny.changes[:-1], f"backbone.image_model={vision}", "data.max_bundles=80", "data.text={title}")
+            print(tabulate({(name, 0): measure(name, 0, changes, tiny.folder) for name in CASES}))
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.folder or Path(scratch)
-        found = {
-            (name, seed): measure(name, seed, changes, folder)
-            for seed in (SEEDS[:1] if arguments.quick else SEEDS)
-            for name in CASES
-        }
-    print(tabulate(found))
+        folder, changes = options.folder or Path(scratch), tuple(options.changes)
+        print(tabulate({(name, seed): measure(name, seed, changes, folder) for seed in SEEDS for name in CASES}))
 
 
 def measure(name: str, seed: int, changes: tuple[str, ...], folder: Path) -> dict[str, Any]:
@@ -72,7 +78,7 @@ def measure(name: str, seed: int, changes: tuple[str, ...], folder: Path) -> dic
         content: dict[str, Any] = json.loads(kept.read_text())
         return content
     store = folder / f"store-{name}-{seed}"
-    recipe = load_recipe("lora-fashion-pictures", (*CASES[name], f"data.split_seed={seed}", f"store={store}", *changes))
+    recipe = load_recipe("lora-fashion-pictures", (*changes, *CASES[name], f"data.split_seed={seed}", f"store={store}"))
     dataset = open_dataset(recipe.data)
     parts = split_as(dataset, recipe.data)
     if name == "picture":
@@ -129,18 +135,15 @@ def tabulate(found: dict[tuple[str, int], dict[str, Any]]) -> str:
         return metrics.per_query(np.concatenate(ranks), metric)
 
     for name in CASES:
-        for when in ("before", "after"):
+        for when, what in (("before", "frozen"), ("after", "tuned")):
             cells = []
             for metric in METRICS:
                 values = pool(name, when, metric)
                 low, high = metrics.bootstrap_interval(values, users)
                 cells += [f"{values.mean():.3f}", f"{low:.3f} to {high:.3f}"]
-            p = (
-                ""
-                if name == "text"
-                else f"{metrics.paired_permutation(pool('text', when, 'ndcg@10'), pool(name, when, 'ndcg@10'), users):.4f}"
-            )
-            lines.append(f"| {name} | {'frozen' if when == 'before' else 'tuned'} | {' | '.join(cells)} | {p} |")
+            own, text = (pool(one, when, "ndcg@10") for one in (name, "text"))
+            p = "" if name == "text" else f"{metrics.paired_permutation(text, own, users):.4f}"
+            lines.append(f"| {name} | {what} | {' | '.join(cells)} | {p} |")
     count = f"{len(users):,} questions of {len(set(users.tolist())):,} users, splits {', '.join(map(str, seeds))}"
     return "\n".join([count, "", *lines])
 

@@ -68,6 +68,8 @@ def decode_picture(content: bytes, edge: int | None = None) -> Image:
                 return image.convert("RGB")
     except UnidentifiedImageError:
         raise PictureError(f"is no picture; expected {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:  # Pillow's own bound, which is higher, refuses at the header
+        raise PictureError(f"has far more than {MOST_PIXELS:,} pixels, expected at most so many") from None
     except PictureError:
         raise
     # What is damaged fails anywhere in Pillow's decoders: OSError, SyntaxError, struct.error, IndexError ...
