@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from _smoke import add_smoke, make_tiny
-from made_up import build_vision
+from made_up import build_pictured_shop, build_vision
 from numpy.typing import NDArray
 
 from peft_combo import metrics
@@ -63,7 +63,10 @@ def main() -> None:
     if options.smoke:
         with make_tiny() as tiny:
             vision = build_vision(tiny.folder / "vision", "resnet")
-            changes = (*tiny.changes[:-1], f"backbone.image_model={vision}", "data.max_bundles=80", "data.text={title}")
+            (tiny.folder / "pictured").mkdir()
+            shop = build_pictured_shop(tiny.folder / "pictured")
+            changes = (*tiny.changes[:-1], f"backbone.image_model={vision}", "data.source=folder", f"data.path={shop}",
+                       "data.text={title}", "task.extra_negatives=0")  # fmt: skip
             print(tabulate({(name, 0): measure(name, 0, changes, tiny.folder) for name in CASES}))
         return
     with tempfile.TemporaryDirectory() as scratch:

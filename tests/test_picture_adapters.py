@@ -29,6 +29,7 @@ from peft_combo.recommender.scorer_id import PICTURES
 from peft_combo.recommender.text_ranking import LOOKS_ALIKE
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import TuneResult, tune
+from peft_combo.tuning.tasks import build_task
 
 pytest.importorskip("PIL", reason="pillow is not installed (extra [images])")
 
@@ -119,8 +120,8 @@ def test_fitted_with_pictures_it_answers_explains_and_takes_new_items(
     fitted = FittedHead.of(vectors, live.head_as(BundleHead))
     context, rows = np.array([0]), np.array([6, 1])  # of the same colour, and of another
     alike, other = fitted.measure_looks(context, rows)
-    assert alike > 0.5
-    assert alike > other
+    assert alike > 0.2
+    assert alike > other + 0.1
     added = np.linspace(1, 2, 60, dtype=np.float32)
     reasons = FusedScorer(recommender.state).explain(context, [6, 1], FusedScores(added, {PICTURES: added}))
     assert {row: own[LOOKS_ALIKE] for row, own in reasons.items()} == {row: float(added[row]) for row in (6, 1)}
@@ -165,7 +166,7 @@ def test_no_picture_where_some_are_wanted_and_no_task_that_reads_none(
 ) -> None:
     fields = {"backbone.image_model": str(folder / "resnet")}
     with pytest.raises(DataError, match=r"no item of .* has a picture"):
-        tune(make_tiny_recipe(tiny_bert, tiny_shop, tmp_path, **fields), run_folder=tmp_path / "run")
+        build_task(make_tiny_recipe(tiny_bert, tiny_shop, tmp_path, **fields))
     raw = make_recipe(tiny_bert, folder).model_dump(mode="json")
     with pytest.raises(RecipeError, match=r"task\.kind masked reads no pictures"):
         parse_recipe({**raw, "task": {"kind": "masked"}})

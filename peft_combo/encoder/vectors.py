@@ -160,7 +160,7 @@ class VectorCache:
         """Delete the vectors of every adapter that is not in `keep`, and what dead writers left behind.
 
         Args:
-            keep: names that `key` returned.
+            keep: names that `key` returned; of pictures `pixels.AdaptedPictures.key`.
         Returns:
             the bytes given back.
         Raises:
