@@ -12,9 +12,12 @@ from typing import get_args
 import numpy as np
 import pytest
 from conftest import make_tiny_recipe
+from made_up import build_vision
 from scipy.sparse import csr_array
 
 from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
+from peft_combo.data.pictures import DrawnPicture
+from peft_combo.data.pictures.drawing import COLOURS
 from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import split
@@ -118,7 +121,9 @@ def shop(tiny_bert: Path, tiny_shop: Path, tmp_path_factory: pytest.TempPathFact
     interactions = Interactions.build(
         users, [u for u, _ in bought], [r for _, r in bought], times=np.arange(len(bought))
     )
-    dataset = Dataset.build("tiny", bundles.catalog, interactions, bundles.bundles)
+    drawn = tuple(DrawnPicture("top", list(COLOURS)[row % 6], "plain", row) for row in range(N_ITEMS))
+    catalog = replace(bundles.catalog, pictures=drawn)
+    dataset = Dataset.build("tiny", catalog, interactions, bundles.bundles)
     with_times = shutil.copytree(tiny_shop, folder / "data")
     lines = [f"{users[user]},i{item},{time}" for time, (user, item) in enumerate(bought)]
     (with_times / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines]) + "\n")
@@ -131,7 +136,9 @@ def shop(tiny_bert: Path, tiny_shop: Path, tmp_path_factory: pytest.TempPathFact
     for name, changes in recipes.items():
         changes = {"category": name, "training.epochs": 1, **changes}
         tune(make_tiny_recipe(tiny_bert, tiny_shop, folder / "store", "head", **changes), run_folder=folder / name)
-    bank = AdapterBank(Backbone.load(tiny_bert, max_length=16), AdapterStore(folder / "store"))
+    pytest.importorskip("PIL", reason="pillow is not installed (extra [images])")
+    vision = str(build_vision(folder / "vision", "resnet"))
+    bank = AdapterBank(Backbone.load(tiny_bert, max_length=16, image_model=vision), AdapterStore(folder / "store"))
     scorers: dict[str, Fitted] = {}
     loaded: dict[str, Fitted] = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -53,17 +53,11 @@ def evaluate(
     dataset: Dataset,
     parts: Split,
     *,
-    frozen: NDArray[np.float32] | None = None,
-    described: NDArray[np.float32] | None = None,
-    tuned: Tuned | None = None,
-    rated: Rated | None = None,
-    coverage: CategoryCoverage | None = None,
-    seed: int = 0,
-    max_queries: int = 5000,
-    compose: bool = False,
-    sessions: bool = False,
-    advance: Callable[[str], None] | None = None,
-) -> Report:
+    frozen: NDArray[np.float32] | None = None, described: NDArray[np.float32] | None = None,
+    tuned: Tuned | None = None, rated: Rated | None = None, coverage: CategoryCoverage | None = None,
+    pictures: NDArray[np.float32] | None = None, seed: int = 0, max_queries: int = 5000, compose: bool = False,
+    sessions: bool = False, advance: Callable[[str], None] | None = None,
+) -> Report:  # fmt: skip
     """Fit every scorer on train, choose on validation, measure on test once.
 
     Args:
@@ -72,6 +66,7 @@ def evaluate(
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
         rated: the same of rating adapters, which must not have seen the users of test bundles: `rating_problem`.
         coverage: which of them is for which items, see `CategoryCoverage.of`; adds the row of all of them together.
+        pictures: (N, W) of ``dataset.catalog.pictures`` by the vision encoder without adapter; None leaves them out.
         seed: of sampling, bootstrap and permutations.
         max_queries: more test queries than so many are sampled, whole bundles at a time.
         compose: also compose whole bundles, see `composition`; takes as long again or longer.
@@ -83,7 +78,9 @@ def evaluate(
     _check_parts(dataset, parts, sessions)
     advance = advance or (lambda name: None)
     notes = [f"{dataset.name}: {note}" for note in dataset.notes]
-    known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated, described)
+    known = FitData.of(
+        dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated, described, pictures
+    )
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}

@@ -25,6 +25,7 @@ from peft_combo.recommender.composing.options import ModeWeights
 from peft_combo.recommender.fit_data import FitData, TextSide, encode_catalog
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, build_past, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.item_pictures import take_texts
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
 from peft_combo.recommender.scorer_id import NEXT_BASKET, RANDOM, ScorerId
 from peft_combo.recommender.text_search import TextQueries, TextSearch, build_views, select_weights
@@ -163,7 +164,7 @@ class _AskedInWords:
 
 def _choose_search(dataset: Dataset, parts: Split, bank: AdapterBank, side: TextSide) -> TextSearch:
     """Choose the weights of the text search on validation intents."""
-    tuned = {name: own for name, (own, _) in side.tuned.items()}
+    tuned = {name: take_texts(own, bank.backbone.dim) for name, (own, _) in side.tuned.items()}
     views = build_views(dataset, bank, side.frozen, side.described, tuned)
     valid = TextQueries.of(dataset.bundles, parts.valid, among=np.concatenate([parts.train, parts.valid]))
     return TextSearch.of(views, select_weights(views, valid))

@@ -76,6 +76,18 @@ class FittedHead:
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
         return score_completion(self.head, self.vectors, self.targets, queries.contexts)
 
+    def measure_looks(self, context: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return which share of rows' likeness to a context is their pictures': (S,) and (C,) -> (C,).
+
+        0 for a head that reads texts alone; above 1 where the texts speak against it.
+        """
+        dim = self.head.dim
+        if self.targets.shape[1] == dim:
+            return np.zeros(len(rows), np.float32)
+        query: NDArray[np.float32] = encode_contexts(self.head, self.vectors, context[None]).float().cpu().numpy()[0]
+        looks, whole = self.targets[rows, dim:] @ query[dim:], self.targets[rows] @ query
+        return np.where(whole > 0, looks / np.maximum(whole, 1e-9), 0.0).astype(np.float32)
+
     def score_among(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Score some items only: (C,) rows -> (Q, C). Few are gathered first, of many all are scored as they lie."""
         if 4 * len(rows) >= len(self.targets):

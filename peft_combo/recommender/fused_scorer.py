@@ -16,9 +16,10 @@ from peft_combo.data.queries import Queries, pad_contexts
 from peft_combo.recommender.composing.evidence import Composition
 from peft_combo.recommender.explanations import FusedScores
 from peft_combo.recommender.fit_state import FitState
-from peft_combo.recommender.fitted_scorers import score_beside
+from peft_combo.recommender.fitted_scorers import FittedHead, score_beside
 from peft_combo.recommender.fusion import make_comparable
-from peft_combo.recommender.scorer_id import NEXT_BASKET, ScorerId
+from peft_combo.recommender.scorer_id import NEXT_BASKET, PICTURES, TEXT_RANKER, ScorerId
+from peft_combo.recommender.text_ranking import LOOKS_ALIKE, TextRanker
 from peft_combo.recommender.user_habits import find_alone
 
 
@@ -60,6 +61,28 @@ class FusedScorer:
             }
             for row in rows
         }
+
+    def explain(
+        self, context: NDArray[np.int64], rows: Sequence[int], fused: FusedScores
+    ) -> dict[int, dict[str, float]]:
+        """Say what speaks for rows beside a context, by what texts and pictures have in common: per row the reasons.
+
+        "looks alike" is said where pictures carried it: more than half of what a scorer that reads both added.
+        """
+        ranker = self.state.serving.get(TEXT_RANKER)
+        reasons = ranker.explain(context, rows) if isinstance(ranker, TextRanker) else {}
+        if self.state.known.pictures is None or not len(context):
+            return reasons
+        for scorer, part in fused.parts.items():
+            share = np.ones(len(rows), np.float32) if scorer == PICTURES else None
+            fitted = self.state.serving.get(scorer)
+            if isinstance(fitted, FittedHead):
+                share = fitted.measure_looks(context, np.asarray(rows, np.int64))
+            for row, own in zip(rows, () if share is None else share.tolist(), strict=False):
+                if own > 0.5 and part[row] > 0:
+                    told = reasons.setdefault(row, {})
+                    told[LOOKS_ALIKE] = told.get(LOOKS_ALIKE, 0.0) + float(part[row]) * min(own, 1.0)
+        return reasons
 
     def score_beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Score rows beside sets of items by the text side: S sets, (C,) rows -> (S, C)."""

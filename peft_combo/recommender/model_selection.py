@@ -49,6 +49,7 @@ from peft_combo.recommender.scorer_id import (
     FROZEN,
     NEXT_BASKET,
     PEER,
+    PICTURES,
     RANDOM,
     TEXT_RANKER,
     ScorerId,
@@ -206,6 +207,8 @@ def _list_encoders(known: FitData, met: bool) -> dict[ScorerId, list[Setting]]:
             *_list_cosines(known, known.frozen),
             _Choice(f"{label}, nearest to the mean", TextCosine("mean"), known.history, known.whitened),
         ]
+    if known.pictures is not None:
+        found[PICTURES] = _list_cosines(known, known.pictures)
     dense: dict[str, NDArray[np.float32]] = {}
     for name, (vectors, head) in known.tuned.items():
         found[ScorerId("tuned BERT", name)] = [_Head(vectors, head)]
@@ -227,6 +230,9 @@ def _list_encoders(known: FitData, met: bool) -> dict[ScorerId, list[Setting]]:
             own = targets if name in known.tuned else half_whiten(targets)
             views = np.hstack([own, half_whiten(known.described)])
             found[CEASE_BERT] += _list_linear(known, f"{name} beside title and category", views)
+        if known.pictures is not None:
+            own = targets if name in known.tuned else half_whiten(targets)
+            found[CEASE_BERT] += _list_linear(known, f"{name} beside pictures", np.hstack([own, known.pictures]))
         for label, words in (("words", known.words), ("words and category", known.categorised)):
             if words is not None:
                 # Rows are scaled to length 1 there, so each side has half the weight.

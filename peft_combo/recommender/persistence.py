@@ -45,6 +45,7 @@ from peft_combo.recommender.fitted_scorers import (
     build_rating,
 )
 from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.item_pictures import take_texts
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import Kind, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
@@ -275,7 +276,7 @@ def _rebuild(
     if manifest.search is None:
         search = TextSearch.of({FROZEN_TITLE: VectorView(side.frozen, lambda texts: bank.encode(list(texts), None))})
     else:
-        tuned = {name: own for name, (own, _) in side.tuned.items()}
+        tuned = {name: take_texts(own, bank.backbone.dim) for name, (own, _) in side.tuned.items()}
         search = TextSearch.of(build_views(dataset, bank, side.frozen, side.described, tuned), manifest.search)
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,

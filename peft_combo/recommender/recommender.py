@@ -48,8 +48,7 @@ from peft_combo.recommender.query_items import (
     match_items,
 )
 from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
-from peft_combo.recommender.scorer_id import NOT_LIKE, TEXT_RANKER, TEXT_SEARCH
-from peft_combo.recommender.text_ranking import TextRanker
+from peft_combo.recommender.scorer_id import NOT_LIKE, TEXT_SEARCH
 from peft_combo.recommender.text_search import find_distinct
 from peft_combo.recommender.user_habits import HISTORY
 from peft_combo.scoring.base import Vectors
@@ -237,8 +236,7 @@ class BundleRecommender:
         because: dict[int, dict[str, float]] = {}
         if explain and len(context) > 1 and not {TEXT_SEARCH, NOT_LIKE} & ranking.fused.parts.keys():
             because = self._name_credits(self._scorer.credit_context(context, user, rows, ranking.fused.scores))
-        ranker = self.state.serving.get(TEXT_RANKER)
-        reasons = ranker.explain(context, rows) if explain and isinstance(ranker, TextRanker) else {}
+        reasons = self._scorer.explain(context, rows, ranking.fused) if explain else {}
         return [
             describe_item(
                 catalog, row, ranking.fused, self._count_together(row, context), because.get(row, {}),
