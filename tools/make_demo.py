@@ -15,12 +15,13 @@ In Chinese it is the same shop: items, users, outfits and purchases are the same
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import demo_words_zh
 import pyarrow as pa
@@ -88,7 +89,14 @@ class _Title:
                 title += self.colour
             case _:
                 title = f"{self.brand} {line}{self.noun} - {cloth}{cut}{whose}{self.colour}{size}"
+        if not self.colour:  # nothing stands before or behind it that it left over
+            title = re.sub(r"[ ,]*,", ",", title).replace(" in for ", " for ").replace(" in, ", ", ").strip(" ,-")
+            title = title.removesuffix(" in")
         return " ".join(title.split())
+
+    def without_colour(self) -> _Title:
+        """Return a title that does not tell the colour."""
+        return replace(self, colour="")
 
     def write_zh(self) -> str:
         """Return it as Chinese shops write it."""
@@ -96,7 +104,7 @@ class _Title:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """What the shop knows of an item; style and tier are hidden from the dataset."""
 
     parts: _Title
@@ -118,13 +126,17 @@ class _Item:
 
 
 @dataclass(frozen=True)
-class _User:
+class User:
     gender: str
     styles: tuple[str, str]
     tier: int
 
 
-class _Dice:
+Weigh: TypeAlias = Callable[[Sequence[Item], int, str, str, Sequence[int]], float]
+"""How much a row of some items suits a style, a palette, and the rows that an outfit has already."""
+
+
+class Dice:
     """Draws that are the same on every platform and Python: all of them go through `random.Random.random`."""
 
     def __init__(self, seed: int) -> None:
@@ -169,11 +181,22 @@ def make_tables(seed: int = 0, language: Literal["en", "zh"] = "en") -> dict[str
         seed: the same seed gives the same tables on every platform; the package ships that of 0.
         language: of the words; everything else is the same.
     """
+    return draw_shop(seed, language)[0]
+
+
+def draw_shop(
+    seed: int = 0, language: Literal["en", "zh"] = "en", weigh: Weigh | None = None
+) -> tuple[dict[str, dict[str, list[Any]]], list[Item]]:
+    """Return the tables of a shop and its items; see `make_tables`.
+
+    Args:
+        weigh: how much an item suits the style and palette of an outfit and the rows in it; None is the demo's way.
+    """
 
     def tell(word: str | None) -> str | None:
         return demo_words_zh.WORDS[word] if word and language == "zh" else word
 
-    dice = _Dice(seed)
+    dice = Dice(seed)
     items = _stock_shelves(dice)
     users = [_invent_user(dice) for _ in range(_USERS)]
     shelves: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -187,7 +210,7 @@ def make_tables(seed: int = 0, language: Literal["en", "zh"] = "en") -> dict[str
     for _ in range(_OUTFITS):
         owner = dice.below(_USERS)
         day = dice.below(_DAYS)
-        members, name = _put_together(dice, users[owner], _season_of(day), items, shelves)
+        members, name = _put_together(dice, users[owner], _season_of(day), items, shelves, weigh or _suit)
         outfits.append(members)
         owners.append(owner)
         names.append(name)
@@ -197,7 +220,7 @@ def make_tables(seed: int = 0, language: Literal["en", "zh"] = "en") -> dict[str
     item_ids = [f"F{row + 1:04d}" for row in range(len(items))]
     user_ids = [f"U{row + 1:03d}" for row in range(_USERS)]
     bundle_ids = [f"O{row + 1:03d}" for row in range(_OUTFITS)]
-    return {
+    tables: dict[str, dict[str, list[Any]]] = {
         "items": {
             "item_id": item_ids,
             "title": [item.parts.write_zh() if language == "zh" else item.parts.write() for item in items],
@@ -235,13 +258,14 @@ def make_tables(seed: int = 0, language: Literal["en", "zh"] = "en") -> dict[str
             "timestamp": [_moment(time) for _, _, time, _ in rows],
         },
     }
+    return tables, items
 
 
 def _moment(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
 
 
-def _stock_shelves(dice: _Dice) -> list[_Item]:
+def _stock_shelves(dice: Dice) -> list[Item]:
     items = [
         _make_item(dice, gender, slot)
         for gender, slots in _ITEMS_PER_SLOT.items()
@@ -253,7 +277,7 @@ def _stock_shelves(dice: _Dice) -> list[_Item]:
     return [items[row] for _, row in order]
 
 
-def _make_item(dice: _Dice, gender: str, slot: str) -> _Item:
+def _make_item(dice: Dice, gender: str, slot: str) -> Item:
     department = DEPARTMENTS[slot]
     brand = dice.pick(BRANDS[department])
     style = brand.styles[0] if dice.chance(0.85) else brand.styles[1]
@@ -267,7 +291,7 @@ def _make_item(dice: _Dice, gender: str, slot: str) -> _Item:
     fabric = dice.pick(FABRICS[department][style][0 if summer else 1])
     cents = _price(dice, slot, brand.tier)
     title = _title(dice, gender, style, brand, kind, colour, fabric)
-    return _Item(
+    return Item(
         parts=title,
         category=(department, gender, kind.group, kind.leaf),
         slot=slot,
@@ -287,13 +311,13 @@ def _make_item(dice: _Dice, gender: str, slot: str) -> _Item:
     )
 
 
-def _price(dice: _Dice, slot: str, tier: int) -> int:
+def _price(dice: Dice, slot: str, tier: int) -> int:
     """Return cents that end in 0 or 95, around the slot's price, doubled with each tier."""
     whole = SLOT_PRICES[slot] * (5, 10, 20)[tier] * (80 + dice.below(60)) // 1000
     return whole * 100 + (95 if dice.chance(0.6) else 0)
 
 
-def _title(dice: _Dice, gender: str, style: str, brand: Brand, kind: Kind, colour: str, fabric: str) -> _Title:
+def _title(dice: Dice, gender: str, style: str, brand: Brand, kind: Kind, colour: str, fabric: str) -> _Title:
     """Draw what a title tells."""
     cut = dice.pick(CUTS[DEPARTMENTS[kind.slot]][style]) if dice.chance(0.45) else ""
     cloth = fabric if dice.chance(0.7) else ""
@@ -303,18 +327,24 @@ def _title(dice: _Dice, gender: str, style: str, brand: Brand, kind: Kind, colou
     return _Title(dice.below(4), brand.name, whose, line, cloth, cut, kind.noun, colour, size)
 
 
-def _invent_user(dice: _Dice) -> _User:
+def _invent_user(dice: Dice) -> User:
     gender = "Women" if dice.chance(0.64) else "Men"
     first = dice.pick(STYLES)
-    return _User(gender, (first, dice.pick([style for style in STYLES if style != first])), dice.below(3))
+    return User(gender, (first, dice.pick([style for style in STYLES if style != first])), dice.below(3))
 
 
 def _season_of(day: int) -> str:
     return "spring-summer" if 75 <= day % 365 < 260 else "autumn-winter"
 
 
+def _suit(items: Sequence[Item], row: int, style: str, palette: str, members: Sequence[int]) -> float:
+    item = items[row]
+    suits = 1.0 if item.palette == palette else 0.7 if item.palette == "neutral" else 0.1
+    return (1.0 if item.style == style else 0.004) * suits
+
+
 def _put_together(
-    dice: _Dice, user: _User, season: str, items: list[_Item], shelves: dict[tuple[str, str], list[int]]
+    dice: Dice, user: User, season: str, items: list[Item], shelves: dict[tuple[str, str], list[int]], weigh: Weigh
 ) -> tuple[list[int], tuple[str, str, str]]:
     """Return the rows of one outfit and its name: what it leads with, what it is, what for."""
     style = user.styles[0] if dice.chance(0.75) else user.styles[1]
@@ -333,9 +363,8 @@ def _put_together(
         used = {items[row].brand for row in members}
         weights = [
             items[row].appeal
-            * (1.0 if items[row].style == style else 0.004)
+            * weigh(items, row, style, palette, members)
             * (1.0 if items[row].season in (season, "all-year") else 0.01)
-            * (1.0 if items[row].palette == palette else 0.7 if items[row].palette == "neutral" else 0.1)
             * (1.0, 0.6, 0.15)[abs(items[row].tier - user.tier)]
             * (0.25 if items[row].brand in used else 1.0)
             for row in rows
@@ -348,9 +377,9 @@ def _put_together(
 
 
 def _purchases(
-    dice: _Dice,
-    items: list[_Item],
-    users: list[_User],
+    dice: Dice,
+    items: list[Item],
+    users: list[User],
     outfits: list[list[int]],
     owners: list[int],
     days: list[int],

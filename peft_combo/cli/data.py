@@ -109,16 +109,20 @@ def _summarize(figures: dict[str, Any]) -> str:
 
 @data_app.command("copy")
 def data_copy(
-    name: Annotated[str, typer.Argument(help="Name of the source, demo or demo-zh.")],
+    name: Annotated[str, typer.Argument(help="Name of the source: demo, demo-zh or demo-pictures.")],
     folder: Annotated[Path, typer.Argument(help="Folder for its CSV files, new or empty.")],
 ) -> None:
     """Write the demo out as CSV files: an example of the folder format to look at, change and tune on."""
-    from peft_combo.data.readers.demo import copy_demo
+    from typing import get_args
+
+    from peft_combo.data.readers.demo import Demo, copy_demo
     from peft_combo.errors import DataError
 
-    if name not in ("demo", "demo-zh"):
-        raise DataError(f'Expected demo or demo-zh, found "{name}". See the other sources with: peft-combo data list')
-    copy_demo(folder, "demo-zh" if name == "demo-zh" else "demo")
+    source: Demo | None = next((one for one in get_args(Demo) if one == name), None)
+    if source is None:
+        expected = " or ".join(get_args(Demo))
+        raise DataError(f'Expected {expected}, found "{name}". See the other sources with: peft-combo data list')
+    copy_demo(folder, source)
     print_line(folder)
 
 

@@ -141,7 +141,7 @@ def _measure_completion(
         tuned={name: (encode(name), head) for name, head in heads.items()},
         rated={name: (encode(name), head) for name, head in raters.items()},
         coverage=CategoryCoverage.of(dataset.catalog, {name: live[name].record.manifest.recipe for name in heads}),
-        seed=space.recipe.seed, compose=compose, sessions=sessions,
+        pictures=space.encode_looks(callback.on_advance), seed=space.recipe.seed, compose=compose, sessions=sessions,
         advance=lambda name: callback.on_note(f"measured {name}"),
     )  # fmt: skip
 
@@ -213,6 +213,7 @@ def _search_by_intents(space: Workspace, adapters: Sequence[str], callback: Cons
     """Encode the catalogue with and without adapters of bundles, and look for the test bundles by their intents."""
     from peft_combo.encoder.heads.completion import CompletionHead
     from peft_combo.evaluation.text_queries import check_intents, evaluate_queries
+    from peft_combo.recommender.item_pictures import take_texts
     from peft_combo.recommender.text_search import build_views
 
     dataset, progress = space.dataset, callback.on_advance
@@ -221,7 +222,8 @@ def _search_by_intents(space: Workspace, adapters: Sequence[str], callback: Cons
         space.bank.get(name).head_as(CompletionHead)  # any other is refused before anything is encoded
     callback.on_stage("Encoding the catalogue", space.count_texts(len(adapters)))
     frozen = space.encode_catalog(None, progress)
-    tuned = {name: space.encode_catalog(name, progress) for name in adapters}
+    dim = space.backbone.dim
+    tuned = {name: take_texts(space.encode_catalog(name, progress), dim) for name in adapters}
     views = build_views(dataset, space.bank, frozen, space.encode_described(frozen, progress), tuned)
     return evaluate_queries(dataset, space.split, views, seed=space.recipe.seed)
 

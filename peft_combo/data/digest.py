@@ -34,6 +34,8 @@ def compute_digest(catalog: Catalog, interactions: Interactions | None, bundles:
     numbers("prices", catalog.prices)
     text("descriptions", catalog.descriptions)
     text("attributes", {name: catalog.attributes[name] for name in sorted(catalog.attributes)})
+    if catalog.pictures:  # by their names and not their bytes: those of a folder are not read for this
+        text("pictures", [picture and picture.key for picture in catalog.pictures])
     if interactions is not None:
         text("user_ids", interactions.user_ids)
         for name in ("users", "items", "weights", "times", "baskets"):

@@ -71,4 +71,5 @@ def _items(old: Catalog, new: Catalog) -> Catalog:
         column(lambda catalog, row: float(catalog.prices[row])),
         column(lambda catalog, row: catalog.descriptions[row]),
         {name: attribute(name) for name in {**old.attributes, **new.attributes}},
+        column(lambda catalog, row: catalog.pictures[row] if catalog.pictures else None),
     )

@@ -21,6 +21,7 @@ from peft_combo.data.language import Language, split_all
 from peft_combo.errors import DataError, did_you_mean, shorten
 
 if TYPE_CHECKING:
+    from peft_combo.data.pictures import Picture
     from peft_combo.data.sessions import Sessions
 
 CATEGORY_SEPARATOR = " > "
@@ -40,6 +41,7 @@ class Catalog:
         descriptions: longer text; "" where unknown.
         attributes: per further column (brand, colour, stock ...) one value or None per item.
         language: what texts are read as where words are told apart; no part of a dataset's digest.
+        pictures: where the picture of each item lies, None for an item without one; () where no item has any.
     """
 
     item_ids: tuple[str, ...]
@@ -50,6 +52,7 @@ class Catalog:
     descriptions: tuple[str, ...]
     attributes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
     language: Language = "auto"
+    pictures: tuple[Picture | None, ...] = ()
 
     @classmethod
     def build(
@@ -61,13 +64,14 @@ class Catalog:
         prices: ArrayLike | None = None,
         descriptions: Iterable[str] | None = None,
         attributes: Mapping[str, Iterable[str | None]] | None = None,
+        pictures: Iterable[Picture | None] = (),
     ) -> Self:
         """Make a catalogue, filling what is not given with "unknown".
 
         Raises:
             ValueError: a column has another length than `item_ids`, or an id occurs twice.
         """
-        ids = tuple(item_ids)
+        ids, shown = tuple(item_ids), tuple(pictures)
         n = len(ids)
         catalog = cls(
             item_ids=ids,
@@ -77,15 +81,13 @@ class Catalog:
             prices=np.full(n, np.nan, np.float32) if prices is None else np.asarray(prices, dtype=np.float32),
             descriptions=tuple(descriptions) if descriptions is not None else ("",) * n,
             attributes={name: tuple(values) for name, values in sorted((attributes or {}).items())},
+            pictures=shown if any(picture is not None for picture in shown) else (),
         )
         columns = {
-            "titles": catalog.titles,
-            "categories": catalog.categories,
-            "slots": catalog.slots,
-            "prices": catalog.prices,
-            "descriptions": catalog.descriptions,
+            "titles": catalog.titles, "categories": catalog.categories, "slots": catalog.slots,
+            "prices": catalog.prices, "descriptions": catalog.descriptions, "pictures": shown or ids,
             **catalog.attributes,
-        }
+        }  # fmt: skip
         for name, column in columns.items():
             if len(column) != n:
                 raise ValueError(f"{n} items but {len(column)} {name}")
@@ -170,6 +172,7 @@ class Catalog:
             prices=self.prices[order],
             descriptions=[self.descriptions[row] for row in order],
             attributes={name: [values[row] for row in order] for name, values in self.attributes.items()},
+            pictures=[self.pictures[row] for row in order] if self.pictures else (),
         )
         return taken if self.language == "auto" else replace(taken, language=self.language)
 
@@ -262,13 +265,9 @@ class Interactions:
     def take(self, rows: NDArray[np.integer[Any]] | NDArray[np.bool_]) -> Interactions:
         """Return the interactions of these rows; `user_ids` stays whole."""
         return replace(
-            self,
-            users=self.users[rows],
-            items=self.items[rows],
-            weights=self.weights[rows],
-            times=self.times[rows],
+            self, users=self.users[rows], items=self.items[rows], weights=self.weights[rows], times=self.times[rows],
             baskets=self.baskets[rows],
-        )
+        )  # fmt: skip
 
     def to_csr(self, n_items: int, rows: NDArray[np.integer[Any]] | None = None) -> sparse.csr_matrix[Any]:
         """Return (U, N) float32: the summed weight of each user and item; rows without a user are left out.

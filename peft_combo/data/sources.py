@@ -121,6 +121,7 @@ def available() -> Sequence[Source]:
     built_in = (
         Source("demo", "synthetic fashion shop, 1,000 items and 600 outfits; no download", "data.source: demo"),
         Source("demo-zh", "the same shop with Chinese titles, categories and names", "data.source: demo-zh"),
+        Source("demo-pictures", "a shop of drawn items that match by looks", "data.source: demo-pictures"),
         Source(
             "reviews-zh",
             "35,124 Chinese reviews of goods, hotels and books, each positive or negative",
@@ -140,7 +141,7 @@ def available() -> Sequence[Source]:
 
 def _read(config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
     match config.source:
-        case "demo" | "demo-zh":
+        case "demo" | "demo-zh" | "demo-pictures":
             return read_demo(config.source), []
         case "reviews-zh":
             raise DataError("data.source reviews-zh holds texts and labels, no items: it is for task.labels: table.")

@@ -42,6 +42,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
             name: _share(sum(value is not None for value in values), n_items)
             for name, values in catalog.attributes.items()
         },
+        "items_with_picture": sum(picture is not None for picture in catalog.pictures),
         "bundles": len(bundles),
         "items_per_bundle": quantiles(bundles.sizes),
         "bundle_sizes": {str(size): count for size, count in sorted(Counter(bundles.sizes.tolist()).items())},

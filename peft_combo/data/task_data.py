@@ -16,6 +16,7 @@ from peft_combo.data.labels.tags import TaggedTexts, entities, list_tag_files, r
 from peft_combo.data.labels.texts import LabelledTexts, TextSplit, labels_of_catalogue, read_labels, split_texts
 from peft_combo.data.labels.unlabelled import PlainTexts
 from peft_combo.data.model import Dataset
+from peft_combo.data.pictures import find_picture_faults
 from peft_combo.data.readers.folder import TABLES
 from peft_combo.data.readers.forms import holds_table
 from peft_combo.data.sources import open_dataset
@@ -102,6 +103,8 @@ def inspect_data(data: DataConfig, task: TaskConfig | None = None) -> tuple[list
             faults += error.faults or [Fault(data.path or data.source, str(error))]
         else:
             figures.append(_figures(found, data))
+            if isinstance(found, Dataset) and found.catalog.pictures:
+                faults += find_picture_faults(found.catalog.pictures, found.catalog.item_ids)
     return faults, figures
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -51,6 +51,9 @@ from peft_combo.files import literal_path
 from peft_combo.recipe.model import BackboneConfig
 from peft_combo.store.versions import AdapterRecord
 
+if TYPE_CHECKING:  # pictures are rare, and Pillow an extra
+    from peft_combo.encoder.pixels import PictureEncoder
+
 _EMBEDDED_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 # Words of a twin: enough that different texts differ, few enough that the embeddings of a multilingual encoder, most of
@@ -77,6 +80,7 @@ class Backbone:
         text_prefix: what every text begins with before it is read; "" for nothing. An empty text stays empty.
         is_cut: whether its vocabulary was cut, see `vocabulary.cut_backbone`.
         notes: what a user should know of the base and of how it is used here, a sentence each.
+        pictures: the vision encoder beside it; None where the recipe names none.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Backbone:
         self.notes = notes
         self.text_prefix = text_prefix
         self.is_cut = False
+        self.pictures: PictureEncoder | None = None
         self._known_fingerprint = fingerprint
         self._warned_of: set[str] = set()  # quantizations of adapters that were tuned on other weights than these
         # A fast tokenizer keeps the truncation of its last call, which another thread's length would overwrite.
@@ -107,6 +112,7 @@ class Backbone:
         max_length: int = 64,
         quantization: Quantization = "none",
         text_prefix: str | None = None,
+        image_model: str | None = None,
         device: str | torch.device | None = None,
     ) -> Backbone:
         """Load an encoder with its tokenizer.
@@ -117,6 +123,7 @@ class Backbone:
             pooling: None takes what the base says of itself, and the mean where it says nothing.
             text_prefix: what every text begins with; None takes what the base puts there by default.
             quantization: ``"8bit"`` or ``"4bit"`` (NF4) through bitsandbytes; both work on CPU too.
+            image_model: a vision encoder to load beside it, ``"embedded-efficientnet"`` or a local folder.
             device: None takes the GPU where there is one, as `choose_device` says.
         Raises:
             BackboneError: not found, not reachable, no BERT-like encoder, no safetensors weights, or files that leave a
@@ -128,6 +135,7 @@ class Backbone:
             "max_length": max_length,
             "quantization": quantization,
             "text_prefix": text_prefix,
+            "image_model": image_model,
         }
         return cls.of(BackboneConfig.model_construct(**fields), device)
 
@@ -146,6 +154,10 @@ class Backbone:
             backbone.model = load_quantized(base, prefix, config.quantization, device).eval().requires_grad_(False)
         else:
             backbone.model.to(device)
+        if config.image_model is not None:
+            from peft_combo.encoder.pixels import PictureEncoder
+
+            backbone.pictures = PictureEncoder.load(config.image_model, device)
         return backbone
 
     @classmethod
@@ -224,7 +236,22 @@ class Backbone:
             "max_length": self.max_length,
             "quantization": self.quantization,
             "text_prefix": self.text_prefix,
+            "image_model": None if self.pictures is None else self.pictures.name,
+            "image_fingerprint": None if self.pictures is None else self.pictures.fingerprint,
         }
+
+    def need_pictures(self) -> PictureEncoder:
+        """Return the vision encoder.
+
+        Raises:
+            BackboneError: there is none.
+        """
+        if self.pictures is None:
+            raise BackboneError(
+                "There is no vision encoder beside the encoder of texts. Name one: --set "
+                'backbone.image_model=embedded-efficientnet, or Backbone.load(image_model="embedded-efficientnet").'
+            )
+        return self.pictures
 
     @property
     def _config(self) -> Any:

@@ -7,11 +7,14 @@ refreshes or evicts meanwhile cannot reach it. Knows nothing of items, catalogue
 
 from __future__ import annotations
 
+import json
+import shlex
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +32,9 @@ from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.store.references import Version, parse_reference
 from peft_combo.store.versions import AdapterRecord
 
+if TYPE_CHECKING:
+    from peft_combo.encoder.pixels import AdaptedPictures
+
 
 @dataclass(frozen=True, eq=False)
 class LiveAdapter:
@@ -37,6 +43,7 @@ class LiveAdapter:
     Attributes:
         record: what the store says of it; every byte was checked when it was loaded.
         attached: hand it to `Backbone.encode`.
+        pictures: the vision encoder with the adapter that was tuned beside; None where it reads texts alone.
         task_head: what stands on the encoder, by task.
         nbytes: bytes of the tensors it does not share with the backbone: adapter, weights of its own, head. The
             modules around them cost some 0.4 MiB more.
@@ -46,11 +53,23 @@ class LiveAdapter:
     attached: AttachedAdapter
     task_head: TaskHead
     nbytes: int
+    pictures: AdaptedPictures | None = None
 
     @property
     def head(self) -> BundleHead:
-        """The head of a bundle adapter, which turns item vectors into queries and targets; see `head_as`."""
-        return self.head_as(BundleHead)
+        """The head of a bundle adapter of texts alone, which turns item vectors into queries and targets.
+
+        Raises:
+            StoreError: see `head_as`; or the adapter reads pictures as well, so vectors of texts are half of what it
+                takes.
+        """
+        found = self.head_as(BundleHead)
+        if found.picture is not None:
+            raise StoreError(
+                f"Adapter {self.reference} reads pictures beside texts; expected one that reads texts alone. Tune one "
+                "with: --set backbone.image_model=null"
+            )
+        return found
 
     def head_as(self, wanted: type[HeadT]) -> HeadT:
         """Return the head as the one of a certain task.
@@ -101,7 +120,8 @@ class AdapterBank:
         # One lock per version that is being loaded; it goes when no thread uses it any more.
         self._gates: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
         self._refreshing = threading.Lock()
-        self._shared = {id(tensor) for tensor in _tensors(backbone.model)}
+        frozen = [backbone.model] if backbone.pictures is None else [backbone.model, backbone.pictures.model]
+        self._shared = {id(tensor) for model in frozen for tensor in _tensors(model)}
 
     @property
     def loaded(self) -> tuple[LiveAdapter, ...]:
@@ -255,11 +275,32 @@ class AdapterBank:
                 f"{self.backbone.name} makes vectors of width {self.backbone.dim}."
             )
         attached = self.backbone.attach(record)
-        own = {id(t): t for m in (attached.encoder, head) for t in _tensors(m) if id(t) not in self._shared}
+        pictures = self._adapt_pictures(record, head)
+        modules = [attached.encoder, head, *([] if pictures is None else [pictures.model])]
+        own = {id(t): t for m in modules for t in _tensors(m) if id(t) not in self._shared}
         for tensor in own.values():
             # safetensors maps files: whoever cut one short would end this process, and not only its answers.
             tensor.data = tensor.data.to(self.backbone.device, copy=True)
-        return LiveAdapter(record, attached, head, sum(t.numel() * t.element_size() for t in own.values()))
+        return LiveAdapter(record, attached, head, sum(t.numel() * t.element_size() for t in own.values()), pictures)
+
+    def _adapt_pictures(self, record: AdapterRecord, head: TaskHead) -> AdaptedPictures | None:
+        """Put an adapter's part for pictures into a copy of the vision encoder; None where it has none.
+
+        Raises:
+            StoreError: the vision encoder is another one than it was tuned on, or there is none.
+        """
+        view = head.picture if isinstance(head, BundleHead) else None
+        if view is None:
+            return None
+        stamp, encoder = record.manifest.backbone, self.backbone.pictures
+        if encoder is None or encoder.fingerprint != stamp.image_fingerprint:
+            found = "there is none" if encoder is None else f"found {encoder.name} with other weights"
+            raise StoreError(
+                f"Adapter {record.reference} reads pictures with the vision encoder {stamp.image_model}; {found}. Take "
+                f"--set {shlex.quote(f'backbone.image_model={stamp.image_model}')}, or "
+                f"Backbone.load(image_model={json.dumps(stamp.image_model)})."
+            )
+        return encoder.adapt(view.adapter, record.digest)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

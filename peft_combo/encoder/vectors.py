@@ -1,4 +1,4 @@
-"""Vector cache: item vectors encoded once per adapter and kept on disk.
+"""Vector cache: vectors of texts and pictures, encoded once per adapter and kept on disk.
 
 Owns the cache (which texts are known under which adapter, and whether its files are still what was written) and the
 division of a catalogue over processes. Sees texts, vectors and row numbers; knows nothing of catalogues, heads or
@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,18 @@ _ATTEMPTS = 5
 _POLL_SECONDS = 0.2
 
 Progress = Callable[[int], None]
+
+
+class Encoder(Protocol):
+    """Who encodes: `fields` is all that vectors depend on, `key` its digest; `encode` gives B rows of width `dim`."""
+
+    @property
+    def fields(self) -> dict[str, str | int | None]: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+    def encode(self, contents: Sequence[Any], progress: Progress | None = None, /) -> NDArray[np.float32]: ...
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -103,8 +115,32 @@ class VectorCache:
         Raises:
             StoreError: the adapter cannot be had, or the folder not be read or written.
         """
-        encoder = find_encoder(bank, reference)
-        digests = _digest_texts(texts)
+        return self._serve(find_encoder(bank, reference), texts, _digest_texts(texts), progress)
+
+    def pictures(
+        self, encoder: Encoder, contents: Sequence[bytes | None], progress: Progress | None = None
+    ) -> NDArray[np.float32]:
+        """Return the vectors of pictures, encoding only those whose bytes are new to this encoder.
+
+        Args:
+            encoder: `pixels.AdaptedPictures`. contents: N pictures, None for none.
+        Returns:
+            (N, D) float32; 0 for None. Where every item has a picture it is the mapped file, read-only.
+        Raises:
+            StoreError: the folder cannot be read or written. DataError: a picture cannot be decoded.
+        """
+        there = np.array([row for row, content in enumerate(contents) if content is not None], np.int64)
+        own = [content for content in contents if content is not None]
+        found = self._serve(encoder, own, [hashlib.sha256(content).digest() for content in own], progress)
+        if len(own) == len(contents):
+            return found
+        vectors = np.zeros((len(contents), encoder.dim), np.float32)
+        vectors[there] = found
+        return vectors
+
+    def _serve(
+        self, encoder: Encoder, texts: Sequence[Any], digests: Sequence[bytes], progress: Progress | None
+    ) -> NDArray[np.float32]:
         if not digests:
             return _make_read_only(np.empty((0, encoder.dim), np.float32))
         with _explain_disk_errors(self.folder):
@@ -124,7 +160,7 @@ class VectorCache:
         """Delete the vectors of every adapter that is not in `keep`, and what dead writers left behind.
 
         Args:
-            keep: names that `key` returned.
+            keep: names that `key` returned; of pictures `pixels.AdaptedPictures.key`.
         Returns:
             the bytes given back.
         Raises:
@@ -145,7 +181,7 @@ class VectorCache:
                         freed += _discard(path) if path.name.startswith((DRAFT, TRASH)) and old else 0
         return freed
 
-    def _open(self, encoder: FixedEncoder, name: str) -> _CacheEntry | None:
+    def _open(self, encoder: Encoder, name: str) -> _CacheEntry | None:
         """Return what is kept under `name`, or None where nothing is, or not what was written."""
         path = self.folder / encoder.key / name
         try:
@@ -172,14 +208,14 @@ class VectorCache:
             return None
         return _CacheEntry(path, index, vectors)
 
-    def _list_entries(self, encoder: FixedEncoder) -> list[_CacheEntry]:
+    def _list_entries(self, encoder: Encoder) -> list[_CacheEntry]:
         names = [path.name for path in _list_children(self.folder / encoder.key) if _NAME.fullmatch(path.name)]
         return [entry for name in names if (entry := self._open(encoder, name)) is not None]
 
     def _write(
         self,
-        encoder: FixedEncoder,
-        texts: Sequence[str],
+        encoder: Encoder,
+        texts: Sequence[Any],
         digests: Sequence[bytes],
         entries: Sequence[_CacheEntry],
         progress: Progress | None,
@@ -225,7 +261,7 @@ class VectorCache:
         return len(fresh)
 
     def _encode(
-        self, encoder: FixedEncoder, texts: Sequence[str], path: Path, progress: Progress | None
+        self, encoder: Encoder, texts: Sequence[Any], path: Path, progress: Progress | None
     ) -> NDArray[np.float32]:
         """Encode texts into a file, block by block; return it mapped."""
         # Written rather than mapped: on a full disk a write fails, a page of a mapped file ends the process.

@@ -40,7 +40,7 @@ def cut_backbone(backbone: Backbone, texts: Sequence[str]) -> Backbone:
         backbone.name, model, tokenizer, backbone.pooling, backbone.max_length, backbone.quantization, fingerprint,
         (*backbone.notes, f"Vocabulary cut to the catalogue's: {note}."), backbone.text_prefix,
     )  # fmt: skip
-    cut.is_cut = True
+    cut.is_cut, cut.pictures = True, backbone.pictures
     return cut
 
 

@@ -36,9 +36,9 @@ from peft_combo.recommender.scorer_id import FUSION, RANDOM, UNSEEN_FIRST, WORDS
 PROTOCOL = (
     "Every item of every held-out bundle once the answer, ranked among the whole catalogue without the rest of its "
     "bundle, ties at mid-rank. Scorers are fitted on training bundles alone, with the interactions of training users "
-    'where validation prefers it; "bought before", "users alike" and "rated" read what the owner of a bundle took in '
-    'these, nothing where users are held out as a whole, and "rated" may count the rest of the bundle as taken last. '
-    "Settings and fusion weights are chosen on validation bundles; test bundles are scored once. "
+    'where validation prefers it; "bought before", "users alike", "next basket" and "rated" read what the owner of a '
+    'bundle took in these, nothing where users are held out as a whole, and "rated" may count the rest of the bundle '
+    "as taken last. Settings and fusion weights are chosen on validation bundles; test bundles are scored once. "
     '"TF-IDF, unseen first" puts items of no training bundle before all others: what it gains is no skill but what the '
     'catalogue gives away, and nothing in "cold among cold"; "among distractors" ranks the answer among the items that '
     "are in no bundle at all. 95 % intervals by bootstrap over groups; p by paired "
@@ -53,17 +53,11 @@ def evaluate(
     dataset: Dataset,
     parts: Split,
     *,
-    frozen: NDArray[np.float32] | None = None,
-    described: NDArray[np.float32] | None = None,
-    tuned: Tuned | None = None,
-    rated: Rated | None = None,
-    coverage: CategoryCoverage | None = None,
-    seed: int = 0,
-    max_queries: int = 5000,
-    compose: bool = False,
-    sessions: bool = False,
-    advance: Callable[[str], None] | None = None,
-) -> Report:
+    frozen: NDArray[np.float32] | None = None, described: NDArray[np.float32] | None = None,
+    tuned: Tuned | None = None, rated: Rated | None = None, coverage: CategoryCoverage | None = None,
+    pictures: NDArray[np.float32] | None = None, seed: int = 0, max_queries: int = 5000, compose: bool = False,
+    sessions: bool = False, advance: Callable[[str], None] | None = None,
+) -> Report:  # fmt: skip
     """Fit every scorer on train, choose on validation, measure on test once.
 
     Args:
@@ -72,6 +66,7 @@ def evaluate(
         tuned: per adapter its (N, D) item vectors and its head. They must have been tuned on ``parts.train``.
         rated: the same of rating adapters, which must not have seen the users of test bundles: `rating_problem`.
         coverage: which of them is for which items, see `CategoryCoverage.of`; adds the row of all of them together.
+        pictures: (N, W) of ``dataset.catalog.pictures`` by the vision encoder without adapter; None leaves them out.
         seed: of sampling, bootstrap and permutations.
         max_queries: more test queries than so many are sampled, whole bundles at a time.
         compose: also compose whole bundles, see `composition`; takes as long again or longer.
@@ -83,7 +78,9 @@ def evaluate(
     _check_parts(dataset, parts, sessions)
     advance = advance or (lambda name: None)
     notes = [f"{dataset.name}: {note}" for note in dataset.notes]
-    known = FitData.of(dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated, described)
+    known = FitData.of(
+        dataset, parts.train, parts.train_interactions, frozen, tuned or {}, coverage, rated, described, pictures
+    )
 
     # What is asked.
     owners = {dataset.bundles.groups[row] for row in parts.valid}

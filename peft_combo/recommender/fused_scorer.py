@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,11 @@ from peft_combo.data.queries import Queries, pad_contexts
 from peft_combo.recommender.composing.evidence import Composition
 from peft_combo.recommender.explanations import FusedScores
 from peft_combo.recommender.fit_state import FitState
-from peft_combo.recommender.fitted_scorers import score_beside
+from peft_combo.recommender.fitted_scorers import FittedHead, score_beside
 from peft_combo.recommender.fusion import make_comparable
-from peft_combo.recommender.scorer_id import ScorerId
+from peft_combo.recommender.scorer_id import NEXT_BASKET, PICTURES, TEXT_RANKER, ScorerId
+from peft_combo.recommender.text_ranking import LOOKS_ALIKE, TextRanker
+from peft_combo.recommender.user_habits import find_alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,9 @@ class FusedScorer:
         queries = _make_queries(pad_contexts([context for context, _ in asked]), [user for _, user in asked])
         fused, parts = self.state.fusion.explain(self._score_parts(queries), self.state.known.evidence(queries))
         scores = self._add_neighbours(fused, queries)
+        if (habits := self._share_habits(queries, asked)) is not None:
+            scores = scores + habits
+            parts = {**parts, NEXT_BASKET: parts[NEXT_BASKET] + habits if NEXT_BASKET in parts else habits}
         return [
             FusedScores(own, {scorer: part[place] for scorer, part in parts.items()})
             for place, own in enumerate(scores)
@@ -44,6 +50,9 @@ class FusedScorer:
         without = _make_queries(rests, [user] * len(context))
         fused = self.state.fusion.combine(self._score_parts(without), self.state.known.evidence(without))
         less = self._add_neighbours(fused, without)
+        asked = (context, user)
+        if (habits := self._share_habits(_make_queries(context[None, :], [user]), [asked])) is not None:
+            less = less + habits  # what does not hang on the context is no item's merit
         return {
             row: {
                 item: float(scores[row] - less[place, row])
@@ -52,6 +61,28 @@ class FusedScorer:
             }
             for row in rows
         }
+
+    def explain(
+        self, context: NDArray[np.int64], rows: Sequence[int], fused: FusedScores
+    ) -> dict[int, dict[str, float]]:
+        """Say what speaks for rows beside a context, by what texts and pictures have in common: per row the reasons.
+
+        "looks alike" is said where pictures carried it: more than half of what a scorer that reads both added.
+        """
+        ranker = self.state.serving.get(TEXT_RANKER)
+        reasons = ranker.explain(context, rows) if isinstance(ranker, TextRanker) else {}
+        if self.state.known.pictures is None or not len(context):
+            return reasons
+        for scorer, part in fused.parts.items():
+            share = np.ones(len(rows), np.float32) if scorer == PICTURES else None
+            fitted = self.state.serving.get(scorer)
+            if isinstance(fitted, FittedHead):
+                share = fitted.measure_looks(context, np.asarray(rows, np.int64))
+            for row, own in zip(rows, () if share is None else share.tolist(), strict=False):
+                if own > 0.5 and part[row] > 0:
+                    told = reasons.setdefault(row, {})
+                    told[LOOKS_ALIKE] = told.get(LOOKS_ALIKE, 0.0) + float(part[row]) * min(own, 1.0)
+        return reasons
 
     def score_beside(self, sets: Sequence[NDArray[np.int64]], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Score rows beside sets of items by the text side: S sets, (C,) rows -> (S, C)."""
@@ -74,6 +105,27 @@ class FusedScorer:
 
     def _score_parts(self, queries: Queries) -> dict[ScorerId, NDArray[np.float32]]:
         return {scorer: self.state.serving[scorer](queries) for scorer in self.state.fusion.needs}
+
+    def _share_habits(
+        self, queries: Queries, asked: Sequence[tuple[NDArray[np.int64], str | None]]
+    ) -> NDArray[np.float32] | None:
+        """Return what habits add to each query of a user alone, (Q, N), 0 for others; None where they are not asked."""
+        habits = self.state.habits
+        if habits is None:
+            return None
+        alone = np.flatnonzero(find_alone(asked, self._taken, self.state.known.user_rows))
+        if not len(alone):
+            return None
+        added = np.zeros((len(queries), len(self.state.known.support)), np.float32)
+        own = queries.take(alone)
+        added[alone] = habits.share(own, self.state.known.evidence(own), self.state.fusion.form)
+        return added
+
+    @cached_property
+    def _taken(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        interactions, size = self.state.known.interactions, len(self.state.known.support)
+        assert interactions is not None
+        return interactions.list_taken(size)
 
     def _add_neighbours(self, scores: NDArray[np.float32], queries: Queries) -> NDArray[np.float32]:
         """Add what users alike took to fused scores (Q, N), where the fusion could not weigh that itself."""

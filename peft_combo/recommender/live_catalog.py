@@ -27,6 +27,7 @@ from peft_combo.recommender.fitted_scorers import Fitted, FittedCategories, Fitt
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import CEASE_BERT, FROZEN, PEER, TEXT_RANKER, WORDS, ScorerId
 from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorView, View, WordView
+from peft_combo.recommender.user_habits import UserHabits
 
 Floats = NDArray[np.float32]
 
@@ -145,7 +146,7 @@ class _Extension:
             self.known, history=self._widen(self.known.history), past=self._widen(self.known.past), users=None,
             support=np.concatenate([self.known.support, np.zeros(len(self.new), np.int64)]),
             leaves=self.catalog.leaf_numbers, catalog=self.catalog, frozen=self.frozen, described=described,
-            tuned=tuned, coverage=coverage,
+            tuned=tuned, coverage=coverage, pictures=self._lengthen(self.known.pictures),
         )  # fmt: skip
         self._nearest = self._find_nearest()
         serving = {scorer: self._extend(one, scorer) for scorer, one in state.serving.items()}
@@ -154,6 +155,7 @@ class _Extension:
             self._extend(state.text_side, state.text_scorer),
             None if state.neighbours is None else _Longer(state.neighbours, self.size, self.total, None, None),
             state.weights, self._extend_search(), state.split_digest, state.notes,
+            None if state.habits is None else self._extend_habits(state.habits),
         )  # fmt: skip
         index = self.catalog.index
         gone = np.zeros(self.total, bool)
@@ -187,10 +189,14 @@ class _Extension:
             (*catalog.item_ids, *more.item_ids), put(catalog.titles, "title", more.titles),
             put(catalog.categories, "category", more.categories), put(catalog.slots, "slot", more.slots), prices,
             put(catalog.descriptions, "description", more.descriptions), attributes,
+            (*catalog.pictures, *(None for _ in self.new)) if catalog.pictures else (),
         )  # fmt: skip
 
     def _grow(self, own: Floats, name: str) -> Floats:
-        return self._put_rows(own, self._stack(name, own.shape[1]), {r: i.vectors[name] for r, i in self.moved.items()})
+        moved = {}
+        for row, one in self.moved.items():  # its text is another one, its picture the same
+            moved[row] = np.concatenate([one.vectors[name], own[row, len(one.vectors[name]) :]])
+        return self._put_rows(own, self._stack(name, own.shape[1]), moved)
 
     def _put_rows(self, own: Floats, more: Floats, moved: Mapping[int, Floats]) -> Floats:
         if id(own) not in self._done:
@@ -200,7 +206,13 @@ class _Extension:
 
     def _stack(self, name: str, width: int) -> Floats:
         vectors = [one.vectors[name] for one in self.new]
-        return np.stack(vectors).astype(np.float32) if vectors else np.empty((0, width), np.float32)
+        found = np.zeros((len(vectors), width), np.float32)  # of its picture nothing is known
+        for row, vector in zip(found, vectors, strict=True):
+            row[: len(vector)] = vector
+        return found
+
+    def _lengthen(self, pictures: Floats | None) -> Floats | None:
+        return None if pictures is None else np.pad(pictures, ((0, len(self.new)), (0, 0)))
 
     def _widen(self, matrix: sparse.csr_matrix[Any]) -> sparse.csr_matrix[Any]:
         return sparse.csr_matrix((matrix.data, matrix.indices, matrix.indptr), shape=(matrix.shape[0], self.total))
@@ -246,18 +258,21 @@ class _Extension:
                     nearest = self._nearest[True]
                 return _Longer(fitted, self.size, self.total, nearest, self._nearest[False])
 
+    def _extend_habits(self, habits: UserHabits) -> UserHabits:
+        return replace(habits, fitted=_Longer(habits.fitted, self.size, self.total, None, None))
+
     def _extend_head(self, fitted: FittedHead) -> FittedHead:
         name = self._names[id(fitted.vectors)]
         vectors = self._grow(fitted.vectors, name)
         more = project_targets(fitted.head, vectors[self.size :]) if self.new else np.empty((0, 0), np.float32)
-        moved = self._project_moved(fitted.head, name)
+        moved = self._project_moved(fitted.head, vectors)
         targets = self._put_rows(fitted.targets, more.reshape(-1, fitted.targets.shape[1]), moved)
         return FittedHead(vectors, fitted.head, targets)
 
-    def _project_moved(self, head: CompletionHead, name: str) -> dict[int, Floats]:
+    def _project_moved(self, head: CompletionHead, vectors: Floats) -> dict[int, Floats]:
         if not self.moved:
             return {}
-        made = project_targets(head, np.stack([one.vectors[name] for one in self.moved.values()]))
+        made = project_targets(head, vectors[list(self.moved)])
         return dict(zip(self.moved, made, strict=True))
 
     def _extend_search(self) -> TextSearch:
@@ -266,13 +281,15 @@ class _Extension:
         views: dict[str, View] = {}
         for name, view in search.views.items():
             if isinstance(view, VectorView):
-                views[name] = VectorView(self._grow(view.items, self._names[id(view.items)]), view.encode_texts)
+                # The texts' part of an adapter that reads pictures is an array of its own, called like the adapter.
+                own = self._grow(view.items, self._names.get(id(view.items), name))
+                views[name] = VectorView(own, view.encode_texts)
             elif isinstance(view, WordView):
                 views[name] = self._extend_words(view, template)
             else:
                 views[name] = view
         nearest = {
-            name: one.grow(self._grow(one.vectors, self._names[id(one.vectors)]), self.moved)
+            name: one.grow(self._grow(one.vectors, self._names.get(id(one.vectors), name)), self.moved)
             for name, one in search.nearest.items()
         }
         return TextSearch(views, search.weights, nearest)

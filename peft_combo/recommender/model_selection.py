@@ -35,8 +35,10 @@ from peft_combo.recommender.fitted_scorers import (
     FittedScorer,
     ItemVectors,
     build_ensemble,
+    build_next_basket,
     build_past,
     build_rating,
+    list_half_lives,
 )
 from peft_combo.recommender.scorer_id import (
     ALIKE,
@@ -45,7 +47,9 @@ from peft_combo.recommender.scorer_id import (
     CEASE_BERT,
     ENSEMBLE,
     FROZEN,
+    NEXT_BASKET,
     PEER,
+    PICTURES,
     RANDOM,
     TEXT_RANKER,
     ScorerId,
@@ -126,6 +130,15 @@ class _Past:
 
 
 @dataclass(frozen=True, eq=False)
+class _NextBasket:
+    known: FitData
+    setting: str
+
+    def fit(self) -> Fitted:
+        return build_next_basket(self.known, self.setting)
+
+
+@dataclass(frozen=True, eq=False)
 class _Rating:
     known: FitData
     name: str
@@ -177,6 +190,7 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
         found[ALIKE] = [_Past(known, neighbours=True)]
         if known.has_ratings:
             found[ALIKE] += [_Past(known, neighbours=True, setting=_RATINGS)]
+        found[NEXT_BASKET] = [_NextBasket(known, setting) for setting in list_half_lives(known)]
     # CEASE may read the category path as well: a peer should know what we know.
     if known.categorised is not None:
         found[PEER] += _list_linear(known, "words and category", known.categorised)
@@ -193,6 +207,8 @@ def _list_encoders(known: FitData, met: bool) -> dict[ScorerId, list[Setting]]:
             *_list_cosines(known, known.frozen),
             _Choice(f"{label}, nearest to the mean", TextCosine("mean"), known.history, known.whitened),
         ]
+    if known.pictures is not None:
+        found[PICTURES] = _list_cosines(known, known.pictures)
     dense: dict[str, NDArray[np.float32]] = {}
     for name, (vectors, head) in known.tuned.items():
         found[ScorerId("tuned BERT", name)] = [_Head(vectors, head)]
@@ -214,6 +230,9 @@ def _list_encoders(known: FitData, met: bool) -> dict[ScorerId, list[Setting]]:
             own = targets if name in known.tuned else half_whiten(targets)
             views = np.hstack([own, half_whiten(known.described)])
             found[CEASE_BERT] += _list_linear(known, f"{name} beside title and category", views)
+        if known.pictures is not None:
+            own = targets if name in known.tuned else half_whiten(targets)
+            found[CEASE_BERT] += _list_linear(known, f"{name} beside pictures", np.hstack([own, known.pictures]))
         for label, words in (("words", known.words), ("words and category", known.categorised)):
             if words is not None:
                 # Rows are scaled to length 1 there, so each side has half the weight.

@@ -17,7 +17,8 @@ class Suggestion:
         because: where it was asked for and there are several given items, what each adds: the score less the score
             without it.
         reasons: where it was asked for and the fusion weighs the text ranker: what the ranker finds in it beside the
-            given items, and what that adds to its own score.
+            given items, and what that adds to its own score. "looks alike" is what pictures add, to the ranker's score
+            or, by way of other scorers, to this one.
     """
 
     item_id: str

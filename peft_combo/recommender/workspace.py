@@ -152,13 +152,24 @@ class Workspace:
     ) -> NDArray[np.float32]:
         """Return the item vectors (N, D) under an adapter, or of the frozen encoder; from the cache where it has them.
 
-        An adapter reads texts as the recipe has them, the frozen encoder without category; see `encode_described`.
+        An adapter reads texts as the recipe has them, and pictures where it was tuned with them; the frozen encoder
+        texts without category; see `encode_described` and `encode_looks`.
 
         Args:
             progress: told how many texts were encoded.
         """
-        texts = self.dataset.plain if adapter is None else self.dataset.texts
-        return self.cache.vectors(self.bank, texts, adapter, progress)
+        if adapter is None:
+            return self.cache.vectors(self.bank, self.dataset.plain, None, progress)
+        from peft_combo.recommender.item_pictures import append_pictures
+
+        texts = self.cache.vectors(self.bank, self.dataset.texts, adapter, progress)
+        return append_pictures(texts, self.dataset, self.bank.get(adapter), self.cache, progress)
+
+    def encode_looks(self, progress: Callable[[int], None] | None = None) -> NDArray[np.float32] | None:
+        """Return the frozen vision encoder's vectors (N, W) of pictures; None where none are read."""
+        from peft_combo.recommender.item_pictures import encode_looks
+
+        return encode_looks(self.dataset, self.bank, self.cache, progress)
 
     def encode_described(
         self, frozen: NDArray[np.float32], progress: Callable[[int], None] | None = None

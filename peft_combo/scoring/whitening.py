@@ -24,6 +24,35 @@ def measure_whitening(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32]
     return centre, np.asarray((axes / np.sqrt(spread)) @ axes.T, np.float32)
 
 
+def measure_reduction(vectors: NDArray[np.float32], size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the centre (D,) and the map (D, size) that half-whiten the first `size` components alone.
+
+    Args:
+        vectors: (N, D); rows of zeros stand for what is not there, and are left out.
+    Returns:
+        columns of the map are 0 where the vectors have fewer components.
+    """
+    there = vectors[np.any(vectors != 0, axis=1)]
+    if not len(there):
+        return np.zeros(vectors.shape[1], np.float32), np.zeros((vectors.shape[1], size), np.float32)
+    there = there / np.maximum(np.linalg.norm(there, axis=1, keepdims=True), 1e-12)
+    centre = there.mean(axis=0)
+    variance, axes = np.linalg.eigh(multiply_self(there - centre) / len(there))
+    kept = np.flatnonzero(variance > 1e-6 * max(variance.max(), 1e-12))[::-1][:size]
+    change = np.zeros((vectors.shape[1], size), np.float32)
+    change[:, : len(kept)] = axes[:, kept] / variance[kept] ** 0.25
+    return centre, change
+
+
+def reduce_vectors(vectors: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """Half-whiten vectors by themselves to `size` components: (N, D) -> (N, size), rows of length 1; zeros stay 0."""
+    centre, change = measure_reduction(vectors, size)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    reduced = np.asarray((vectors / np.maximum(length, 1e-12) - centre) @ change, np.float32)
+    reduced[length[:, 0] == 0] = 0
+    return dense(unit_rows(reduced))
+
+
 def half_whiten(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Half-whiten vectors by themselves: (N, D) -> (N, D), rows of length 1."""
     centre, change = measure_whitening(vectors)

@@ -48,7 +48,7 @@ class FileEntry(_Frozen):
 
 
 class BackboneStamp(_Frozen):
-    """The encoder an adapter was tuned on, and how its outputs were pooled."""
+    """The encoder an adapter was tuned on, how its outputs were pooled, and the vision encoder beside it, if any."""
 
     model: Text
     fingerprint: Text
@@ -59,6 +59,8 @@ class BackboneStamp(_Frozen):
     max_length: Positive
     quantization: Text = "none"
     text_prefix: Annotated[str, Field(max_length=200)] = ""
+    image_model: Text | None = None
+    image_fingerprint: Text | None = None
 
 
 class DataStamp(BaseModel):

@@ -6,6 +6,7 @@ Owns the randomness of a pass, which is a function of the seed it is given. Chan
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,21 @@ from peft_combo.tuning.seeds import mix_seed
 from peft_combo.tuning.step import StepExtensions
 from peft_combo.tuning.tasks.base import AnyTask, Batch, RetokenizedBatch
 
+if TYPE_CHECKING:
+    from peft_combo.tuning.item_pictures import ItemPictures
+
 
 class TrainingModel(nn.Module):
     """Encoder and head behind one forward, as data-parallel wrappers want it.
 
     Args:
         extensions: what stands around a step; default nothing.
+        pictures: encodes the pictures of items, which go beside their texts; None where the head reads none.
     """
 
     def __init__(
         self, task: AnyTask, items: ItemEncoder, attached: AttachedAdapter, head: TaskHead,
-        extensions: StepExtensions | None = None,
+        extensions: StepExtensions | None = None, pictures: ItemPictures | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.encoder = items.encoder
@@ -36,6 +41,7 @@ class TrainingModel(nn.Module):
         self._items = items
         self._attached = [attached]  # in a list, so that its modules are not registered a second time
         self._extensions = StepExtensions() if extensions is None else extensions
+        self._pictures = pictures
 
     def forward(self, batch: Batch, seed: int, added: Tensor | None = None) -> Tensor:
         """Return the scalar loss of a batch.
@@ -49,6 +55,8 @@ class TrainingModel(nn.Module):
         def predict(dropout: int) -> Tensor:
             torch.manual_seed(mix_seed(dropout, self._items.process + 1))  # other texts, other masks
             encoded = self._items.encode_selection(self.encoder, selection)
+            if self._pictures is not None:
+                encoded = torch.cat([encoded, self._pictures.encode(batch.items)], dim=1)
             torch.manual_seed(mix_seed(dropout, 0))  # the loss is the same on every process
             return self._task.logits(self.head, encoded, batch)
 

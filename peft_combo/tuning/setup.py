@@ -8,17 +8,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
 from peft_combo.callbacks import RunCallback
 from peft_combo.data.augmentation.variants import Rewrite
+from peft_combo.data.pictures import read_pictures
 from peft_combo.encoder import methods
 from peft_combo.encoder.architectures import count_bytes, set_dropout, set_training
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import TaskHead
+from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.recipe.model import Recipe
 from peft_combo.store.versions import AdapterRecord
@@ -32,8 +35,11 @@ from peft_combo.tuning.plan import build_autocast, find_heaviest_batch
 from peft_combo.tuning.probe import probe
 from peft_combo.tuning.resources import measure, measure_gpu_workspace, resident_mib
 from peft_combo.tuning.step import StepExtensions
-from peft_combo.tuning.tasks.base import AnyTask, Encode, Evaluation
+from peft_combo.tuning.tasks.base import AnyTask, Encode, Evaluation, PicturedTask
 from peft_combo.tuning.warm_start import load_start
+
+if TYPE_CHECKING:
+    from peft_combo.tuning.item_pictures import ItemPictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +47,7 @@ class Setup:
     """What a run works on. `attached` and `head` learn in place; nothing here is exchanged.
 
     Attributes:
+        pictures: encodes pictures of items beside their texts; None where the head reads none.
         model: encoder and head behind one forward pass.
         extensions: what the recipe adds around a step.
         head_start: weights of a stored head to go on from; None where there is none.
@@ -55,6 +62,7 @@ class Setup:
     attached: AttachedAdapter
     head: TaskHead
     items: ItemEncoder
+    pictures: ItemPictures | None
     model: TrainingModel
     extensions: StepExtensions
     head_start: dict[str, Tensor] | None
@@ -95,11 +103,12 @@ class Setup:
             cache_limit_bytes=recipe.training.cache_limit_mib * 2**20, process=accelerator.process_index,
             processes=accelerator.num_processes, progress=callback.on_advance,
         )  # fmt: skip
+        pictures = _encode_pictures(recipe, task, backbone, head, callback)
         parameters = collect_trained_parameters(attached, head)
         extensions = build_extensions(recipe.training, items, parameters, variants, task.exclusive)
         return cls(
-            recipe, accelerator, task, backbone, attached, head, items,
-            TrainingModel(task, items, attached, head, extensions), extensions, head_start,
+            recipe, accelerator, task, backbone, attached, head, items, pictures,
+            TrainingModel(task, items, attached, head, extensions, pictures), extensions, head_start,
             pretrained=start is not None and head_start is None, base_mib=base_mib,
         )  # fmt: skip
 
@@ -120,8 +129,12 @@ class Setup:
 
     @property
     def encode(self) -> Encode:
-        """Encodes texts with the adapter as it is."""
-        return partial(self.items.catalogue, self.model.encoder)
+        """Encodes texts with the adapter as it is, and the pictures beside them."""
+        return self._add_pictures(partial(self.items.catalogue, self.model.encoder))
+
+    def _add_pictures(self, encode: Encode) -> Encode:
+        pictures = self.pictures
+        return encode if pictures is None else lambda rows: np.hstack([encode(rows), pictures.catalogue(rows)])
 
     def evaluate(self) -> Evaluation:
         """Return the validation metrics of the weights as they are."""
@@ -141,7 +154,7 @@ class Setup:
         Returns:
             predictions of the frozen encoder for the table, and the seconds they took.
         """
-        frozen: Encode = partial(self.items.catalogue, self.items.frozen)
+        frozen = self._add_pictures(partial(self.items.catalogue, self.items.frozen))
         self.stop_training()
         with self.accelerator.autocast():
             self.task.start(self.head, frozen)
@@ -196,3 +209,20 @@ class Setup:
             seconds=seconds,
         )
         return build_plan(recipe, self.task, self.attached, setting, costs)
+
+
+def _encode_pictures(
+    recipe: Recipe, task: AnyTask, backbone: Backbone, head: TaskHead, callback: RunCallback
+) -> ItemPictures | None:
+    """Encode the pictures of a task's items where its head reads them."""
+    view = head.picture if isinstance(head, BundleHead) else None
+    if view is None or not isinstance(task, PicturedTask):
+        return None
+    from peft_combo.tuning.item_pictures import ItemPictures
+
+    callback.on_stage("Encoding the pictures", sum(picture is not None for picture in task.pictures))
+    contents = read_pictures(task.pictures, str(task.data["name"]))
+    return ItemPictures(
+        backbone.need_pictures(), view, contents, cache_limit_bytes=recipe.training.cache_limit_mib * 2**20,
+        progress=callback.on_advance,
+    )  # fmt: skip

@@ -110,6 +110,11 @@ class Table:
             cells = (value.split(separator) for value in self.strings(column))
         return [tuple(part for one in cell if (part := (flat(one) or "").strip())) for cell in cells]
 
+    def contents(self, column: str) -> list[bytes | None]:
+        """Return the bytes of each cell of a column that `holds_bytes`, None where empty."""
+        cells = (cell["bytes"] if isinstance(cell, dict) else cell for cell in self.columns[column].to_pylist())
+        return [cell or None for cell in cells]
+
     def codes(self, column: str) -> tuple[NDArray[np.int64], list[str]]:
         """Return each cell's place in the list of distinct values (in order of first appearance), -1 where empty."""
         import pyarrow.compute as pc
@@ -337,6 +342,17 @@ def as_strings(array: Any) -> Any:
         # pandas turns whole numbers into floats where one is missing: 7.0 is the id 7.
         return pa.chunked_array([pa.array([flat(value) for value in array.to_pylist()], pa.string())])
     return array.cast(pa.string())
+
+
+def holds_bytes(array: Any) -> bool:
+    """Say whether a column holds bytes: binary cells, or records of `bytes` and `path`, which `datasets` writes."""
+    import pyarrow as pa
+
+    kind = getattr(array, "type", None)
+    if kind is not None and pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    return kind is not None and any(test(kind) for test in tests)
 
 
 def _is_list(kind: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from peft_combo.data.assemble import Found, Needs
 from peft_combo.data.model import CATEGORY_SEPARATOR, Bundles, Catalog, Interactions
-from peft_combo.data.readers.cells import Table
+from peft_combo.data.pictures import Picture, PictureBytes, PictureFile, find_path_problem
+from peft_combo.data.readers.cells import Table, holds_bytes
 from peft_combo.data.readers.csv_table import SHOWN_FAULTS
 from peft_combo.data.readers.forms import TableFiles, find_strays, find_table
 from peft_combo.data.readers.look_alikes import explain_look_alike, note_look_alikes
@@ -38,7 +39,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "bundle_meta": (("bundle_id",), ("name", "intent", "user_id", "timestamp", "basket_id")),
     "interactions": (("item_id",), ("user_id", "basket_id", "rating", "quantity", "timestamp")),
 }
-_OWN_ITEM_COLUMNS = ("item_id", "title", "category", "slot", "price", "description")
+_OWN_ITEM_COLUMNS = ("item_id", "title", "category", "slot", "price", "description", "image")
 
 
 def read_folder(folder: Path, config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
@@ -66,18 +67,19 @@ def read_folder(folder: Path, config: DataConfig, needs: Needs) -> tuple[Found |
         for name in config.columns
         if name in absent
     ]
-    return read_tables(folder.resolve().name, str(folder), tables, config, needs, faults, notes)
+    return read_tables(folder.resolve().name, str(folder), tables, config, needs, faults, notes, folder)
 
 
 def read_tables(
     name: str, where: str, tables: Mapping[str, Table | None], config: DataConfig, needs: Needs, faults: list[Fault],
-    notes: list[str],
+    notes: list[str], folder: Path | None = None,
 ) -> tuple[Found | None, list[Fault]]:  # fmt: skip
     """Turn tables into what was found, or say everything that is wrong with them; see `read_folder`.
 
     Args:
         name: of the dataset. where: what messages call the place the tables are in.
         tables: per name; None where one could not be read, of which `faults` say why.
+        folder: what paths of pictures start from; None takes pictures as bytes alone.
     """
     named: dict[str, Table] = {}
     for kind, table in tables.items():
@@ -93,7 +95,7 @@ def read_tables(
         faults.append(Fault("items", f"there is no items.csv, items.parquet or items.jsonl in {where}.", "Add one."))
     if "items" not in named:
         return None, faults
-    catalog = _items(named["items"])
+    catalog = _items(named["items"], folder)
     bundles: Bundles | None = None
     if "bundles" in named:
         bundles = _bundles(named["bundles"], named.get("bundle_meta"), catalog, config)
@@ -151,13 +153,13 @@ def write_items(catalog: Catalog, file: Path) -> None:
     write_text(file, lines.getvalue())
 
 
-def _items(table: Table) -> Catalog:
+def _items(table: Table, folder: Path | None) -> Catalog:
     """Read the catalogue; ids that are empty or occur twice are faults, and the first row of an id stands."""
     ids = table.strings("item_id")
     table.doubt_ids("item_id", words=False)
     _blame_ids(table, ids, "item_id")
     note_look_alikes(ids, "item_id", table.name, table.notes)
-    table.note_missing_words(name for name in table.columns if name not in ("price", "stock"))
+    table.note_missing_words(name for name in table.columns if name not in ("price", "stock", "image"))
     titles = [" ".join(title.split()) for title in table.strings("title")]
     table.blame([row for row, title in enumerate(titles) if not title], "title is empty.", "Every item needs one.")
     prices = table.numbers("price", least=0.0) if "price" in table else np.full(table.rows, np.nan)
@@ -168,6 +170,7 @@ def _items(table: Table) -> Catalog:
     columns: dict[str, Sequence[str]] = {"title": titles, "slot": table.strings("slot")}
     columns["description"] = [" ".join(text.split()) for text in table.strings("description")]
     categories = table.lists("category", CATEGORY_SEPARATOR.strip())
+    pictures = _pictures(table, ids, folder)
     return Catalog.build(
         item_ids=[ids[row] for row in first],
         titles=[columns["title"][row] for row in first],
@@ -176,7 +179,35 @@ def _items(table: Table) -> Catalog:
         prices=prices[first],
         descriptions=[columns["description"][row] for row in first],
         attributes={name: [values[row] or None for row in first] for name, values in attributes.items()},
+        pictures=[pictures[row] for row in first] if pictures else (),
     )
+
+
+def _pictures(table: Table, ids: Sequence[str], folder: Path | None) -> list[Picture | None]:
+    """Read where pictures lie: paths below the folder, or the bytes themselves; none is opened."""
+    if "image" not in table:
+        return []
+    if holds_bytes(table.columns["image"]):
+        cells = zip(table.contents("image"), ids, strict=True)
+        return [None if content is None else PictureBytes(f"of item {item_id}", content) for content, item_id in cells]
+    paths = table.strings("image")
+    remedy = "Put the pictures into the data folder and write their paths from there, such as images/7.jpg."
+    for problem, wrong in _group_rows((find_path_problem(path), row) for row, path in enumerate(paths) if path):
+        table.blame(wrong, f"image is {{cell}}, which {problem}.", remedy, "image")
+    if folder is None:
+        wrong = [row for row, path in enumerate(paths) if path]
+        table.blame(wrong, "image is a path, and a table in memory has no folder.", "Give the bytes of pictures.")
+        return []
+    return [PictureFile(folder, path) if path else None for path in paths]
+
+
+def _group_rows(found: Iterable[tuple[str, int]]) -> list[tuple[str, list[int]]]:
+    """Gather rows by what is wrong with them; rows with which nothing is ("") are left out."""
+    groups: dict[str, list[int]] = {}
+    for problem, row in found:
+        if problem:
+            groups.setdefault(problem, []).append(row)
+    return list(groups.items())
 
 
 def _bundles(table: Table, meta: Table | None, catalog: Catalog, config: DataConfig) -> Bundles:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_combo.data.readers.cells import Piece, Table, as_strings
+from peft_combo.data.readers.cells import Piece, Table, as_strings, holds_bytes
 from peft_combo.data.readers.csv_table import read_csv, record_lines
 from peft_combo.data.readers.encodings import decode
 from peft_combo.data.readers.forms import FileError, Part, TableFiles, read_bytes
@@ -115,6 +115,8 @@ def name_columns(
     if optional is not None:
         columns = {column: array for column, array in columns.items() if column in (*required, *optional)}
     for column, array in list(columns.items()):
+        if (kind, column) == ("items", "image") and holds_bytes(array):
+            continue
         if (reason := _why_unreadable(array)) is None:
             continue
         if column in required or (optional is not None and column in optional):

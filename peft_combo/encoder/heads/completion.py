@@ -15,6 +15,7 @@ from torch.nn import functional
 from peft_combo import metrics
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.base import TaskHead, rebuild_head
+from peft_combo.encoder.heads.pictures import WIDTH, PictureView
 from peft_combo.metrics.report import ResultRow
 from peft_combo.recipe.task import BundleTask, CompletionTask
 from peft_combo.scoring.whitening import measure_whitening
@@ -34,13 +35,14 @@ class CompletionHead(TaskHead):
     described_by: ClassVar[type[CompletionTask]]
     config: CompletionTask
 
-    def __init__(self, dim: int, config: CompletionTask) -> None:
+    def __init__(self, dim: int, config: CompletionTask, width: int | None = None) -> None:
         super().__init__()
         self.dim = dim
         self.config = config
+        self.width = width = dim if width is None else width  # of what is projected
         projected = config.projection == "linear"
-        self.query_projection = nn.Linear(dim, dim, bias=False) if projected else None
-        self.target_projection = nn.Linear(dim, dim, bias=False) if projected else None
+        self.query_projection = nn.Linear(width, width, bias=False) if projected else None
+        self.target_projection = nn.Linear(width, width, bias=False) if projected else None
         for layer in (self.query_projection, self.target_projection):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
@@ -95,7 +97,12 @@ class CompletionHead(TaskHead):
 
 
 class BundleHead(CompletionHead):
-    """The head of the bundle task: the set encoder is the mean, plain or weighted."""
+    """The head of the bundle task: the set encoder is the mean, plain or weighted.
+
+    Attributes:
+        picture: what it makes of pictures; None where it reads texts alone. With it an item's vector is (D + W,): that
+            of its text, then what `PictureView.reduce` made of its picture, 0 where it has none.
+    """
 
     kind = "bundle"
     described_by = BundleTask
@@ -103,9 +110,10 @@ class BundleHead(CompletionHead):
     centre: Tensor
     change: Tensor
 
-    def __init__(self, dim: int, config: BundleTask) -> None:
-        super().__init__(dim, config)
-        self.attention = nn.Linear(dim, 1, bias=False) if config.pooling == "attention" else None
+    def __init__(self, dim: int, config: BundleTask, picture: PictureView | None = None) -> None:
+        super().__init__(dim, config, dim if picture is None else dim + WIDTH)
+        self.picture = picture
+        self.attention = nn.Linear(self.width, 1, bias=False) if config.pooling == "attention" else None
         if self.attention is not None:
             nn.init.zeros_(self.attention.weight)
         self.whitened = config.whitening == "half"
@@ -114,25 +122,45 @@ class BundleHead(CompletionHead):
             self.register_buffer("change", torch.eye(dim))
 
     def measure(self, vectors: NDArray[np.float32]) -> None:
-        """Measure on (N, D) vectors of a catalogue what half-whitens them; nothing where the recipe wants none."""
+        """Measure on (N, D) vectors of a catalogue what half-whitens them; nothing where the recipe wants none.
+
+        The parts of pictures were reduced so before.
+        """
         if self.whitened:
-            for buffer, value in zip((self.centre, self.change), measure_whitening(vectors), strict=True):
+            measured = measure_whitening(vectors[:, : self.dim])
+            for buffer, value in zip((self.centre, self.change), measured, strict=True):
                 buffer.copy_(torch.from_numpy(value))
 
+    def _prepare(self, items: Tensor) -> Tensor:
+        """Half-whiten (M, D) vectors of length 1, where the recipe says so, and weigh pictures, where there are any."""
+        if self.picture is None:
+            return self._whiten(items)
+        return self.picture.join(self._whiten(items[:, : self.dim]), items[:, self.dim :])
+
     def _whiten(self, items: Tensor) -> Tensor:
-        """Half-whiten (M, D) vectors of length 1, where the recipe says so."""
         if not self.whitened:
             return items
         return functional.normalize((items - self.centre) @ self.change, dim=-1)
 
+    def spec(self) -> dict[str, Any]:
+        return super().spec() if self.picture is None else {**super().spec(), "picture": self.picture.spec()}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Self:
+        if "picture" not in spec:
+            return super().from_spec(spec, weights)
+        fields = {key: value for key, value in spec.items() if key not in ("dim", "picture")}
+        config = cls.described_by.model_validate(fields)
+        return rebuild_head(lambda: cls(int(spec["dim"]), config, PictureView.from_spec(spec["picture"])), weights)
+
     def target(self, items: Tensor) -> Tensor:
-        return super().target(self._whiten(items))
+        return super().target(self._prepare(items))
 
     def query(self, items: Tensor, contexts: Tensor) -> Tensor:
         """Encode sets of items, see `CompletionHead`; NaN for an empty one, of which this head can say nothing."""
         present = contexts >= 0  # (Q, S)
-        items = self._whiten(items)
-        members = torch.cat([items, items.new_zeros(1, self.dim)])[contexts]  # (Q, S, D); -1 is the last row
+        items = self._prepare(items)
+        members = torch.cat([items, items.new_zeros(1, self.width)])[contexts]  # (Q, S, D); -1 is the last row
         if self.attention is None:
             weights = present.to(items.dtype)
             weights = weights / weights.sum(1, keepdim=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from peft_combo.recommender.text_ranking.columns import LOOKS_ALIKE
 from peft_combo.recommender.text_ranking.ranker import TextRanker
 from peft_combo.recommender.text_ranking.views import TextViews
 
-__all__ = ["TextRanker", "TextViews"]
+__all__ = ["LOOKS_ALIKE", "TextRanker", "TextViews"]

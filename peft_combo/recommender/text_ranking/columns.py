@@ -15,6 +15,7 @@ from peft_combo.recommender.text_ranking.views import Floats, TextViews
 
 # CandidateColumns that each view puts forward.
 DEPTH = 50
+LOOKS_ALIKE = "looks alike"
 # Columns are in deviations; farther ones are outliers.
 _FAR = 6.0
 _LEAST = ("words", "words and category", "joint", "encoder", "kinship", "place in its own list, words",
@@ -87,6 +88,8 @@ def describe_column(name: str, views: TextViews, context: NDArray[np.int64], row
         return "near categories"
     if view in ("first word", "first two words"):
         return "same first words (brand)"
+    if view == "pictures":
+        return LOOKS_ALIKE
     if view in ("latent words", "encoder", "encoder with category", "joint"):
         return "texts mean alike"
     shared = _find_shared_words(views, context, row)

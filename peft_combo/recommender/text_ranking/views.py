@@ -177,13 +177,15 @@ class TextViews:
 
     @classmethod
     def of(
-        cls, catalog: Catalog, text: str, frozen: Floats | None, described: Floats | None = None
+        cls, catalog: Catalog, text: str, frozen: Floats | None, described: Floats | None = None,
+        pictures: Floats | None = None,
     ) -> TextViews:  # fmt: skip
         """Read a catalogue.
 
         Args:
             text: template of an item's text. frozen: (N, D) vectors of the encoder without adapter.
             described: (N, D) the same of the texts with their category path.
+            pictures: (N, W) of items' pictures, 0 without one; one more dense view.
         """
         texts = catalog.split_words(catalog.texts(text))
         with_category = catalog.split_words(catalog.texts(text + " {category}"))
@@ -197,7 +199,7 @@ class TextViews:
         brand = _one_hot([own[0] if own else "" for own in tokens])
         makers = np.asarray(brand.sum(axis=0)).ravel()
         paths = _one_hot_paths(catalog)
-        dense = _dense_views(said, frozen, described)
+        dense = _dense_views(said, frozen, described, pictures)
         maker, kind_of_leaf = (
             _one_hot([" ".join(own[:2]) for own in tokens]),
             _one_hot([str(leaf) if leaf >= 0 else "" for leaf in leaves]),
@@ -237,7 +239,9 @@ class TextViews:
         )  # fmt: skip
 
 
-def _dense_views(said: Csr, frozen: Floats | None, described: Floats | None) -> dict[str, Floats]:
+def _dense_views(
+    said: Csr, frozen: Floats | None, described: Floats | None, pictures: Floats | None
+) -> dict[str, Floats]:
     from sklearn.decomposition import TruncatedSVD
 
     size = min(_LATENT, min(said.shape) - 1)
@@ -249,6 +253,8 @@ def _dense_views(said: Csr, frozen: Floats | None, described: Floats | None) -> 
         found["encoder"] = half_whiten(frozen)
     if described is not None:
         found["encoder with category"] = half_whiten(described)
+    if pictures is not None:
+        found["pictures"] = pictures
     found["joint"] = _join(list(found.values()) or [np.zeros((said.shape[0], 1), np.float32)])
     return found
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from peft_combo.data.pictures import Picture
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.heads.base import HeadT
 from peft_combo.metrics.report import ResultTable
@@ -51,6 +52,15 @@ class RetokenizedBatch(Batch, Protocol):
     @property
     def tokens(self) -> NDArray[np.int64]:
         """(T,) ids to run in place of the items' own, one text behind the other; the items' texts are distinct."""
+
+
+@runtime_checkable
+class PicturedTask(Protocol):
+    """A task whose head may read pictures beside texts."""
+
+    @property
+    def pictures(self) -> Sequence[Picture | None]:
+        """Of each text's item; none where no item has one."""
 
 
 BatchT = TypeVar("BatchT", bound=Batch)

@@ -20,6 +20,7 @@ from torch.nn import functional
 from peft_combo import metrics
 from peft_combo.data.augmentation.variants import find_brands
 from peft_combo.data.model import Dataset
+from peft_combo.data.pictures import Picture
 from peft_combo.data.pseudo_bundles import Mined, mine
 from peft_combo.data.queries import Queries, pad_contexts
 from peft_combo.data.sources import open_dataset
@@ -33,6 +34,9 @@ from peft_combo.encoder.heads.completion import (
     rank_targets,
     step_scale,
 )
+from peft_combo.encoder.heads.picture_adapter import PictureAdapter
+from peft_combo.encoder.heads.pictures import PictureView
+from peft_combo.errors import DataError
 from peft_combo.metrics.report import Gain, PerQuestion, ResultTable
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, CompletionTask
@@ -333,7 +337,12 @@ class Completion(Generic[CompletionHeadT]):
             "items": len(dataset.catalog),
             "bundles": self.examples,
         }
-        _, self._duplicates = np.unique(np.array(self.texts), return_inverse=True)
+        self.pictures = _find_pictures(dataset, recipe)
+        told: Sequence[str] = self.texts
+        if self.pictures:  # items of one text are told apart by what they look like
+            shown = ["" if picture is None else picture.key for picture in self.pictures]
+            told = [f"{text}\n{key}" for text, key in zip(self.texts, shown, strict=True)]
+        _, self._duplicates = np.unique(np.array(told), return_inverse=True)
         leaf_names = [dataset.catalog.leaf(row) or "" for row in range(len(self.texts))]
         _, self._leaves = np.unique(np.array(leaf_names), return_inverse=True)
         self._bundles = [dataset.bundles.items[row] for row in parts.train]
@@ -392,12 +401,28 @@ class Completion(Generic[CompletionHeadT]):
         return np.concatenate(ranks)
 
 
+def _find_pictures(dataset: Dataset, recipe: Recipe) -> tuple[Picture | None, ...]:
+    """Return the pictures of items where the recipe reads them.
+
+    Raises:
+        DataError: it does, and no item has one.
+    """
+    if recipe.backbone.image_model is None:
+        return ()
+    if not dataset.catalog.pictures:
+        raise DataError(
+            f"backbone.image_model is set, and no item of {dataset.name} has a picture. Give items an image column (a "
+            "path in the data folder), or take --set backbone.image_model=null"
+        )
+    return dataset.catalog.pictures
+
+
 class BundleCompletion(Completion[BundleHead]):
     """The bundle task as the loop sees it; see `base.Task`."""
 
     def __init__(self, recipe: Recipe, config: BundleTask, read: tuple[Dataset, Split] | None = None) -> None:
         super().__init__(recipe, config, read)
-        self._config = config
+        self._config, self._image_rank, self._seed = config, recipe.backbone.image_rank, recipe.seed
         pseudo = None
         if config.pseudo_bundles is not None:
             pseudo = mine(self._dataset, self._parts, config.pseudo_bundles)
@@ -411,7 +436,14 @@ class BundleCompletion(Completion[BundleHead]):
         return self._batches.per_epoch
 
     def head(self, backbone: Backbone, max_length: int) -> BundleHead:
-        return BundleHead(backbone.dim, self._config)
+        if backbone.pictures is None:
+            return BundleHead(backbone.dim, self._config)
+        encoder, adapter = backbone.pictures, None
+        if self._image_rank:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed)
+                adapter = PictureAdapter.suit(encoder.model, encoder.dim, self._image_rank)
+        return BundleHead(backbone.dim, self._config, PictureView(encoder.dim, adapter))
 
     def start(self, head: BundleHead, frozen: Encode) -> None:
         if head.whitened:
