@@ -7,11 +7,12 @@ network (that is `fetch`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from peft_combo.data.assemble import Found, Needs, assemble
+from peft_combo.data.knowledge.read import read_knowledge
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers import bundlerec, completejourney
 from peft_combo.data.readers.demo import read_demo
@@ -42,6 +43,10 @@ def open_dataset(config: DataConfig, needs: Needs = "bundles") -> Dataset:
         DataError: the source is not there, lacks what is needed, or has faults; all of them are in the message.
     """
     found, faults = _read(config, needs)
+    if found is not None and config.path is not None and config.source in ("folder", "bundlerec"):
+        notes = list(found.notes)
+        knowledge = read_knowledge(literal_path(config.path), found.catalog, faults, notes)
+        found = replace(found, notes=tuple(notes), knowledge=knowledge)
     if faults or found is None:
         where = config.path if config.path is not None else config.source
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"

@@ -15,6 +15,7 @@ from peft_combo.data.assemble import Needs
 from peft_combo.data.labels.tags import TaggedTexts, entities, list_tag_files, read_tags, weak_tags
 from peft_combo.data.labels.texts import LabelledTexts, TextSplit, labels_of_catalogue, read_labels, split_texts
 from peft_combo.data.labels.unlabelled import PlainTexts
+from peft_combo.data.knowledge.broken import describe_broken
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers.folder import TABLES
 from peft_combo.data.readers.forms import holds_table
@@ -156,7 +157,8 @@ def _kinds_in(data: DataConfig) -> list[str]:
 def _figures(found: _Data, data: DataConfig) -> dict[str, Any]:
     match found:
         case Dataset():
-            return {**describe(found), **_split(lambda: split_as(found, data), {"by": data.split})}
+            figures = {**describe(found), **_split(lambda: split_as(found, data), {"by": data.split})}
+            return {**figures, "notes": [*figures["notes"], *describe_broken(found)]}
         case LabelledTexts():
             counts = Counter(label for own in found.labels for label in own)
             texts = list(found.texts)
