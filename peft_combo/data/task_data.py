@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, assert_never
 import numpy as np
 
 from peft_combo.data.assemble import Needs
+from peft_combo.data.knowledge.broken import describe_broken
 from peft_combo.data.labels.tags import TaggedTexts, entities, list_tag_files, read_tags, weak_tags
 from peft_combo.data.labels.texts import LabelledTexts, TextSplit, labels_of_catalogue, read_labels, split_texts
 from peft_combo.data.labels.unlabelled import PlainTexts
-from peft_combo.data.knowledge.broken import describe_broken
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers.folder import TABLES
 from peft_combo.data.readers.forms import holds_table

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.data.knowledge.relations import Relations
 from peft_combo.data.model import Catalog, Dataset, Interactions
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
@@ -44,6 +45,7 @@ class FitData:
         rated: the same of rating adapters. interactions: those of `past` with their times; None where there are none.
         areas: which adapter is at home with which items; None where no adapter is bound to a category.
         groups: (B,) the user (or bundle) that each row of `history` belongs to.
+        relations: between items; None where the data tell none.
     """
 
     history: sparse.csr_matrix[Any]
@@ -61,6 +63,7 @@ class FitData:
     interactions: Interactions | None = None
     groups: tuple[str, ...] = ()
     described: NDArray[np.float32] | None = None
+    relations: Relations | None = None
 
     @classmethod
     def of(
@@ -96,7 +99,7 @@ class FitData:
             np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
             catalog.leaf_numbers, catalog, dataset.plain_template, frozen, tuned, coverage, rated or {}, seen,
             tuple(dataset.bundles.groups if bundles is None else (dataset.bundles.groups[row] for row in bundles)),
-            described,
+            described, None if dataset.knowledge is None else dataset.knowledge.relations,
         )  # fmt: skip
 
     @cached_property

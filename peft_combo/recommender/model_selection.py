@@ -38,6 +38,7 @@ from peft_combo.recommender.fitted_scorers import (
     build_past,
     build_rating,
 )
+from peft_combo.recommender.relation_paths import lay_edges
 from peft_combo.recommender.scorer_id import (
     ALIKE,
     BOUGHT,
@@ -45,6 +46,7 @@ from peft_combo.recommender.scorer_id import (
     CEASE_BERT,
     ENSEMBLE,
     FROZEN,
+    GRAPH,
     PEER,
     RANDOM,
     TEXT_RANKER,
@@ -55,6 +57,7 @@ from peft_combo.scoring.base import Scorer
 from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.paths import PathRanking
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, tfidf_vectors
 from peft_combo.scoring.whitening import half_whiten
@@ -181,6 +184,9 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
     if known.categorised is not None:
         found[PEER] += _list_linear(known, "words and category", known.categorised)
     found[TEXT_RANKER] = [_Ranker(known, seed)]
+    if known.relations is not None:
+        names, edges = lay_edges(known.relations, known.catalog)
+        found[GRAPH] = [_Choice("", PathRanking(names), known.history, edges)]
     return found | _list_encoders(known, met)
 
 

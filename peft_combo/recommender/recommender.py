@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.data.knowledge.rule_set import RuleSet
 from peft_combo.data.labels.tags import Tagger
 from peft_combo.data.model import Dataset
 from peft_combo.data.sessions import check_session_items
@@ -22,13 +23,14 @@ from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
+from peft_combo.recommender import explanations
 from peft_combo.recommender.bundle_detection import BundleDetector
 from peft_combo.recommender.bundle_search import find_bundles
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
 from peft_combo.recommender.composing.options import OneOf, Options
-from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_detected, describe_item
+from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_item
 from peft_combo.recommender.fit_state import FitState, fit_scorers
 from peft_combo.recommender.fused_scorer import FusedScorer
 from peft_combo.recommender.item_ranking import (
@@ -48,8 +50,7 @@ from peft_combo.recommender.query_items import (
     match_items,
 )
 from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
-from peft_combo.recommender.scorer_id import NOT_LIKE, TEXT_RANKER, TEXT_SEARCH
-from peft_combo.recommender.text_ranking import TextRanker
+from peft_combo.recommender.scorer_id import NOT_LIKE, TEXT_SEARCH
 from peft_combo.recommender.text_search import find_distinct
 from peft_combo.scoring.base import Vectors
 
@@ -81,8 +82,9 @@ class BundleRecommender:
         self._scorer = FusedScorer(state)
         self._history: Any = sparse.csc_array(state.known.history)
         self.composer = composer or Composer.learn(
-            dataset.catalog, dataset.bundles.items, vectors=state.known.frozen, history=state.known.history
-        )
+            dataset.catalog, dataset.bundles.items, vectors=state.known.frozen, history=state.known.history,
+            rules=RuleSet.of(dataset.knowledge, dataset.catalog),
+        )  # fmt: skip
         self.templates = self.composer.templates
         if like is not None and dataset.interactions is not None:
             self._taken = like._taken
@@ -174,7 +176,7 @@ class BundleRecommender:
         if not (len(given) or user is not None or query is not None or fused is not None):
             raise DataError("Nothing to go by: give items or a user, or a query.")
         narrowed = self._narrow(constraints, given, user, not_like, exclude, exclude_seen)
-        allowed = self.composer.find_allowed(narrowed, required=required, forbidden=forbidden)
+        allowed = self.composer.find_allowed(narrowed, required=required, forbidden=forbidden, beside=given)
         context = self.find_context(given, user)
         if fused is None and (len(context) or user is not None):
             fused = self.score_context(context, user)
@@ -239,8 +241,7 @@ class BundleRecommender:
         because: dict[int, dict[str, float]] = {}
         if explain and len(context) > 1 and not {TEXT_SEARCH, NOT_LIKE} & ranking.fused.parts.keys():
             because = self._name_credits(self._scorer.credit_context(context, user, rows, ranking.fused.scores))
-        ranker = self.state.serving.get(TEXT_RANKER)
-        reasons = ranker.explain(context, rows) if explain and isinstance(ranker, TextRanker) else {}
+        reasons = explanations.explain_scorers(self.state.serving, catalog, context, rows) if explain else {}
         return [
             describe_item(
                 catalog, row, ranking.fused, self._count_together(row, context), because.get(row, {}),
@@ -327,8 +328,7 @@ class BundleRecommender:
         constraints = self._narrow(constraints, context[:0], user, not_like, exclude, exclude_seen)
         composer = self.composer
         if required is not None or forbidden is not None:
-            edited = self.templates.with_rules(required=required, forbidden=forbidden)
-            composer = composer.with_templates(edited)
+            composer = composer.with_templates(self.templates.with_rules(required=required, forbidden=forbidden))
         options = self._add_weights(options or Options(), len(context), query=query is not None)
         composed = composer.compose(
             context, one_of=[OneOf(one.item.name, one.rows) for one in matches], relevance=sum_standard(relevance),
@@ -392,7 +392,7 @@ class BundleRecommender:
         rows = self.dataset.find_items(items)
         check_session_items(items)
         return [
-            describe_detected(self.dataset.catalog, one)
+            explanations.describe_detected(self.dataset.catalog, one)
             for one in self._detector.detect(rows, "sure" if sure else "whole")[:k]
         ]
 

@@ -8,7 +8,7 @@ from typing import Literal
 Kind = Literal[
     "random", "popularity", "co-occurrence", "item-kNN", "user-kNN", "EASE", "ALS", "TF-IDF title", "CEASE-TFIDF",
     "bought before", "users alike", "frozen BERT", "tuned BERT", "ensemble", "tuned by category", "rated", "CEASE-BERT",
-    "text ranker", "fusion", "TF-IDF, unseen first", "text search", "not like",
+    "text ranker", "knowledge graph", "fusion", "TF-IDF, unseen first", "text search", "not like",
 ]  # fmt: skip
 
 
@@ -43,6 +43,7 @@ RANDOM, PEER, FROZEN = ScorerId("random"), ScorerId("CEASE-TFIDF"), ScorerId("fr
 ENSEMBLE, BY_CATEGORY = ScorerId("ensemble"), ScorerId("tuned by category")
 BOUGHT, ALIKE = ScorerId("bought before"), ScorerId("users alike")
 CEASE_BERT, TEXT_RANKER = ScorerId("CEASE-BERT"), ScorerId("text ranker")
+GRAPH = ScorerId("knowledge graph")
 FUSION = ScorerId("fusion")
 # Of answers alone: what words found, and what likeness to rejected items takes away.
 TOGETHER, TOP = ScorerId("co-occurrence"), ScorerId("popularity")

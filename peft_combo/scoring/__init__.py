@@ -16,6 +16,7 @@ from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
 from peft_combo.scoring.out_of_core import CountedKNN, CountedPairs, count_items
+from peft_combo.scoring.paths import PathRanking
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, Tfidf, tfidf_vectors
 
@@ -28,6 +29,7 @@ __all__ = [
     "CountedPairs",
     "ItemFeatures",
     "ItemKNN",
+    "PathRanking",
     "Popularity",
     "Random",
     "Scorer",
@@ -40,7 +42,20 @@ __all__ = [
     "tfidf_vectors",
 ]
 
-_SCORERS = (Random, Popularity, CoOccurrence, ItemKNN, UserKNN, EASE, CEASE, TextCosine, ALS, CountedKNN, CountedPairs)
+_SCORERS = (
+    Random,
+    Popularity,
+    CoOccurrence,
+    ItemKNN,
+    UserKNN,
+    EASE,
+    CEASE,
+    TextCosine,
+    ALS,
+    CountedKNN,
+    CountedPairs,
+    PathRanking,
+)
 
 
 def load_scorer(arrays: Mapping[str, NDArray[np.generic]], params: Mapping[str, Any]) -> Scorer:

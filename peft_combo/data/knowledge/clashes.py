@@ -8,7 +8,7 @@ programs", which needs no more than a test whether a set can be kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,7 @@ def find_clashes(rules: RuleSet) -> dict[tuple[str, ...], int]:
 
 def _number_kinds(rules: RuleSet) -> NDArray[np.int64]:
     """Number items so that those which no hard rule tells apart have one number: (N,)."""
-    columns = [np.zeros(rules.n_items, np.int64)]
+    columns: list[NDArray[Any]] = [np.zeros(rules.n_items, np.int64)]
     for one in rules.hard:
         columns += [one.when, one.target]
         if one.codes is not None:
@@ -71,7 +71,9 @@ def _number_kinds(rules: RuleSet) -> NDArray[np.int64]:
         if one.steps is not None:
             sides = (one.steps.heads, one.steps.tails.T.tocsr())
             for side in sides:
-                own = {key: number for number, key in enumerate(sorted({_edges(side, r) for r in range(rules.n_items)}))}
+                own = {
+                    key: number for number, key in enumerate(sorted({_edges(side, r) for r in range(rules.n_items)}))
+                }
                 columns.append(np.array([own[_edges(side, row)] for row in range(rules.n_items)]))
     table = np.stack([column.astype(np.int64) for column in columns], axis=1)
     return np.unique(table, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)

@@ -7,7 +7,7 @@ from pathlib import Path
 from peft_combo.data.knowledge.clashes import find_clashes
 from peft_combo.data.knowledge.relations import read_relations
 from peft_combo.data.knowledge.rule_set import Knowledge, RuleSet, check_names
-from peft_combo.data.knowledge.rules import RULES_FILE, read_rules
+from peft_combo.data.knowledge.rules import RULES_FILE, Rule, read_rules
 from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError, Fault
 
@@ -22,7 +22,7 @@ def read_knowledge(folder: Path, catalog: Catalog, faults: list[Fault], notes: l
     before = len(faults)
     relations = read_relations(folder, catalog, faults, notes)
     path = folder / RULES_FILE
-    rules = ()
+    rules: tuple[Rule, ...] = ()
     if path.is_file():
         try:
             rules = read_rules(path)

@@ -58,7 +58,9 @@ class ItemRule:
 
     def find_partners(self, row: int) -> Mask:
         """Which items the target of an item of `when` may be, (N,); never the item itself."""
-        found = self.target & self.steps.reach(row) if self.steps is not None else self.target.copy()
+        found = self.target.copy()
+        if self.steps is not None:
+            found &= self.steps.reach(row)
         found[row] = False
         return found
 
@@ -66,7 +68,9 @@ class ItemRule:
         """Which items of `when` an item is a target of, (N,); never the item itself."""
         if not self.target[row]:
             return np.zeros(len(self.when), bool)
-        found = self.when & self.steps.reach(row, back=True) if self.steps is not None else self.when.copy()
+        found = self.when.copy()
+        if self.steps is not None:
+            found &= self.steps.reach(row, back=True)
         found[row] = False
         return found
 
@@ -77,8 +81,12 @@ class ItemRule:
         if self.codes is not None:
             if not self.when[row] or self.codes[row] < 0:
                 return np.zeros(len(self.when), bool)
-            return self.when & (self.codes >= 0) & (self.codes != self.codes[row])
-        return self.find_askers(row) | (self.find_partners(row) if self.when[row] else False)
+            differing: Mask = self.when & (self.codes >= 0) & (self.codes != self.codes[row])
+            return differing
+        found = self.find_askers(row)
+        if self.when[row]:
+            found |= self.find_partners(row)
+        return found
 
     def list_unmet(self, rows: Sequence[int]) -> list[int]:
         """Return the items of a bundle whose requirement no other item of it meets."""
@@ -103,11 +111,22 @@ class ItemRule:
         return any(self.when[row] and self.find_partners(row)[list(rows)].any() for row in rows)
 
 
+@dataclass(frozen=True)
+class Related:
+    """A relation between an item and another; `head` where the item is its head, and the other its tail."""
+
+    relation: str
+    other: int
+    head: bool
+
+
 class RuleSet:
     """Rules of one catalogue of N items; safe to share between threads, for it changes nothing."""
 
-    def __init__(self, rules: Sequence[ItemRule], n_items: int) -> None:
+    def __init__(self, rules: Sequence[ItemRule], n_items: int, relations: Mapping[str, Steps] | None = None) -> None:
+        """Take rules over N items, and the relations between them."""
         self.rules = tuple(rules)
+        self.relations = relations or {}
         self.n_items = n_items
         # An item's conflicts are asked for again and again while bundles grow.
         self.find_conflicts = lru_cache(maxsize=max(16, _KEPT_BYTES // max(1, n_items)))(self._find_conflicts)
@@ -115,10 +134,10 @@ class RuleSet:
     @classmethod
     def of(cls, knowledge: Knowledge | None, catalog: Catalog) -> Self:
         """Read the rules of a dataset over its catalogue; names that it does not have stand for no item."""
-        if knowledge is None or not knowledge.rules:
+        if knowledge is None:
             return cls((), len(catalog))
         reader = _Reader(catalog, knowledge.relations)
-        return cls([reader.read(rule) for rule in knowledge.rules], len(catalog))
+        return cls([reader.read(rule) for rule in knowledge.rules], len(catalog), reader.steps)
 
     def __bool__(self) -> bool:
         return bool(self.rules)
@@ -141,7 +160,7 @@ class RuleSet:
     def select(self, names: Iterable[str]) -> RuleSet:
         """Return the rules of these names only."""
         kept = set(names)
-        return RuleSet([one for one in self.rules if str(one.rule) in kept], self.n_items)
+        return RuleSet([one for one in self.rules if str(one.rule) in kept], self.n_items, self.relations)
 
     def _find_conflicts(self, row: int) -> Mask:
         """Which items break a hard rule together with one, whatever else a bundle holds: (N,), not to be changed."""
@@ -192,14 +211,23 @@ class RuleSet:
                 loss += (one.rule.weight or 0.0) * conflicts
         return loss
 
-    def list_met(self, row: int, others: Sequence[int]) -> list[tuple[Rule, int]]:
-        """Return the rules by which an item is required beside others, each with the item that requires it."""
-        found = []
+    def list_met(self, row: int, others: Sequence[int]) -> tuple[tuple[str, int], ...]:
+        """Return the names of the rules by which an item is required beside others, each with one that requires it."""
+        found: list[tuple[str, int]] = []
         for one in self.rules:
             if one.rule.kind == "requires":
                 askers = one.find_askers(row)
-                found += [(one.rule, other) for other in others if askers[other]][:1]
-        return found
+                found += [(str(one.rule), other) for other in others if askers[other]][:1]
+        return tuple(found)
+
+    def list_related(self, row: int, others: Sequence[int]) -> tuple[Related, ...]:
+        """Return the relations an item is in with others, of each the first."""
+        found = []
+        for name, steps in self.relations.items():
+            ends = [(other, True) for other in others if steps.explain(row, other)]
+            ends += [(other, False) for other in others if steps.explain(other, row)]
+            found += [Related(name, other, head) for other, head in ends[:1]]
+        return tuple(found)
 
 
 class _Reader:
@@ -207,7 +235,7 @@ class _Reader:
 
     def __init__(self, catalog: Catalog, relations: Relations | None) -> None:
         self.catalog = catalog
-        self._steps = {} if relations is None else lay_out(relations, catalog)
+        self.steps = {} if relations is None else lay_out(relations, catalog)
 
     @cached_property
     def _traits(self) -> Traits:
@@ -222,7 +250,7 @@ class _Reader:
         steps = None
         if rule.target.related is not None:
             empty = lay_out(Relations((("", rule.target.related, ""),)), self.catalog)
-            steps = (empty | self._steps)[rule.target.related]
+            steps = (empty | self.steps)[rule.target.related]
         return ItemRule(rule, when, self.select(rule.target), steps, None)
 
     def select(self, selector: ItemSelector) -> Mask:
@@ -263,7 +291,9 @@ def check_names(knowledge: Knowledge, catalog: Catalog) -> list[Fault]:
     """Return a fault for every name in rules that the catalogue or the relations do not have."""
     faults: list[Fault] = []
     reader = _Reader(catalog, knowledge.relations)
-    paths = sorted({CATEGORY_SEPARATOR.join(path[: d + 1]) for path in set(catalog.categories) for d in range(len(path))})
+    paths = sorted(
+        {CATEGORY_SEPARATOR.join(path[: d + 1]) for path in set(catalog.categories) for d in range(len(path))}
+    )
     slots = sorted({slot for slot in catalog.slots if slot})
     relations = () if knowledge.relations is None else knowledge.relations.names
 
@@ -285,7 +315,10 @@ def check_names(knowledge: Knowledge, catalog: Catalog) -> list[Fault]:
             if selector is None:
                 continue
             where = f"rules.{place}.{key}"
-            if selector.category is not None and (path := CATEGORY_SEPARATOR.join(split_path(selector.category))) not in paths:
+            if (
+                selector.category is not None
+                and (path := CATEGORY_SEPARATOR.join(split_path(selector.category))) not in paths
+            ):
                 blame(f"{where}.category", "category", path, paths)
             if selector.slot is not None and selector.slot not in slots:
                 blame(f"{where}.slot", "slot", selector.slot, slots)

@@ -152,7 +152,9 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise DataError.from_faults(title, [Fault(path.name, f"cannot be read: {reason}.")]) from error
     if len(content) > _MAX_BYTES:
-        raise DataError.from_faults(title, [Fault(path.name, f"expected at most {_MAX_BYTES // 1024} KiB, found more.")])
+        raise DataError.from_faults(
+            title, [Fault(path.name, f"expected at most {_MAX_BYTES // 1024} KiB, found more.")]
+        )
     return parse_rules(text, path.name)
 
 
@@ -199,6 +201,8 @@ def format_rules(rules: Sequence[Rule], comments: Sequence[str] = ()) -> str:
         if comments:
             lines.append(f"  # {comments[place]}")
         fields = rule.model_dump(exclude_none=True, exclude_defaults=True)
-        written = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]  # YAML reads JSON
+        written = [
+            f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()
+        ]  # YAML reads JSON
         lines += [("  - " if number == 0 else "    ") + line for number, line in enumerate(written)]
     return "\n".join(lines) + "\n"
