@@ -102,8 +102,8 @@ def keep_rules(slotted: SlottedCatalog, allowed: NDArray[np.bool_], beside: Sequ
 def explain_clash(names: Sequence[str]) -> DataError:
     """Say which rules leave no bundle."""
     told = " and ".join(f'"{name}"' for name in names)
-    many = "rules clash" if len(names) > 1 else "rule cannot be kept"
-    return DataError(f"No bundle with what was given keeps the hard rules. This {many}: {told}. {_RULES_REMEDY}")
+    many = "These rules clash" if len(names) > 1 else "This rule cannot be kept"
+    return DataError(f"No bundle with what was given keeps the hard rules. {many}: {told}. {_RULES_REMEDY}")
 
 
 def _explain_budget(slotted: SlottedCatalog, constraints: Constraints, space: SearchSpace, size: str) -> str:
