@@ -3,9 +3,9 @@
     python -m benchmarks.rules FOLDER --rule "matches: gender"
 
 Of every validation bundle one item is given and the rest composed, of the size it has, by the composer that `recommend`
-uses. Relevance is CEASE over TF-IDF titles in the setting that is best on validation, compatibility is not asked, and the
-weights of the objective are the fixed ones: what differs between the two lines is the rules alone. Prints the share of
-composed and of real bundles that break a rule, and the recall of the items left out, with a paired permutation test.
+uses. Relevance is CEASE over TF-IDF titles in the setting that is best on validation, compatibility is not asked, and
+the weights of the objective are the fixed ones: what differs between the two lines is the rules alone. Prints the share
+of composed and of real bundles that break a rule, and the recall of the items left out, with a paired permutation test.
 """
 
 from __future__ import annotations

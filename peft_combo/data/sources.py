@@ -131,6 +131,9 @@ def available() -> Sequence[Source]:
             "35,124 Chinese reviews of goods, hotels and books, each positive or negative",
             'pip install "peft-combo[reviews-zh]"',
         ),
+        Source(
+            "demo-answers", "made-up questions of a shop's customers with answer templates", "data.source: demo-answers"
+        ),
         Source("folder", "your own items, bundles and interactions as CSV, Parquet or JSON Lines", "data.path: FOLDER"),
         Source("bundlerec", "the CSV layout of the BundleRec datasets", "data.path: FOLDER"),
         Source(
@@ -149,6 +152,10 @@ def _read(config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
             return read_demo(config.source), []
         case "reviews-zh":
             raise DataError("data.source reviews-zh holds texts and labels, no items: it is for task.labels: table.")
+        case "demo-answers":
+            raise DataError(
+                "data.source demo-answers holds questions and answers, no items: it is for task.kind: matching."
+            )
         case "completejourney":
             return completejourney.read_completejourney(config.departments)
         case "folder" | "bundlerec":

@@ -63,7 +63,8 @@ class Cusum:
     def run(self, given: ArrayLike, sizes: ArrayLike) -> NDArray[np.float64]:
         """Return S after each window: (W,) counts of (W,) texts -> (W,)."""
         steps = _log_ratios(np.asarray(given, np.int64), np.asarray(sizes, np.int64), self.usual, self.risen)
-        return _accumulate(steps[None])[0]
+        found: NDArray[np.float64] = _accumulate(steps[None])[0]
+        return found
 
 
 def _log_ratios(given: NDArray[np.int64], sizes: NDArray[np.int64], usual: float, risen: float) -> NDArray[np.float64]:

@@ -33,8 +33,8 @@ class ErrorRates:
             raise ValueError("error rates need texts of the class and of others, found only one kind.")
         if self.true_rate <= self.false_rate:
             raise ValueError(
-                f"a classifier that gives the class to {self.false_rate:.0%} of other texts and to {self.true_rate:.0%} "
-                "of its own says nothing of the share."
+                f"a classifier that gives the class to {self.false_rate:.0%} of other texts and to "
+                f"{self.true_rate:.0%} of its own says nothing of the share."
             )
 
     @property

