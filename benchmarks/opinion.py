@@ -17,10 +17,12 @@ import numpy as np
 
 from peft_combo.data.labels.texts import text_key
 from peft_combo.data.readers.reviews_zh import read_reviews
+from peft_combo.data.task_data import read_labelled
 from peft_combo.encoder.heads.classification import ClassificationHead
 from peft_combo.evaluation.opinion import measure_rates, watch_share
+from peft_combo.metrics.quantification import ErrorRates
 from peft_combo.recommender.workspace import Workspace
-from peft_combo.tuning.tasks.classification import read_labelled, read_test_texts
+from peft_combo.tuning.tasks.classification import read_test_texts
 
 BASELINE, WEEK = 8, 604_800.0
 
@@ -33,7 +35,12 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2_000, help="unseen reviews that are classified")
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--per-week", type=int, default=50)
+    parser.add_argument("--smoke", action="store_true", help="made-up classes, few seeds")
     own = parser.parse_args()
+    if own.smoke:
+        rng = np.random.default_rng(0)
+        _simulate({True: rng.random(500) < 0.85, False: rng.random(500) < 0.2}, ErrorRates(85, 100, 20, 100), 3, 50)
+        return
     space = Workspace.of_adapter(own.adapter, store=own.store)
     live = space.bank.get(own.adapter)
     head = live.head_as(ClassificationHead)
@@ -59,19 +66,27 @@ def main() -> None:
     )
     fresh_rates = measure_rates(given, right)
     print(f"on the {len(keys)} unseen ones: {fresh_rates.true_rate:.3f} and {fresh_rates.false_rate:.3f}")
-    pools = {True: given[right], False: given[~right]}
+    _simulate({True: given[right], False: given[~right]}, rates, own.seeds, own.per_week)
+
+
+def _simulate(pools: dict[bool, np.ndarray], rates: ErrorRates, seeds: int, per_week: int) -> None:
+    """Draw streams of weeks and print what the watch says of them.
+
+    Args:
+        pools: of negative reviews and of others, which were called negative.
+    """
 
     def stream(shares: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         dice = np.random.default_rng(seed)
-        truth = dice.random((len(shares), own.per_week)) < shares[:, None]
+        truth = dice.random((len(shares), per_week)) < shares[:, None]
         said = np.where(truth, dice.choice(pools[True], truth.shape), dice.choice(pools[False], truth.shape))
-        times = np.repeat(4 * 86_400.0 + WEEK * np.arange(len(shares)), own.per_week)  # Mondays
+        times = np.repeat(4 * 86_400.0 + WEEK * np.arange(len(shares)), per_week)  # Mondays
         return times, said.ravel()
 
     for before, after in ((0.3, 0.4), (0.3, 0.45), (0.3, 0.6)):
         delays, early, missed = [], 0, 0
         raw, corrected = [], []
-        for seed in range(own.seeds):
+        for seed in range(seeds):
             shares = np.repeat([before, after], [BASELINE + 10, 30])
             found = watch_share(*stream(shares, seed), baseline=BASELINE, rates=rates)
             weeks = [one.start for one in found.windows]
@@ -83,13 +98,13 @@ def main() -> None:
             if place is not None and place >= BASELINE + 10:
                 delays.append(place - (BASELINE + 10) + 1)
         print(
-            f"{before:.2f} to {after:.2f}: delay median {np.median(delays):.0f}, mean {np.mean(delays):.2f}, 90 % within "
-            f"{np.quantile(delays, 0.9):.0f} weeks; {early} of {own.seeds} alarmed in the 10 weeks before, {missed} never; "
-            f"mean share said raw {np.mean(raw):.3f}, corrected {np.mean(corrected):.3f}"
+            f"{before:.2f} to {after:.2f}: delay median {np.median(delays):.0f}, mean {np.mean(delays):.2f}, "
+            f"90 % within {np.quantile(delays, 0.9):.0f} weeks; {early} of {seeds} alarmed in the 10 weeks before, "
+            f"{missed} never; mean share said raw {np.mean(raw):.3f}, corrected {np.mean(corrected):.3f}"
         )
     for weeks in (BASELINE, 52):
         runs = []
-        for seed in range(own.seeds):
+        for seed in range(seeds):
             found = watch_share(*stream(np.full(weeks + 400, 0.3), 10_000 + seed), baseline=weeks, rates=rates)
             starts = [one.start for one in found.windows]
             runs.append(400 if found.alarm is None else starts.index(found.alarm) - weeks + 1)

@@ -268,7 +268,7 @@ def test_mined_rules_are_those_that_were_planted_and_chance_makes_none() -> None
     assert (one.kept, one.confidence, one.rule.hard) == (one.bundles, 1.0, True)
     assert one.low < 1 == one.high or one.low < one.confidence
     assert parse_rules(format_rules([own.rule for own in found])) == tuple(own.rule for own in found)
-    chance = [mine_rules(plant(seed=seed, rule=False), min_confidence=0.01) for seed in range(5)]
+    chance = [mine_rules(plant(seed=seed, rule=False), min_confidence=0.01) for seed in range(2)]
     slots = [one for own in chance for one in own if one.rule.kind == "matches"]
     assert len(slots) == 0
 
