@@ -27,6 +27,7 @@ from peft_combo.recommender import fit_state
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
+from peft_combo.recommender.live_catalog import VectorBuffers, extend_recommender
 from peft_combo.recommender.model_selection import list_scorers
 from peft_combo.recommender.persistence import load_recommender, save_recommender
 from peft_combo.recommender.recommender import BundleRecommender
@@ -336,6 +337,8 @@ def test_rules_act_in_every_answer_and_relations_are_weighed_and_kept(
     assert {"relation": "same line as", "with": "i1", "head": False} in [
         own for entry in evidence for own in entry.get("related", ())
     ]
+    later = extend_recommender(made, [], ["i12"], VectorBuffers())  # as the service does when an item goes
+    assert not {"i6", "i12"} & {one.item_id for one in later.complete(["i0"], k=50)}
     save_recommender(made, tmp_path / "fitted")
     back = load_recommender(tmp_path / "fitted", dataset, bank)
     assert back.complete(["i0"], k=5) == made.complete(["i0"], k=5)
