@@ -25,7 +25,8 @@ from peft_combo.data.model import CATEGORY_SEPARATOR, Catalog, Dataset
 from peft_combo.data.traits import Traits
 from peft_combo.errors import DataError
 
-_SOFT = 1.0  # weight of a proposed rule that not every bundle keeps
+_SOFT = 1.0  # weight of a proposed rule that not every bundle keeps, or that is not sure
+_SURE = 0.95  # lower bound from which a rule that every bundle keeps is proposed as a hard one
 _MOST_KINDS = 2_000  # the most frequent are counted; pairs grow with the square
 
 Kind = tuple[Literal["category", "slot", "attribute", "item"], str, str]
@@ -36,7 +37,7 @@ class MinedRule:
     """A rule with what was counted for it.
 
     Attributes:
-        rule: hard where every bundle with the first kind keeps it, else soft.
+        rule: hard where every bundle keeps it that it is about and these are enough to be sure, else soft.
         bundles: that the rule is about. kept: of them that keep it.
         support: share of all bundles that are about it and keep it.
         confidence: kept / bundles. low, high: Wilson 1927 interval of it, 95 %.
@@ -83,7 +84,8 @@ def mine_rules(
         confidence, p = one.kept / one.bundles, min(1.0, one.p * tests)
         if p < level and confidence >= min_confidence:
             low, high = wilson_interval(one.kept, one.bundles)
-            rule = one.rule if one.kept == one.bundles else one.rule.model_copy(update={"weight": _SOFT})
+            sure = one.kept == one.bundles and low >= _SURE
+            rule = one.rule if sure else one.rule.model_copy(update={"weight": _SOFT})
             support = one.kept / len(members)
             lift = confidence / one.chance
             rules.append(MinedRule(rule, one.bundles, one.kept, support, confidence, low, high, one.chance, lift, p))
