@@ -39,7 +39,7 @@ def main() -> None:
     own = parser.parse_args()
     if own.smoke:
         rng = np.random.default_rng(0)
-        _simulate({True: rng.random(500) < 0.85, False: rng.random(500) < 0.2}, ErrorRates(85, 100, 20, 100), 3, 50)
+        _simulate({True: rng.random(500) < 0.85, False: rng.random(500) < 0.2}, ErrorRates(85, 100, 20, 100), 1, 50)
         return
     space = Workspace.of_adapter(own.adapter, store=own.store)
     live = space.bank.get(own.adapter)

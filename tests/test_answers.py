@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -21,11 +22,14 @@ from peft_combo.recipe.task import MatchingTask
 from peft_combo.tuning.loop import tune
 
 
-def test_no_answer_and_no_question_of_the_demo_stands_on_two_sides() -> None:
+@pytest.mark.parametrize("unseen", ["answers", "questions"])
+def test_no_answer_or_no_wording_of_the_demo_stands_on_two_sides(unseen: Literal["answers", "questions"]) -> None:
     pairs, config = read_demo_answers(), load_recipe("match-answers").data
-    parts = split_answers(pairs, config)
-    sides = [{pairs.answers[pairs.of[row]] for row in own} for own in (parts.train, parts.valid, parts.test)]
-    assert sum(map(len, sides)) == len(set().union(*sides)) == len(pairs.answers) == 49
+    parts = split_answers(pairs, config, unseen)
+    names = [pairs.answers[own] for own in pairs.of] if unseen == "answers" else list(pairs.groups)
+    sides = [{names[row] for row in own} for own in (parts.train, parts.valid, parts.test)]
+    assert sum(map(len, sides)) == len(set().union(*sides)) == len(set(names))
+    assert len(set(names)) == (49 if unseen == "answers" else 294)
     assert sum(len(own) for own in (parts.train, parts.valid, parts.test)) == len(pairs.questions)
     assert len(sides[2]) >= 8
     assert read_demo_answers().digest == pairs.digest
@@ -55,7 +59,7 @@ def test_a_table_is_checked_and_a_question_has_one_answer(tmp_path: Path) -> Non
     assert [pairs.answers[own] for own in pairs.of] == ["Here.", "Now."]
     assert "have another answer before" in " ".join(pairs.notes)
     with pytest.raises(DataError, match="Give two at least"):
-        AnswerPairs.build("one", [("Where?", "Here.")])
+        AnswerPairs.build("one", [("Where?", "Here.", "")])
     data = load_recipe("match-answers").data
     assert check_data(data, MatchingTask()) == []
     (figures,) = describe_data(data, MatchingTask())

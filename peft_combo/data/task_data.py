@@ -187,7 +187,7 @@ def _figures(found: _Data, data: DataConfig) -> dict[str, Any]:
             own = {"answers": len(found.answers)}
             return {
                 **_describe_texts(found, texts, own),
-                **_split(lambda: split_answers(found, data), {"by": "answer"}),
+                **_split(lambda: split_answers(found, data, "answers"), {"by": "answer"}),
             }
         case _:
             assert_never(found)

@@ -219,6 +219,10 @@ class MatchingTask(Section):
     metrics: ClassVar[tuple[str, ...]] = ("mrr", "r@1", "r@5")
 
     kind: Literal["matching"] = "matching"
+    unseen: Literal["answers", "questions"] = Field(
+        default="answers", description="What stands on one side of the split only. answers: tests ask for templates "
+        "that were never answered in training. questions: for known templates in new wordings.",
+    )  # fmt: skip
     temperature: Real = Field(
         default=0.05, ge=0.001, le=10, description="Start of what divides the similarities in the softmax."
     )

@@ -154,8 +154,8 @@ def read_labels(config: DataConfig, multi_label: bool) -> LabelledTexts:
     notes: list[str] = []
     path = data_path(config, "labels")
     if (path / ARCHIVE).is_file():
-        texts, labels, notes = read_snippets(path / ARCHIVE)
-        return LabelledTexts.build("reviews-en", texts, labels, multi_label, notes).sample(config.max_texts)
+        snippets, said, left_out = read_snippets(path / ARCHIVE)
+        return LabelledTexts.build("reviews-en", snippets, said, multi_label, left_out).sample(config.max_texts)
     table = find_labels(path, config, ("text", "label"), (), faults, notes)
     if table is None and not faults:
         raise DataError(f"Expected labels.csv (or {READ}) in {path}; found {list_entries(path)}.")

@@ -54,15 +54,15 @@ class AnswerMatching:
     brands = None
     unit = "questions"
     protocol = (
-        "Test questions, whose answer templates occur in neither training nor validation; each one's template ranked "
-        "among all by the cosine of their vectors, ties at mid-rank; 95 % interval by bootstrap over templates. The "
-        "step was chosen on the questions of validation templates."
+        "Test questions, whose answer templates (task.unseen: answers) or whose wordings (questions) occur in neither "
+        "training nor validation; each one's template ranked among all by the cosine of their vectors, ties at "
+        "mid-rank; 95 % interval by bootstrap over templates. The step was chosen on validation questions."
     )
 
     def __init__(self, recipe: Recipe, config: MatchingTask) -> None:
         self._config = config
         pairs = read_answers(recipe.data)
-        parts = split_answers(pairs, recipe.data)
+        parts = split_answers(pairs, recipe.data, config.unseen)
         self.notes = list(pairs.notes)
         self.texts = [*pairs.questions, *pairs.answers]
         self._answers = len(pairs.questions) + np.arange(len(pairs.answers))
@@ -121,8 +121,9 @@ class AnswerMatching:
         return ResultTable(
             "mrr", tuple(rows), Gain.between(old, new, clusters), n, answers,
             asked=f"the answer of {n:,} test questions, ranked among all {len(self._answers):,} templates, of which "
-            f"{answers} answer them and were not seen in training",
-            caveat=f"The step was chosen on {len(self._valid):,} questions of other templates.",
+            f"{answers} answer them; their {'answers' if self._config.unseen == 'answers' else 'wordings'} were not "
+            "seen in training",
+            caveat=f"The step was chosen on {len(self._valid):,} other questions.",
             per_question=PerQuestion(clusters, old, new),
         )  # fmt: skip
 
