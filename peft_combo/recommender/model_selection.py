@@ -35,8 +35,10 @@ from peft_combo.recommender.fitted_scorers import (
     FittedScorer,
     ItemVectors,
     build_ensemble,
+    build_next_basket,
     build_past,
     build_rating,
+    list_half_lives,
 )
 from peft_combo.recommender.relation_paths import lay_edges
 from peft_combo.recommender.scorer_id import (
@@ -47,6 +49,7 @@ from peft_combo.recommender.scorer_id import (
     ENSEMBLE,
     FROZEN,
     GRAPH,
+    NEXT_BASKET,
     PEER,
     RANDOM,
     TEXT_RANKER,
@@ -129,6 +132,15 @@ class _Past:
 
 
 @dataclass(frozen=True, eq=False)
+class _NextBasket:
+    known: FitData
+    setting: str
+
+    def fit(self) -> Fitted:
+        return build_next_basket(self.known, self.setting)
+
+
+@dataclass(frozen=True, eq=False)
 class _Rating:
     known: FitData
     name: str
@@ -180,6 +192,7 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
         found[ALIKE] = [_Past(known, neighbours=True)]
         if known.has_ratings:
             found[ALIKE] += [_Past(known, neighbours=True, setting=_RATINGS)]
+        found[NEXT_BASKET] = [_NextBasket(known, setting) for setting in list_half_lives(known)]
     # CEASE may read the category path as well: a peer should know what we know.
     if known.categorised is not None:
         found[PEER] += _list_linear(known, "words and category", known.categorised)

@@ -15,6 +15,7 @@ from peft_combo.scoring.base import ItemFeatures, Scorer, State
 from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.next_basket import TifuKNN
 from peft_combo.scoring.out_of_core import CountedKNN, CountedPairs, count_items
 from peft_combo.scoring.paths import PathRanking
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
@@ -36,6 +37,7 @@ __all__ = [
     "State",
     "TextCosine",
     "Tfidf",
+    "TifuKNN",
     "UserKNN",
     "count_items",
     "load_scorer",
@@ -55,6 +57,7 @@ _SCORERS = (
     CountedKNN,
     CountedPairs,
     PathRanking,
+    TifuKNN,
 )
 
 
