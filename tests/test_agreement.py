@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from peft_combo.data.model import Catalog
+from peft_combo.data.traits import Traits, read_class
 from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import ObjectiveWeights, Options
 from peft_combo.recommender.composing.slots import SlotTemplates
-from peft_combo.recommender.composing.traits import Traits, read_class
 
 
 def shelf(

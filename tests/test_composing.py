@@ -18,10 +18,11 @@ from scipy import sparse
 
 from peft_combo.data.model import Catalog
 from peft_combo.data.readers.demo import demo_dataset
+from peft_combo.data.traits import ALL_SEASONS
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.composer import Composer
-from peft_combo.recommender.composing.constraints import ALL_SEASONS, CatalogIndex, Constraints
+from peft_combo.recommender.composing.constraints import CatalogIndex, Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
 from peft_combo.recommender.composing.options import Compatibility, ObjectiveWeights, OneOf, Options
 from peft_combo.recommender.composing.slots import SlotTemplates

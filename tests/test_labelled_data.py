@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from peft_combo.data.labels.texts import labels_of_catalogue, read_labels, split
 from peft_combo.data.language.english_nouns import FASHION_NOUNS
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers.folder import write_items
+from peft_combo.data.readers.reviews_en import ARCHIVE
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.task_data import check_data, describe_data, read_labelled, read_tagged
 from peft_combo.errors import DataError
@@ -350,3 +353,26 @@ def test_items_that_are_written_read_back_as_they_were(tmp_path: Path) -> None:
     first = open_dataset(own)
     write_items(first.catalog, tmp_path / "a" / "items.csv")
     assert open_dataset(own).digest == first.digest
+
+
+def test_english_reviews_are_read_from_their_archive_and_from_no_other(tmp_path: Path) -> None:
+    def pack(name: str, content: bytes) -> bytes:
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        return packed.getvalue()
+
+    rows = b"1_1\t1.5\tgreat  strap .\n1_2\t-2\tit broke .\n1_3\t0.2\ti bought it .\n"
+    inner = pack("hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt", rows)
+    file = tmp_path / ARCHIVE
+    file.write_bytes(pack("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner))
+    found = read_labels(DataConfig(source="folder", path=str(tmp_path)), multi_label=False)
+    assert dict(zip(found.texts, found.labels, strict=True)) == {
+        "great strap .": ("positive",), "it broke .": ("negative",),
+    }  # fmt: skip
+    assert "1 of 3 snippets" in found.notes[0]
+    file.write_bytes(pack("elsewhere", inner))
+    with pytest.raises(DataError, match="pip download --no-deps"):
+        read_labels(DataConfig(source="folder", path=str(tmp_path)), multi_label=False)

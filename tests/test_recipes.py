@@ -176,7 +176,7 @@ def test_the_faults_of_a_recipe_are_all_reported_each_with_its_path() -> None:
         ({"adapter": {"method": "lora", "targets": []}}, "or a list of module names; found an empty list."),
         ({"adapter": {"method": "head", "rank": 4}}, "adapter.rank: unknown key for head. Known here: method."),
         ({"rank": 4}, "rank: unknown key here. It belongs elsewhere: adapter.rank."),
-        ({"task": {"kind": "bundel"}}, 'classification, tagging; found "bundel". Did you mean "bundle"?'),
+        ({"task": {"kind": "bundel"}}, 'classification, tagging, matching; found "bundel". Did you mean "bundle"?'),
     ],
 )
 def test_a_fault_says_what_was_expected_and_what_was_found(changes: dict[str, Any], told: str) -> None:

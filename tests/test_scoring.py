@@ -23,6 +23,7 @@ from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
 from peft_combo.scoring.next_basket import TifuKNN
+from peft_combo.scoring.paths import PathRanking
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, Tfidf, tfidf_vectors
 from peft_combo.testing import check_scorer
@@ -55,6 +56,7 @@ WITH_TEXT: dict[str, Make] = {
     "cease": CEASE,
     "text-mean": TextCosine,
     "text-max": lambda: TextCosine("max"),
+    "paths": lambda: PathRanking(["goes with", "goes with", "part of"]),
 }
 FACTORS: dict[str, Make] = {
     "als": lambda: ALS(factors=8, iterations=10),

@@ -62,6 +62,8 @@ def slice_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     for name, lines in tables.items():
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    asked = [f"{own} w{100 + row},{own.split()[0]} w{30 + row % 12}" for row, own in enumerate(words)]
+    (folder / "answers.csv").write_text("question,answer\n" + "\n".join(asked) + "\n")
     tagged = [{"tokens": title.split(), "tags": ["B-Clo", "O", "B-Acc"]} for title in titles]
     (folder / "tags.jsonl").write_text("\n".join(map(json.dumps, tagged)) + "\n")
     return folder

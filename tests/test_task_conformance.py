@@ -26,11 +26,11 @@ from peft_combo.tuning.setup import Setup
 from peft_combo.tuning.tasks import build_task
 from peft_combo.tuning.tasks.base import AnyTask
 
-TASKS = ("bundle", "sequence", "rating", "classification", "tagging", "masked")
+TASKS = ("bundle", "sequence", "rating", "classification", "tagging", "masked", "matching")
 # What each task says where a folder has items and nothing else, or too few of them.
 REFUSALS = {
     "bundle": "bundles", "sequence": "bundles", "rating": "interactions", "classification": "label",
-    "tagging": "tags", "masked": "text",
+    "tagging": "tags", "masked": "text", "matching": "answers",
 }  # fmt: skip
 
 MakeTask = Callable[..., AnyTask]
@@ -57,7 +57,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_shop: Path) -> dict[s
         for row in range(120)
     ]  # fmt: skip
     (tagged / "tags.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    return {**dict.fromkeys(TASKS, tiny_shop), "rating": visits, "tagging": tagged}
+    asked = tmp_path_factory.mktemp("asked")
+    pairs = [f"w{10 + row % 30} w{50 + row} w{7 + row % 5},w{10 + row % 30} w{150 + row % 30}" for row in range(120)]
+    (asked / "answers.csv").write_text("question,answer\n" + "\n".join(pairs) + "\n")
+    return {**dict.fromkeys(TASKS, tiny_shop), "rating": visits, "tagging": tagged, "matching": asked}
 
 
 @pytest.fixture
@@ -114,6 +117,8 @@ def count_examples(batch: Any, kind: str) -> Counter[Hashable]:
                 (_rows(batch, batch.histories[event].tolist()), int(batch.items[item]))
                 for event, item in zip(batch.events[liked], batch.candidates[liked], strict=True)
             )
+        case "matching":
+            return Counter(batch.items[: len(batch.targets)].tolist())
         case _:
             return Counter(batch.items.tolist())
 

@@ -16,6 +16,7 @@ from peft_combo.cli import retune
 from peft_combo.cli import compare
 from peft_combo.cli import recommend
 from peft_combo.cli import tag
+from peft_combo.cli import watch
 from peft_combo.cli import rate
 from peft_combo.cli import due
 from peft_combo.cli import recipes

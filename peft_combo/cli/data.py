@@ -107,6 +107,47 @@ def _summarize(figures: dict[str, Any]) -> str:
     return f"{figures['name']}: {counts}; by {divided['by']}: {parts}"
 
 
+@data_app.command("rules")
+def data_rules(
+    data: DataOption = None,
+    overrides: SetOption = None,
+    target: Annotated[Path | None, typer.Option("--to", help="File for the rules, in the form of rules.yaml.")] = None,
+    min_support: Annotated[
+        float, typer.Option("--min-support", help="Least share of bundles that a rule is about and that keep it.")
+    ] = 0.01,
+    min_confidence: Annotated[
+        float, typer.Option("--min-confidence", help="Least share of the bundles a rule is about that keep it.")
+    ] = 0.8,
+    most: Annotated[int, typer.Option("-k", help="Number of rules at most.")] = 30,
+    as_json: JsonOption = False,
+) -> None:
+    """Propose rules that bundles of the data keep more than by chance, to be pasted into rules.yaml.
+
+    Training bundles are counted. Nothing acts before it stands in rules.yaml beside the data.
+    """
+    from peft_combo.data.knowledge.mining import describe_mined, mine_rules, to_figures
+    from peft_combo.data.knowledge.rules import format_rules
+    from peft_combo.data.sources import open_dataset
+    from peft_combo.data.splits import split_as
+    from peft_combo.files import write_text
+
+    config = _load(None, data, overrides).data
+    dataset = open_dataset(config)
+    found = mine_rules(
+        dataset, split_as(dataset, config).train, min_support=min_support, min_confidence=min_confidence, most=most
+    )
+    text = format_rules([one.rule for one in found], describe_mined(found))
+    if target is not None:
+        write_text(target, text)
+    if as_json:
+        print_json(to_figures(found))
+    elif target is None:
+        for line in text.splitlines():
+            print_line(line)
+    else:
+        print_line(f"{len(found)} rules in {target}")
+
+
 @data_app.command("copy")
 def data_copy(
     name: Annotated[str, typer.Argument(help="Name of the source: demo, demo-zh or demo-pictures.")],

@@ -246,6 +246,7 @@ def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
 def _format_reason(entry: Mapping[str, Any]) -> str:
     """Say in words why an item is in a bundle: what it answers, what was counted, and what it has in common."""
     reasons = [f"answers {one['wish']}" for one in entry.get("answers", ())]
+    reasons += _format_relations(entry)
     if "together" in entry:
         reasons.append(f"with {entry['together']['with']} in {_count_bundles(entry['together']['bundles'])}")
     agrees = dict(entry.get("agrees", {}))
@@ -258,6 +259,15 @@ def _format_reason(entry: Mapping[str, Any]) -> str:
         rule = entry["rule"]
         reasons.append(f"{rule['confidence']:.0%} of bundles with {rule['given']} have {rule['slot']}")
     return "; ".join(reasons)
+
+
+def _format_relations(entry: Mapping[str, Any]) -> list[str]:
+    """Say in which relations an item is, and by which rules it is required."""
+    related = entry.get("related", ())
+    said = [
+        f"{one['relation']} {one['with']}" if one["head"] else f"{one['with']} {one['relation']} it" for one in related
+    ]
+    return said + [f"required by {one['by']} ({one['rule']})" for one in entry.get("required", ())]
 
 
 def _print_detected(bundles: Sequence[DetectedBundle]) -> None:
@@ -276,6 +286,7 @@ def _format_reasons(entry: Mapping[str, Any]) -> str:
         reasons.append(f"answers: {'; '.join(told)}")
     if "agrees" in entry:
         reasons.append("both " + ", ".join(f"{name} {value}" for name, value in entry["agrees"].items()))
+    reasons += _format_relations(entry)
     if "together" in entry:
         reasons.append(f"in {_count_bundles(entry['together']['bundles'])} with {entry['together']['with']}")
     if "rule" in entry:

@@ -141,6 +141,47 @@ def classify(
     print_table(("text", "class", "most likely"), rows)
 
 
+@app.command()
+def match(
+    texts: TextsArgument,
+    adapter: Annotated[str, typer.Option("--adapter", help="Matching adapter, as in answers or answers@v2.")],
+    templates: Annotated[
+        Path | None, typer.Option("--templates", help="File of answer templates, one a line; default those it learned.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, max=100, help="Number of templates for each text.")] = 3,
+    store: StoreOption = Path("adapters"),
+    as_json: JsonOption = False,
+) -> None:
+    """Find the answer templates that fit questions best, by the cosine of their vectors."""
+    import numpy as np
+
+    from peft_combo.cli.export import read_lines
+    from peft_combo.data.labels.answers import read_answers
+    from peft_combo.encoder.heads.matching import MatchingHead
+    from peft_combo.recommender.workspace import Workspace
+
+    space = Workspace.of_adapter(adapter, store=store)
+    live = space.bank.get(adapter)
+    live.head_as(MatchingHead)
+    known = read_answers(space.recipe.data).answers if templates is None else tuple(read_lines(templates))
+    vectors = space.bank.backbone.encode([*texts, *known], live.attached)
+    scores = vectors[: len(texts)] @ vectors[len(texts) :].T  # (Q, D) @ (D, A) -> (Q, A)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    told = [
+        {"text": text, "templates": [{"template": known[a], "score": float(own[a])} for a in places.tolist()]}
+        for text, own, places in zip(texts, scores, best, strict=True)
+    ]
+    if as_json:
+        print_json(told)
+        return
+    rows = [
+        (text if not place else "", known[a], f"{own[a]:.3f}")
+        for text, own, places in zip(texts, scores, best, strict=True)
+        for place, a in enumerate(places.tolist())
+    ]
+    print_table(("text", "template", "cosine"), rows)
+
+
 def _load_adapter(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
     """Load an adapter over the encoder that its own recipe names."""
     from peft_combo.recommender.workspace import Workspace

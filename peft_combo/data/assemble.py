@@ -20,6 +20,7 @@ from peft_combo.data.sessions import Sessions
 from peft_combo.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
+    from peft_combo.data.knowledge.rule_set import Knowledge
     from peft_combo.recipe.model import DataConfig
 
 
@@ -35,6 +36,7 @@ class Found:
         basket_ids: outside ids of the baskets; `interactions.baskets` holds places in it.
         bundles: made bundles; None where the source has only baskets.
         origin: what to name in messages ("interactions.csv").
+        knowledge: rules and relations of its folder; None where it has none.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Found:
     notes: tuple[str, ...] = ()
     origin: str = "the data"
     sessions: Sessions | None = None
+    knowledge: Knowledge | None = None
 
 
 def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
@@ -54,6 +57,10 @@ def assemble(found: Found, config: DataConfig, needs: Needs) -> Dataset:
         DataError: the category filter matches nothing, or no usable bundle (or no interaction) is left and it is
             needed.
     """
+    return replace(_build_dataset(found, config, needs), knowledge=found.knowledge)
+
+
+def _build_dataset(found: Found, config: DataConfig, needs: Needs) -> Dataset:
     notes = list(found.notes)
     if config.language != "auto":
         found = replace(found, catalog=replace(found.catalog, language=config.language))

@@ -21,6 +21,7 @@ from peft_combo.data.language import Language, split_all
 from peft_combo.errors import DataError, did_you_mean, shorten
 
 if TYPE_CHECKING:
+    from peft_combo.data.knowledge.rule_set import Knowledge
     from peft_combo.data.pictures import Picture
     from peft_combo.data.sessions import Sessions
 
@@ -390,11 +391,11 @@ class Dataset:
 
     Attributes:
         name: what it is called in reports.
-        digest: sha256 over everything but name, notes, text template and sessions: equal digests mean equal data.
+        digest: sha256 over everything but what follows: equal digests mean equal data.
         notes: what was dropped or derived while reading, with counts.
         text_template: what makes the text of an item, see `Catalog.texts`; no part of the digest.
-        sessions: None where the source has none. No scorer or adapter learns from them, so they are no part of the
-            digest; see `data.sessions`.
+        sessions: None where the source has none; no scorer or adapter learns from them, see `data.sessions`.
+        knowledge: rules and relations of its folder; None where it has none.
     """
 
     name: str
@@ -405,6 +406,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     text_template: str = "{title}"
     sessions: Sessions | None = None
+    knowledge: Knowledge | None = None
 
     @classmethod
     def build(
@@ -417,11 +419,7 @@ class Dataset:
         text: str = "{title}",
         sessions: Sessions | None = None,
     ) -> Self:
-        """Make a dataset and compute its digest.
-
-        Args:
-            text: template of the items' texts, see `Catalog.texts`.
-        """
+        """Make a dataset and compute its digest; `text` is the template of the items' texts, see `Catalog.texts`."""
         digest = compute_digest(catalog, interactions, bundles)
         return cls(name, catalog, interactions, bundles, digest, tuple(notes), text, sessions)
 

@@ -7,11 +7,12 @@ network (that is `fetch`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from peft_combo.data.assemble import Found, Needs, assemble
+from peft_combo.data.knowledge.read import read_knowledge
 from peft_combo.data.model import Dataset
 from peft_combo.data.readers import bundlerec, completejourney
 from peft_combo.data.readers.demo import read_demo
@@ -42,6 +43,10 @@ def open_dataset(config: DataConfig, needs: Needs = "bundles") -> Dataset:
         DataError: the source is not there, lacks what is needed, or has faults; all of them are in the message.
     """
     found, faults = _read(config, needs)
+    if found is not None and config.path is not None and config.source in ("folder", "bundlerec"):
+        notes = list(found.notes)
+        knowledge = read_knowledge(literal_path(config.path), found.catalog, faults, notes)
+        found = replace(found, notes=tuple(notes), knowledge=knowledge)
     if faults or found is None:
         where = config.path if config.path is not None else config.source
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -127,6 +132,9 @@ def available() -> Sequence[Source]:
             "35,124 Chinese reviews of goods, hotels and books, each positive or negative",
             'pip install "peft-combo[reviews-zh]"',
         ),
+        Source(
+            "demo-answers", "made-up questions of a shop's customers with answer templates", "data.source: demo-answers"
+        ),
         Source("folder", "your own items, bundles and interactions as CSV, Parquet or JSON Lines", "data.path: FOLDER"),
         Source("bundlerec", "the CSV layout of the BundleRec datasets", "data.path: FOLDER"),
         Source(
@@ -145,6 +153,10 @@ def _read(config: DataConfig, needs: Needs) -> tuple[Found | None, list[Fault]]:
             return read_demo(config.source), []
         case "reviews-zh":
             raise DataError("data.source reviews-zh holds texts and labels, no items: it is for task.labels: table.")
+        case "demo-answers":
+            raise DataError(
+                "data.source demo-answers holds questions and answers, no items: it is for task.kind: matching."
+            )
         case "completejourney":
             return completejourney.read_completejourney(config.departments)
         case "folder" | "bundlerec":

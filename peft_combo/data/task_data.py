@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, assert_never
 import numpy as np
 
 from peft_combo.data.assemble import Needs
+from peft_combo.data.knowledge.broken import describe_broken
+from peft_combo.data.labels.answers import AnswerPairs, read_answers, split_answers
 from peft_combo.data.labels.tags import TaggedTexts, entities, list_tag_files, read_tags, weak_tags
 from peft_combo.data.labels.texts import LabelledTexts, TextSplit, labels_of_catalogue, read_labels, split_texts
 from peft_combo.data.labels.unlabelled import PlainTexts
@@ -28,6 +30,7 @@ from peft_combo.recipe.task import (
     BundleTask,
     ClassificationTask,
     MaskedTask,
+    MatchingTask,
     RatingTask,
     SequenceTask,
     TaggingTask,
@@ -45,7 +48,7 @@ def needs_of(task: TaskConfig) -> Needs:
             return "bundles"
         case RatingTask():
             return "interactions"
-        case ClassificationTask() | TaggingTask() | MaskedTask():
+        case ClassificationTask() | TaggingTask() | MaskedTask() | MatchingTask():
             return "items"
         case _:
             assert_never(task)
@@ -119,7 +122,7 @@ def describe_data(data: DataConfig, task: TaskConfig | None = None) -> list[dict
     return [_figures(opened(), data) for opened in _openers(data, task)]
 
 
-_Data = Dataset | LabelledTexts | TaggedTexts | PlainTexts
+_Data = Dataset | LabelledTexts | TaggedTexts | PlainTexts | AnswerPairs
 
 
 def _openers(data: DataConfig, task: TaskConfig | None) -> list[Callable[[], _Data]]:
@@ -137,6 +140,8 @@ def _openers(data: DataConfig, task: TaskConfig | None) -> list[Callable[[], _Da
             return [lambda: read_tagged(data, task)]
         case MaskedTask():
             return [lambda: texts_of(data, task)]
+        case MatchingTask():
+            return [lambda: read_answers(data)]
         case BundleTask() | SequenceTask() | RatingTask():
             return [lambda: open_dataset(data, needs_of(task))]
         case _:
@@ -159,7 +164,8 @@ def _kinds_in(data: DataConfig) -> list[str]:
 def _figures(found: _Data, data: DataConfig) -> dict[str, Any]:
     match found:
         case Dataset():
-            return {**describe(found), **_split(lambda: split_as(found, data), {"by": data.split})}
+            figures = {**describe(found), **_split(lambda: split_as(found, data), {"by": data.split})}
+            return {**figures, "notes": [*figures["notes"], *describe_broken(found)]}
         case LabelledTexts():
             counts = Counter(label for own in found.labels for label in own)
             texts = list(found.texts)
@@ -179,15 +185,27 @@ def _figures(found: _Data, data: DataConfig) -> dict[str, Any]:
             }
         case PlainTexts():
             texts, own = list(found.texts), {}
+        case AnswerPairs():
+            texts = list(found.questions)
+            own = {"answers": len(found.answers)}
+            return {
+                **_describe_texts(found, texts, own),
+                **_split(lambda: split_answers(found, data, "answers"), {"by": "answer"}),
+            }
         case _:
             assert_never(found)
+    return {**_describe_texts(found, texts, own), **_split(lambda: split_texts(texts, data), {"by": "text"})}
+
+
+def _describe_texts(
+    found: LabelledTexts | TaggedTexts | PlainTexts | AnswerPairs, texts: list[str], own: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "name": found.name,
         "digest": found.digest,
         "texts": len(texts),
         "words_per_text": quantiles(np.array([len(text.split()) for text in texts])),
         **own,
-        **_split(lambda: split_texts(texts, data), {"by": "text"}),
         "notes": list(found.notes),
     }
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo import metrics
+from peft_combo.data.knowledge.rule_set import RuleSet
 from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
@@ -110,7 +111,8 @@ def compare_compositions(
     texts = np.unique(np.array(known.texts), return_inverse=True)[1]
     ask_all = fuse_scorers(fusion, asks, known)
     seen = [dataset.bundles.items[row] for row in parts.train]
-    composer = Composer.learn(dataset.catalog, seen, vectors=known.frozen, history=known.history)
+    rules = RuleSet.of(dataset.knowledge, dataset.catalog)
+    composer = Composer.learn(dataset.catalog, seen, vectors=known.frozen, history=known.history, rules=rules)
     weights = fit_item_weights(composer, valid, ask_all, text_side, seed=seed)
     options = Options(k=1, weights=weights, seed=seed)
     vectors: ItemVectors = known.words if known.frozen is None else known.frozen

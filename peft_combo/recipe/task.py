@@ -213,6 +213,24 @@ class MaskedTask(Section):
         return kept
 
 
+class MatchingTask(Section):
+    """Learn which answer template a question is answered with."""
+
+    metrics: ClassVar[tuple[str, ...]] = ("mrr", "r@1", "r@5")
+
+    kind: Literal["matching"] = "matching"
+    unseen: Literal["answers", "questions"] = Field(
+        default="answers", description="What stands on one side of the split only. answers: tests ask for templates "
+        "that were never answered in training. questions: for known templates in new wordings.",
+    )  # fmt: skip
+    temperature: Real = Field(
+        default=0.05, ge=0.001, le=10, description="Start of what divides the similarities in the softmax."
+    )
+    label_smoothing: Real = Field(
+        default=0.0, ge=0, lt=1, description="Share of each target that is spread over the other answers of its batch."
+    )
+
+
 _Rating = Annotated[Real, Field(ge=-1e6, le=1e6)]
 
 
@@ -277,7 +295,7 @@ def _bundle_unless_said(value: Any) -> Any:
 
 
 TaskConfig = Annotated[
-    BundleTask | SequenceTask | RatingTask | MaskedTask | ClassificationTask | TaggingTask,
+    BundleTask | SequenceTask | RatingTask | MaskedTask | ClassificationTask | TaggingTask | MatchingTask,
     Field(discriminator="kind"),
     BeforeValidator(_bundle_unless_said),
 ]

@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from peft_combo.recipe.fields import format_value
-from peft_combo.recipe.parse import format_step
+from peft_combo.recipe.fields import format_step, format_value
 
 MAX_DEPTH = 16
 _MAX_KEYS = 500

@@ -15,9 +15,13 @@ from numpy.typing import NDArray
 from peft_combo.data.model import Catalog
 from peft_combo.recommender.bundle_detection import Detected
 from peft_combo.recommender.composing.evidence import Composition, ItemEvidence
+from peft_combo.recommender.fitted_scorers import Fitted, FittedScorer
 from peft_combo.recommender.query_items import QueryMatch
+from peft_combo.recommender.relation_paths import explain_paths
 from peft_combo.recommender.results import DetectedBundle, Recommendation, Suggestion
 from peft_combo.recommender.scorer_id import ALIKE, ScorerId
+from peft_combo.recommender.text_ranking import TextRanker
+from peft_combo.scoring.paths import PathRanking
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,22 @@ class FusedScores:
         shares = {str(scorer): float(part[row]) for scorer, part in self.parts.items()}
         rest = float(self.scores[row]) - sum(shares.values())
         return {**shares, str(ALIKE): rest} if abs(rest) > 1e-4 else shares
+
+
+def explain_scorers(
+    serving: Mapping[ScorerId, Fitted], catalog: Catalog, context: NDArray[np.int64], rows: Sequence[int]
+) -> dict[int, dict[str, float]]:
+    """Say for each row in words what text ranker and knowledge graph find beside a context, with its share of each."""
+    reasons: dict[int, dict[str, float]] = {row: {} for row in rows}
+    for fitted in serving.values():
+        told: Mapping[int, Mapping[str, float]] = {}
+        if isinstance(fitted, TextRanker):
+            told = fitted.explain(context, rows)
+        elif isinstance(fitted, FittedScorer) and isinstance(fitted.scorer, PathRanking):
+            told = explain_paths(fitted.scorer, catalog, context, rows)
+        for row, own in told.items():
+            reasons[row] |= own
+    return reasons
 
 
 def describe_item(
@@ -97,5 +117,11 @@ def _describe_evidence(catalog: Catalog, item: ItemEvidence, matches: Sequence[Q
             "given": rule.given, "slot": rule.slot, "support": rule.support, "of": rule.bundles,
             "confidence": rule.confidence,
         }  # fmt: skip
+    if item.related:
+        entry["related"] = [
+            {"relation": one.relation, "with": catalog.item_ids[one.other], "head": one.head} for one in item.related
+        ]
+    if item.required:
+        entry["required"] = [{"rule": name, "by": catalog.item_ids[other]} for name, other in item.required]
     entry |= {"relevance": item.relevance, "compatibility": item.compatibility, "agreement": item.agreement}
     return entry

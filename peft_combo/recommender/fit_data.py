@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.data.knowledge.relations import Relations
 from peft_combo.data.model import Catalog, Dataset, Interactions
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
@@ -47,6 +48,7 @@ class FitData:
         areas: which adapter is at home with which items; None where no adapter is bound to a category.
         pictures: (N, W) what the frozen vision encoder says of pictures, 0 without one; None where none are read.
         groups: (B,) the user (or bundle) that each row of `history` belongs to.
+        relations: between items; None where the data tell none.
     """
 
     history: sparse.csr_matrix[Any]
@@ -65,6 +67,7 @@ class FitData:
     groups: tuple[str, ...] = ()
     described: NDArray[np.float32] | None = None
     pictures: NDArray[np.float32] | None = None
+    relations: Relations | None = None
 
     @classmethod
     def of(
@@ -101,7 +104,7 @@ class FitData:
             np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
             catalog.leaf_numbers, catalog, dataset.plain_template, frozen, tuned, coverage, rated or {}, seen,
             tuple(dataset.bundles.groups if bundles is None else (dataset.bundles.groups[row] for row in bundles)),
-            described, pictures,
+            described, pictures, None if dataset.knowledge is None else dataset.knowledge.relations,
         )  # fmt: skip
 
     @cached_property

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from peft_combo.data.queries import Queries, pad_contexts
 from peft_combo.recommender.composing.evidence import Composition
-from peft_combo.recommender.explanations import FusedScores
+from peft_combo.recommender.explanations import FusedScores, explain_scorers
 from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import FittedHead, score_beside
 from peft_combo.recommender.fusion import make_comparable
-from peft_combo.recommender.scorer_id import NEXT_BASKET, PICTURES, TEXT_RANKER, ScorerId
-from peft_combo.recommender.text_ranking import LOOKS_ALIKE, TextRanker
+from peft_combo.recommender.scorer_id import NEXT_BASKET, PICTURES, ScorerId
+from peft_combo.recommender.text_ranking import LOOKS_ALIKE
 from peft_combo.recommender.user_habits import find_alone
 
 
@@ -65,12 +65,11 @@ class FusedScorer:
     def explain(
         self, context: NDArray[np.int64], rows: Sequence[int], fused: FusedScores
     ) -> dict[int, dict[str, float]]:
-        """Say what speaks for rows beside a context, by what texts and pictures have in common: per row the reasons.
+        """Say what speaks for rows beside a context, by texts, relations and pictures: per row the reasons.
 
         "looks alike" is said where pictures carried it: more than half of what a scorer that reads both added.
         """
-        ranker = self.state.serving.get(TEXT_RANKER)
-        reasons = ranker.explain(context, rows) if isinstance(ranker, TextRanker) else {}
+        reasons = explain_scorers(self.state.serving, self.state.known.catalog, context, rows)
         if self.state.known.pictures is None or not len(context):
             return reasons
         for scorer, part in fused.parts.items():

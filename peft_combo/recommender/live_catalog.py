@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.data.knowledge.rule_set import RuleSet
 from peft_combo.data.model import Catalog
 from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.completion import CompletionHead, project_targets
@@ -160,7 +161,8 @@ class _Extension:
         index = self.catalog.index
         gone = np.zeros(self.total, bool)
         gone[[index[item] for item in hidden if item in index]] = True
-        composer = base.composer.extend(self.catalog, self.frozen, known.history, self.changed.keys(), gone)
+        rules = RuleSet.of(base.dataset.knowledge, self.catalog)
+        composer = base.composer.extend(self.catalog, self.frozen, known.history, self.changed.keys(), gone, rules)
         dataset = replace(base.dataset, catalog=self.catalog)
         return BundleRecommender(dataset, base.bank, made, composer=composer, like=base)
 

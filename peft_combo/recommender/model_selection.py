@@ -40,6 +40,7 @@ from peft_combo.recommender.fitted_scorers import (
     build_rating,
     list_half_lives,
 )
+from peft_combo.recommender.relation_paths import lay_edges
 from peft_combo.recommender.scorer_id import (
     ALIKE,
     BOUGHT,
@@ -47,6 +48,7 @@ from peft_combo.recommender.scorer_id import (
     CEASE_BERT,
     ENSEMBLE,
     FROZEN,
+    GRAPH,
     NEXT_BASKET,
     PEER,
     PICTURES,
@@ -59,6 +61,7 @@ from peft_combo.scoring.base import Scorer
 from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.paths import PathRanking
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, tfidf_vectors
 from peft_combo.scoring.whitening import half_whiten
@@ -195,6 +198,9 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
     if known.categorised is not None:
         found[PEER] += _list_linear(known, "words and category", known.categorised)
     found[TEXT_RANKER] = [_Ranker(known, seed)]
+    if known.relations is not None:
+        names, edges = lay_edges(known.relations, known.catalog)
+        found[GRAPH] = [_Choice("", PathRanking(names), known.history, edges)]
     return found | _list_encoders(known, met)
 
 

@@ -88,6 +88,7 @@ class _RecommenderManifest(_Stored):
     text_side: str
     weights: dict[str, float] | dict[str, dict[str, float]]
     search: dict[str, float] | None = None
+    relations: str = ""
     weighed_past: bool
     scorers: dict[str, _ScorerFile]
     notes: tuple[str, ...]
@@ -133,6 +134,7 @@ def _build_manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile
         fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
         text_side=str(state.text_scorer or ""), weights=asdict(state.weights), search=dict(state.search.weights),
         weighed_past=state.neighbours is None, scorers=files, notes=state.notes,
+        relations=_digest_relations(recommender.dataset),
         habits=None if state.habits is None else (state.habits.setting, state.habits.weight),
     )  # fmt: skip
 
@@ -157,6 +159,8 @@ def load_recommender(
         raise _make_mismatch(folder, "data", manifest.data, dataset.digest)
     if manifest.backbone != bank.backbone.fingerprint:
         raise _make_mismatch(folder, "a backbone", manifest.backbone, bank.backbone.fingerprint)
+    if manifest.relations != _digest_relations(dataset):
+        raise _make_mismatch(folder, "relations", manifest.relations or "none", _digest_relations(dataset) or "none")
     for reference, digest in manifest.adapters.items():
         found = bank.get(reference).digest
         if found != digest:
@@ -188,6 +192,8 @@ def load_or_fit(
     """
     digests = [bank.get(reference).digest for reference in adapters]
     key = [FORMAT, dataset.digest, parts.digest, bank.backbone.fingerprint, dataset.text_template, seed, digests]
+    if relations := _digest_relations(dataset):
+        key.append(relations)
     own = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     if (own / _MANIFEST).is_file():
         with suppress(DataError):  # damaged: fit it anew
@@ -195,6 +201,15 @@ def load_or_fit(
     made = BundleRecommender.fit(dataset, parts, bank, adapters, seed=seed, cache=cache, progress=progress, done=done)
     save_recommender(made, own)
     return made
+
+
+def _digest_relations(dataset: Dataset) -> str:
+    """Return the digest of the relations that a scorer is fitted on; "" for none.
+
+    Rules are no part of what is fitted: they are read with the data, and hold as they are there.
+    """
+    relations = None if dataset.knowledge is None else dataset.knowledge.relations
+    return "" if relations is None else relations.digest
 
 
 def _read_manifest(folder: Path) -> _RecommenderManifest:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.data.knowledge.rule_set import RuleSet
 from peft_combo.data.labels.tags import Tagger
 from peft_combo.data.model import Dataset
 from peft_combo.data.sessions import check_session_items
@@ -22,13 +23,14 @@ from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
+from peft_combo.recommender import explanations
 from peft_combo.recommender.bundle_detection import BundleDetector
 from peft_combo.recommender.bundle_search import find_bundles
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
 from peft_combo.recommender.composing.options import OneOf, Options
-from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_detected, describe_item
+from peft_combo.recommender.explanations import FusedScores, describe_bundle, describe_item
 from peft_combo.recommender.fit_state import FitState, fit_scorers
 from peft_combo.recommender.fused_scorer import FusedScorer
 from peft_combo.recommender.item_ranking import (
@@ -78,8 +80,9 @@ class BundleRecommender:
         self._scorer = FusedScorer(state)
         self._history: Any = sparse.csc_array(state.known.history)
         self.composer = composer or Composer.learn(
-            dataset.catalog, dataset.bundles.items, vectors=state.known.frozen, history=state.known.history
-        )
+            dataset.catalog, dataset.bundles.items, vectors=state.known.frozen, history=state.known.history,
+            rules=RuleSet.of(dataset.knowledge, dataset.catalog),
+        )  # fmt: skip
         self.templates = self.composer.templates
         if like is not None and dataset.interactions is not None:
             self._taken = like._taken
@@ -171,7 +174,7 @@ class BundleRecommender:
         if not (len(given) or user is not None or query is not None or fused is not None):
             raise DataError("Nothing to go by: give items or a user, or a query.")
         narrowed = self._narrow(constraints, given, user, not_like, exclude, exclude_seen)
-        allowed = self.composer.find_allowed(narrowed, required=required, forbidden=forbidden)
+        allowed = self.composer.find_allowed(narrowed, required=required, forbidden=forbidden, beside=given)
         context = self.find_context(given, user)
         if fused is None and (len(context) or user is not None):
             fused = self.score_context(context, user)
@@ -323,8 +326,7 @@ class BundleRecommender:
         constraints = self._narrow(constraints, context[:0], user, not_like, exclude, exclude_seen)
         composer = self.composer
         if required is not None or forbidden is not None:
-            edited = self.templates.with_rules(required=required, forbidden=forbidden)
-            composer = composer.with_templates(edited)
+            composer = composer.with_templates(self.templates.with_rules(required=required, forbidden=forbidden))
         options = self._add_weights(options or Options(), len(context), query=query is not None)
         composed = composer.compose(
             context, one_of=[OneOf(one.item.name, one.rows) for one in matches], relevance=sum_standard(relevance),
@@ -388,7 +390,7 @@ class BundleRecommender:
         rows = self.dataset.find_items(items)
         check_session_items(items)
         return [
-            describe_detected(self.dataset.catalog, one)
+            explanations.describe_detected(self.dataset.catalog, one)
             for one in self._detector.detect(rows, "sure" if sure else "whole")[:k]
         ]
 

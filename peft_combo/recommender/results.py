@@ -16,9 +16,9 @@ class Suggestion:
         together: of the given items those that bundles held together with this one, and how often.
         because: where it was asked for and there are several given items, what each adds: the score less the score
             without it.
-        reasons: where it was asked for and the fusion weighs the text ranker: what the ranker finds in it beside the
-            given items, and what that adds to its own score. "looks alike" is what pictures add, to the ranker's score
-            or, by way of other scorers, to this one.
+        reasons: where it was asked for and the fusion weighs the text ranker or the knowledge graph: what these find in
+            it beside the given items, in words, and what that adds to their own scores. "looks alike" is what pictures
+            add, to the ranker's score or, by way of other scorers, to this one.
     """
 
     item_id: str
@@ -58,7 +58,8 @@ class Recommendation:
         score: the composer's objective, the sum of `parts`.
         prices: of each item; None where it is unknown. price: of the whole bundle; None where one is unknown.
         evidence: per added item what speaks for it: counts, agreeing attributes, the slot rule with its support and
-            confidence, what each scorer gives it beside the given items, which things of the query it `answers`, and
+            confidence, the relations it is in and the rules that require it, what each scorer gives it beside the given
+            items, which things of the query it `answers`, and
             where it was asked for, what each other item of the bundle adds to its compatibility (`because`, in cosines
             of the text side). Nothing in it is made up; where nothing was counted the entry is short.
     """

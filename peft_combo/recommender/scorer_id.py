@@ -8,7 +8,8 @@ from typing import Literal
 Kind = Literal[
     "random", "popularity", "co-occurrence", "item-kNN", "user-kNN", "EASE", "ALS", "TF-IDF title", "CEASE-TFIDF",
     "bought before", "users alike", "frozen BERT", "tuned BERT", "ensemble", "tuned by category", "rated", "CEASE-BERT",
-    "text ranker", "next basket", "pictures", "fusion", "TF-IDF, unseen first", "text search", "not like",
+    "text ranker", "knowledge graph", "next basket", "pictures", "fusion", "TF-IDF, unseen first", "text search",
+    "not like",
 ]  # fmt: skip
 
 
@@ -44,6 +45,7 @@ ENSEMBLE, BY_CATEGORY = ScorerId("ensemble"), ScorerId("tuned by category")
 BOUGHT, ALIKE, NEXT_BASKET = ScorerId("bought before"), ScorerId("users alike"), ScorerId("next basket")
 CEASE_BERT, TEXT_RANKER = ScorerId("CEASE-BERT"), ScorerId("text ranker")
 PICTURES = ScorerId("pictures")
+GRAPH = ScorerId("knowledge graph")
 FUSION = ScorerId("fusion")
 # Of answers alone: what words found, and what likeness to rejected items takes away.
 TOGETHER, TOP = ScorerId("co-occurrence"), ScorerId("popularity")

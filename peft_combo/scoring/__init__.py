@@ -17,6 +17,7 @@ from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
 from peft_combo.scoring.next_basket import TifuKNN
 from peft_combo.scoring.out_of_core import CountedKNN, CountedPairs, count_items
+from peft_combo.scoring.paths import PathRanking
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, Tfidf, tfidf_vectors
 
@@ -29,6 +30,7 @@ __all__ = [
     "CountedPairs",
     "ItemFeatures",
     "ItemKNN",
+    "PathRanking",
     "Popularity",
     "Random",
     "Scorer",
@@ -54,6 +56,7 @@ _SCORERS = (
     ALS,
     CountedKNN,
     CountedPairs,
+    PathRanking,
     TifuKNN,
 )
 

@@ -86,6 +86,7 @@ _PURPOSES = {
     "rating": "rating",
     "sequence": "writing bundles item by item",
     "masked": "reading texts without labels",
+    "matching": "answers to questions",
 }
 
 

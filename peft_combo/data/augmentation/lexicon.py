@@ -20,8 +20,7 @@ from peft_combo.data.language.english_nouns import pluralize
 from peft_combo.data.language.scripts import HAN_RANGES
 from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
 from peft_combo.files import literal_path
-from peft_combo.recipe.fields import format_value
-from peft_combo.recipe.parse import format_step
+from peft_combo.recipe.fields import format_step, format_value
 
 SHIPPED = Path(__file__).with_name("lexicon.yaml")
 _MAX_BYTES = 4 * 2**20

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from peft_combo.data.model import CATEGORY_SEPARATOR, Dataset
 from peft_combo.data.readers.cells import Table
 from peft_combo.data.readers.forms import READ, find_table, table_at
+from peft_combo.data.readers.reviews_en import ARCHIVE, read_snippets
 from peft_combo.data.readers.reviews_zh import read_reviews
 from peft_combo.data.readers.tables import name_columns, read_table
 from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
@@ -152,6 +153,9 @@ def read_labels(config: DataConfig, multi_label: bool) -> LabelledTexts:
     faults: list[Fault] = []
     notes: list[str] = []
     path = data_path(config, "labels")
+    if (path / ARCHIVE).is_file():
+        snippets, said, left_out = read_snippets(path / ARCHIVE)
+        return LabelledTexts.build("reviews-en", snippets, said, multi_label, left_out).sample(config.max_texts)
     table = find_labels(path, config, ("text", "label"), (), faults, notes)
     if table is None and not faults:
         raise DataError(f"Expected labels.csv (or {READ}) in {path}; found {list_entries(path)}.")

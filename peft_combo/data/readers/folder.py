@@ -59,7 +59,7 @@ def read_folder(folder: Path, config: DataConfig, needs: Needs) -> tuple[Found |
         if len(faults) > before:  # it is there, and cannot be told from others: nothing stands in its place
             files.pop(name)
         before = len(faults)
-    find_strays(folder, files, ("labels", "tags"), faults, notes)
+    find_strays(folder, files, ("labels", "tags", "relations", "answers"), faults, notes)
     tables = {name: read_table(where, faults, notes) for name, where in files.items() if where is not None}
     absent = [name for name in TABLES if files.get(name, ...) is None]
     faults += [

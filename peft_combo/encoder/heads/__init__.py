@@ -1,4 +1,4 @@
-"""Task heads at inference: bundle completion, sequence, rating, classification, tagging, masked words.
+"""Task heads at inference: bundle completion, sequence, rating, classification, tagging, masked words, answers.
 
 Owns what turns vectors into answers, and how a stored head is rebuilt. Knows nothing of losses and batches.
 """
@@ -14,6 +14,7 @@ from peft_combo.encoder.heads.base import TaskHead
 from peft_combo.encoder.heads.classification import ClassificationHead
 from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.heads.masked import MaskedHead
+from peft_combo.encoder.heads.matching import MatchingHead
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.encoder.heads.sequence import SequenceHead
 from peft_combo.encoder.heads.tagging import TaggingHead
@@ -23,6 +24,7 @@ __all__ = [
     "BundleHead",
     "ClassificationHead",
     "MaskedHead",
+    "MatchingHead",
     "RatingHead",
     "SequenceHead",
     "TaggingHead",
@@ -50,8 +52,10 @@ def load_head(spec: Mapping[str, Any], weights: Mapping[str, Tensor]) -> TaskHea
             return TaggingHead.from_spec(spec, weights)
         case "masked":
             return MaskedHead.from_spec(spec, weights)
+        case "matching":
+            return MatchingHead.from_spec(spec, weights)
         case kind:
             raise StoreError(
-                f"The adapter was tuned for {kind!r}; expected bundle, classification, rating, sequence or tagging, "
-                "or masked."
+                f"The adapter was tuned for {kind!r}; expected bundle, classification, rating, sequence, tagging, "
+                "masked or matching."
             )

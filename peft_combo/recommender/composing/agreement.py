@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from peft_combo.data.model import Catalog
+from peft_combo.data.traits import Traits, name_audience
 from peft_combo.recommender.composing.options import Rows
-from peft_combo.recommender.composing.traits import Traits, name_audience
 
 _PAIRS = 20.0
 

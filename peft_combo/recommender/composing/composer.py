@@ -3,13 +3,14 @@
 Owns the job from rows and scores to compositions; the search space, the search, the objective and the evidence have a
 module each. Knows nothing of who made the scores, of models, files or requests.
 
-The objective of a bundle B, of which C was given and A = B without C is added, is the sum of five parts:
+The objective of a bundle B, of which C was given and A = B without C is added, is the sum of these parts:
 
     relevance       weight * mean over i in A of r(i)              r: one score per item for the user, basket or query
     compatibility   weight * mean over i in A of c(i | B - i)      c: scores given a set; every item against all others
     slots           weight * log P(slots of B)                     `SlotTemplates.log_probability`; 0 for substitutes
     agreement       weight * mean over i in A of a(i | B - i)      a: mean over the others, see `Agreement`
     redundancy     -weight * mean over i in A of max cosine(i, j)  over the other items j of B; no less than 0
+    rules           -the weights of the soft rules that B breaks, where the data have such
 
 r and c are made comparable first: z-scores over the items the scorer knows, all of them for r and a fixed sample of the
 catalogue for c (all where there are at most `sample`), then arcsinh, which is linear near 0 and logarithmic in the
@@ -20,7 +21,7 @@ lowest known score. Nothing depends on the order in which items were added.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,13 +29,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
+from peft_combo.data.knowledge.clashes import find_minimal_conflict
+from peft_combo.data.knowledge.rule_set import RuleSet
 from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.diversity import diversify
 from peft_combo.recommender.composing.evidence import Composition, EvidenceSource
-from peft_combo.recommender.composing.feasibility import explain_infeasible
+from peft_combo.recommender.composing.feasibility import check_given, explain_clash, explain_infeasible, keep_rules
 from peft_combo.recommender.composing.objective import Objective, ScoreScale
 from peft_combo.recommender.composing.options import Compatibility, ObjectiveWeights, OneOf, Options, Rows, check_scores
 from peft_combo.recommender.composing.query_bundles import search_around
@@ -60,6 +63,7 @@ class Composer:
         agreement: what bundles agree on, of the same catalogue; None judges no bundle by it.
         weights: of the objective, where a request names none.
         sample: items that the mean and deviation of the compatibility term are taken over.
+        rules: of bundles of the same catalogue.
     Raises:
         ValueError: vectors or history are not of N items.
     """
@@ -74,6 +78,7 @@ class Composer:
         agreement: Agreement | None = None,
         weights: ObjectiveWeights = ObjectiveWeights(),
         sample: int = _SCALE_SAMPLE,
+        rules: RuleSet | None = None,
     ) -> None:
         if vectors is not None and (vectors.ndim != 2 or len(vectors) != len(catalog)):
             raise ValueError(f"vectors must be ({len(catalog)}, D), found {vectors.shape}.")
@@ -83,7 +88,7 @@ class Composer:
         self.catalog = catalog
         self.vectors = vectors
         self.weights = weights
-        self._slotted = SlottedCatalog.of(catalog, templates)
+        self._slotted = SlottedCatalog.of(catalog, templates, rules=rules)
         self._agreement = agreement
         self._evidence = EvidenceSource(self._slotted, vectors, csc, agreement)
         self.near_duplicate = self._learn_near_duplicate(csc)
@@ -97,10 +102,11 @@ class Composer:
         *,
         vectors: NDArray[np.float32] | None = None,
         history: SparseRows | None = None,
+        rules: RuleSet | None = None,
     ) -> Composer:
         """Learn templates and agreement from bundles, each the rows of its items; see `Composer` for the rest."""
         templates, agreement = SlotTemplates.learn(catalog, bundles), Agreement.learn(catalog, bundles)
-        return cls(catalog, templates, vectors=vectors, history=history, agreement=agreement)
+        return cls(catalog, templates, vectors=vectors, history=history, agreement=agreement, rules=rules)
 
     @property
     def templates(self) -> SlotTemplates:
@@ -122,17 +128,18 @@ class Composer:
 
     def extend(
         self, catalog: Catalog, vectors: NDArray[np.float32], history: SparseRows, changed: Iterable[int],
-        hidden: NDArray[np.bool_],
+        hidden: NDArray[np.bool_], rules: RuleSet | None = None,
     ) -> Composer:  # fmt: skip
         """Return a composer of a longer catalogue under what was learned from bundles before.
 
         Args:
             catalog: N' items, of which the first N are those of before. vectors: (N', D). history: (B, N').
             changed: rows of the first N that are not as they were. hidden: (N',) items that may not be added.
+            rules: of the longer catalogue.
         """
         other = copy.copy(self)
         other.catalog, other.vectors = catalog, vectors
-        other._slotted = SlottedCatalog.of(catalog, self.templates, hidden)
+        other._slotted = SlottedCatalog.of(catalog, self.templates, hidden, rules)
         if self._agreement is not None:
             later = [*changed, *range(len(self.catalog), len(catalog))]
             other._agreement = replace(self._agreement, traits=self._agreement.traits.extend(catalog, later))
@@ -140,15 +147,22 @@ class Composer:
         other._evidence = EvidenceSource(other._slotted, vectors, csc, other._agreement)
         return other
 
+    @property
+    def rules(self) -> RuleSet:
+        """Rules of bundles that it keeps."""
+        return self._slotted.rules
+
     def find_allowed(
-        self, constraints: Constraints, *, required: Iterable[str] | None = None, forbidden: Iterable[str] | None = None
-    ) -> NDArray[np.bool_]:
+        self, constraints: Constraints, *, required: Iterable[str] | None = None,
+        forbidden: Iterable[str] | None = None, beside: Rows | None = None,
+    ) -> NDArray[np.bool_]:  # fmt: skip
         """Which items may be added, (N,).
 
         Args:
+            beside: rows that make a bundle with the item, which breaks no hard rule then; None for none.
             required: slots one of which an item is in. forbidden: slots it is not in.
         Raises:
-            DataError: the catalogue has no such attribute, value, category or slot.
+            DataError: the catalogue has no such attribute, value, category or slot, or hard rules leave no item.
             ValueError: a row to exclude is not of the catalogue.
         """
         allowed = np.ones(len(self.catalog), bool)
@@ -158,7 +172,7 @@ class Composer:
             if names is not None:
                 slots = [self.templates.find_slot(name) for name in names]
                 allowed &= np.isin(self._slotted.slot_of, slots, invert=not inside)
-        return allowed
+        return allowed if beside is None else keep_rules(self._slotted, allowed, beside.tolist())
 
     def find_replacements(self, row: int, rest: Rows, constraints: Constraints) -> NDArray[np.bool_]:
         """Which items may take the place of one beside the rest of its bundle, (N,): those of its slot.
@@ -171,7 +185,7 @@ class Composer:
         left = find_budget(self._slotted, tuple(rest.tolist()), constraints)
         if left is not None:
             allowed &= self._slotted.index.cents <= left
-        return allowed
+        return keep_rules(self._slotted, allowed, rest.tolist())
 
     def compose(
         self,
@@ -206,6 +220,7 @@ class Composer:
         """
         constraints, options = constraints or Constraints(), options or Options()
         given = self._check_rows(context)
+        check_given(self._slotted, given)
         objective = self._make_objective(relevance, compatibility, options)
         if one_of:
             found = search_around(self._slotted, given, one_of, constraints, objective)
@@ -214,6 +229,8 @@ class Composer:
             if not space.feasible:
                 raise explain_infeasible(self._slotted, given, constraints, options)
             found = search_bundles(self._slotted, space, objective)
+        if not found and (clash := self._find_clash(given, one_of, constraints, options)):
+            raise explain_clash(clash)
         if not found:
             raise DataError(
                 f"No bundle was found in which no two items are alike (near_duplicate {objective.near_duplicate}), "
@@ -223,6 +240,25 @@ class Composer:
             objective.score_bundles(given, found), key=lambda one: (-one.score, objective.make_tie_key(one.added))
         )
         return [self._evidence.describe(given, one) for one in diversify(ranked, options, objective)]
+
+    def _find_clash(
+        self, given: tuple[int, ...], one_of: Sequence[OneOf], constraints: Constraints, options: Options
+    ) -> list[str]:
+        """Return a minimal set of hard rules that no bundle keeps; an empty list where rules are not the reason."""
+
+        def feasible(kept: Collection[str]) -> bool:
+            other = copy.copy(self)
+            other._slotted = replace(self._slotted, rules=self.rules.select(kept))
+            objective = other._make_objective(None, None, options)
+            try:
+                if one_of:
+                    return bool(search_around(other._slotted, given, one_of, constraints, objective))
+                space = build_search_space(other._slotted, given, constraints, options)
+                return space.feasible and bool(search_bundles(other._slotted, space, objective))
+            except DataError:
+                return False
+
+        return find_minimal_conflict([str(one.rule) for one in self.rules.hard], feasible) if feasible(()) else []
 
     def rank(
         self,

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.model import CATEGORY_SEPARATOR, Catalog
+from peft_combo.data.traits import ALL_SEASONS
 from peft_combo.errors import DataError, did_you_mean
 from peft_combo.recommender.composing.columns import ItemColumns, KeptMasks, encode_values
 from peft_combo.recommender.filters import Filter
 
 _KEPT_BYTES = 8 * 2**20  # masks of categories and seasons
-
-ALL_SEASONS = frozenset({"all", "all-year", "all year", "all seasons", "all-season", "any", "year-round"})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.data.knowledge.rule_set import Related
 from peft_combo.data.model import Catalog
 from peft_combo.recommender.composing.agreement import Agreement
 from peft_combo.recommender.composing.objective import ScoredBundle
@@ -35,6 +36,8 @@ class ItemEvidence:
         shared: traits on which it agrees with an item of the context (of the bundle): (name, value). Where it was
             learned what bundles agree on those that count for it, the most telling first; else equal attributes.
         rule: the slot rule with the highest confidence from another slot of the bundle to this one.
+        related: relations between it and an item of the context (of the bundle).
+        required: names of the rules that require it, each with the item of the bundle that does.
     """
 
     row: int
@@ -47,6 +50,8 @@ class ItemEvidence:
     partner_similarity: float | None
     shared: tuple[tuple[str, str], ...]
     rule: SlotRule | None
+    related: tuple[Related, ...] = ()
+    required: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ class EvidenceSource:
             if agreement is None
             else agreement.find_shared(row, others.tolist()),
             rule=max(rules, key=lambda rule: (rule.confidence, rule.support), default=None),
+            related=slotted.rules.list_related(row, others.tolist()),
+            required=slotted.rules.list_met(row, [other for other in items if other != row]),
         )
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from peft_combo.data.knowledge.clashes import find_minimal_conflict
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.options import Options
 from peft_combo.recommender.composing.search_space import SearchSpace, SlottedCatalog, build_search_space
+
+_RULES_REMEDY = "Give other items, or change a rule in rules.yaml: with a weight it is a soft one."
 
 
 def explain_infeasible(
@@ -19,7 +23,7 @@ def explain_infeasible(
 ) -> DataError:
     """Find the constraints that bind by lifting them one at a time, then in pairs, and say what would help."""
     space = build_search_space(slotted, context, constraints, options)
-    checks = slotted.index.check(constraints)
+    checks = slotted.list_checks(context, constraints)
     names = list(checks)
     names += [f'required slot "{slotted.templates.names[slot]}"' for slot in sorted(space.required)]
     names += [f'forbidden slot "{slotted.templates.names[slot]}"' for slot in sorted(slotted.templates.forbidden)]
@@ -38,6 +42,14 @@ def explain_infeasible(
         n = len(slotted.index.catalog)
         return f"{name} (rules out {ruled_out[name]} of {n} items)" if name in ruled_out else name
 
+    rules = [name for name in names if name.startswith("rule ")]
+    if rules and helps(rules):
+        kept = find_minimal_conflict(names, lambda some: helps(set(names) - set(some)))
+        clash = " and ".join(describe(name) for name in kept)
+        return DataError(
+            f"No bundle of {size} items can be composed: {_explain_lack(slotted, space)}. What clashes: {clash}. "
+            f"{_RULES_REMEDY}"
+        )
     if ("budget",) in binding and space.cheapest is not None:
         rest = [describe(name) for (name,) in binding if name not in ("budget", "size")]
         also = f" Lifting {' or '.join(rest)} would do as well." if rest else ""
@@ -48,6 +60,50 @@ def explain_infeasible(
         return DataError(f"{said} Not even lifting two constraints would help. Constraints: {every}.")
     ways = "; or ".join(" and ".join(describe(name) for name in way) for way in binding[:5])
     return DataError(f"{said} What binds: {ways}. Lift or loosen it.")
+
+
+def check_given(slotted: SlottedCatalog, given: Sequence[int]) -> None:
+    """Refuse items that break a hard rule among themselves, so that no bundle can hold them.
+
+    Raises:
+        DataError: they do; the message names the rule and the items.
+    """
+    for one in slotted.rules.hard:
+        for row in given:
+            others = [other for other in given if one.find_conflicts(row)[other]]
+            if others:
+                titles = " and ".join(f'"{slotted.index.catalog.titles[item]}"' for item in (row, others[0]))
+                raise DataError(
+                    f'{titles} break the hard rule "{one.rule}", so no bundle can hold both. Give one of them, or '
+                    "change the rule in rules.yaml: with a weight it is a soft one."
+                )
+
+
+def keep_rules(slotted: SlottedCatalog, allowed: NDArray[np.bool_], beside: Sequence[int]) -> NDArray[np.bool_]:
+    """Return which of the items allowed make a bundle with a set that breaks no hard rule, (N,).
+
+    Raises:
+        DataError: the set breaks one, or rules leave nothing of what else is allowed; the message names those that
+            clash.
+    """
+    if not slotted.rules.hard or not beside:
+        return allowed
+    check_given(slotted, beside)
+    checks = slotted.rules.check_last(beside)
+    kept: NDArray[np.bool_] = np.logical_and.reduce([allowed, *checks.values()])
+    if allowed.any() and not kept.any():
+        clash = find_minimal_conflict(
+            list(checks), lambda names: bool(np.logical_and.reduce([allowed, *(checks[one] for one in names)]).any())
+        )
+        raise explain_clash([name.removeprefix('rule "').removesuffix('"') for name in clash])
+    return kept
+
+
+def explain_clash(names: Sequence[str]) -> DataError:
+    """Say which rules leave no bundle."""
+    told = " and ".join(f'"{name}"' for name in names)
+    many = "These rules clash" if len(names) > 1 else "This rule cannot be kept"
+    return DataError(f"No bundle with what was given keeps the hard rules. {many}: {told}. {_RULES_REMEDY}")
 
 
 def _explain_budget(slotted: SlottedCatalog, constraints: Constraints, space: SearchSpace, size: str) -> str:

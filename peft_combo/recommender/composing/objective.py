@@ -105,6 +105,7 @@ class Objective:
         self.weights = weights
         self.near_duplicate = near_duplicate
         self.slot_of = slotted.slot_of
+        self.rules = slotted.rules
         self.order, self.ties = _draw_order(len(slotted.slot_of), options.seed)
         self._relevance = relevance
         self._compatibility = compatibility
@@ -149,9 +150,9 @@ class Objective:
     def weigh_beside(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
         """What compatibility and agreement with sets add to the objective of a bundle of one added item, (S, C)."""
         weights = self.weights
-        return weights.compatibility * self.score_beside(sets, rows) + weights.agreement * self.score_agreement(
-            sets, rows
-        )
+        gains = weights.compatibility * self.score_beside(sets, rows)
+        gains = gains + weights.agreement * self.score_agreement(sets, rows)
+        return gains - [self.rules.weigh_conflicts(list(one), rows) for one in sets] if self.rules.soft else gains
 
     def score_agreement(self, sets: Sequence[Iterable[int]], rows: Rows) -> NDArray[np.float64]:
         """How far rows agree with sets on what bundles agree on, (S, C); 0 where nothing was learned of it."""
@@ -190,15 +191,18 @@ class Objective:
         relevance = self.weigh_relevance(np.array(added, np.int64), n)
         beside = [known[tuple(other for other in whole if other != row), row] for row in added]
         compatibility, agreement = (np.array([weights.compatibility, weights.agreement]) / n * np.array(beside)).T
+        parts = {
+            "relevance": math.fsum(relevance),
+            "compatibility": math.fsum(compatibility),
+            "slots": self._score_slots(whole),
+            "agreement": math.fsum(agreement),
+            "redundancy": -weights.redundancy * self._measure_redundancy(added, whole),
+        }
+        if self.rules.soft:
+            parts["rules"] = -self.rules.measure_loss(whole)
         return ScoredBundle(
             added=added,
-            parts={
-                "relevance": math.fsum(relevance),
-                "compatibility": math.fsum(compatibility),
-                "slots": self._score_slots(whole),
-                "agreement": math.fsum(agreement),
-                "redundancy": -weights.redundancy * self._measure_redundancy(added, whole),
-            },
+            parts=parts,
             relevance=tuple(relevance.tolist()),
             compatibility=tuple(compatibility.tolist()),
             agreement=tuple(agreement.tolist()),
@@ -218,11 +222,14 @@ class Objective:
         return float(np.maximum(cosines.max(axis=1), 0).mean())
 
     def find_duplicates(self, rows: Rows, others: Sequence[int]) -> NDArray[np.bool_]:
-        """(len(rows),) True where a row is nearly the same as one of the others."""
-        limit = self.near_duplicate
+        """(len(rows),) True where a row may not stand beside the others: nearly the same as one, or by a hard rule."""
+        limit, barred = self.near_duplicate, np.zeros(len(rows), bool)
+        if self.rules.hard:
+            for other in others:
+                barred |= self.rules.find_conflicts(other)[rows]
         if limit is None or not others:
-            return np.zeros(len(rows), bool)
-        same = is_among(self._titles[rows], self._titles[list(others)])
+            return barred
+        same = barred | is_among(self._titles[rows], self._titles[list(others)])
         if self._vectors is not None:
             same |= (self._vectors[rows] @ self._vectors[list(others)].T > limit).any(axis=1)
         return same
@@ -249,7 +256,8 @@ class Objective:
         Args:
             rows: (G,). sets: S of them. of_set: (G,) places in `sets`.
         Returns:
-            (G,) the greatest cosine, at least 0, and (G,) whether the row is, or nearly is, among the set.
+            (G,) the greatest cosine, at least 0, and (G,) whether the row is, or nearly is, among the set, or may not
+            stand beside one of it by a hard rule.
         """
         held = np.array(sets, np.int64).reshape(len(sets), -1)
         if not held.size:
@@ -259,10 +267,13 @@ class Objective:
         taken = (beside == rows[:, None]).any(axis=1)
         if limit is not None:
             taken |= (self._titles[beside] == self._titles[rows][:, None]).any(axis=1)
-        if self._vectors is None:
-            return np.zeros(len(rows)), taken
         own, of_row = np.unique(rows, return_inverse=True)
         others, of_held = np.unique(held, return_inverse=True)
+        if self.rules.hard:
+            conflicts = np.stack([self.rules.find_conflicts(other)[own] for other in others.tolist()])  # (H, R)
+            taken |= conflicts[of_held.reshape(held.shape)[of_set], of_row[:, None]].any(axis=1)
+        if self._vectors is None:
+            return np.zeros(len(rows)), taken
         cosines = self._vectors[own] @ self._vectors[others].T  # (R, D) @ (D, H) -> (R, H)
         greatest = cosines[of_row[:, None], of_held.reshape(held.shape)[of_set]].max(axis=1)
         if limit is not None:

@@ -53,11 +53,18 @@ def search_around(
             space = build_search_space(slotted, whole, rest, options)
             if space.feasible:
                 found += [(*added, *more) for more in search_bundles(slotted, space, objective)]
+    found = [one for one in found if not _lacks(objective, (*context, *one))]
     if not found and constraints.size is None:
-        found = bare  # nothing can be added to them, and they are all that was asked for
+        # Nothing can be added to them, and they are all that was asked for.
+        found = [one for one in bare if not _lacks(objective, (*context, *one))]
     if not found:
         raise explain_infeasible(slotted, (*context, *sets[0]), rest, options)
     return found
+
+
+def _lacks(objective: Objective, rows: Sequence[int]) -> bool:
+    """Say whether a bundle lacks what a hard rule requires."""
+    return any(rule.list_unmet(rows) for rule in objective.rules.requiring)
 
 
 def _choose_sets(

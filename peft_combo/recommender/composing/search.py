@@ -17,11 +17,63 @@ from peft_combo.recommender.composing.shortlists import compute_gains, make_shor
 
 _PLAUSIBLE = 6.0  # templates e^6 times less probable than the best are filled only where the others yield nothing
 _TRIES = 50_000  # steps of the last, exhaustive look for a bundle before we say there is none
+_STARTS = 6  # items that meet a requirement of the context a search goes on from
 _SPARE = 64  # bundles that look collects at most
 
 
 def search_bundles(slotted: SlottedCatalog, space: SearchSpace, objective: Objective) -> list[tuple[int, ...]]:
-    """Return added rows of bundles that keep every constraint; all of them where they are few."""
+    """Return added rows of bundles that keep every constraint and hard rule; all of them where they are few.
+
+    Rules of pairs are kept as items are added. What a rule requires of the context is added first. Of the bundles found
+    then, those in which an added item lacks what it requires are left out, and where there were such, it is searched
+    once more without the items that ask for what the context lacks.
+    """
+    rules = objective.rules
+    if not rules.requiring:
+        return _search(slotted, space, objective)
+    found: dict[tuple[int, ...], None] = {}
+    for own in _meet_requirements(space, objective, _STARTS):
+        added = own.context[len(space.context) :]
+        if added and own.low <= 0 and not own.required:
+            found[added] = None
+        if own.high < 1 or not own.feasible:
+            continue
+        more = _search(slotted, own, objective)
+        whole = [one for one in more if not any(r.list_unmet((*own.context, *one)) for r in rules.requiring)]
+        if len(whole) < len(more):
+            asking = np.zeros(rules.n_items, bool)
+            for rule in rules.requiring:
+                met = np.logical_or.reduce([np.zeros(rules.n_items, bool), *map(rule.find_askers, own.context)])
+                asking |= rule.when & ~met
+            quiet = own.bar(asking)
+            whole += _search(slotted, quiet, objective) if quiet.feasible else []
+        found |= dict.fromkeys(tuple(sorted((*added, *one))) for one in whole)
+    return list(found)
+
+
+def _meet_requirements(space: SearchSpace, objective: Objective, starts: int) -> list[SearchSpace]:
+    """Return spaces whose context lacks nothing that a rule requires: this one, or with the best items that are."""
+    context = space.context
+    unmet = ((rule, row) for rule in objective.rules.requiring for row in rule.list_unmet(context))
+    first = next(unmet, None)
+    if first is None:
+        return [space]
+    free = np.array([space.free[slot] > 0 for slot in range(len(space.held))])
+    rows = np.flatnonzero(first[0].find_partners(first[1]) & space.allowed)
+    rows = rows[free[objective.slot_of[rows]]]
+    if space.left is not None:
+        rows = rows[space.cents[rows] <= space.left]
+    rows = rows[~objective.find_duplicates(rows, context)]
+    if space.high < 1 or not len(rows):
+        return []
+    gains = objective.weigh_relevance(rows) + objective.weigh_beside([context], rows)[0]
+    best = rows[objective.select_best(rows, gains, starts)].tolist()
+    grown = [space.add(row, int(objective.slot_of[row])) for row in best]
+    return [own for one in grown for own in _meet_requirements(one, objective, max(1, starts // 3))]
+
+
+def _search(slotted: SlottedCatalog, space: SearchSpace, objective: Objective) -> list[tuple[int, ...]]:
+    """Return added rows of bundles that keep every constraint and every hard rule of pairs."""
     if space.combinations <= objective.options.exact_limit:
         return list(_enumerate_bundles(space, objective))
     plans = plan_slots(slotted, space, objective.options)

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_combo.data.knowledge.rule_set import RuleSet
 from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.constraints import CatalogIndex, Constraints
@@ -29,21 +30,26 @@ class SlottedCatalog:
     Attributes:
         slot_of: (N,) the slot of each item.
         rows_of: per slot its rows, cheapest first, so that whatever a budget still allows is a head of the list.
+        rules: of bundles of the catalogue.
     """
 
     index: CatalogIndex
     templates: SlotTemplates
     slot_of: NDArray[np.int32]
     rows_of: tuple[Rows, ...]
+    rules: RuleSet
 
     @classmethod
-    def of(cls, catalog: Catalog, templates: SlotTemplates, hidden: NDArray[np.bool_] | None = None) -> SlottedCatalog:
+    def of(
+        cls, catalog: Catalog, templates: SlotTemplates, hidden: NDArray[np.bool_] | None = None,
+        rules: RuleSet | None = None,
+    ) -> SlottedCatalog:  # fmt: skip
         """Lay out a catalogue; `hidden` (N,) items may never be added."""
         index, slot_of = CatalogIndex(catalog, hidden), templates.assign_slots(catalog)
         by_slot_and_price = np.lexsort((index.cents, slot_of))
         ends = np.searchsorted(slot_of[by_slot_and_price], np.arange(len(templates.names) + 1))
         rows_of = tuple(by_slot_and_price[start:stop] for start, stop in itertools.pairwise(ends.tolist()))
-        return cls(index, templates, slot_of, rows_of)
+        return cls(index, templates, slot_of, rows_of, RuleSet((), len(catalog)) if rules is None else rules)
 
     def with_templates(self, templates: SlotTemplates) -> SlottedCatalog:
         """Return the same under other templates of the same slots.
@@ -58,6 +64,10 @@ class SlottedCatalog:
     def name_slot(self, row: int) -> str:
         """Return the name of the slot an item is in."""
         return self.templates.names[int(self.slot_of[row])]
+
+    def list_checks(self, context: tuple[int, ...], constraints: Constraints) -> dict[str, NDArray[np.bool_]]:
+        """Per constraint and per hard rule that the context touches: (N,) True where it allows an item."""
+        return self.index.check(constraints) | self.rules.check_beside(context)
 
     @cached_property
     def slot_places(self) -> NDArray[np.int64]:
@@ -94,6 +104,28 @@ class SearchSpace:
     def free(self) -> Counter[int]:
         """Per slot how many items may be added."""
         return Counter({slot: int(n) for slot, n in enumerate(self.room - self.held) if n > 0})
+
+    def add(self, row: int, slot: int) -> SearchSpace:
+        """Return the space that is left when an item of a slot is taken into the context."""
+        held = self.held.copy()
+        held[slot] += 1
+        taken = np.zeros(len(self.allowed), bool)
+        taken[row] = True
+        left = None if self.left is None else self.left - int(self.cents[row])
+        own = replace(
+            self, context=(*self.context, row), held=held, required=self.required - {slot}, low=self.low - 1,
+            high=self.high - 1, left=left,
+        )  # fmt: skip
+        return own.bar(taken)
+
+    def bar(self, barred: NDArray[np.bool_]) -> SearchSpace:
+        """Return the space without some items, (N,) True for each of them."""
+        candidates = [
+            rows[~barred[rows]] if self.room[slot] > self.held[slot] else rows[:0]
+            for slot, rows in enumerate(self.candidates)
+        ]
+        room = np.minimum(self.room, self.held + [len(rows) for rows in candidates])
+        return replace(self, allowed=self.allowed & ~barred, candidates=candidates, room=room)
 
     @property
     def fillable(self) -> bool:
@@ -144,7 +176,8 @@ def build_search_space(
     """
     n_slots = len(slotted.templates.names)
     held = np.bincount(slotted.slot_of[list(context)], minlength=n_slots)
-    checks = {name: check for name, check in slotted.index.check(constraints).items() if name not in without}
+    every = slotted.list_checks(context, constraints)
+    checks = {name: check for name, check in every.items() if name not in without}
     allowed = np.logical_and.reduce([np.ones(len(slotted.index.catalog), bool), *checks.values()])
     allowed[list(context)] = False
     names = slotted.templates.names

@@ -40,12 +40,13 @@ const STRINGS = {
     "swap.title": "Instead of this", "swap.take": "Take", "swap.label": "Take {title}", "swap.none": "Nothing else fits its place.",
     "swap.undo": "Undo the swap", "swap.done": "Swapped for {title}.",
     "why.together": "In {count} bundles with {title}", "why.together.one": "In a bundle with {title}",
+    "why.related": "{head} {relation} {tail}", "why.required": "required by {title}", "why.it": "it",
     "why.agrees": "shares {traits}", "why.rule": "{percent} of bundles with {given} have {slot}",
     "why.answers": "answers “{names}”", "why.text": "its words fit", "why.cf": "customers choose it alongside",
     "share.title": "What speaks for it", "share.text": "Text {percent}", "share.cf": "Behaviour {percent}",
     "share.rules": "Rules {percent}", "evidence": "Evidence in figures",
     "part.relevance": "Relevance", "part.compatibility": "Compatibility of texts", "part.slots": "Slot rules",
-    "part.agreement": "Shared attributes", "part.redundancy": "Redundancy", "evidence.whole": "The whole bundle",
+    "part.agreement": "Shared attributes", "part.redundancy": "Redundancy", "part.rules": "Broken rules", "evidence.whole": "The whole bundle",
     "adapters.title": "Adapters",
     "adapters.lead": "Each alias points to a version. Promoting another exchanges adapter, item vectors and index as one, while requests go on.",
     "adapters.none": "No adapter is stored",
@@ -113,12 +114,13 @@ const STRINGS = {
     "swap.title": "可替换为", "swap.take": "选用", "swap.label": "选用 {title}", "swap.none": "没有其他合适的商品。",
     "swap.undo": "撤销替换", "swap.done": "已换成 {title}。",
     "why.together": "与 {title} 同在 {count} 个组合中", "why.together.one": "曾与 {title} 同在一个组合中",
+    "why.related": "{head} {relation} {tail}", "why.required": "{title} 需要它", "why.it": "它",
     "why.agrees": "共同点：{traits}", "why.rule": "含 {given} 的组合中 {percent} 也有 {slot}",
     "why.answers": "符合“{names}”", "why.text": "文字描述相符", "why.cf": "顾客常一起选择",
     "share.title": "推荐依据", "share.text": "文本 {percent}", "share.cf": "行为 {percent}",
     "share.rules": "规则 {percent}", "evidence": "详细数据",
     "part.relevance": "相关性", "part.compatibility": "文本相容", "part.slots": "品类规则",
-    "part.agreement": "共同属性", "part.redundancy": "重复", "evidence.whole": "整个组合",
+    "part.agreement": "共同属性", "part.redundancy": "重复", "part.rules": "违反规则", "evidence.whole": "整个组合",
     "adapters.title": "适配器",
     "adapters.lead": "每个别名指向一个版本。切换版本时，适配器、商品向量与索引作为整体同时更换，请求不会中断。",
     "adapters.none": "尚无适配器", "adapters.none.text": "目前由未微调的编码器回答。训练命令：peft-combo tune --recipe lora-fashion",
@@ -539,6 +541,11 @@ function whyLine(bundle, id) {
   if (told.answers?.length) {
     reasons.push(words("why.answers", { names: told.answers.map((answer) => answer.named || answer.wish).join(", ") }));
   }
+  for (const { relation, with: other, head } of told.related ?? []) {
+    const [it, title] = [words("why.it"), titleOf(other)];
+    reasons.push(words("why.related", { head: head ? it : title, relation, tail: head ? title : it }));
+  }
+  if (told.required?.length) reasons.push(words("why.required", { title: titleOf(told.required[0].by) }));
   if (told.together) {
     const { bundles: count, with: other } = told.together;
     reasons.push(words(count === 1 ? "why.together.one" : "why.together", { count, title: titleOf(other) }));

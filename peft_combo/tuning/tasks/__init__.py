@@ -8,16 +8,26 @@ from __future__ import annotations
 from typing import assert_never
 
 from peft_combo.recipe.model import Recipe
-from peft_combo.recipe.task import BundleTask, ClassificationTask, MaskedTask, RatingTask, SequenceTask, TaggingTask
+from peft_combo.recipe.task import (
+    BundleTask,
+    ClassificationTask,
+    MaskedTask,
+    MatchingTask,
+    RatingTask,
+    SequenceTask,
+    TaggingTask,
+)
 from peft_combo.tuning.tasks.base import AnyTask
 from peft_combo.tuning.tasks.bundle import BundleCompletion
 from peft_combo.tuning.tasks.classification import Classification
 from peft_combo.tuning.tasks.masked import MaskedWords
+from peft_combo.tuning.tasks.matching import AnswerMatching
 from peft_combo.tuning.tasks.rating import ItemRating
 from peft_combo.tuning.tasks.sequence import SequenceGeneration
 from peft_combo.tuning.tasks.tagging import Tagging
 
 __all__ = [
+    "AnswerMatching",
     "AnyTask",
     "BundleCompletion",
     "Classification",
@@ -48,5 +58,7 @@ def build_task(recipe: Recipe) -> AnyTask:
             return Tagging(recipe, recipe.task)
         case MaskedTask():
             return MaskedWords(recipe, recipe.task)
+        case MatchingTask():
+            return AnswerMatching(recipe, recipe.task)
         case _:
             assert_never(recipe.task)

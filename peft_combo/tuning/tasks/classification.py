@@ -294,6 +294,19 @@ class Classification:
         )  # fmt: skip
 
 
+def read_test_texts(recipe: Recipe) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return the test texts of a recipe, which no adapter of it learned from, and the labels of each.
+
+    Raises:
+        DataError: the recipe is for another task, or its data cannot be read.
+    """
+    if not isinstance(recipe.task, ClassificationTask):
+        raise DataError(f"Expected an adapter of a classification task, found one of task.kind: {recipe.task.kind}.")
+    found = read_labelled(recipe.data, recipe.task)
+    rows = split_texts(found.texts, recipe.data).test.tolist()
+    return [found.texts[row] for row in rows], [found.labels[row] for row in rows]
+
+
 def _shorten_classes(classes: Sequence[str]) -> list[str]:
     """Drop the part of the category path that all classes share."""
     paths = [name.split(CATEGORY_SEPARATOR) for name in classes]

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_combo.data.model import Catalog
-from peft_combo.recommender.composing.constraints import ALL_SEASONS
 
 _WORD = re.compile(r"[^\W_]+")
+ALL_SEASONS = frozenset({"all", "all-year", "all year", "all seasons", "all-season", "any", "year-round"})
 
 # Class -> word -> value. Possessives are cut before looking up: "women's" and "womens" are looked up as "women".
 _WORDS: Mapping[str, Mapping[str, str]] = {
