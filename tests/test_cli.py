@@ -19,6 +19,7 @@ from test_importing import foreign
 from typer.testing import CliRunner
 
 from peft_combo.cli.app import app
+from peft_combo.cli.output import print_table
 from peft_combo.cli.recommend import _format_reason, _format_reasons, _print_suggestions
 from peft_combo.data.labels.tags import Entity
 from peft_combo.recommender.results import Suggestion
@@ -195,6 +196,8 @@ def test_a_tune_from_start_to_shelf(run: Run, tiny_recipe: Callable[..., Any], t
     assert "better than the frozen one" in out
     assert "test bundles were not looked at" in out
     assert "Stored tiny@v1" in out
+    assert out.endswith("Chart: runs/tiny-lora.tiny/quality.html\n")
+    assert "<svg" in (tmp_path / "runs" / "tiny-lora.tiny" / "quality.html").read_text()
 
     code, out, _ = run("adapters", "verify")
     assert (code, out) == (0, "1 adapter: every file is as it was written.\n")
@@ -332,6 +335,25 @@ def test_reasons_come_in_words_first(capsys: pytest.CaptureFixture[str]) -> None
     assert "same category +0.75; 3 bundles with F1; text ranker +1.00" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_best_row_is_bold_and_no_figure_is_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    rows = [("popularity", "0.123", "0.456"), ("a name of many more than twenty-eight letters", "0.789", "0.987")]
+    print_table(("", "NDCG@10", "95 % interval"), rows, numbers=True, best=1)
+    bold = capsys.readouterr().out
+    plain = re.sub(r"\x1b\[[\d;]*m", "", bold)
+    assert "\x1b[1m" in bold.splitlines()[2]
+    assert "\x1b" not in bold.splitlines()[1]
+    assert [line.split()[-2:] for line in plain.splitlines()[1:3]] == [["0.123", "0.456"], ["0.789", "0.987"]]
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_table(("", "NDCG@10", "95 % interval"), rows, numbers=True, best=1)
+    assert capsys.readouterr().out.split() == plain.split()
+
+
 def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
     recipe = tiny_recipe(**{"training.epochs": 4})
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
@@ -339,10 +361,12 @@ def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Calla
     ask = ("recommend", "--recipe", "./tiny.yaml")
     code, out, err = run(*ask, "--items", "i0,i6", "-k", "2", "--explain")
     assert code == 0, err
-    assert re.match(r"1\. ([\d,.]+ in all, )?score ", out)
+    assert re.match(r"1\. \d items(, [\d,.]+ in all)?, score ", out)
     assert re.search(r"\n +slot +item +title +price +why\n", out)
     assert re.search(r"i0 .* given\n", out)
     assert "compatibility" in out
+    plain = run(*ask, "--items", "i0,i6", "-k", "2")[1]
+    assert not re.search(r"score|compatibility|[+-]\d", plain), "scores are for --explain"
     bundles = json.loads(run(*ask, "--items", "i0", "-k", "2", "--json")[1])
     assert len(bundles) == 2
     assert all("i0" in bundle["items"] and bundle["evidence"] for bundle in bundles)
@@ -454,6 +478,16 @@ def test_evaluate_prints_every_row_and_guards_the_split(
     for row in ("random", "popularity", "item-kNN", "EASE", "CEASE-TFIDF", "frozen BERT", "tuned BERT tiny", "fusion"):
         assert re.search(rf"^{row} +0\.\d+", out, re.MULTILINE)
     assert "<svg" in (tmp_path / "chart.html").read_text()
+    assert out.startswith("The fusion has the missing item among its first ten for ")
+    assert max(map(len, out.splitlines()[2:])) <= 100
+    assert "R@5" in out
+    assert "Every item of every held-out bundle" not in out
+    code, out, err = run(*ask, "--verbose", "--quiet")
+    assert (code, err) == (0, "")
+    assert "Every item of every held-out bundle" in out
+    assert "warm target" in out
+    assert out.endswith("Chart: runs/tiny-lora.tiny/test.html\n"), "a chart without being asked"
+    assert "<svg" in (tmp_path / "runs" / "tiny-lora.tiny" / "test.html").read_text()
     report = json.loads(run(*ask, "--json")[1])
     assert {"split_digest", "protocol", "rows", "fusion"} <= report.keys()
     code, out, err = run(*ask, "--set", "data.split_seed=1")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app, check_data_path, load_ready_recipe
+from peft_combo.cli.chart_files import PLOT_HELP, write_chart
+from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import console_watch, format_metric_name, print_error, print_json, print_line, print_table
 from peft_combo.cli.workers import AddressOption, OnOption, WorkersOption, open_executor, refuse_alone
 from peft_combo.errors import PeftComboError
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from peft_combo.recipe.model import Recipe
 
 
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help=PLOT_HELP)]
 ToOption = Annotated[Path | None, typer.Option("--to", help="File to write the best one to as a recipe: winner.yaml.")]
 
 
@@ -80,8 +82,7 @@ def compare(
         print_json(found.to_json())
     else:
         _print_comparison(found)
-    if plot is not None:
-        draw(chart(found), plot)
+    write_chart(lambda path: draw(chart(found), path), plot, folder / "chart.html", as_json)
     if to is not None:
         quality = f"{format_metric_name(found.metric)} {found.best.value:.4f} on validation"
         told = f"{quality}, seeds {', '.join(map(str, numbers))}"
@@ -126,6 +127,7 @@ def search(
         ("--workers", workers is not None, "--on", on is not None),
         ("--address", address is not None, "--on ray", on == "ray"),
     )
+    require_extra("search", "A search")
     check_data_path(load_ready_recipe(recipe, overrides, data))
     check_folder_target(folder)
     if to is not None:
@@ -172,6 +174,7 @@ def lr_range(
 ) -> None:
     """Raise the learning rate step by step until the loss runs away, and suggest one; stores nothing."""
     from peft_combo.metrics.charts import check_ending, draw
+    from peft_combo.tuning.run_folder import name_run_folder
 
     if low >= high:
         raise PeftComboError(f"--from and --to: expected a rate that grows, found {low:g} to {high:g}.")
@@ -189,8 +192,8 @@ def lr_range(
         print_json({**asdict(found), "below_divergence": found.below_divergence})
     else:
         _print_range(found, loaded, steps)
-    if plot is not None:
-        draw(found.chart(f"{loaded.name}: training loss while the learning rate grows"), plot)
+    drawn = found.chart(f"{loaded.name}: training loss while the learning rate grows")
+    write_chart(lambda path: draw(drawn, path), plot, name_run_folder(loaded) / "lr-range.html", as_json)
 
 
 def _print_range(found: RateRange, recipe: Recipe, steps: int) -> None:

@@ -19,6 +19,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
+from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import ConsoleWatch, console_watch, get_rank, print_line
 from peft_combo.cli.workers import AddressOption, Machines, OnOption, WorkersOption, open_executor, refuse_alone
 from peft_combo.errors import PeftComboError
@@ -70,6 +71,10 @@ def embed(
             "Under accelerate launch each process takes a share of a catalogue; --on and --texts are for workers that "
             "this command starts itself. Start it without accelerate launch."
         )
+    if texts is not None and not texts.is_file():
+        raise PeftComboError(f"--texts: there is no file {texts}. Expected a Parquet file of texts.")
+    if on == "ray":
+        require_extra("ray", "--on ray")
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback, ExitStack() as opened:
         from peft_combo.files import check_folder_target

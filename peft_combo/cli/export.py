@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeStoreOption, SetOption, adapters_app
+from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import console_watch, print_json, print_line, print_table
 from peft_combo.errors import DataError, RecipeError
 
@@ -61,6 +62,8 @@ def adapters_export(
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a merged encoder or an ONNX graph, and measure what of it was kept."""
+    if format != "merged":
+        require_extra("onnx", f"--format {format}")
     named = load_named_recipe(recipe, overrides, data)
     opened = open_store(store, named)
     record = opened.open(adapter)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from peft_combo.cli.app import CacheOption, DataOption, JsonOption, StoreOption, app
+from peft_combo.cli.app import CacheOption, DataOption, JsonOption, StoreOption, app, check_data_path
 from peft_combo.cli.output import console_watch, print_json, print_table
 
 
@@ -35,8 +35,9 @@ def rate(
         from peft_combo.recommender.workspace import Workspace
 
         space = Workspace.of_adapter(
-            adapter, data=data, store=store, cache=cache, needs="interactions", on_note=callback.on_note
+            adapter, data=data, store=store, cache=cache, needs="interactions", task="rating", on_note=callback.on_note
         )
+        check_data_path(space.recipe)
 
         from peft_combo.encoder.heads.rating import RatingHead
         from peft_combo.recommender.rating import Rater

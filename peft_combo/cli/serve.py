@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, RecipeStoreOption, SetOption, app, data_app
+from peft_combo.cli.app import (
+    DataOption,
+    JsonOption,
+    RecipeStoreOption,
+    SetOption,
+    app,
+    data_app,
+    load_ready_recipe,
+    open_workspace,
+)
+from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import print_error, print_json, print_line, print_table, split_words
 from peft_combo.errors import PeftComboError, did_you_mean
 
@@ -18,7 +27,6 @@ if TYPE_CHECKING:
     from peft_combo.serving.config import ServiceConfig
     from peft_combo.serving.state import Scope, State
 
-_NEEDED = ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client")
 _FOLLOW = ("watch", "told", "fixed")
 _ENCODERS = ("torch", "onnx", "int8", "pruned")
 
@@ -90,9 +98,12 @@ def serve(
         return
     if recipe is None:
         raise PeftComboError("Name a recipe: peft-combo serve --recipe lora-fashion")
-    check_extra()
+    require_extra("serve", "The service")
     _check_choice("--adapters", follow, _FOLLOW)
     _check_choice("--encoder", encoder, _ENCODERS)
+    loaded = load_ready_recipe(recipe, overrides, data, store)
+    open_workspace(loaded, recipe, overrides, data, store, adapters or ())  # what is not there is told before torch
+
     from peft_combo.serving.config import make_config
 
     config = make_config(
@@ -122,17 +133,6 @@ def _run(config: ServiceConfig) -> None:
     run(config, print_error, _print_ready, Service.open)
 
 
-def check_extra() -> None:
-    """Refuse at once where what the service stands on is not installed.
-
-    Raises:
-        PeftComboError: it is not.
-    """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise PeftComboError(f"The service needs {', '.join(missing)}: pip install 'peft-combo[serve]'")
-
-
 def _print_ready(lines: Sequence[str]) -> None:
     import sys
 
@@ -157,7 +157,7 @@ def _read_scopes(given: str, option: str) -> frozenset[Scope]:
 
 
 def _open_state(place: str) -> State:
-    check_extra()
+    require_extra("serve", "The service")
     from peft_combo.serving.state import State
 
     return State.open(place)
@@ -175,7 +175,7 @@ def keys_add(
     state: StateOption = "state",
 ) -> None:
     """Make a key and print it, this once: only a hash of it is stored."""
-    check_extra()
+    require_extra("serve", "The service")
     scopes = _read_scopes(scope, "--scope")
     if not scopes:
         raise PeftComboError("--scope: expected read, write or admin, found none of them.")

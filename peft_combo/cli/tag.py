@@ -69,7 +69,7 @@ def tag(
 
 def load_tagger(reference: str, store: Path) -> Tagger:
     """Load a tagging adapter over the encoder that its own recipe names."""
-    bank, live = _load_adapter(reference, store)
+    bank, live = _load_adapter(reference, store, "tagging")
 
     from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead
 
@@ -114,7 +114,7 @@ def classify(
     as_json: JsonOption = False,
 ) -> None:
     """Tell the class of texts with a classification adapter, and how likely it is."""
-    bank, live = _load_adapter(adapter, store)
+    bank, live = _load_adapter(adapter, store, "classification")
 
     from peft_combo.encoder.heads.classification import ClassificationHead
 
@@ -141,11 +141,11 @@ def classify(
     print_table(("text", "class", "most likely"), rows)
 
 
-def _load_adapter(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
+def _load_adapter(reference: str, store: Path, task: str) -> tuple[AdapterBank, LiveAdapter]:
     """Load an adapter over the encoder that its own recipe names."""
     from peft_combo.recommender.workspace import Workspace
 
-    bank = Workspace.of_adapter(reference, store=store).bank
+    bank = Workspace.of_adapter(reference, store=store, task=task).bank
     return bank, bank.get(reference)
 
 
