@@ -354,6 +354,76 @@ def test_the_best_row_is_bold_and_no_figure_is_cut(
     assert capsys.readouterr().out.split() == plain.split()
 
 
+COMPLETED = [
+    ("tune --recipe lora-fashion-", ["lora-fashion-zh"]),
+    ("tune -r own", ["own.yaml"]),
+    ("compare --recipe lora-fashion --method pre", ["prefix"]),
+    ("evaluate --recipe lora-fashion --adapter sh", ["shoes", "shoes@prod", "shoes@v1"]),
+    ("recommend --recipe own.yaml --adapter ", ["hats", "hats@v1"]),
+    ("adapters show --store shelf ", ["hats", "hats@v1"]),
+    ("adapters rollback sh", ["shoes@prod"]),
+    ("retune --alias ", ["prod"]),
+    ("adapters import folder --category sh", ["shoes"]),
+    ("evaluate --recipe nowhere --adapter ", []),
+]
+
+
+def test_the_shell_completes_names_without_torch(tmp_path: Path) -> None:
+    write(AdapterStore(tmp_path / "adapters"), "shoes")
+    write(AdapterStore(tmp_path / "shelf"), "hats")
+    AdapterStore(tmp_path / "adapters").alias("shoes", "prod")
+    (tmp_path / "own.yaml").write_text("extends: lora-fashion\nname: own\nstore: shelf\n")
+    program = (
+        "import contextlib, io, json, os, sys\n"
+        "from peft_combo.cli import app\n"
+        "for line in json.load(sys.stdin):\n"
+        "    words = ['peft-combo', *line.split()] + [''] * line.endswith(' ')\n"
+        "    os.environ |= {'_PEFT_COMBO_COMPLETE': 'complete_bash', 'COMP_CWORD': str(len(words) - 1),\n"
+        "                   'COMP_WORDS': ' '.join(words)}\n"
+        "    out = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):\n"
+        "        app(prog_name='peft-combo')\n"
+        "    print(json.dumps(out.getvalue().split()))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
+        input=json.dumps([line for line, _ in COMPLETED]), env={"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list(map(json.loads, done.stdout.splitlines())) == [names for _, names in COMPLETED]
+
+
+def test_options_for_the_store_agree() -> None:
+    for name, command in commands():
+        options = {option.name: option for option in command.params}
+        if "store" in options:
+            assert options["store"].default in ((None,) if "recipe" in options else (None, Path("adapters"))), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        ("search --recipe lora-fashion --over adapter.rank=2,4", "search"),
+        ("serve --recipe lora-fashion", "serve"),
+        ("adapters export fashion --to x --format onnx", "onnx"),
+        ("embed --recipe lora-fashion --on ray", "ray"),
+        ("tune --recipe lora-fashion --each-category --on slurm", "slurm"),
+        ("tune --recipe lora-fashion-zh", "multilingual"),
+        ("tune --recipe lora-food", "completejourney"),
+        ("tune --recipe classify-reviews-zh --set backbone.model=embedded", "reviews-zh"),
+    ],
+)
+def test_a_missing_extra_is_named_before_anything_is_loaded(
+    arguments: str, extra: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_combo.cli.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("peft_combo.cli.output.ConsoleWatch", None)
+    code, out, err = run(*arguments.split())
+    assert (code, out) == (1, "")
+    assert err.endswith(f": pip install 'peft-combo[{extra}]'\n")
+
+
 def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
     recipe = tiny_recipe(**{"training.epochs": 4})
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))

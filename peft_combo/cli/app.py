@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo import __version__
+from peft_combo.cli.complete import complete_adapter, complete_recipe
 from peft_combo.cli.extras import require_recipe_extras
 from peft_combo.cli.output import print_line, set_quiet
 
@@ -31,7 +32,16 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(data_app, name="data")
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", "-r", autocompletion=complete_recipe, help="Name of a shipped recipe, or a YAML file."),
+]
+AdapterArgument = Annotated[
+    str,
+    typer.Argument(
+        autocompletion=complete_adapter, help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod."
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override of one key, as in training.epochs=2; may be repeated, the last one counts."),

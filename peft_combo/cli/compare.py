@@ -11,6 +11,7 @@ import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app, check_data_path, load_ready_recipe
 from peft_combo.cli.chart_files import PLOT_HELP, write_chart
+from peft_combo.cli.complete import complete_method, complete_recipe
 from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import console_watch, format_metric_name, print_error, print_json, print_line, print_table
 from peft_combo.cli.workers import AddressOption, OnOption, WorkersOption, open_executor, refuse_alone
@@ -31,10 +32,18 @@ ToOption = Annotated[Path | None, typer.Option("--to", help="File to write the b
 def compare(
     recipe: RecipeOption,
     others: Annotated[
-        list[str] | None, typer.Argument(metavar="[OTHER_RECIPE]...", help="Further recipes, on the first one's data.")
+        list[str] | None,
+        typer.Argument(
+            autocompletion=complete_recipe,
+            metavar="[OTHER_RECIPE]...",
+            help="Further recipes, on the first one's data.",
+        ),
     ] = None,
     methods: Annotated[
-        list[str] | None, typer.Option("--method", help="Method in place of the recipe's own; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--method", autocompletion=complete_method, help="Method in place of the recipe's own; may be repeated."
+        ),
     ] = None,
     over: Annotated[
         list[str] | None, typer.Option("--over", help="Values of a key, as in adapter.rank=4,8,16; may be repeated.")

@@ -19,6 +19,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import ConsoleWatch, console_watch, get_rank, print_line
 from peft_combo.cli.workers import AddressOption, Machines, OnOption, WorkersOption, open_executor, refuse_alone
@@ -34,7 +35,12 @@ if TYPE_CHECKING:
 def embed(
     recipe: RecipeOption,
     adapter: Annotated[
-        str | None, typer.Option("--adapter", help="Adapter, as in fashion or fashion@v2; default the frozen encoder.")
+        str | None,
+        typer.Option(
+            "--adapter",
+            autocompletion=complete_adapter,
+            help="Adapter, as in fashion or fashion@v2; default the frozen encoder.",
+        ),
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,

@@ -20,6 +20,7 @@ from peft_combo.cli.app import (
     open_workspace,
 )
 from peft_combo.cli.chart_files import PLOT_HELP, write_chart
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, print_json, print_line, print_table
 from peft_combo.errors import DataError
 
@@ -43,7 +44,11 @@ def evaluate(
     recipe: RecipeOption,
     adapters: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Adapter to measure, as in fashion or fashion@v2; may be repeated."),
+        typer.Option(
+            "--adapter",
+            autocompletion=complete_adapter,
+            help="Adapter to measure, as in fashion or fashion@v2; may be repeated.",
+        ),
     ] = None,
     compose: Annotated[
         bool,

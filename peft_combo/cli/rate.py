@@ -9,12 +9,18 @@ from typing import Annotated
 import typer
 
 from peft_combo.cli.app import CacheOption, DataOption, JsonOption, StoreOption, app, check_data_path
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import console_watch, print_json, print_table
 
 
 @app.command()
 def rate(
-    adapter: Annotated[str, typer.Option("--adapter", help="Rating adapter, as in home-rating or home-rating@v2.")],
+    adapter: Annotated[
+        str,
+        typer.Option(
+            "--adapter", autocompletion=complete_adapter, help="Rating adapter, as in home-rating or home-rating@v2."
+        ),
+    ],
     items: Annotated[
         list[str] | None,
         typer.Argument(help="Ids or titles of items to rate; default the likeliest of all.", show_default=False),

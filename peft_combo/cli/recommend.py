@@ -20,6 +20,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_line, print_table, split_words
 from peft_combo.cli.tag import load_tagger
 from peft_combo.errors import DataError
@@ -32,6 +33,22 @@ if TYPE_CHECKING:
     from peft_combo.recommender.results import DetectedBundle, Recommendation, Suggestion
     from peft_combo.recommender.workspace import Workspace
 
+TaggerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tagger",
+        autocompletion=complete_adapter,
+        help="Tagging adapter that parses the query, an item for each thing.",
+    ),
+]
+AdaptersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        autocompletion=complete_adapter,
+        help="Adapter, as in fashion@v2, may be repeated; default the recipe's category.",
+    ),
+]
 WhereOption = Annotated[
     list[str] | None,
     typer.Option("--where", help="Condition on new items: 'price<50', 'brand=A|B', 'colour!=red'; may be repeated."),
@@ -58,13 +75,8 @@ def recommend(
     sure: Annotated[bool, typer.Option("--sure", help="With --session: smaller and surer bundles.")] = False,
     user: Annotated[str | None, typer.Option("--user", help="Id of the user to personalise for.")] = None,
     query: Annotated[str | None, typer.Option("--query", help="Query in words.")] = None,
-    tagger: Annotated[
-        str | None, typer.Option("--tagger", help="Tagging adapter that parses the query, an item for each thing.")
-    ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", help="Adapter, as in fashion@v2, may be repeated; default the recipe's category."),
-    ] = None,
+    tagger: TaggerOption = None,
+    adapters: AdaptersOption = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Frozen encoder, without any adapter.")] = False,
     single: Annotated[bool, typer.Option("--single", help="Single items that complete, in place of bundles.")] = False,
     k: Annotated[int | None, typer.Option("-k", help="Number of bundles or items; default 5.")] = None,

@@ -17,6 +17,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
+from peft_combo.cli.complete import complete_alias, complete_recipe
 from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import print_error, print_json, print_line, print_table, split_words
 from peft_combo.errors import PeftComboError, did_you_mean
@@ -35,6 +36,24 @@ keys_app = typer.Typer(help="API keys: add, list, remove.", no_args_is_help=True
 serve_app.add_typer(keys_app, name="keys")
 app.add_typer(serve_app, name="serve")
 
+ServedRecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        autocompletion=complete_recipe,
+        envvar="PEFT_COMBO_RECIPE",
+        help="Name of a shipped recipe, or a YAML file.",
+    ),
+]
+ServedOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        autocompletion=complete_alias,
+        help="Alias to serve, as in fashion@prod; may be repeated; default the recipe's category.",
+    ),
+]
 StateOption = Annotated[
     str,
     typer.Option("--state", envvar="PEFT_COMBO_STATE", help="Folder of the service's state, or its database URL."),
@@ -44,16 +63,8 @@ StateOption = Annotated[
 @serve_app.callback(invoke_without_command=True)
 def serve(
     context: typer.Context,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", "-r", envvar="PEFT_COMBO_RECIPE", help="Name of a shipped recipe, or a YAML file."),
-    ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter", help="Alias to serve, as in fashion@prod; may be repeated; default the recipe's category."
-        ),
-    ] = None,
+    recipe: ServedRecipeOption = None,
+    adapters: ServedOption = None,
     host: Annotated[str, typer.Option("--host", envvar="PEFT_COMBO_HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", envvar="PEFT_COMBO_PORT", min=0, max=65535, help="Port; 0 takes a free one.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import format_figure, print_json, print_line, print_marked, print_table
 from peft_combo.errors import DataError
 
@@ -27,7 +28,11 @@ def tag(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts, each in quotes.", show_default=False)] = None,
     adapter: Annotated[
         str | None,
-        typer.Option("--adapter", help="Tagging adapter, as in fashion-tags@v2; default a list of fashion nouns."),
+        typer.Option(
+            "--adapter",
+            autocompletion=complete_adapter,
+            help="Tagging adapter, as in fashion-tags@v2; default a list of fashion nouns.",
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder of a catalogue whose titles are tagged, in place of texts.")
@@ -109,7 +114,12 @@ def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) ->
 @app.command()
 def classify(
     texts: TextsArgument,
-    adapter: Annotated[str, typer.Option("--adapter", help="Classification adapter, as in intents or intents@v2.")],
+    adapter: Annotated[
+        str,
+        typer.Option(
+            "--adapter", autocompletion=complete_adapter, help="Classification adapter, as in intents or intents@v2."
+        ),
+    ],
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:

@@ -19,6 +19,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
 )
 from peft_combo.cli.chart_files import write_chart
+from peft_combo.cli.complete import complete_adapter, complete_alias_name
 from peft_combo.cli.fleet import (
     DepthOption,
     EachCategoryOption,
@@ -70,6 +71,7 @@ StartOption = Annotated[
     str | None,
     typer.Option(
         "--from",
+        autocompletion=complete_adapter,
         help="Adapter to go on from (fashion@prod): same method and shapes, a new version; or, for any task, one that "
         "read texts alone (fashion-text).",
     ),
@@ -83,7 +85,11 @@ ReplayOption = Annotated[
 ]
 PromoteOption = Annotated[
     str | None,
-    typer.Option("--promote", help="With --from: alias to move to the new version if it passes the gate."),
+    typer.Option(
+        "--promote",
+        autocompletion=complete_alias_name,
+        help="With --from: alias to move to the new version if it passes the gate.",
+    ),
 ]
 
 
