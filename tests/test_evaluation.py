@@ -246,7 +246,7 @@ def test_the_chart_needs_nothing_and_is_to_scale(report: Report, tmp_path: Path)
 
 
 def test_a_chart_of_another_ending_or_measure_is_refused(report: Report, tmp_path: Path) -> None:
-    with pytest.raises(PeftComboError, match=r"\.html or \.png"):
+    with pytest.raises(PeftComboError, match=r"\.html, \.svg or \.png"):
         plot(report, tmp_path / "chart.pdf")
     with pytest.raises(PeftComboError, match=r"ndcg@10 or r@10"):
         plot(report, tmp_path / "chart.html", "mrr")

@@ -12,7 +12,7 @@ from pathlib import Path
 from peft_combo.cli.output import print_line
 from peft_combo.errors import PeftComboError
 
-PLOT_HELP = "Chart to write, .html or .png; default an .html in the run folder, with --json none."
+PLOT_HELP = "Chart to write, .html, .svg or .png; default an .html in the run folder, with --json none."
 
 
 def write_chart(draw: Callable[[Path], None], asked: Path | None, usual: Path, as_json: bool) -> None:
