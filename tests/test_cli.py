@@ -47,14 +47,14 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [name for name, _ in commands()])
-def test_every_command_has_a_help_line_and_stands_in_the_readme(name: str) -> None:
+def test_every_command_has_a_help_line_and_stands_in_the_overview(name: str) -> None:
     command = dict(commands())[name]
     assert command.help
     result = CliRunner().invoke(app, [*name.split(), "--help"])
     assert result.exit_code == 0
-    readme = (REPOSITORY / "README.md").read_text()
+    overview = (REPOSITORY / "docs" / "commands.md").read_text()
     group, _, verb = name.partition(" ")
-    lines = [line for line in readme.splitlines() if line.startswith(f"| `peft-combo {group}")]
+    lines = [line for line in overview.splitlines() if line.startswith(f"| `peft-combo {group}")]
     assert any(f"`peft-combo {name}`" in line or f"`{verb}`" in line for line in lines)
 
 
