@@ -58,6 +58,11 @@ def test_every_command_has_a_help_line_and_stands_in_the_overview(name: str) -> 
     assert any(f"`peft-combo {name}`" in line or f"`{verb}`" in line for line in lines)
 
 
+def test_the_list_of_commands_is_not_cut() -> None:
+    told = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout
+    assert "..." not in told.split("Commands:")[1]
+
+
 def test_every_option_and_argument_has_a_help_text_that_is_a_sentence() -> None:
     for name, command in commands():
         for parameter in command.params:

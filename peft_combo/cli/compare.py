@@ -28,7 +28,7 @@ PlotOption = Annotated[Path | None, typer.Option("--plot", help=PLOT_HELP)]
 ToOption = Annotated[Path | None, typer.Option("--to", help="File to write the best one to as a recipe: winner.yaml.")]
 
 
-@app.command()
+@app.command(short_help="Tune methods, values or recipes on the same data, and test.")
 def compare(
     recipe: RecipeOption,
     others: Annotated[
@@ -103,7 +103,7 @@ def compare(
         )  # fmt: skip
 
 
-@app.command()
+@app.command(short_help="Search for the best values of some keys with Optuna.")
 def search(
     recipe: RecipeOption,
     over: Annotated[
@@ -170,7 +170,7 @@ def search(
         write_recipe(found.recipe, to, (what, "", f"Run:  peft-combo tune --recipe {shlex.quote(str(to))}"))
 
 
-@app.command("lr-range")
+@app.command("lr-range", short_help="Find the learning rate that a recipe bears.")
 def lr_range(
     recipe: RecipeOption,
     low: Annotated[float, typer.Option("--from", min=1e-12, max=1, help="Learning rate of the first step.")] = 1e-6,

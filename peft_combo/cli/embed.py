@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from peft_combo.recommender.workspace import Workspace
 
 
-@app.command()
+@app.command(short_help="Encode a catalogue once, by one process or many.")
 def embed(
     recipe: RecipeOption,
     adapter: Annotated[

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from peft_combo.recommender.workspace import Workspace
 
 
-@app.command()
+@app.command(short_help="Measure adapters on test bundles, beside every baseline.")
 def evaluate(
     recipe: RecipeOption,
     adapters: Annotated[

@@ -13,7 +13,7 @@ from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import console_watch, print_json, print_table
 
 
-@app.command()
+@app.command(short_help="Tell how likely a customer is to take items.")
 def rate(
     adapter: Annotated[
         str,

@@ -65,7 +65,7 @@ ExcludeOption = Annotated[str | None, typer.Option("--exclude", help="Ids of ite
 SeenOption = Annotated[bool, typer.Option("--seen", help="With --user: also items this user took before.")]
 
 
-@app.command()
+@app.command(short_help="Recommend bundles or items for items, a user or a text.")
 def recommend(
     recipe: RecipeOption,
     items: Annotated[str | None, typer.Option("--items", help="Ids of items that every bundle holds: F1,F7.")] = None,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _ACTOR = "retune"
 
 
-@app.command()
+@app.command(short_help="Look after an alias once: roll back, or learn from use.")
 def retune(
     recipe: RecipeOption,
     alias: Annotated[

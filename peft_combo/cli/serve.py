@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _FOLLOW = ("watch", "told", "fixed")
 _ENCODERS = ("torch", "onnx", "int8", "pruned")
 
-serve_app = typer.Typer(help="The service over HTTP; add, list or remove the keys that open it.")
+serve_app = typer.Typer(help="The service over HTTP, and the keys that open it.")
 keys_app = typer.Typer(help="API keys: add, list, remove.", no_args_is_help=True)
 serve_app.add_typer(keys_app, name="keys")
 app.add_typer(serve_app, name="serve")

@@ -23,7 +23,7 @@ TextsArgument = Annotated[list[str], typer.Argument(help="One text or more, each
 _COLOURS = ("bold cyan", "bold magenta", "bold green", "bold yellow", "bold blue", "bold red")
 
 
-@app.command()
+@app.command(short_help="Find the entities of texts; give items their slots.")
 def tag(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts, each in quotes.", show_default=False)] = None,
     adapter: Annotated[
@@ -111,7 +111,7 @@ def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) ->
     print_line(f"Written to {target}. With the other tables beside it, as items.csv, it is a folder for --data.")
 
 
-@app.command()
+@app.command(short_help="Tell the class of texts.")
 def classify(
     texts: TextsArgument,
     adapter: Annotated[

@@ -93,7 +93,7 @@ PromoteOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(short_help="Tune one category's adapter, with quality before and after.")
 def tune(
     recipe: RecipeOption,
     data: DataOption = None,
