@@ -38,6 +38,7 @@ from peft_combo import metrics
 from peft_combo.encoder.heads.completion import CompletionHead
 from peft_combo.evaluation.canary import run_canary
 from peft_combo.evaluation.completion import evaluate
+from peft_combo.evaluation.measures import COLD, DISTRACTORS
 from peft_combo.evaluation.report import CompletionRow, QueryResults, Report, Slice
 from peft_combo.files import write_text
 from peft_combo.recipe.files import load_recipe
@@ -220,7 +221,7 @@ def make_table(name: str, reports: list[Report], case: Case) -> list[str]:
     questions = sum(report.counts["test questions"] for report in reports)
     slices = [
         part
-        for part in ("cross-leaf", "cross-slot", "cross-category", "cold among cold")
+        for part in ("cross-leaf", "cross-slot", "cross-category", COLD, DISTRACTORS)
         if part in reports[0].answers.slices or part in reports[0].row(case.row).slices
     ]
     fill_in = reports[0].row(case.row).fill_in is not None
@@ -242,7 +243,9 @@ def make_table(name: str, reports: list[Report], case: Case) -> list[str]:
     lines.append("")
     for peer in case.peers:
         told = [compare(reports, case.row, peer, measure, None) for measure in ("ndcg@10", "r@10")]
-        told += [compare(reports, case.row, peer, "ndcg@10", part) for part in slices if part != "cold among cold"]
+        told += [
+            compare(reports, case.row, peer, "ndcg@10", part) for part in slices if part not in (COLD, DISTRACTORS)
+        ]
         told += [compare_fill_ins(reports, case.row, peer)] if fill_in else []
         lines.append(f"- {case.row} over {peer}: {'; '.join(filter(None, told))}.")
     chosen = Counter(report.fusion.chosen for report in reports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from peft_combo.encoder.architectures import (
     upper_view,
 )
 from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.libraries import _compile_later
 from peft_combo.encoder.tokens import chunk_by_length
 from peft_combo.errors import BackboneError
 
@@ -158,3 +160,15 @@ def test_an_unknown_architecture_is_refused_with_those_known(tmp_path: Path) -> 
     GPT2Model(GPT2Config(vocab_size=200, n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path)
     with pytest.raises(BackboneError, match=r'"gpt2" is not known.*bert'):
         Backbone.load(str(tmp_path))
+
+
+def test_what_bitsandbytes_compiles_is_compiled_at_its_first_call() -> None:
+    compiled: list[dict[str, object]] = []
+
+    def compile_now(function: Callable[[int], int], **options: object) -> Callable[[int], int]:
+        compiled.append(options)
+        return lambda number: 10 * function(number)
+
+    later = _compile_later(compile_now, lambda number: number + 1, dynamic=False)
+    assert compiled == []
+    assert (later(1), later(2), compiled) == (20, 30, [{"dynamic": False}])

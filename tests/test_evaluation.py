@@ -24,7 +24,7 @@ from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.canary import run_canary
 from peft_combo.evaluation.completion import evaluate
-from peft_combo.evaluation.measures import UnseenFirst, rank_among_cold
+from peft_combo.evaluation.measures import UnseenFirst, find_unbundled, rank_among
 from peft_combo.evaluation.report import Report, plot, write_verdict
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, RatingTask
@@ -95,6 +95,9 @@ def test_rows_slices_and_intervals_hang_together(dataset: Dataset, parts: Split)
         if warm is not None and cold is not None and warm.questions + cold.questions == report.counts["test questions"]:
             whole = (warm.ndcg * warm.questions + cold.ndcg * cold.questions) / report.counts["test questions"]
             assert whole == pytest.approx(row.values["ndcg@10"], abs=1e-9)
+        distractors = row.slices.get("among distractors")
+        assert (distractors is None) == (find_unbundled(dataset).sum() < 10)
+        assert distractors is None or distractors.questions == report.counts["test questions"]
     # Items of one style go together and a style shows in the titles: words must beat chance by far.
     assert report.row("TF-IDF title").values["ndcg@10"] > 3 * report.row("random").values["ndcg@10"]
 
@@ -107,7 +110,8 @@ def test_items_of_no_training_bundle_first_gain_what_the_catalogue_gives_away(da
     first = UnseenFirst(lambda part: scores, unseen)(queries)
     # Before all others, in the scorer's own order: the targets, all unseen, rise, and among unseen items nothing moves.
     assert first[:, unseen].min() > first[:, ~unseen].max()
-    np.testing.assert_array_equal(rank_among_cold(first, queries, unseen), rank_among_cold(scores, queries, unseen))
+    among = [rank_among(one, queries, unseen, unseen) for one in (first, scores)]
+    np.testing.assert_array_equal(*among)
     before, after = (metrics.midranks(one, queries.targets, queries.excluded()) for one in (scores, first))
     assert (after <= before).all()
     assert after.sum() < before.sum()

@@ -16,9 +16,26 @@ from peft_combo.distributed import LostShare, SlurmExecutor
 from peft_combo.errors import RecipeError
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning import fleet
-from peft_combo.tuning.fleet import Member, plan_fleet, tune_fleet, tune_share
+from peft_combo.tuning.fleet import Member, measure_share, plan_fleet, tune_fleet, tune_share
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+class Measuring(Here):
+    """Whose adapters are measured at 0.2 for whole catalogues and 0.3 for categories, unless told."""
+
+    def __init__(self, told: dict[str, float | str]) -> None:
+        super().__init__()
+        self.told = told
+
+    def map_shares(self, function: Any, shares: Any) -> Any:
+        if function is not measure_share:
+            yield from super().map_shares(function, shares)
+            return
+        for number, share in enumerate(shares):
+            found = {one: self.told.get(one, 0.2 if one.startswith("tiny@") else 0.3) for one in share["adapters"]}
+            lost = next((value for value in found.values() if isinstance(value, str)), None)
+            yield number, {"failed": lost} if lost else found
 
 
 @pytest.fixture
@@ -87,7 +104,7 @@ def test_a_fleet_is_tuned_once_and_what_is_missing_later(tiny_recipe: Any, tmp_p
     with pytest.raises(KeyboardInterrupt):  # whoever started it is gone after two of four
         tune_fleet(recipe, planned, Here(2), tmp_path / "fleet", told.append)
     assert [member.status for member in told] == ["tuned", "tuned"]
-    done = tune_fleet(recipe, planned, Here(), tmp_path / "fleet", told.append)
+    done = tune_fleet(recipe, planned, Measuring({}), tmp_path / "fleet", told.append)
     assert [member.status for member in done] == ["kept", "kept", "tuned", "tuned"]
     assert [member.adapter for member in done] == ["tiny@v1", "tiny-style-0@v1", "tiny-style-1@v1", "tiny-style-2@v1"]
     store = AdapterStore(recipe.store)
@@ -96,6 +113,18 @@ def test_a_fleet_is_tuned_once_and_what_is_missing_later(tiny_recipe: Any, tmp_p
     figures = done[2].figures
     assert figures is not None
     assert figures["gain"] == pytest.approx(figures["after"] - figures["before"], abs=1e-6)
+    # Its own validation bundles, by its own adapter: what the manifest says.
+    own = {**recipe.model_dump(mode="json"), "category": "tiny-style-1"}
+    own["data"] = {**own["data"], "category_filter": "Style 1"}
+    measured = measure_share({"recipe": own, "adapters": ["tiny-style-1@v1", "tiny@v1"]})
+    assert measured["tiny-style-1@v1"] == pytest.approx(figures["after"], abs=1e-6)
+    worse = Measuring({"tiny-style-0@v1": 0.1, "tiny-style-1@v1": "no memory left"})
+    found = tune_fleet(recipe, planned, worse, tmp_path / "fleet", told.append)
+    assert [(one.status, one.adapter) for one in found] == [
+        ("kept", "tiny@v1"), ("falls back", "tiny@v1"), ("kept", "tiny-style-1@v1"), ("kept", "tiny-style-2@v1"),
+    ]  # fmt: skip
+    assert found[1].reason == "tiny-style-0@v1 is no better on its validation bundles, NDCG@10 0.100 against 0.200"
+    assert found[2].reason == "not compared with its parent: no memory left"
     changed = tiny_recipe(**{"training.epochs": 1, "seed": 1})
     (again,) = tune_fleet(changed, planned[:1], Here(), tmp_path / "fleet", told.append)
     assert (again.status, again.adapter) == ("tuned", "tiny@v2")

@@ -18,7 +18,7 @@ from structure import FLOOR, LONG_FILES, LONG_FUNCTIONS, MOST_FUNCTION_LINES, MO
 HEAVY = ("torch", "transformers", "peft", "datasets", "pandas", "pyarrow", "sklearn", "matplotlib")
 LIGHT = [*(room for line in ORDER[:4] for room in line), "recommender.fusion", "recommender.composing", "cli"]
 OWNERS: dict[str, str | tuple[str, ...]] = {
-    "peft": "encoder.methods",
+    "peft": ("encoder.methods", "encoder.libraries"),
     "bitsandbytes": ("encoder", "cli.diagnostics"),
     "accelerate": "tuning",
     "datasets": "data",

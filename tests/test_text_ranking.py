@@ -12,7 +12,7 @@ from peft_combo import metrics
 from peft_combo.data import demo_dataset, split
 from peft_combo.data.model import Catalog
 from peft_combo.data.queries import Queries
-from peft_combo.evaluation.measures import rank_among_cold
+from peft_combo.evaluation.measures import rank_among
 from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.text_ranking import TextRanker, TextViews
 from peft_combo.recommender.text_ranking.columns import gather, name_columns
@@ -194,7 +194,7 @@ def test_knowing_which_items_are_warm_gains_nothing_among_cold_items() -> None:
     cheat = skill + 100 * (support == 0).astype(np.float32)
     every = [metrics.midranks(one, targets, asked.excluded()).mean() for one in (skill, cheat)]
     assert every[1] < 0.6 * every[0]
-    among = [rank_among_cold(one, asked, support == 0) for one in (skill, cheat)]
+    among = [rank_among(one, asked, support == 0, support == 0) for one in (skill, cheat)]
     np.testing.assert_array_equal(*among)
     assert among[0].mean() == pytest.approx(20.5, abs=1.5)  # 40 candidates and no skill
 
@@ -204,4 +204,12 @@ def test_ranks_among_cold_items_by_hand() -> None:
     asked = Queries(np.array([[4], [2]]), np.array([2, 0]), np.array(["u", "v"]), np.array([0, 1]))
     cold = np.array([False, True, True, True, True])
     # Item 2 is above 1 and 3, and the context item 4 is no candidate; the second target is warm.
-    np.testing.assert_array_equal(rank_among_cold(scores, asked, cold), [1, np.nan])
+    np.testing.assert_array_equal(rank_among(scores, asked, cold, cold), [1, np.nan])
+
+
+def test_ranks_among_distractors_by_hand() -> None:
+    scores = np.array([[9.0, 1.0, 3.0, 2.0, 5.0], [0.0, 4.0, 3.0, 2.0, 0.0]], np.float32)
+    asked = Queries(np.array([[4, 2], [2, -1]]), np.array([0, 3]), np.array(["u", "v"]), np.array([0, 1]))
+    unbundled = np.array([False, True, False, True, False])
+    # 0 is above 1 and 3, though it is none of them; 3 is one of them, below 1.
+    np.testing.assert_array_equal(rank_among(scores, asked, np.ones(5, bool), unbundled), [1, 2])

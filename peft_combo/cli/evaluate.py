@@ -24,7 +24,8 @@ from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, print_json, print_line, print_table
 from peft_combo.errors import DataError
 
-_SLICES = ("warm target", "cold target", "same-leaf", "cross-leaf", "cross-category", "cold among cold")
+_SLICES = ("warm target", "cold target", "same-leaf", "cross-leaf", "cross-category", "cold among cold",
+           "among distractors")  # fmt: skip
 
 if TYPE_CHECKING:
     import numpy as np

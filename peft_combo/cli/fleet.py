@@ -165,7 +165,9 @@ def _print_fleet(members: Sequence[Member], recipe: Recipe) -> None:
         [_list_cells(member) for member in members],
         numbers=True,
     )  # fmt: skip
-    print_line("before: the frozen encoder, on each category's own test queries; they differ, so compare within a row.")
+    print_line(
+        "before: the frozen encoder, on each category's own validation queries; they differ, so compare within a row."
+    )
     adapters = dict.fromkeys(member.adapter.partition("@")[0] for member in members if member.adapter)
     words = [word for name in adapters for word in ("--adapter", name)]
     if words:
@@ -177,7 +179,9 @@ def _list_cells(member: Member) -> tuple[str, ...]:
     found = member.figures
     told = {"kept": "kept from before", "tuned": "", "waiting": ""}.get(member.status, member.status)
     if member.reason:
-        told = f"{told}: {member.reason.splitlines()[0]}"
+        told = f"{told}: {member.reason.splitlines()[0]}" if told else member.reason.splitlines()[0]
+    elif found is not None and found["gain"] < 0:
+        told = f"{told}, below the frozen encoder" if told else "below the frozen encoder"
     figures = ("", "", "", "")
     if found is not None:
         interval = f"{found['low']:+.3f} to {found['high']:+.3f}"

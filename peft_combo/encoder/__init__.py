@@ -4,7 +4,13 @@ Owns loading, quantization, the adapter bank, the vector cache and the nearest-n
 Knows nothing of training.
 """
 
+# ruff: noqa: E402  (the libraries are imported before whoever imports them)
+
 from __future__ import annotations
+
+from peft_combo.encoder.libraries import import_libraries
+
+import_libraries()
 
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter

@@ -17,7 +17,7 @@ from peft_combo.data.splits import Split
 from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.composition import compare_compositions
 from peft_combo.evaluation.detection import check_sessions, compare_detections, detect_held_out
-from peft_combo.evaluation.measures import UnseenFirst, draw_distractors, find_slices, make_rows, measure_queries
+from peft_combo.evaluation.measures import UnseenFirst, find_slices, make_rows, measure_queries
 from peft_combo.evaluation.report import QueryResults, Report
 from peft_combo.metrics.report import find_row
 from peft_combo.recommender.category_calibration import CategoryCoverage
@@ -40,7 +40,8 @@ PROTOCOL = (
     'these, nothing where users are held out as a whole, and "rated" may count the rest of the bundle as taken last. '
     "Settings and fusion weights are chosen on validation bundles; test bundles are scored once. "
     '"TF-IDF, unseen first" puts items of no training bundle before all others: what it gains is no skill but what the '
-    'catalogue gives away, and nothing in "cold among cold". 95 % intervals by bootstrap over groups; p by paired '
+    'catalogue gives away, and nothing in "cold among cold"; "among distractors" ranks the answer among the items that '
+    "are in no bundle at all. 95 % intervals by bootstrap over groups; p by paired "
     "permutation of groups, two-sided."
 )
 
@@ -109,7 +110,7 @@ def evaluate(
     settings[FUSION] = fusion.chosen
 
     # Test, once.
-    measured = measure_queries(asks, fusion, test, known, draw_distractors(dataset, test, seed))
+    measured = measure_queries(asks, fusion, dataset, test, known, seed)
     advance(str(FUSION))
     slices = find_slices(dataset, known, test)
     lines = make_rows(measured, settings, on_valid, slices, test, known, seed)

@@ -25,6 +25,7 @@ from peft_combo.recommender.scorer_id import FROZEN, FUSION, PEER, ScorerId
 from peft_combo.scoring.base import unit_rows
 
 LIST = 10
+COLD, DISTRACTORS = "cold among cold", "among distractors"
 _NEAR_DUPLICATE = 0.95
 
 
@@ -35,11 +36,13 @@ class QueryMetrics:
     Attributes:
         ranks: (Q,) of the target, 1 = best. lists: (Q, 10) the first items, -1 where fewer are known.
         fill_ins: (Q,) how far the target is told from three random items; NaN where there are no three.
-        cold: (Q,) rank of a target that no training bundle holds among the items that none holds; NaN for others.
+        among: by protocol, (Q,) rank of the target among fewer items: ``cold among cold`` has the targets that no
+            training bundle holds among the items that none holds, NaN for others; ``among distractors`` has every
+            target among the items that no bundle holds at all, where the catalogue has ten of them.
     """
 
     ranks: dict[ScorerId, NDArray[np.float64]]
-    cold: dict[ScorerId, NDArray[np.float64]]
+    among: dict[str, dict[ScorerId, NDArray[np.float64]]]
     lists: dict[ScorerId, NDArray[np.int64]]
     fill_ins: dict[ScorerId, NDArray[np.float64]]
 
@@ -62,18 +65,25 @@ class UnseenFirst:
 
 
 def measure_queries(
-    asks: Mapping[ScorerId, Fitted], fusion: Fusion[ScorerId], test: Queries, known: FitData,
-    distractors: NDArray[np.int64],
-) -> QueryMetrics:  # fmt: skip
-    """Score the test queries, a block at a time.
-
-    Args:
-        distractors: (Q, 3) of `draw_distractors`.
-    """
+    asks: Mapping[ScorerId, Fitted],
+    fusion: Fusion[ScorerId],
+    dataset: Dataset,
+    test: Queries,
+    known: FitData,
+    seed: int,
+) -> QueryMetrics:
+    """Score the test queries, a block at a time; the seed is that of the wrong items of fill-in-the-blank."""
+    wrong = draw_wrong_items(dataset, test, seed)
+    unseen, unbundled = known.support == 0, find_unbundled(dataset)
+    protocols = {COLD: (unseen, unseen)}  # which targets are asked for, among which items
+    if unbundled.sum() >= LIST:
+        protocols[DISTRACTORS] = (np.ones(len(unbundled), bool), unbundled)
     ranks: dict[ScorerId, list[NDArray[np.float64]]] = {scorer: [] for scorer in (*asks, FUSION)}
     lists: dict[ScorerId, list[NDArray[np.int64]]] = {scorer: [] for scorer in ranks}
     fill_ins: dict[ScorerId, list[NDArray[np.float64]]] = {scorer: [] for scorer in ranks}
-    cold: dict[ScorerId, list[NDArray[np.float64]]] = {scorer: [] for scorer in ranks}
+    among: dict[str, dict[ScorerId, list[NDArray[np.float64]]]] = {
+        name: {scorer: [] for scorer in ranks} for name in protocols
+    }
     start = 0
     for part in split_blocks(test):
         scores = {scorer: ask(part) for scorer, ask in asks.items()}
@@ -81,13 +91,14 @@ def measure_queries(
         excluded = part.excluded()
         for scorer, values in scores.items():
             ranks[scorer].append(metrics.midranks(values, part.targets, excluded))
-            cold[scorer].append(rank_among_cold(values, part, known.support == 0))
+            for name, (asked, items) in protocols.items():
+                among[name][scorer].append(rank_among(values, part, asked, items))
             lists[scorer].append(_first_items(values, part))
-            fill_ins[scorer].append(_fill_in(values, part.targets, distractors[start : start + len(part)]))
+            fill_ins[scorer].append(_fill_in(values, part.targets, wrong[start : start + len(part)]))
         start += len(part)
     return QueryMetrics(
         {scorer: np.concatenate(parts) for scorer, parts in ranks.items()},
-        {scorer: np.concatenate(parts) for scorer, parts in cold.items()},
+        {name: {scorer: np.concatenate(parts) for scorer, parts in found.items()} for name, found in among.items()},
         {scorer: np.concatenate(parts) for scorer, parts in lists.items()},
         {scorer: np.concatenate(parts) for scorer, parts in fill_ins.items()},
     )
@@ -121,7 +132,7 @@ def make_rows(
                 if other in ranks and other != scorer
             },
             slices=_slice_row(scorer, ranks, slices, test.groups, seed)
-            | _slice_cold(scorer, measured.cold, test, seed),
+            | _slice_among(scorer, measured.among, test, seed),
             quality=_measure_lists(measured.lists[scorer], known.support, vectors),
             fill_in=None if np.isnan(fill_ins[scorer]).all() else float(np.nanmean(fill_ins[scorer])),
         )
@@ -129,7 +140,7 @@ def make_rows(
     )
 
 
-def draw_distractors(dataset: Dataset, test: Queries, seed: int) -> NDArray[np.int64]:
+def draw_wrong_items(dataset: Dataset, test: Queries, seed: int) -> NDArray[np.int64]:
     """Draw three wrong items from the target's slot (or leaf), none of its bundle: (Q, 3), -1 where there are not."""
     catalog = dataset.catalog
     kinds: Sequence[str | None] = catalog.slots
@@ -148,6 +159,14 @@ def draw_distractors(dataset: Dataset, test: Queries, seed: int) -> NDArray[np.i
     return drawn
 
 
+def find_unbundled(dataset: Dataset) -> NDArray[np.bool_]:
+    """Return which items no bundle holds, of whichever part: (N,)."""
+    unbundled = np.ones(len(dataset.catalog), bool)
+    for items in dataset.bundles.items:
+        unbundled[items] = False
+    return unbundled
+
+
 def find_slices(dataset: Dataset, known: FitData, test: Queries) -> dict[str, NDArray[np.bool_]]:
     warm = known.support[test.targets] > 0
     sizes = (test.contexts >= 0).sum(axis=1) + 1
@@ -164,15 +183,13 @@ def find_slices(dataset: Dataset, known: FitData, test: Queries) -> dict[str, ND
     return parts | {"size 2": sizes == 2, "size 3": sizes == 3, "size 4+": sizes >= 4}
 
 
-def _fill_in(
-    scores: NDArray[np.float32], targets: NDArray[np.int64], distractors: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Return 1 where the target is above its distractors, 1 / ties where level with the best, 0 below; NaN without."""
+def _fill_in(scores: NDArray[np.float32], targets: NDArray[np.int64], wrong: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return 1 where the target is above the wrong items, 1 / ties where level with the best, 0 below; NaN without."""
     values = np.where(np.isnan(scores), -np.inf, scores)
     mine = np.take_along_axis(values, targets[:, None], axis=1)
-    others = np.take_along_axis(values, np.maximum(distractors, 0), axis=1)
+    others = np.take_along_axis(values, np.maximum(wrong, 0), axis=1)
     found = np.where((others > mine).any(axis=1), 0.0, 1 / (1 + (others == mine).sum(axis=1)))
-    return np.where(distractors[:, 0] >= 0, found, np.nan)
+    return np.where(wrong[:, 0] >= 0, found, np.nan)
 
 
 def _first_items(scores: NDArray[np.float32], queries: Queries) -> NDArray[np.int64]:
@@ -204,23 +221,37 @@ def _slice_row(
     return found
 
 
-def _slice_cold(
-    name: ScorerId, cold: Mapping[ScorerId, NDArray[np.float64]], test: Queries, seed: int
+def _slice_among(
+    name: ScorerId, among: Mapping[str, Mapping[ScorerId, NDArray[np.float64]]], test: Queries, seed: int
 ) -> dict[str, Slice]:
-    """Return how cold targets are told from cold items: nothing is gained here by knowing which items are warm."""
-    chosen = ~np.isnan(cold[name])
-    within = {scorer: np.where(chosen, own, 1.0) for scorer, own in cold.items()}
-    return _slice_row(name, within, {"cold among cold": chosen}, test.groups, seed)
+    """Return how targets are told from fewer items. Knowing which items are warm gains nothing among cold ones."""
+    found: dict[str, Slice] = {}
+    for protocol, ranks in among.items():
+        chosen = ~np.isnan(ranks[name])
+        within = {scorer: np.where(chosen, own, 1.0) for scorer, own in ranks.items()}
+        found |= _slice_row(name, within, {protocol: chosen}, test.groups, seed)
+    return found
 
 
-def rank_among_cold(scores: NDArray[np.float32], queries: Queries, cold: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Rank targets that are cold among the items that are: (Q,), NaN where the target is warm."""
+def rank_among(
+    scores: NDArray[np.float32], queries: Queries, asked: NDArray[np.bool_], items: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Rank each target among some items and itself, the context left out, ties at mid-rank.
+
+    Args:
+        scores: (Q, N). asked: (N,) targets that are ranked. items: (N,) what they are ranked among.
+
+    Returns:
+        (Q,), 1 = best; NaN where the target is not asked for.
+    """
     found = np.full(len(queries), np.nan)
-    asked = np.flatnonzero(cold[queries.targets])
-    if len(asked):
-        place = np.cumsum(cold) - 1
-        excluded = [place[row[(row >= 0) & cold[row]]] for row in queries.contexts[asked]]
-        found[asked] = metrics.midranks(scores[asked][:, cold], place[queries.targets[asked]], excluded)
+    rows = np.flatnonzero(asked[queries.targets])
+    if len(rows):
+        place, targets = np.cumsum(items) - 1, queries.targets[rows]
+        barred = np.concatenate([queries.contexts[rows], targets[:, None]], axis=1)
+        excluded = [place[row[(row >= 0) & items[row]]] for row in barred]
+        values = np.concatenate([scores[rows][:, items], scores[rows, targets][:, None]], axis=1)
+        found[rows] = metrics.midranks(values, np.full(len(rows), items.sum()), excluded)
     return found
 
 

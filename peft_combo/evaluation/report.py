@@ -44,7 +44,8 @@ class CompletionRow:
             fitted on other groups.
         values: the headline metrics on test. intervals: 95 %, of ``ndcg@10`` and ``r@10``.
         p: by the name of another row, of the difference in NDCG@10 to it.
-        slices: by name, such as ``cold target`` or ``cross-leaf``; ``cold among cold`` has cold candidates alone.
+        slices: by name, such as ``cold target`` or ``cross-leaf``; ``cold among cold`` has cold candidates
+            alone, ``among distractors`` the answer and the items that no bundle holds.
         quality: of the lists of ten: ``coverage`` (share of the catalogue that some list holds), ``popularity`` (mean
             percentile of support, 50 is the middle item), ``diversity`` (1 - mean cosine of frozen vectors within a
             list), ``near-duplicates`` (share of pairs within a list with cosine above 0.95).

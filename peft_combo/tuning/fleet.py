@@ -4,8 +4,9 @@ their parent's.
 Owns which categories there are, which of them are tuned, and what was tuned already: the store says that, so a fleet
 that was stopped, or is asked for again, runs what is missing and nothing else. How an adapter is tuned is `loop`'s.
 
-A category whose bundles are fewer than a bound falls back to the adapter of the nearest category above it that has one:
-in the end to that of the whole catalogue, which is always tuned.
+A category falls back to the adapter of the nearest category above it that has one, in the end to that of the whole
+catalogue, which is always tuned: where its bundles are fewer than a bound, and where its own adapter does not complete
+its own validation bundles better than that one does.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from peft_combo import metrics
 from peft_combo.data.model import CATEGORY_SEPARATOR, Catalog, Dataset
 from peft_combo.data.sources import open_dataset
 from peft_combo.distributed import Executor, LostShare
+from peft_combo.encoder.backbone import Backbone
+from peft_combo.encoder.bank import AdapterBank
+from peft_combo.encoder.heads.completion import CompletionHead
 from peft_combo.errors import PeftComboError, RecipeError
 from peft_combo.files import literal_path
 from peft_combo.recipe.model import Recipe
@@ -51,8 +56,9 @@ class Member:
         path: of the category; () is the whole catalogue. items, bundles: that it has.
         name: of its adapter in the store. parent: name of the adapter it falls back to; None for the whole catalogue.
         adapter: the version that serves it, once it is known: its own or its parent's.
-        figures: ``before``, ``after``, ``gain``, ``low``, ``high``, ``p`` of `metric`; empty where nothing was tuned.
-        reason: why it falls back or failed.
+        figures: ``before``, ``after``, ``gain``, ``low``, ``high``, ``p`` of `metric` on validation, of the
+            adapter that was tuned for it; None where there is none.
+        reason: why it falls back or failed, or why it could not be compared with its parent.
     """
 
     path: tuple[str, ...]
@@ -123,24 +129,30 @@ def tune_fleet(
     Raises:
         PeftComboError: no worker could be started.
     """
-    store = str(Path(recipe.store).absolute())
     jobs = [member for member in members if member.status == "waiting"]
-    shares = []
-    for member in jobs:
-        data = recipe.data if recipe.data.path is None else _with_path(recipe)
-        if member.path:
-            data = data.model_copy(update={"category_filter": CATEGORY_SEPARATOR.join(member.path)})
-        own = recipe.model_copy(
-            update={"category": member.name, "store": store, "data": data, "backbone": _with_folder(recipe)}
-        )
-        shares.append({"recipe": own.model_dump(mode="json"), "folder": str(folder.absolute() / member.name)})
+    recipes = [_narrow(recipe, member).model_dump(mode="json") for member in jobs]
+    shares = [
+        {"recipe": own, "folder": str(folder.absolute() / member.name)}
+        for own, member in zip(recipes, jobs, strict=True)
+    ]
     done: dict[str, Member] = {}
     for number, answer in executor.map_shares(tune_share, shares):
         member = _close(jobs[number], answer)
         done[member.name] = member
         if member.status != "failed":
             on_member(member)
-    return [_settle(member, done, members, on_member) for member in members]
+    compared: list[dict[str, Any]] = [
+        {"recipe": own, "adapters": rivals}
+        for own, member in zip(recipes, jobs, strict=True)
+        if done[member.name].adapter and len(rivals := list(_list_own(member.name, done, members))) > 1
+    ]
+    values: dict[tuple[str, str], float | str] = {}  # per category and adapter, or why it is not known
+    for number, answer in executor.map_shares(measure_share, compared):
+        share = compared[number]
+        found: Mapping[str, Any] = {"failed": answer.reason} if isinstance(answer, LostShare) else answer
+        for reference in share["adapters"]:
+            values[share["recipe"]["category"], reference] = found.get("failed") or found[reference]
+    return [_settle(member, done, members, values, on_member) for member in members]
 
 
 def tune_share(share: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +179,28 @@ def tune_share(share: Mapping[str, Any]) -> dict[str, Any]:
     except PeftComboError as error:
         return {"failed": str(error)}
     return _describe(record) | {"kept": kept, "seconds": time.perf_counter() - started}
+
+
+def measure_share(share: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure adapters on the validation queries of one category: NDCG@10 by reference.
+
+    Args:
+        share: ``recipe`` of the category, as JSON values, and ``adapters``, references of its store.
+    Returns:
+        ``failed`` with the reason where a user can put it right.
+    """
+    try:
+        recipe = parse_recipe(dict(share["recipe"]))
+        task: Any = build_task(recipe)
+        bank = AdapterBank(Backbone.of(recipe.backbone), AdapterStore(recipe.store))
+        found = {}
+        for reference in share["adapters"]:
+            vectors = bank.encode(task.texts, reference)
+            ranks = task.predict(bank.get(reference).head_as(CompletionHead), lambda _, own=vectors: own)
+            found[reference] = float(metrics.per_query(ranks, "ndcg@10").mean())
+    except PeftComboError as error:
+        return {"failed": str(error)}
+    return found
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------
@@ -234,10 +268,10 @@ def _find_tuned(recipe: Recipe, data: Mapping[str, Any]) -> AdapterRecord | None
 
 def _describe(record: AdapterRecord) -> dict[str, Any]:
     """Return an adapter and what it is worth, as its manifest says."""
-    metrics: Any = record.manifest.metrics
-    metric = next(name for name, value in metrics["after"].items() if isinstance(value, Mapping))
-    figures = {when: metrics[when][metric]["value"] for when in ("before", "after")}
-    gain = metrics["gain"]
+    told: Any = record.manifest.metrics
+    metric = next(name for name, value in told["after"].items() if isinstance(value, Mapping))
+    figures = {when: told[when][metric]["value"] for when in ("before", "after")}
+    gain = told["gain"]
     figures |= {"gain": gain["value"], **{name: gain[name] for name in ("low", "high", "p")}}
     return {"adapter": record.reference, "metric": metric, "figures": figures}
 
@@ -254,21 +288,68 @@ def _close(member: Member, answer: Any) -> Member:
 
 
 def _settle(
-    member: Member, done: Mapping[str, Member], members: Sequence[Member], on_member: Callable[[Member], None]
-) -> Member:
-    """Give a member that has no adapter of its own the nearest one above it."""
+    member: Member, done: Mapping[str, Member], members: Sequence[Member],
+    values: Mapping[tuple[str, str], float | str], on_member: Callable[[Member], None],
+) -> Member:  # fmt: skip
+    """Give a member that has no adapter of its own, or a worse one, the nearest one above it."""
     own = done.get(member.name, member)
-    if own.adapter is not None:
+    if own.adapter is None:
+        above = next(_list_serving(own, done, members, values), None)
+        settled = replace(own, adapter=above)
+        on_member(settled)
+        return settled
+    problem = values.get((own.name, own.adapter))
+    if isinstance(problem, str):
+        settled = replace(own, reason=f"not compared with its parent: {problem}")
+    elif reason := _find_better(own, done, members, values):
+        above = next(_list_serving(own, done, members, values))
+        settled = replace(own, status="falls back", adapter=above, reason=reason)
+    else:
         return own
-    settled = replace(own, adapter=next((found for found in _list_above(own, done, members)), None))
     on_member(settled)
     return settled
 
 
-def _list_above(member: Member, done: Mapping[str, Member], members: Sequence[Member]) -> Iterator[str]:
+def _find_better(
+    own: Member, done: Mapping[str, Member], members: Sequence[Member], values: Mapping[tuple[str, str], float | str]
+) -> str | None:
+    """Say why a category's own adapter does not serve it; None where it does, or that could not be measured."""
+    above = next(_list_serving(own, done, members, values), None)
+    mine, other = values.get((own.name, str(own.adapter))), values.get((own.name, str(above)))
+    if not isinstance(mine, float) or not isinstance(other, float) or mine > other:
+        return None
+    return f"{own.adapter} is no better on its validation bundles, NDCG@10 {mine:.3f} against {other:.3f}"
+
+
+def _list_own(name: str, done: Mapping[str, Member], members: Sequence[Member]) -> Iterator[str]:
+    """List the adapters that were tuned for a category and for those above it, nearest first."""
     parents = {one.name: one.parent for one in members}
+    above: str | None = name
+    while above is not None:
+        if (found := done.get(above)) is not None and found.adapter is not None:
+            yield found.adapter
+        above = parents[above]
+
+
+def _list_serving(
+    member: Member, done: Mapping[str, Member], members: Sequence[Member], values: Mapping[tuple[str, str], float | str]
+) -> Iterator[str]:
+    """List the adapters of the categories above that serve their own, nearest first."""
+    by_name = {one.name: one for one in members}
     name = member.parent
     while name is not None:
-        if (found := done.get(name)) is not None and found.adapter is not None:
+        found = done.get(name)
+        if found is not None and found.adapter is not None and _find_better(found, done, members, values) is None:
             yield found.adapter
-        name = parents[name]
+        name = by_name[name].parent
+
+
+def _narrow(recipe: Recipe, member: Member) -> Recipe:
+    """Return the recipe of one category, with paths that hold in any working folder."""
+    data = recipe.data if recipe.data.path is None else _with_path(recipe)
+    if member.path:
+        data = data.model_copy(update={"category_filter": CATEGORY_SEPARATOR.join(member.path)})
+    store = str(Path(recipe.store).absolute())
+    return recipe.model_copy(
+        update={"category": member.name, "store": store, "data": data, "backbone": _with_folder(recipe)}
+    )

@@ -5,22 +5,14 @@ Each adapter sits in an encoder copy of its own that shares the frozen weights (
 active adapter to set, and nothing one adapter does reaches another. Knows nothing of tasks, stores or the
 training loop.
 """
-# ruff: noqa: E402  (one line has to run before peft is imported)
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any, assert_never
 
-# bitsandbytes, which peft imports, warns on processors for which it looks for faster 4-bit kernels on a hub.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
 import peft
 import torch
-
-# SHiRA's updates are sparse tensors. Their checks are off by default; said, so that torch does not warn of it.
-torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
