@@ -77,7 +77,7 @@ CASES = {
     ),
     "electronic": Case("bundlerec/electronic", "lora-electronics", (), (91, 92, 93, 94, 95), (str(PEER), str(FROZEN))),
     "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", str(PEER))),
-    "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (10, 11, 12), (str(FROZEN), "TF-IDF title")),
+    "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (100, 101, 102), (str(FROZEN), "TF-IDF title")),
     "clothing_categories": Case(
         "bundlerec/clothing",
         "lora-fashion",

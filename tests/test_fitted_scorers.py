@@ -24,8 +24,17 @@ from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.recipe.task import RatingTask
 from peft_combo.recommender import fit_state
 from peft_combo.recommender.fit_data import FitData
-from peft_combo.recommender.fitted_scorers import Fitted, FittedPast, build_past, fuse_scorers, score_beside
+from peft_combo.recommender.fitted_scorers import (
+    Fitted,
+    FittedPast,
+    build_next_basket,
+    build_past,
+    fuse_scorers,
+    list_half_lives,
+    score_beside,
+)
 from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.live_catalog import DESCRIBED, TITLE, LiveItem, VectorBuffers, extend_recommender
 from peft_combo.recommender.model_selection import Setting, list_scorers
 from peft_combo.recommender.persistence import load_recommender, save_recommender
 from peft_combo.recommender.recommender import BundleRecommender
@@ -33,6 +42,7 @@ from peft_combo.recommender.scorer_id import (
     ALIKE,
     BOUGHT,
     FUSION,
+    NEXT_BASKET,
     NOT_LIKE,
     RANDOM,
     TEXT_SEARCH,
@@ -40,6 +50,7 @@ from peft_combo.recommender.scorer_id import (
     Kind,
     ScorerId,
 )
+from peft_combo.recommender.user_habits import UserHabits
 from peft_combo.scoring.neighbours import UserKNN
 from peft_combo.store.adapter_store import AdapterStore
 from peft_combo.tuning.loop import tune
@@ -70,10 +81,13 @@ class AllOfThem:
 class Shop:
     """Attributes:
     scorers: one of each kind, as fitted. loaded: the same after save and load.
+    without: a recommender. habitual: the same where validation found habits worth adding, as made and as loaded.
     """
 
     scorers: dict[str, Fitted]
     loaded: dict[str, Fitted]
+    without: BundleRecommender
+    habitual: tuple[BundleRecommender, BundleRecommender]
 
 
 def list_served(made: BundleRecommender) -> dict[str, Fitted]:
@@ -84,6 +98,7 @@ def list_served(made: BundleRecommender) -> dict[str, Fitted]:
         **{scorer.kind: fitted for scorer, fitted in state.serving.items()},
         BOUGHT.kind: build_past(state.known, neighbours=False),
         ALIKE.kind: state.neighbours,
+        NEXT_BASKET.kind: build_next_basket(state.known, list_half_lives(state.known)[-1]),
         FUSION.kind: fuse_scorers(state.fusion, state.serving, state.known),
     }
 
@@ -126,7 +141,10 @@ def shop(tiny_bert: Path, tiny_shop: Path, tmp_path_factory: pytest.TempPathFact
             save_recommender(made, folder / "kept")
             scorers |= list_served(made)
             loaded |= list_served(load_recommender(folder / "kept", dataset, bank))
-    return Shop(scorers, loaded)
+    state = replace(made.state, habits=UserHabits.of(made.state.known, "all times alike", 3.0))
+    habitual = BundleRecommender(dataset, bank, state)
+    save_recommender(habitual, folder / "habits")
+    return Shop(scorers, loaded, made, (habitual, load_recommender(folder / "habits", dataset, bank)))
 
 
 @pytest.fixture
@@ -172,12 +190,12 @@ def test_without_context_items_what_reads_them_cannot_say(kind: str, shop: Shop,
     """Of a user who is known, of the stranger, of nobody."""
     scores = shop.scorers[kind](replace(queries, contexts=np.full((4, 3), -1)))
     missing = np.isnan(scores).all(axis=1).tolist()
-    reads_past = kind in ("bought before", "users alike", "rated")
+    reads_past = kind in ("bought before", "users alike", "next basket", "rated")
     expected = {"popularity": [False] * 4}.get(kind, [False, False, True, True] if reads_past else [True] * 4)
     assert missing == expected
 
 
-@pytest.mark.parametrize("kind", ["bought before", "users alike"])
+@pytest.mark.parametrize("kind", ["bought before", "users alike", "next basket"])
 def test_what_reads_the_past_cannot_say_of_strangers(kind: str, shop: Shop, queries: Queries) -> None:
     scores = shop.scorers[kind](queries)
     assert np.isnan(scores).all(axis=1).tolist() == [False, False, True, True]
@@ -225,3 +243,56 @@ def test_users_alike_read_ratings_where_a_rating_adapter_says_that_there_are_som
     alike = replace(alike, alike=replace(alike.alike, k=2).fit(csr_array(np.array(table, np.float32))))
     assert alike(query)[0, [0, 5]] == pytest.approx([3.35, 0.86], abs=0.005)
     assert not np.array_equal(taken.fit()(query), expected.score_users([2]))
+
+
+def test_baskets_are_counted_once_each_and_lose_half_their_weight_in_a_half_life() -> None:
+    """User 0 took item 0 in two baskets 30 days apart, on two lines of the second; nobody knows when user 1 took 2."""
+    day = 86_400.0
+    interactions = Interactions.build(
+        ["u0", "u1"], [0, 0, 0, 1, -1], [0, 0, 0, 2, 1], [5, 1, 1, 1, 1], [70 * day, 100 * day, 100 * day, np.nan, 0.0],
+        [7, 8, 8, -1, 9],
+    )  # fmt: skip
+    catalog = Catalog.build(["a", "b", "c"], ["one", "two", "three"])
+    known = FitData.of(
+        Dataset.build("dated", catalog, interactions, Bundles.build(["b"], [[0, 1]])), None, None, None, {}
+    )
+    assert known.count_baskets(None).toarray().tolist() == [[2, 0, 0], [0, 0, 1]]
+    np.testing.assert_allclose(known.count_baskets(30.0).toarray(), [[1.5, 0, 0], [0, 0, 0.5]], rtol=1e-6)
+    assert list_half_lives(known)[0] == "all times alike"
+    without = replace(known, interactions=replace(interactions, times=np.full(5, np.nan)))
+    assert list_half_lives(without) == ["all times alike"]
+    np.testing.assert_array_equal(without.count_baskets(30.0).toarray(), without.count_baskets(None).toarray())
+
+
+def test_habits_count_where_a_user_is_all_there_is_to_go_by(shop: Shop) -> None:
+    """They are in the score, in its explanation, and in what was saved; a request with items is answered as ever."""
+    made, loaded = shop.habitual
+    alone = made.complete(user="u3", k=5, explain=True)
+    assert alone == loaded.complete(user="u3", k=5, explain=True)
+    assert alone != shop.without.complete(user="u3", k=5, explain=True)
+    for one in alone:
+        assert sum(one.shares.values()) == pytest.approx(one.score, abs=1e-3)
+        assert "next basket" in one.shares
+    context = made.find_context(np.empty(0, np.int64), "u3")
+    before, after = (one.score_context(context, "u3") for one in (shop.without, made))
+    queries = Queries(context[None, :], np.zeros(1, np.int64), np.array(["u3"]), np.zeros(1, np.int64))
+    known = made.state.known
+    assert made.state.habits is not None
+    added = made.state.habits.share(queries, known.evidence(queries), made.state.fusion.form)[0]
+    np.testing.assert_allclose(after.scores, before.scores + added, rtol=1e-5, atol=1e-5)
+    given = made.dataset.catalog.item_ids[3]
+    assert made.complete([given], user="u3", k=5) == shop.without.complete([given], user="u3", k=5)
+
+
+def test_habits_stay_where_items_come_later(shop: Shop) -> None:
+    """A new item has no habit; what is said of the others is as before."""
+    made, _ = shop.habitual
+    known = made.state.known
+    assert known.frozen is not None
+    names = {TITLE: known.frozen, DESCRIBED: known.described, **{name: own for name, (own, _) in known.tuned.items()}}
+    vectors = {name: own[0] for name, own in names.items() if own is not None}
+    later = extend_recommender(made, [LiveItem("new", "w10 w99", ("Style 1",), vectors=vectors)], (), VectorBuffers())
+    context = made.find_context(np.empty(0, np.int64), "u3")
+    before, after = made.score_context(context, "u3"), later.score_context(context, "u3")
+    np.testing.assert_allclose(after.parts[NEXT_BASKET][:N_ITEMS], before.parts[NEXT_BASKET], rtol=1e-4, atol=1e-4)
+    assert len(after.scores) == N_ITEMS + 1

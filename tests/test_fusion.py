@@ -101,6 +101,19 @@ def test_it_is_never_below_the_best_single_scorer_by_more_than_noise(seed: int) 
     assert line.gain >= -line.error
 
 
+def test_a_scorer_that_knows_few_answers_and_those_well_is_heard() -> None:
+    """Among the first items of all scorers most answers are below the others; among the whole catalogue not."""
+    world = World(0, questions=400, items=3000)
+    signal = np.where(world.rng.random(400) < 0.06, 9.0, 0.3)
+    scores = {"knows few": world.scorer(signal), "knows little": world.scorer(0.5)}
+    best = {name: world.ndcg(own).mean() for name, own in scores.items()}
+    assert best["knows few"] > 4 * best["knows little"]
+    fusion = world.fit(scores)
+    assert world.ndcg(fusion.combine(scores, world.evidence)).mean() > 0.9 * best["knows few"]
+    assert fusion.chosen.endswith("scores")
+    assert fusion.weights["knows few"]["always"] > 1
+
+
 def test_scorers_that_know_nothing_still_leave_one_to_answer() -> None:
     """A scorer that puts every answer last has no weight above 0, alone or in a sum."""
     world = World(0)

@@ -22,6 +22,7 @@ from peft_combo.scoring import load_scorer
 from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.next_basket import TifuKNN
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, Tfidf, tfidf_vectors
 from peft_combo.testing import check_scorer
@@ -47,6 +48,8 @@ COUNTING: dict[str, Make] = {
     "user-knn-shrunk": lambda: UserKNN(k=8, shrinkage=3.0),
     "user-knn-pearson": lambda: UserKNN(k=8, similarity="pearson", feedback="explicit"),
     "ease": EASE,
+    "next-basket": lambda: TifuKNN(k=8),
+    "next-basket-own": lambda: TifuKNN(k=3, own=1.0),
 }
 WITH_TEXT: dict[str, Make] = {
     "cease": CEASE,
@@ -395,6 +398,25 @@ def solved_by_columns(data: np.ndarray, l2: float) -> np.ndarray:
         x = data[:, others]
         b[others, item] = np.linalg.solve(x.T @ x + l2 * np.eye(n - 1), x.T @ data[:, item])
     return b
+
+
+class TestTifuKNN:
+    def test_by_hand(self) -> None:
+        """Of [2, 1, 0, 0] the others are like by the cosine 2 / sqrt 5, 2 / sqrt 10 and 0; the better one is taken."""
+        history = rows([2, 1, 0, 0], [1, 0, 0, 0.5], [0, 2, 2, 0], [0, 0, 0, 3])
+        scorer = TifuKNN(k=1, own=0.5).fit(history)
+        cosine = 2 / np.sqrt(5 * 1.25)
+        expected = [0.5 * 2 + cosine * 1, 0.5 * 1, 0, cosine * 0.5]
+        np.testing.assert_allclose(scorer.score_users([0])[0], expected, rtol=1e-6)
+        # As a stranger with the same habits, the row itself is the nearest: cosine 1.
+        np.testing.assert_allclose(scorer.score_baskets(history[:1])[0], [3, 1.5, 0, 0], rtol=1e-6)
+
+    def test_habits_come_back_where_users_repeat_and_others_where_they_do_not(self) -> None:
+        history = rows([9, 0, 0, 1, 0], [8, 0, 0, 0, 2], [0, 5, 5, 0, 0])
+        weighed = TifuKNN(own=1.0).fit(history).score_users([0])[0]
+        alike = TifuKNN(own=0.0).fit(history).score_users([0])[0]
+        assert weighed.argmax() == 0
+        assert np.flatnonzero(alike).tolist() == [0, 4]  # item 3, which nobody like them took, is not among them
 
 
 class TestEASE:

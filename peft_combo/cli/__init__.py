@@ -11,11 +11,13 @@ from __future__ import annotations
 from peft_combo.cli import tune
 from peft_combo.cli import embed
 from peft_combo.cli import evaluate
+from peft_combo.cli import uplift
 from peft_combo.cli import retune
 from peft_combo.cli import compare
 from peft_combo.cli import recommend
 from peft_combo.cli import tag
 from peft_combo.cli import rate
+from peft_combo.cli import due
 from peft_combo.cli import recipes
 from peft_combo.cli import adapters
 from peft_combo.cli import export

@@ -36,9 +36,9 @@ from peft_combo.recommender.scorer_id import FUSION, RANDOM, UNSEEN_FIRST, WORDS
 PROTOCOL = (
     "Every item of every held-out bundle once the answer, ranked among the whole catalogue without the rest of its "
     "bundle, ties at mid-rank. Scorers are fitted on training bundles alone, with the interactions of training users "
-    'where validation prefers it; "bought before", "users alike" and "rated" read what the owner of a bundle took in '
-    'these, nothing where users are held out as a whole, and "rated" may count the rest of the bundle as taken last. '
-    "Settings and fusion weights are chosen on validation bundles; test bundles are scored once. "
+    'where validation prefers it; "bought before", "users alike", "next basket" and "rated" read what the owner of a '
+    'bundle took in these, nothing where users are held out as a whole, and "rated" may count the rest of the bundle '
+    "as taken last. Settings and fusion weights are chosen on validation bundles; test bundles are scored once. "
     '"TF-IDF, unseen first" puts items of no training bundle before all others: what it gains is no skill but what the '
     'catalogue gives away, and nothing in "cold among cold"; "among distractors" ranks the answer among the items that '
     "are in no bundle at all. 95 % intervals by bootstrap over groups; p by paired "

@@ -148,7 +148,7 @@ def estimate_value(
     earned = np.where(np.isnan(_to_places(logged, "logged")), 0.0, earned)
     if not np.all(np.isfinite(earned)):
         raise ValueError("rewards must be finite.")
-    tops, bottoms = _split_ratios(earned, weights, estimator, model, predicted)
+    tops, bottoms = split_ratios(earned, weights, estimator, model, predicted)
     codes = np.unique(labels, return_inverse=True)[1].astype(np.int64)
     columns = np.column_stack([tops, bottoms, earned.sum(1), np.ones(len(earned)), weights])
     drawn, whole_sums = _resample(columns, codes, n, seed)
@@ -212,11 +212,17 @@ def compare_arms(
     )
 
 
-def _split_ratios(
+def split_ratios(
     earned: NDArray[np.float64], weights: NDArray[np.float64], estimator: Estimator, model: SlateModel,
     predicted: RewardModel | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
-    """Return (Q, P) numerators and denominators whose ratios of means sum to the estimate."""
+    """Return (Q, P) numerators and denominators whose ratios of means sum to the estimate; see `estimate_value`.
+
+    Args:
+        earned, weights: (Q, K) of `weigh_places`.
+    Raises:
+        ValueError: a reward model is missing or does not fit, or every weight of a place is 0.
+    """
     if (predicted is not None) != (estimator == "dr"):
         raise ValueError(f"A reward model belongs to dr, and dr needs one; found estimator {estimator}.")
     one = np.ones((len(earned), 1))

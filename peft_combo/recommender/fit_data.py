@@ -21,6 +21,7 @@ from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.evidence import Evidence
 from peft_combo.recommender.text_ranking import TextViews
 from peft_combo.scoring.base import dense, unit_rows
+from peft_combo.scoring.popularity import SECONDS_PER_DAY
 from peft_combo.scoring.text import tfidf_vectors
 from peft_combo.scoring.whitening import half_whiten
 
@@ -151,6 +152,27 @@ class FitData:
         assert self.interactions is not None
         times = replace(self.interactions, weights=np.ones_like(self.interactions.weights)).to_csr(len(self.catalog))
         return sparse.csr_array((self.past.data / times.data, self.past.indices, self.past.indptr), self.past.shape)
+
+    def count_baskets(self, half_life_days: float | None) -> sparse.csr_array[Any, tuple[int, int]]:
+        """Return (U, N) float32, the baskets of a user that hold an item, as of the latest purchase of all.
+
+        Args:
+            half_life_days: in so many days a basket loses half its weight; None counts all alike. One without a time
+                is as old as the oldest.
+        """
+        assert self.interactions is not None
+        known = self.interactions.take(self.interactions.users >= 0)
+        # What has no basket was taken by itself; a basket holds an item once, however many lines it has.
+        alone = known.baskets < 0
+        places = np.where(alone, -1 - np.arange(len(known)), known.baskets)
+        _, first = np.unique(np.column_stack([known.users, places, known.items]), axis=0, return_index=True)
+        known = known.take(np.sort(first))
+        weights = np.ones(len(known))
+        if half_life_days is not None and np.isfinite(known.times).any():
+            age = np.nanmax(known.times) - known.times
+            weights = np.exp2(-np.nan_to_num(age, nan=np.nanmax(age)) / (half_life_days * SECONDS_PER_DAY))
+        cells = (known.users, known.items)
+        return sparse.coo_array((weights.astype(np.float32), cells), shape=self.past.shape).tocsr()
 
     @property
     def general(self) -> Tuned:

@@ -26,8 +26,9 @@ from peft_combo.recommender.fit_data import FitData, TextSide, encode_catalog
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, build_past, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
-from peft_combo.recommender.scorer_id import RANDOM, ScorerId
+from peft_combo.recommender.scorer_id import NEXT_BASKET, RANDOM, ScorerId
 from peft_combo.recommender.text_search import TextQueries, TextSearch, build_views, select_weights
+from peft_combo.recommender.user_habits import UserHabits, choose_habits
 
 # Validation queries that settings and weights are chosen on.
 _QUERIES = 2_000
@@ -50,6 +51,8 @@ class FitState:
         search: finds items and bundles by words; the weights of its views are those that validation intents chose.
         split_digest: of the split that settings and weights were chosen on.
         notes: what was left out, and why.
+        habits: what a user takes next, added where a request gives a user and no items; None where validation found
+            it not worth adding.
     """
 
     adapters: tuple[LiveAdapter, ...]
@@ -64,6 +67,7 @@ class FitState:
     search: TextSearch
     split_digest: str
     notes: tuple[str, ...]
+    habits: UserHabits | None = None
 
 
 def fit_scorers(
@@ -106,6 +110,10 @@ def fit_scorers(
     seen = [dataset.bundles.items[row] for row in parts.train]
     composer = Composer.learn(dataset.catalog, seen, vectors=side.frozen, history=known.history)
     relevance = fuse_scorers(fusion, {scorer: one.fitted for scorer, one in selected.items()}, known)
+    habit_weight = 0.0
+    if NEXT_BASKET in selected:
+        next_basket = selected[NEXT_BASKET].fitted
+        habit_weight = choose_habits(known, dataset.bundles, parts.valid, relevance, next_basket, fusion.form)
     search = _choose_search(dataset, parts, bank, side)
     words = _AskedInWords.of(search, dataset, parts.valid)
     weights = fit_weights(composer, valid, relevance, text_side, words, seed=seed)
@@ -122,6 +130,7 @@ def fit_scorers(
     return FitState(
         side.live, everything, fusion, settings, serving, text_scorer, text_side, neighbours, weights,
         search.with_indexes(), parts.digest, tuple(notes),
+        UserHabits.of(everything, selected[NEXT_BASKET].setting, habit_weight) if habit_weight else None,
     )  # fmt: skip
 
 

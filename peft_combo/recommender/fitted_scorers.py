@@ -27,12 +27,15 @@ from peft_combo.recommender.rating import FittedRating, Rater
 from peft_combo.recommender.scorer_id import ScorerId
 from peft_combo.scoring.base import Scorer
 from peft_combo.scoring.neighbours import UserKNN
+from peft_combo.scoring.next_basket import TifuKNN
 
 # Settings of the two: what a rating adapter tells from, and what is averaged over several adapters of bundles.
 _PAST, _BESIDE = "owner's past", "bundle and past"
 _SCORES, _VECTORS = "mean of scores", "mean of vectors"
 # The setting of users alike that reads ratings: a weighted sum over similar users of mean-centred ratings.
 _RATINGS = "mean-centred ratings"
+# Those of the next basket: in how many days a purchase loses half its weight.
+_HALF_LIVES: dict[str, float | None] = {"all times alike": None, "half-life 90 days": 90.0, "half-life 30 days": 30.0}
 
 ItemVectors: TypeAlias = "NDArray[np.float32] | sparse.csr_array[Any, tuple[int, int]]"
 
@@ -136,11 +139,11 @@ class FittedCategories:
 
 @dataclass(frozen=True, eq=False)
 class FittedPast:
-    """What the user of a query took before, or what users like them took; NaN for users it never met."""
+    """What the user of a query took before, what users like them took, or both; NaN for users it never met."""
 
     past: sparse.csr_matrix[Any]
     user_rows: Mapping[str, int]
-    alike: UserKNN | None
+    alike: UserKNN | TifuKNN | None
 
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
         scores = np.full((len(queries), self.past.shape[1]), np.nan, np.float32)
@@ -181,6 +184,22 @@ def build_past(known: FitData, *, neighbours: bool, setting: str = "") -> Fitted
     else:
         alike = UserKNN().fit(known.taken)
     return FittedPast(known.past, known.user_rows, alike)
+
+
+def list_half_lives(known: FitData) -> list[str]:
+    """Return the settings of what a user takes next; one alone where purchases have no times."""
+    dated = known.interactions is not None and bool(np.isfinite(known.interactions.times).any())
+    return list(_HALF_LIVES)[: None if dated else 1]
+
+
+def build_next_basket(known: FitData, setting: str) -> FittedPast:
+    """Return what the user of a query takes again and again, beside what users with such habits take.
+
+    Args:
+        setting: one of `list_half_lives`.
+    """
+    habits = TifuKNN().fit(known.count_baskets(_HALF_LIVES[setting]))
+    return FittedPast(known.past, known.user_rows, habits)
 
 
 def fuse_scorers(fusion: Fusion[ScorerId], asks: Mapping[ScorerId, Fitted], known: FitData) -> Fitted:

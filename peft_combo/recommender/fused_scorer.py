@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ from peft_combo.recommender.explanations import FusedScores
 from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import score_beside
 from peft_combo.recommender.fusion import make_comparable
-from peft_combo.recommender.scorer_id import ScorerId
+from peft_combo.recommender.scorer_id import NEXT_BASKET, ScorerId
+from peft_combo.recommender.user_habits import find_alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,9 @@ class FusedScorer:
         queries = _make_queries(pad_contexts([context for context, _ in asked]), [user for _, user in asked])
         fused, parts = self.state.fusion.explain(self._score_parts(queries), self.state.known.evidence(queries))
         scores = self._add_neighbours(fused, queries)
+        if (habits := self._share_habits(queries, asked)) is not None:
+            scores = scores + habits
+            parts = {**parts, NEXT_BASKET: parts[NEXT_BASKET] + habits if NEXT_BASKET in parts else habits}
         return [
             FusedScores(own, {scorer: part[place] for scorer, part in parts.items()})
             for place, own in enumerate(scores)
@@ -44,6 +49,9 @@ class FusedScorer:
         without = _make_queries(rests, [user] * len(context))
         fused = self.state.fusion.combine(self._score_parts(without), self.state.known.evidence(without))
         less = self._add_neighbours(fused, without)
+        asked = (context, user)
+        if (habits := self._share_habits(_make_queries(context[None, :], [user]), [asked])) is not None:
+            less = less + habits  # what does not hang on the context is no item's merit
         return {
             row: {
                 item: float(scores[row] - less[place, row])
@@ -74,6 +82,27 @@ class FusedScorer:
 
     def _score_parts(self, queries: Queries) -> dict[ScorerId, NDArray[np.float32]]:
         return {scorer: self.state.serving[scorer](queries) for scorer in self.state.fusion.needs}
+
+    def _share_habits(
+        self, queries: Queries, asked: Sequence[tuple[NDArray[np.int64], str | None]]
+    ) -> NDArray[np.float32] | None:
+        """Return what habits add to each query of a user alone, (Q, N), 0 for others; None where they are not asked."""
+        habits = self.state.habits
+        if habits is None:
+            return None
+        alone = np.flatnonzero(find_alone(asked, self._taken, self.state.known.user_rows))
+        if not len(alone):
+            return None
+        added = np.zeros((len(queries), len(self.state.known.support)), np.float32)
+        own = queries.take(alone)
+        added[alone] = habits.share(own, self.state.known.evidence(own), self.state.fusion.form)
+        return added
+
+    @cached_property
+    def _taken(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        interactions, size = self.state.known.interactions, len(self.state.known.support)
+        assert interactions is not None
+        return interactions.list_taken(size)
 
     def _add_neighbours(self, scores: NDArray[np.float32], queries: Queries) -> NDArray[np.float32]:
         """Add what users alike took to fused scores (Q, N), where the fusion could not weigh that itself."""

@@ -94,8 +94,8 @@ class Fusion(Generic[Key]):
         from anywhere; they are non-negative and have a normal prior around a plain sum of few scorers, so few queries
         leave a fusion near it. Every way is judged on queries of groups it was not fitted on. Other forms and gates are
         taken only where they are above plain weights on damped scores by more than a standard error of NDCG@10. The
-        best single scorer is in the table but taken only where there are too few groups to fit weights, or no scorer is
-        worth one: as the best of many it is flattered, and a plain sum may hold it alone.
+        best single scorer, picked on other questions, is taken where it is above all that by two standard errors, and
+        where there are too few groups to fit weights, or no scorer is worth one.
 
         Args:
             scores: per scorer (Q, N), higher is better, NaN where it cannot say; fitted without these queries.
@@ -146,7 +146,7 @@ class Fusion(Generic[Key]):
             gated = attempt(f"gated weights on {form} scores", form, [(name, gate) for name in used for gate in gates])
             chosen = gated if _beyond_noise(ranks[gated], ranks[chosen], labels) else chosen
         ranks[BEST_SINGLE] = selected
-        if not found[chosen].needs:  # no scorer is worth a weight: something has to answer all the same
+        if not found[chosen].needs or _beyond_noise(selected, ranks[chosen], labels, 2.0):
             return cls._with_table(singles[best], str(best), ranks, alone[best], labels)
         return cls._with_table(found[chosen], chosen, ranks, alone[best], labels)
 
@@ -436,9 +436,11 @@ def _ndcg(ranks: NDArray[np.float64]) -> NDArray[np.float64]:
     return metrics.per_query(ranks, "ndcg@10")
 
 
-def _beyond_noise(ranks: NDArray[np.float64], than: NDArray[np.float64], labels: NDArray[np.int64]) -> bool:
+def _beyond_noise(
+    ranks: NDArray[np.float64], than: NDArray[np.float64], labels: NDArray[np.int64], errors: float = 1.0
+) -> bool:
     gains = _ndcg(ranks) - _ndcg(than)
-    return bool(gains.mean() > metrics.standard_error(gains, labels))
+    return bool(gains.mean() > errors * metrics.standard_error(gains, labels))
 
 
 def _sample_groups(labels: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -27,6 +27,7 @@ from peft_combo.recommender.fitted_scorers import Fitted, FittedCategories, Fitt
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import CEASE_BERT, FROZEN, PEER, TEXT_RANKER, WORDS, ScorerId
 from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorView, View, WordView
+from peft_combo.recommender.user_habits import UserHabits
 
 Floats = NDArray[np.float32]
 
@@ -154,6 +155,7 @@ class _Extension:
             self._extend(state.text_side, state.text_scorer),
             None if state.neighbours is None else _Longer(state.neighbours, self.size, self.total, None, None),
             state.weights, self._extend_search(), state.split_digest, state.notes,
+            None if state.habits is None else self._extend_habits(state.habits),
         )  # fmt: skip
         index = self.catalog.index
         gone = np.zeros(self.total, bool)
@@ -245,6 +247,9 @@ class _Extension:
                 elif scorer in (PEER, CEASE_BERT):
                     nearest = self._nearest[True]
                 return _Longer(fitted, self.size, self.total, nearest, self._nearest[False])
+
+    def _extend_habits(self, habits: UserHabits) -> UserHabits:
+        return replace(habits, fitted=_Longer(habits.fitted, self.size, self.total, None, None))
 
     def _extend_head(self, fitted: FittedHead) -> FittedHead:
         name = self._names[id(fitted.vectors)]

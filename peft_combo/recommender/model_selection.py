@@ -35,8 +35,10 @@ from peft_combo.recommender.fitted_scorers import (
     FittedScorer,
     ItemVectors,
     build_ensemble,
+    build_next_basket,
     build_past,
     build_rating,
+    list_half_lives,
 )
 from peft_combo.recommender.scorer_id import (
     ALIKE,
@@ -45,6 +47,7 @@ from peft_combo.recommender.scorer_id import (
     CEASE_BERT,
     ENSEMBLE,
     FROZEN,
+    NEXT_BASKET,
     PEER,
     RANDOM,
     TEXT_RANKER,
@@ -126,6 +129,15 @@ class _Past:
 
 
 @dataclass(frozen=True, eq=False)
+class _NextBasket:
+    known: FitData
+    setting: str
+
+    def fit(self) -> Fitted:
+        return build_next_basket(self.known, self.setting)
+
+
+@dataclass(frozen=True, eq=False)
 class _Rating:
     known: FitData
     name: str
@@ -177,6 +189,7 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
         found[ALIKE] = [_Past(known, neighbours=True)]
         if known.has_ratings:
             found[ALIKE] += [_Past(known, neighbours=True, setting=_RATINGS)]
+        found[NEXT_BASKET] = [_NextBasket(known, setting) for setting in list_half_lives(known)]
     # CEASE may read the category path as well: a peer should know what we know.
     if known.categorised is not None:
         found[PEER] += _list_linear(known, "words and category", known.categorised)

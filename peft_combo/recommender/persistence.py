@@ -40,6 +40,7 @@ from peft_combo.recommender.fitted_scorers import (
     FittedHead,
     FittedScorer,
     build_ensemble,
+    build_next_basket,
     build_past,
     build_rating,
 )
@@ -48,6 +49,7 @@ from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import Kind, ScorerId
 from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorView, build_views
+from peft_combo.recommender.user_habits import UserHabits
 from peft_combo.scoring import Scorer, load_scorer
 
 FORMAT = 4
@@ -88,6 +90,7 @@ class _RecommenderManifest(_Stored):
     weighed_past: bool
     scorers: dict[str, _ScorerFile]
     notes: tuple[str, ...]
+    habits: tuple[str, float] | None = None  # setting and weight
 
 
 def save_recommender(recommender: BundleRecommender, folder: str | Path) -> None:
@@ -129,6 +132,7 @@ def _build_manifest(recommender: BundleRecommender, files: dict[str, _ScorerFile
         fusion=state.fusion.state(), calibration=calibrations[0] if calibrations else None,
         text_side=str(state.text_scorer or ""), weights=asdict(state.weights), search=dict(state.search.weights),
         weighed_past=state.neighbours is None, scorers=files, notes=state.notes,
+        habits=None if state.habits is None else (state.habits.setting, state.habits.weight),
     )  # fmt: skip
 
 
@@ -254,6 +258,8 @@ def _rebuild(
                 return build_rating(known, adapter, settings[scorer])
             case ScorerId("text ranker"):
                 return TextRanker.from_state(known.text_views, *_read_state(folder, files[scorer]))
+            case ScorerId("next basket"):
+                return build_next_basket(known, settings[scorer])
             case ScorerId("bought before" | "users alike"):
                 return build_past(known, neighbours=scorer.kind == "users alike", setting=settings[scorer])
             case _:
@@ -274,6 +280,7 @@ def _rebuild(
     return FitState(
         side.live, known, fusion, settings, serving, text_scorer, text_side, neighbours,
         _parse_weights(manifest.weights), search.with_indexes(), manifest.split, manifest.notes,
+        None if manifest.habits is None else UserHabits.of(known, *manifest.habits),
     )  # fmt: skip
 
 

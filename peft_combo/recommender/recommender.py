@@ -51,10 +51,8 @@ from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommen
 from peft_combo.recommender.scorer_id import NOT_LIKE, TEXT_RANKER, TEXT_SEARCH
 from peft_combo.recommender.text_ranking import TextRanker
 from peft_combo.recommender.text_search import find_distinct
+from peft_combo.recommender.user_habits import HISTORY
 from peft_combo.scoring.base import Vectors
-
-# A user is described by so many of the items taken last; older ones say more about a past than about a next purchase.
-_HISTORY = 5
 
 
 class BundleRecommender:
@@ -435,7 +433,7 @@ class BundleRecommender:
 
     def find_context(self, given: NDArray[np.int64], user: str | None) -> NDArray[np.int64]:
         """Return the rows that stand for a request: what is given, else what the user took last."""
-        return given if len(given) or user is None else self._find_taken(user)[:_HISTORY]
+        return given if len(given) or user is None else self._find_taken(user)[:HISTORY]
 
     def _find_taken(self, user: str) -> NDArray[np.int64]:
         """Return the items a user took, each once, latest first."""

@@ -8,7 +8,7 @@ from typing import Literal
 Kind = Literal[
     "random", "popularity", "co-occurrence", "item-kNN", "user-kNN", "EASE", "ALS", "TF-IDF title", "CEASE-TFIDF",
     "bought before", "users alike", "frozen BERT", "tuned BERT", "ensemble", "tuned by category", "rated", "CEASE-BERT",
-    "text ranker", "fusion", "TF-IDF, unseen first", "text search", "not like",
+    "text ranker", "next basket", "fusion", "TF-IDF, unseen first", "text search", "not like",
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ class ScorerId:
 
 RANDOM, PEER, FROZEN = ScorerId("random"), ScorerId("CEASE-TFIDF"), ScorerId("frozen BERT")
 ENSEMBLE, BY_CATEGORY = ScorerId("ensemble"), ScorerId("tuned by category")
-BOUGHT, ALIKE = ScorerId("bought before"), ScorerId("users alike")
+BOUGHT, ALIKE, NEXT_BASKET = ScorerId("bought before"), ScorerId("users alike"), ScorerId("next basket")
 CEASE_BERT, TEXT_RANKER = ScorerId("CEASE-BERT"), ScorerId("text ranker")
 FUSION = ScorerId("fusion")
 # Of answers alone: what words found, and what likeness to rejected items takes away.

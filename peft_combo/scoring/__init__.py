@@ -15,6 +15,7 @@ from peft_combo.scoring.base import ItemFeatures, Scorer, State
 from peft_combo.scoring.factors import ALS
 from peft_combo.scoring.linear import CEASE, EASE
 from peft_combo.scoring.neighbours import ItemKNN, UserKNN
+from peft_combo.scoring.next_basket import TifuKNN
 from peft_combo.scoring.out_of_core import CountedKNN, CountedPairs, count_items
 from peft_combo.scoring.popularity import CoOccurrence, Popularity, Random
 from peft_combo.scoring.text import TextCosine, Tfidf, tfidf_vectors
@@ -34,13 +35,27 @@ __all__ = [
     "State",
     "TextCosine",
     "Tfidf",
+    "TifuKNN",
     "UserKNN",
     "count_items",
     "load_scorer",
     "tfidf_vectors",
 ]
 
-_SCORERS = (Random, Popularity, CoOccurrence, ItemKNN, UserKNN, EASE, CEASE, TextCosine, ALS, CountedKNN, CountedPairs)
+_SCORERS = (
+    Random,
+    Popularity,
+    CoOccurrence,
+    ItemKNN,
+    UserKNN,
+    EASE,
+    CEASE,
+    TextCosine,
+    ALS,
+    CountedKNN,
+    CountedPairs,
+    TifuKNN,
+)
 
 
 def load_scorer(arrays: Mapping[str, NDArray[np.generic]], params: Mapping[str, Any]) -> Scorer:

@@ -213,7 +213,7 @@ class UserKNN(HistoryScorer[Raters]):
             weights = self._weights(known, contexts[block], means[block])  # (q, R), -inf where nothing is shared
             if own is not None:
                 weights[np.arange(len(weights)), own[block]] = -np.inf
-            near = _nearest_rows(weights, self.k)
+            near = keep_nearest(weights, self.k)
             strength = with_data(near, np.abs(near.data))
             part = (near @ known.centred).toarray()  # (q, R) @ (R, N)
             rated = (strength @ known.has).toarray()
@@ -276,7 +276,7 @@ def largest(matrix: Csr, k: int) -> Csr:
     return sparse.csr_array((matrix.data[keep], matrix.indices[keep], indptr), shape=matrix.shape)
 
 
-def _nearest_rows(weights: NDArray[np.float32], k: int) -> Csr:
+def keep_nearest(weights: NDArray[np.float32], k: int) -> Csr:
     """Keep the k largest per row of dense (q, R) weights, -inf being none; of equal ones the earlier rows."""
     if k < weights.shape[1]:
         least = np.partition(weights, weights.shape[1] - k, axis=1)[:, weights.shape[1] - k, None]

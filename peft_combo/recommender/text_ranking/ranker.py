@@ -182,7 +182,7 @@ class _Questions:
         sizes = np.array([len(part) for part in rows], np.int64)
         sampled = SampledCells(
             np.cumsum(sizes) - sizes, np.repeat(np.arange(len(kept)), sizes),
-            np.concatenate([np.empty(0, np.int64), *rows]),
+            np.concatenate([np.empty(0, np.int64), *rows]), np.zeros(sizes.sum(), np.float32),
         )  # fmt: skip
         return cls(sampled, np.concatenate(columns) if kept else np.empty((0, 0), np.float32), queries.groups[kept])
 
