@@ -83,7 +83,7 @@ Written by `python benchmarks/compare_methods.py`. BundleRec clothing by `{RECIP
 At most {epochs} epochs, {seeds}. Each method has its own defaults and learning rate; the layers and modules it may
 adapt, data, batches and budget are the same, as far as the method has such a choice.
 
-```bash
+```bash title="Not run in CI: BundleRec, and half an hour"
 peft-combo compare --recipe {RECIPE} --data bundlerec/clothing \\
   {words}
 ```

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft_combo.store.adapter_store import AdapterRecord, AdapterStore
     from peft_combo.tuning.loop import TuneResult, tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AdapterBank": "peft_combo.encoder.bank",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 _LOADED = ["torch", "transformers", "transformers.models.bert.modeling_bert", "peft", "accelerate", "scipy.optimize",
            "pandas", "pyarrow.parquet", "peft_combo.tuning.loop", "peft_combo.recommender.recommender",
-           "peft_combo.evaluation.completion"]  # fmt: skip
+           "peft_combo.evaluation.completion", "matplotlib.figure"]  # fmt: skip
 
 
 def run_script(script: Path, arguments: list[str], cwd: Path, out: Path) -> tuple[int, str, str]:

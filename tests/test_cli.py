@@ -19,6 +19,7 @@ from test_importing import foreign
 from typer.testing import CliRunner
 
 from peft_combo.cli.app import app
+from peft_combo.cli.output import print_table
 from peft_combo.cli.recommend import _format_reason, _format_reasons, _print_suggestions
 from peft_combo.data.labels.tags import Entity
 from peft_combo.recommender.results import Suggestion
@@ -46,15 +47,20 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [name for name, _ in commands()])
-def test_every_command_has_a_help_line_and_stands_in_the_readme(name: str) -> None:
+def test_every_command_has_a_help_line_and_stands_in_the_overview(name: str) -> None:
     command = dict(commands())[name]
     assert command.help
     result = CliRunner().invoke(app, [*name.split(), "--help"])
     assert result.exit_code == 0
-    readme = (REPOSITORY / "README.md").read_text()
+    overview = (REPOSITORY / "docs" / "commands.md").read_text()
     group, _, verb = name.partition(" ")
-    lines = [line for line in readme.splitlines() if line.startswith(f"| `peft-combo {group}")]
+    lines = [line for line in overview.splitlines() if line.startswith(f"| `peft-combo {group}")]
     assert any(f"`peft-combo {name}`" in line or f"`{verb}`" in line for line in lines)
+
+
+def test_the_list_of_commands_is_not_cut() -> None:
+    told = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).stdout
+    assert "..." not in told.split("Commands:")[1]
 
 
 def test_every_option_and_argument_has_a_help_text_that_is_a_sentence() -> None:
@@ -195,6 +201,8 @@ def test_a_tune_from_start_to_shelf(run: Run, tiny_recipe: Callable[..., Any], t
     assert "better than the frozen one" in out
     assert "test bundles were not looked at" in out
     assert "Stored tiny@v1" in out
+    assert out.endswith("Chart: runs/tiny-lora.tiny/quality.html\n")
+    assert "<svg" in (tmp_path / "runs" / "tiny-lora.tiny" / "quality.html").read_text()
 
     code, out, _ = run("adapters", "verify")
     assert (code, out) == (0, "1 adapter: every file is as it was written.\n")
@@ -332,6 +340,95 @@ def test_reasons_come_in_words_first(capsys: pytest.CaptureFixture[str]) -> None
     assert "same category +0.75; 3 bundles with F1; text ranker +1.00" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_best_row_is_bold_and_no_figure_is_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    rows = [("popularity", "0.123", "0.456"), ("a name of many more than twenty-eight letters", "0.789", "0.987")]
+    print_table(("", "NDCG@10", "95 % interval"), rows, numbers=True, best=1)
+    bold = capsys.readouterr().out
+    plain = re.sub(r"\x1b\[[\d;]*m", "", bold)
+    assert "\x1b[1m" in bold.splitlines()[2]
+    assert "\x1b" not in bold.splitlines()[1]
+    assert [line.split()[-2:] for line in plain.splitlines()[1:3]] == [["0.123", "0.456"], ["0.789", "0.987"]]
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_table(("", "NDCG@10", "95 % interval"), rows, numbers=True, best=1)
+    assert capsys.readouterr().out.split() == plain.split()
+
+
+COMPLETED = [
+    ("tune --recipe lora-fashion-", ["lora-fashion-zh"]),
+    ("tune -r own", ["own.yaml"]),
+    ("compare --recipe lora-fashion --method pre", ["prefix"]),
+    ("evaluate --recipe lora-fashion --adapter sh", ["shoes", "shoes@prod", "shoes@v1"]),
+    ("recommend --recipe own.yaml --adapter ", ["hats", "hats@v1"]),
+    ("adapters show --store shelf ", ["hats", "hats@v1"]),
+    ("adapters rollback sh", ["shoes@prod"]),
+    ("retune --alias ", ["prod"]),
+    ("adapters import folder --category sh", ["shoes"]),
+    ("evaluate --recipe nowhere --adapter ", []),
+]
+
+
+def test_the_shell_completes_names_without_torch(tmp_path: Path) -> None:
+    write(AdapterStore(tmp_path / "adapters"), "shoes")
+    write(AdapterStore(tmp_path / "shelf"), "hats")
+    AdapterStore(tmp_path / "adapters").alias("shoes", "prod")
+    (tmp_path / "own.yaml").write_text("extends: lora-fashion\nname: own\nstore: shelf\n")
+    program = (
+        "import contextlib, io, json, os, sys\n"
+        "from peft_combo.cli import app\n"
+        "for line in json.load(sys.stdin):\n"
+        "    words = ['peft-combo', *line.split()] + [''] * line.endswith(' ')\n"
+        "    os.environ |= {'_PEFT_COMBO_COMPLETE': 'complete_bash', 'COMP_CWORD': str(len(words) - 1),\n"
+        "                   'COMP_WORDS': ' '.join(words)}\n"
+        "    out = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):\n"
+        "        app(prog_name='peft-combo')\n"
+        "    print(json.dumps(out.getvalue().split()))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
+        input=json.dumps([line for line, _ in COMPLETED]), env={"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list(map(json.loads, done.stdout.splitlines())) == [names for _, names in COMPLETED]
+
+
+def test_options_for_the_store_agree() -> None:
+    for name, command in commands():
+        options = {option.name: option for option in command.params}
+        if "store" in options:
+            assert options["store"].default in ((None,) if "recipe" in options else (None, Path("adapters"))), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        ("search --recipe lora-fashion --over adapter.rank=2,4", "search"),
+        ("serve --recipe lora-fashion", "serve"),
+        ("adapters export fashion --to x --format onnx", "onnx"),
+        ("embed --recipe lora-fashion --on ray", "ray"),
+        ("tune --recipe lora-fashion --each-category --on slurm", "slurm"),
+        ("tune --recipe lora-fashion-zh", "multilingual"),
+        ("tune --recipe lora-food", "completejourney"),
+        ("tune --recipe classify-reviews-zh --set backbone.model=embedded", "reviews-zh"),
+    ],
+)
+def test_a_missing_extra_is_named_before_anything_is_loaded(
+    arguments: str, extra: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_combo.cli.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("peft_combo.cli.output.ConsoleWatch", None)
+    code, out, err = run(*arguments.split())
+    assert (code, out) == (1, "")
+    assert err.endswith(f": pip install 'peft-combo[{extra}]'\n")
+
+
 def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
     recipe = tiny_recipe(**{"training.epochs": 4})
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
@@ -339,10 +436,12 @@ def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Calla
     ask = ("recommend", "--recipe", "./tiny.yaml")
     code, out, err = run(*ask, "--items", "i0,i6", "-k", "2", "--explain")
     assert code == 0, err
-    assert re.match(r"1\. ([\d,.]+ in all, )?score ", out)
+    assert re.match(r"1\. \d items(, [\d,.]+ in all)?, score ", out)
     assert re.search(r"\n +slot +item +title +price +why\n", out)
     assert re.search(r"i0 .* given\n", out)
     assert "compatibility" in out
+    plain = run(*ask, "--items", "i0,i6", "-k", "2")[1]
+    assert not re.search(r"score|compatibility|[+-]\d", plain), "scores are for --explain"
     bundles = json.loads(run(*ask, "--items", "i0", "-k", "2", "--json")[1])
     assert len(bundles) == 2
     assert all("i0" in bundle["items"] and bundle["evidence"] for bundle in bundles)
@@ -454,6 +553,16 @@ def test_evaluate_prints_every_row_and_guards_the_split(
     for row in ("random", "popularity", "item-kNN", "EASE", "CEASE-TFIDF", "frozen BERT", "tuned BERT tiny", "fusion"):
         assert re.search(rf"^{row} +0\.\d+", out, re.MULTILINE)
     assert "<svg" in (tmp_path / "chart.html").read_text()
+    assert out.startswith("The fusion has the missing item among its first ten for ")
+    assert max(map(len, out.splitlines()[2:])) <= 100
+    assert "R@5" in out
+    assert "Every item of every held-out bundle" not in out
+    code, out, err = run(*ask, "--verbose", "--quiet")
+    assert (code, err) == (0, "")
+    assert "Every item of every held-out bundle" in out
+    assert "warm target" in out
+    assert out.endswith("Chart: runs/tiny-lora.tiny/test.html\n"), "a chart without being asked"
+    assert "<svg" in (tmp_path / "runs" / "tiny-lora.tiny" / "test.html").read_text()
     report = json.loads(run(*ask, "--json")[1])
     assert {"split_digest", "protocol", "rows", "fusion"} <= report.keys()
     code, out, err = run(*ask, "--set", "data.split_seed=1")

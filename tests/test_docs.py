@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +14,16 @@ from conftest import REPOSITORY
 from test_structure import structure
 
 ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text()
+
+
+def load_tool(name: str) -> Any:
+    """Return a script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
 
 
 def test_the_import_order_on_the_page_is_the_one_held() -> None:
@@ -44,26 +54,16 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
         assert "fonts.googleapis" not in html
     commands = (tmp_path / "site" / "reference" / "cli" / "index.html").read_text()
     assert all(f"peft-combo {name}" in commands for name in ("tune", "retune", "adapters merge", "serve keys add"))
+    routes = (tmp_path / "site" / "reference" / "http" / "index.html").read_text()
+    assert all(name in routes for name in ("POST /v1/compose", "POST /v1/adapters/promote", "filter.must"))
     fields = (tmp_path / "site" / "reference" / "fields" / "index.html").read_text()
     assert all(name in fields for name in ("adapter.top_layers", "task.whitening", "training.early_stopping.patience"))
 
 
-def test_every_command_of_the_start_page_runs_here_or_in_the_readme(shell: Any, in_tmp: Path) -> None:
-    """Those that take long are the README's own, which test_readme.py runs as written."""
-    page = (REPOSITORY / "docs" / "start.md").read_text()
-    readme = (REPOSITORY / "README.md").read_text()
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
-    ran = 0
-    for line in lines:
-        if line in readme or line == "peft-combo tune --recipe lora-fashion":
-            continue
-        code, out, err = shell(*shlex.split(line)[1:])
-        assert code == 0, f"{line}\n{out}\n{err}"
-        ran += 1
-    assert ran == 5
-
-
-@pytest.fixture
-def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def test_the_figures_are_those_of_the_page() -> None:
+    """Drawn by tools/figures.py; every bar's value stands in its SVG as in docs/quality.md."""
+    tool = load_tool("figures")
+    for name, title in tool.CHARTS.items():
+        drawn = (REPOSITORY / "docs" / "pictures" / f"quality-{name}.svg").read_text()
+        for bar in tool.make_chart(name, title).bars:
+            assert f"{bar.value:.4f}" in drawn, f"{name}: {bar.name}. Run: python tools/figures.py"

@@ -25,7 +25,7 @@ from peft_combo.errors import PeftComboError
 from peft_combo.evaluation.canary import run_canary
 from peft_combo.evaluation.completion import evaluate
 from peft_combo.evaluation.measures import UnseenFirst, find_unbundled, rank_among
-from peft_combo.evaluation.report import Report, plot
+from peft_combo.evaluation.report import Report, plot, write_verdict
 from peft_combo.recipe.model import Recipe
 from peft_combo.recipe.task import BundleTask, RatingTask
 from peft_combo.recommender import model_selection
@@ -235,6 +235,9 @@ def report(dataset: Dataset, parts: Split) -> Report:
 
 
 def test_the_chart_needs_nothing_and_is_to_scale(report: Report, tmp_path: Path) -> None:
+    verdict = write_verdict(report)
+    assert verdict.startswith("The fusion has the missing item among its first ten for ")
+    assert len(re.findall(r"p = [01]\.\d{4}", verdict)) == len(report.row("fusion").p)
     plot(report, tmp_path / "chart.html")
     text = (tmp_path / "chart.html").read_text()
     assert "&lt;Shop&gt; &amp; Co" in text
@@ -247,7 +250,7 @@ def test_the_chart_needs_nothing_and_is_to_scale(report: Report, tmp_path: Path)
 
 
 def test_a_chart_of_another_ending_or_measure_is_refused(report: Report, tmp_path: Path) -> None:
-    with pytest.raises(PeftComboError, match=r"\.html or \.png"):
+    with pytest.raises(PeftComboError, match=r"\.html, \.svg or \.png"):
         plot(report, tmp_path / "chart.pdf")
     with pytest.raises(PeftComboError, match=r"ndcg@10 or r@10"):
         plot(report, tmp_path / "chart.html", "mrr")

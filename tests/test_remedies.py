@@ -23,6 +23,7 @@ from peft_combo.recipe.files import load_recipe
 from peft_combo.store.lookup import write_tune_command
 
 PACKAGE = REPOSITORY / "peft_combo"
+STORED = REPOSITORY / "tests" / "stored" / "adapters"
 
 
 def texts_of(node: ast.AST) -> Iterator[tuple[int, str]]:
@@ -144,6 +145,26 @@ REFUSED = [
     "adapters diff shoes hats --recipe nope", "adapters merge shoes hats --into caps", "adapters convert shoes",
     "adapters transfer --recipe nope", "adapters transfer shoes --recipe lora-fashion",
     "data suggest --recipe nope --adapter shoes", "data suggest --recipe lora-fashion --adapter shoes",
+    # Ids, columns, values, bounds and keys that are not there.
+    "recommend --recipe lora-fashion --frozen", "recommend --recipe lora-fashion --frozen --items NOPE",
+    "recommend --recipe lora-fashion --frozen --user NOPE",
+    "recommend --recipe lora-fashion --frozen --session F1,NOPE",
+    "recommend --recipe lora-fashion --frozen --query x --exclude NOPE",
+    "recommend --recipe lora-fashion --frozen --query x --where nocolumn<5",
+    "recommend --recipe lora-fashion --frozen --query x --where brand=Nobody",
+    "recommend --recipe lora-fashion --frozen --query x --slots hat",
+    "recommend --recipe lora-fashion --frozen --query x --without-slots hat",
+    "recommend --recipe lora-fashion --frozen --query x --category Nope",
+    "recommend --recipe lora-fashion --frozen --query x --season never",
+    "recommend --recipe lora-fashion --frozen --query x --budget 0",
+    "recommend --recipe lora-fashion --frozen --query x --budget -5",
+    *(f"{name} --recipe lora-fashion --set adapter.rnk=4" for name in
+      ("tune", "evaluate", "recommend --frozen --query x", "embed", "serve")),
+    "embed --recipe lora-fashion --data missing", "serve --recipe lora-fashion --data missing",
+    "embed --recipe lora-fashion --texts missing.parquet --to shards", "serve --recipe lora-fashion --adapter shoes",
+    # Adapters of another task, of the fixture of 0.1.0.
+    "classify x --adapter bundle-lora --store STORED", "tag x --adapter bundle-lora --store STORED",
+    "rate --adapter bundle-lora --store STORED", "rate --adapter rating-lora --store STORED --data missing",
 ]  # fmt: skip
 
 
@@ -152,21 +173,24 @@ def test_what_cannot_be_is_refused_before_anything_heavy_is_loaded(tmp_path: Pat
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "asked.jsonl").write_text('{"items": ["F1"]}\n')
     program = (
-        "import shlex, sys\n"
+        "import shlex, sys, time\n"
         "from peft_combo.cli import app\n"
         "from peft_combo.errors import PeftComboError\n"
         "for line in sys.stdin.read().splitlines():\n"
+        "    start = time.process_time()\n"
         "    try:\n"
         "        app(shlex.split(line), standalone_mode=False)\n"
         "        print('done', line)\n"
         "    except PeftComboError as error:\n"
-        "        print('refused')\n"
+        "        spent = time.process_time() - start\n"
+        "        print('refused' if spent < 2 else f'{spent:.1f} s for {line}')\n"
         "    if 'torch' in sys.modules:\n"
         "        sys.exit(f'torch was loaded for: {line}')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, input="\n".join(REFUSED), capture_output=True, text=True,
-        check=False, env={"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
+        input="\n".join(REFUSED).replace("STORED", shlex.quote(str(STORED))),
+        env={"PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n") == ["refused"] * len(REFUSED) + [""]

@@ -1,6 +1,6 @@
-"""Pages of the documentation that are written when it is built: the command line, and the fields of a recipe.
+"""Pages of the documentation that are written when it is built: commands, fields of a recipe, routes of the service.
 
-A hook of mkdocs (`hooks` in mkdocs.yml). Both come out of the code that runs, so neither can fall behind it.
+A hook of mkdocs (`hooks` in mkdocs.yml). They come out of the code that runs, so none can fall behind it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages to what mkdocs found."""
-    for place, content in (("reference/cli.md", describe_commands()), ("reference/fields.md", describe_fields())):
+    pages = {
+        "reference/cli.md": describe_commands(),
+        "reference/fields.md": describe_fields(),
+        "reference/http.md": describe_routes(),
+    }
+    for place, content in pages.items():
         files.append(File.generated(config, place, content=content))
     return files
 
@@ -64,6 +70,51 @@ def describe_fields() -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_routes() -> str:
+    """Return every route of the service with its body, as its OpenAPI document has them."""
+    sys.path.insert(0, str(REPOSITORY))
+    if find_spec("fastapi") is None:
+        return "# HTTP\n\nWritten from the service: `pip install 'peft-combo[serve]'` before the pages are built.\n"
+    from fastapi import FastAPI
+
+    from peft_combo.serving.app import ROUTERS
+
+    app = FastAPI()
+    for router in ROUTERS:
+        app.include_router(router)
+    document = app.openapi()
+    lines = [
+        "# HTTP", "",
+        "Written from the service's OpenAPI document; `GET /openapi.json` gives it with examples of your own "
+        "catalogue. [Serving](../serving.md) tells what the routes are for.", "",
+    ]  # fmt: skip
+    schemas, shown = document["components"]["schemas"], set()
+    for path, methods in document["paths"].items():
+        for method, route in methods.items():
+            about = " ".join((route.get("description") or route.get("summary", "")).split())
+            lines += [f"## {method.upper()} {path}", "", about, ""]
+            for one in route.get("parameters", ()):
+                told = one.get("description") or one["schema"].get("description", "")
+                lines += [f"- `{one['name']}` ({one['in']}): {told}".rstrip(": "), ""]
+            for media in route.get("requestBody", {}).get("content", {}).values():
+                name = media.get("schema", {}).get("$ref", "").rsplit("/", 1)[-1]
+                if name in shown:
+                    lines += [f"Body: `{name}`, as above.", ""]
+                elif name:
+                    shown.add(name)
+                    lines += [f"Body: `{name}`", "", *_describe_body(schemas[name], schemas)]
+    return "\n".join(lines) + "\n"
+
+
+def _describe_body(schema: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
+    """Return the fields of a body; OpenAPI leaves out a default of null, so what is not required has it."""
+    required = schema.get("required", ())
+    fields = {
+        name: field if name in required else {"default": None, **field} for name, field in schema["properties"].items()
+    }
+    return _describe_table("", fields, schemas)
+
+
 def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: field for key, field in fields.items() if key != name}
 
@@ -105,6 +156,7 @@ def _name_values(field: dict[str, Any]) -> str:
         field.get("type", ""), field.get("type")
     )
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum", field.get("exclusiveMaximum"))
+    low, high = (None if bound is None else f"{bound:g}" for bound in (low, high))
     above = "above " if "exclusiveMinimum" in field else "from "
     below = "below " if "exclusiveMaximum" in field else "to "
     bounds = [f"{above}{low}" if low is not None else "", f"{below}{high}" if high is not None else ""]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peft_combo.cli.app import (
+    AdapterArgument,
     DataOption,
     JsonOption,
     RecipeOption,
@@ -18,6 +19,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
+from peft_combo.cli.complete import complete_adapter, complete_category, complete_recipe
 from peft_combo.cli.export import load_named_recipe, load_own_recipe, open_store, read_lines
 from peft_combo.cli.output import console_watch, print_json, print_line, print_table, split_words
 from peft_combo.errors import PeftComboError
@@ -34,11 +36,11 @@ if TYPE_CHECKING:
     from peft_combo.store.manifest import Manifest
 
 
-AdapterArgument = Annotated[
-    str, typer.Argument(help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod.")
-]
 OptionalRecipe = Annotated[
-    str | None, typer.Option("--recipe", "-r", help="Recipe of the backbone and the data to measure on.")
+    str | None,
+    typer.Option(
+        "--recipe", "-r", autocompletion=complete_recipe, help="Recipe of the backbone and the data to measure on."
+    ),
 ]
 TextsOption = Annotated[Path | None, typer.Option("--texts", help="File of texts to compare on, one a line.")]
 
@@ -79,8 +81,10 @@ def adapters_diff(
 
 @adapters_app.command("merge")
 def adapters_merge(
-    adapters: Annotated[list[str], typer.Argument(help="Two adapters or more: fashion home@v2.")],
-    into: Annotated[str, typer.Option("--into", help="Category to store it under.")],
+    adapters: Annotated[
+        list[str], typer.Argument(autocompletion=complete_adapter, help="Two adapters or more: fashion home@v2.")
+    ],
+    into: Annotated[str, typer.Option("--into", autocompletion=complete_category, help="Category to store it under.")],
     method: Annotated[
         Literal["average", "svd", "ties", "dare"],
         typer.Option(
@@ -178,7 +182,8 @@ def adapters_convert(
 def adapters_transfer(
     recipe: RecipeOption,
     adapters: Annotated[
-        list[str] | None, typer.Argument(help="Adapters to try; default the newest of every category.")
+        list[str] | None,
+        typer.Argument(autocompletion=complete_adapter, help="Adapters to try; default the newest of every category."),
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from peft_combo.cli.app import JsonOption, StoreOption, adapters_app
+from peft_combo.cli.app import AdapterArgument, JsonOption, StoreOption, adapters_app
+from peft_combo.cli.complete import complete_adapter, complete_alias, complete_alias_name, complete_category
 from peft_combo.cli.output import (
     console_watch,
     format_metric,
@@ -57,7 +58,7 @@ def adapters_list(store: StoreOption = Path("adapters"), as_json: JsonOption = F
 
 @adapters_app.command("show")
 def adapters_show(
-    adapter: Annotated[str, typer.Argument(help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod.")],
+    adapter: AdapterArgument,
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +75,11 @@ def adapters_show(
 @adapters_app.command("verify")
 def adapters_verify(
     adapter: Annotated[
-        str | None, typer.Argument(help="Adapter: fashion, fashion@v2 or fashion@prod; default the whole store.")
+        str | None,
+        typer.Argument(
+            autocompletion=complete_adapter,
+            help="Adapter: fashion, fashion@v2 or fashion@prod; default the whole store.",
+        ),
     ] = None,
     store: StoreOption = Path("adapters"),
 ) -> None:
@@ -93,7 +98,9 @@ def adapters_verify(
 @adapters_app.command("import")
 def adapters_import(
     folder: Annotated[Path, typer.Argument(help="Folder of PEFT, of a stored version, or of a merged export.")],
-    category: Annotated[str, typer.Option("--category", help="Category to store it under.")],
+    category: Annotated[
+        str, typer.Option("--category", autocompletion=complete_category, help="Category to store it under.")
+    ],
     backbone: Annotated[
         str, typer.Option("--backbone", help="Encoder: embedded, embedded-multilingual, a hub id or a folder.")
     ] = "embedded",
@@ -132,9 +139,13 @@ def adapters_import(
 @adapters_app.command("alias")
 def adapters_alias(
     adapter: Annotated[
-        str, typer.Argument(help="Adapter: fashion@v3, fashion for its latest, fashion@staging for its version.")
+        str,
+        typer.Argument(
+            autocompletion=complete_adapter,
+            help="Adapter: fashion@v3, fashion for its latest, fashion@staging for its version.",
+        ),
     ],
-    name: Annotated[str, typer.Argument(help="Name of the alias, as in prod.")],
+    name: Annotated[str, typer.Argument(autocompletion=complete_alias_name, help="Name of the alias, as in prod.")],
     store: StoreOption = Path("adapters"),
 ) -> None:
     """Let an alias point to a version; fashion@prod then stands for it everywhere."""
@@ -147,7 +158,10 @@ def adapters_alias(
 @adapters_app.command("aliases")
 def adapters_aliases(
     of: Annotated[
-        str | None, typer.Argument(help="Category, or fashion@prod for its whole history; default all.")
+        str | None,
+        typer.Argument(
+            autocompletion=complete_category, help="Category, or fashion@prod for its whole history; default all."
+        ),
     ] = None,
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
@@ -190,7 +204,8 @@ def adapters_aliases(
 
 @adapters_app.command("rollback")
 def adapters_rollback(
-    alias: Annotated[str, typer.Argument(help="Alias, as in fashion@prod.")], store: StoreOption = Path("adapters")
+    alias: Annotated[str, typer.Argument(autocompletion=complete_alias, help="Alias, as in fashion@prod.")],
+    store: StoreOption = Path("adapters"),
 ) -> None:
     """Let an alias point to what it pointed to before."""
     from peft_combo.store.adapter_store import AdapterStore
@@ -201,7 +216,8 @@ def adapters_rollback(
 
 @adapters_app.command("unalias")
 def adapters_unalias(
-    alias: Annotated[str, typer.Argument(help="Alias, as in fashion@prod.")], store: StoreOption = Path("adapters")
+    alias: Annotated[str, typer.Argument(autocompletion=complete_alias, help="Alias, as in fashion@prod.")],
+    store: StoreOption = Path("adapters"),
 ) -> None:
     """Remove an alias; the version it points to stays."""
     from peft_combo.store.adapter_store import AdapterStore
@@ -213,7 +229,11 @@ def adapters_unalias(
 @adapters_app.command("remove")
 def adapters_remove(
     adapter: Annotated[
-        str, typer.Argument(help="Adapter: fashion@v2, or fashion with --all; not while an alias points to it.")
+        str,
+        typer.Argument(
+            autocompletion=complete_adapter,
+            help="Adapter: fashion@v2, or fashion with --all; not while an alias points to it.",
+        ),
     ],
     everything: Annotated[bool, typer.Option("--all", help="Every version of the category.")] = False,
     store: StoreOption = Path("adapters"),

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo import __version__
-from peft_combo.cli.output import print_line
+from peft_combo.cli.complete import complete_adapter, complete_recipe
+from peft_combo.cli.extras import require_recipe_extras
+from peft_combo.cli.output import print_line, set_quiet
 
 if TYPE_CHECKING:
     from peft_combo.recipe.model import Recipe
@@ -30,7 +32,16 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(data_app, name="data")
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Name of a shipped recipe, or a YAML file.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", "-r", autocompletion=complete_recipe, help="Name of a shipped recipe, or a YAML file."),
+]
+AdapterArgument = Annotated[
+    str,
+    typer.Argument(
+        autocompletion=complete_adapter, help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod."
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override of one key, as in training.epochs=2; may be repeated, the last one counts."),
@@ -54,6 +65,7 @@ def load_ready_recipe(name: str, overrides: list[str] | None, data: Path | None,
     from peft_combo.recipe.files import load_recipe
 
     recipe = load_recipe(name, tuple(overrides or ()), data).ready()
+    require_recipe_extras(recipe)
     return recipe if store is None else recipe.model_copy(update={"store": str(store)})
 
 
@@ -113,5 +125,8 @@ def _main(
     debug: Annotated[
         bool, typer.Option("--debug", help="Traceback beside the message where a command fails, on stderr.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Results and errors only: no notes and no progress on stderr.")
+    ] = False,
 ) -> None:
-    pass
+    set_quiet(quiet)

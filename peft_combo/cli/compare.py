@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app, check_data_path, load_ready_recipe
+from peft_combo.cli.chart_files import PLOT_HELP, write_chart
+from peft_combo.cli.complete import complete_method, complete_recipe
+from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import console_watch, format_metric_name, print_error, print_json, print_line, print_table
 from peft_combo.cli.workers import AddressOption, OnOption, WorkersOption, open_executor, refuse_alone
 from peft_combo.errors import PeftComboError
@@ -21,18 +24,26 @@ if TYPE_CHECKING:
     from peft_combo.recipe.model import Recipe
 
 
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")]
+PlotOption = Annotated[Path | None, typer.Option("--plot", help=PLOT_HELP)]
 ToOption = Annotated[Path | None, typer.Option("--to", help="File to write the best one to as a recipe: winner.yaml.")]
 
 
-@app.command()
+@app.command(short_help="Tune methods, values or recipes on the same data, and test.")
 def compare(
     recipe: RecipeOption,
     others: Annotated[
-        list[str] | None, typer.Argument(metavar="[OTHER_RECIPE]...", help="Further recipes, on the first one's data.")
+        list[str] | None,
+        typer.Argument(
+            autocompletion=complete_recipe,
+            metavar="[OTHER_RECIPE]...",
+            help="Further recipes, on the first one's data.",
+        ),
     ] = None,
     methods: Annotated[
-        list[str] | None, typer.Option("--method", help="Method in place of the recipe's own; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--method", autocompletion=complete_method, help="Method in place of the recipe's own; may be repeated."
+        ),
     ] = None,
     over: Annotated[
         list[str] | None, typer.Option("--over", help="Values of a key, as in adapter.rank=4,8,16; may be repeated.")
@@ -80,8 +91,7 @@ def compare(
         print_json(found.to_json())
     else:
         _print_comparison(found)
-    if plot is not None:
-        draw(chart(found), plot)
+    write_chart(lambda path: draw(chart(found), path), plot, folder / "chart.html", as_json)
     if to is not None:
         quality = f"{format_metric_name(found.metric)} {found.best.value:.4f} on validation"
         told = f"{quality}, seeds {', '.join(map(str, numbers))}"
@@ -93,7 +103,7 @@ def compare(
         )  # fmt: skip
 
 
-@app.command()
+@app.command(short_help="Search for the best values of some keys with Optuna.")
 def search(
     recipe: RecipeOption,
     over: Annotated[
@@ -126,6 +136,7 @@ def search(
         ("--workers", workers is not None, "--on", on is not None),
         ("--address", address is not None, "--on ray", on == "ray"),
     )
+    require_extra("search", "A search")
     check_data_path(load_ready_recipe(recipe, overrides, data))
     check_folder_target(folder)
     if to is not None:
@@ -159,7 +170,7 @@ def search(
         write_recipe(found.recipe, to, (what, "", f"Run:  peft-combo tune --recipe {shlex.quote(str(to))}"))
 
 
-@app.command("lr-range")
+@app.command("lr-range", short_help="Find the learning rate that a recipe bears.")
 def lr_range(
     recipe: RecipeOption,
     low: Annotated[float, typer.Option("--from", min=1e-12, max=1, help="Learning rate of the first step.")] = 1e-6,
@@ -172,6 +183,7 @@ def lr_range(
 ) -> None:
     """Raise the learning rate step by step until the loss runs away, and suggest one; stores nothing."""
     from peft_combo.metrics.charts import check_ending, draw
+    from peft_combo.tuning.run_folder import name_run_folder
 
     if low >= high:
         raise PeftComboError(f"--from and --to: expected a rate that grows, found {low:g} to {high:g}.")
@@ -189,8 +201,8 @@ def lr_range(
         print_json({**asdict(found), "below_divergence": found.below_divergence})
     else:
         _print_range(found, loaded, steps)
-    if plot is not None:
-        draw(found.chart(f"{loaded.name}: training loss while the learning rate grows"), plot)
+    drawn = found.chart(f"{loaded.name}: training loss while the learning rate grows")
+    write_chart(lambda path: draw(drawn, path), plot, name_run_folder(loaded) / "lr-range.html", as_json)
 
 
 def _print_range(found: RateRange, recipe: Recipe, steps: int) -> None:

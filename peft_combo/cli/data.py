@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, SetOption, data_app
+from peft_combo.cli.complete import complete_recipe
 from peft_combo.cli.output import format_figure, print_faults, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 
 TaskOption = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", help="Recipe whose task is to learn from it; default every table there is."),
+    typer.Option(
+        "--recipe",
+        "-r",
+        autocompletion=complete_recipe,
+        help="Recipe whose task is to learn from it; default every table there is.",
+    ),
 ]
 
 

@@ -14,7 +14,7 @@ from peft_combo.cli.output import console_watch, print_json, print_line, print_t
 _ROW = 200  # characters of a row of the table; what is longer stands below it, whole and fit to be copied
 
 
-@app.command()
+@app.command(short_help="Look at versions, GPUs, an encoder, disk and the store.")
 def doctor(
     backbone: Annotated[
         str,

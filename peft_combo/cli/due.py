@@ -24,7 +24,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _HEAD = ("user", "what", "last", "times", "expected", "chance")
 
 
-@app.command()
+@app.command(short_help="List who is likely to take what again by a date.")
 def due(
     recipe: RecipeOption,
     by: Annotated[

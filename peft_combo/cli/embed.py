@@ -19,6 +19,8 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
+from peft_combo.cli.complete import complete_adapter
+from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import ConsoleWatch, console_watch, get_rank, print_line
 from peft_combo.cli.workers import AddressOption, Machines, OnOption, WorkersOption, open_executor, refuse_alone
 from peft_combo.errors import PeftComboError
@@ -29,11 +31,16 @@ if TYPE_CHECKING:
     from peft_combo.recommender.workspace import Workspace
 
 
-@app.command()
+@app.command(short_help="Encode a catalogue once, by one process or many.")
 def embed(
     recipe: RecipeOption,
     adapter: Annotated[
-        str | None, typer.Option("--adapter", help="Adapter, as in fashion or fashion@v2; default the frozen encoder.")
+        str | None,
+        typer.Option(
+            "--adapter",
+            autocompletion=complete_adapter,
+            help="Adapter, as in fashion or fashion@v2; default the frozen encoder.",
+        ),
     ] = None,
     data: DataOption = None,
     overrides: SetOption = None,
@@ -70,6 +77,10 @@ def embed(
             "Under accelerate launch each process takes a share of a catalogue; --on and --texts are for workers that "
             "this command starts itself. Start it without accelerate launch."
         )
+    if texts is not None and not texts.is_file():
+        raise PeftComboError(f"--texts: there is no file {texts}. Expected a Parquet file of texts.")
+    if on == "ray":
+        require_extra("ray", "--on ray")
     loaded = load_ready_recipe(recipe, overrides, data, store)
     with console_watch() as callback, ExitStack() as opened:
         from peft_combo.files import check_folder_target

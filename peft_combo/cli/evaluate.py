@@ -19,8 +19,13 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
+from peft_combo.cli.chart_files import PLOT_HELP, write_chart
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import ConsoleWatch, console_watch, format_metric_name, print_json, print_line, print_table
 from peft_combo.errors import DataError, PeftComboError
+
+_SLICES = ("warm target", "cold target", "same-leaf", "cross-leaf", "cross-category", "cold among cold",
+           "among distractors")  # fmt: skip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,15 +36,20 @@ if TYPE_CHECKING:
     from peft_combo.evaluation.off_policy import OffPolicyReport
     from peft_combo.evaluation.report import Report
     from peft_combo.evaluation.text_queries import QueryReport
+    from peft_combo.recipe.model import Recipe
     from peft_combo.recommender.workspace import Workspace
 
 
-@app.command()
+@app.command(short_help="Measure adapters on test bundles, beside every baseline.")
 def evaluate(
     recipe: RecipeOption,
     adapters: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Adapter to measure, as in fashion or fashion@v2; may be repeated."),
+        typer.Option(
+            "--adapter",
+            autocompletion=complete_adapter,
+            help="Adapter to measure, as in fashion or fashion@v2; may be repeated.",
+        ),
     ] = None,
     compose: Annotated[
         bool,
@@ -60,11 +70,14 @@ def evaluate(
         str,
         typer.Option("--explore", help="With --log: how the candidate draws lists, as in plackett-luce:0.5."),
     ] = "plackett-luce:0.5",
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Chart to write: .html or .png.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help=PLOT_HELP)] = None,
     data: DataOption = None,
     overrides: SetOption = None,
     store: RecipeStoreOption = None,
     cache: CacheOption = Path("vectors"),
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Slices, chosen settings and the protocol as well.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure completion of the test bundles, every baseline beside it: fitted on train, chosen on validation.
@@ -76,7 +89,6 @@ def evaluate(
 
     if log is not None and (queries or compose or sessions or plot_file is not None):
         raise DataError("--log prints a table of its own, without --queries, --compose, --sessions and --plot.")
-
     if queries and (compose or sessions or plot_file is not None):
         raise DataError(
             "--queries prints a table of its own, without --compose, --sessions and --plot. Run it by itself."
@@ -106,14 +118,8 @@ def evaluate(
             (print_json(found.to_json()) if as_json else _print_queries(found, told))
             return
         report = _measure_completion(space, references, compose, sessions, callback)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        _print_report(report, told)
-    if plot_file is not None:
-        from peft_combo.evaluation.report import plot
-
-        plot(report, plot_file)
+    (print_json(report.to_json()) if as_json else _print_report(report, told, verbose))
+    _draw_report(report, plot_file, loaded, as_json)
 
 
 def _measure_completion(
@@ -161,45 +167,43 @@ def _refuse_leaks(space: Workspace, references: Sequence[str], callback: Console
             callback.on_note(f"{reference} was imported: whether it has learned from these test bundles is not known.")
 
 
-def _print_report(report: Report, told: Collection[str]) -> None:
-    counts = report.counts
+def _draw_report(report: Report, asked: Path | None, recipe: Recipe, as_json: bool) -> None:
+    from peft_combo.evaluation.report import plot
+    from peft_combo.tuning.run_folder import name_run_folder
+
+    write_chart(lambda path: plot(report, path), asked, name_run_folder(recipe) / "test.html", as_json)
+
+
+def _print_report(report: Report, told: Collection[str], verbose: bool) -> None:
+    from peft_combo.evaluation.report import write_verdict
+
+    counts, lines = report.counts, report.lines
+    print_line(write_verdict(report))
     print_line(
         f"{report.dataset}: {counts['test questions']:,} questions from {counts['test bundles']:,} test bundles, "
         f"{counts['items']:,} items; split {report.split_digest[:12]}"
     )
-    slices = [
-        name
-        for name in report.lines[0].slices
-        if name in ("warm target", "cold target", "same-leaf", "cross-leaf", "cross-category", "cold among cold")
-    ]
-    peers = sorted({name for line in report.lines for name in line.p})
+    peers = sorted({name for line in lines for name in line.p})
+    shown = ("r@1", "r@5", "r@10", "r@20", "ndcg@10")
     print_table(
-        (
-            "",
-            "R@1",
-            "R@5",
-            "R@10",
-            "R@20",
-            "NDCG@10",
-            "95 % interval",
-            "MRR",
-            *(f"p: {peer}" for peer in peers),
-            *slices,
-        ),
+        ("", *map(format_metric_name, shown), "95 % interval", "MRR", *("p" for _ in peers[:1])),
         [
             (
                 line.name,
-                *(f"{line.values[name]:.3f}" for name in ("r@1", "r@5", "r@10", "r@20", "ndcg@10")),
+                *(f"{line.values[name]:.3f}" for name in shown),
                 "{:.3f} to {:.3f}".format(*line.intervals["ndcg@10"]),
                 f"{line.values['mrr']:.3f}",
-                *(f"{line.p[peer]:.4f}" if peer in line.p else "" for peer in peers),
-                *(f"{line.slices[name].ndcg:.3f}" if name in line.slices else "" for name in slices),
+                *(f"{line.p[peer]:.4f}" if peer in line.p else "" for peer in peers[:1]),
             )
-            for line in report.lines
+            for line in lines
         ],
         numbers=True,
+        best=max(range(len(lines)), key=lambda place: lines[place].values["ndcg@10"]),
     )
-    print_line(f"The fusion chosen on validation: {report.fusion.chosen}. Slices show NDCG@10. {report.protocol}")
+    if verbose:
+        _print_slices(report, peers[1:])
+    compared = "".join(f"p: of the difference in NDCG@10 to {peer}. " for peer in peers[:1])
+    print_line(f"{compared}{report.protocol if verbose else 'Slices, settings and the protocol: --verbose.'}")
     if report.composition is not None:
         _print_composition(report.composition)
     if report.detection is not None:
@@ -207,6 +211,26 @@ def _print_report(report: Report, told: Collection[str]) -> None:
     for note in report.notes:
         if note not in told:
             print_line(f"Note: {note}")
+
+
+def _print_slices(report: Report, peers: Sequence[str]) -> None:
+    """Print NDCG@10 on parts of the questions, what validation chose, and how all of it was measured."""
+    slices = [name for name in _SLICES if name in report.lines[0].slices]
+    print_line()
+    print_line("NDCG@10 on parts of the questions")
+    print_table(
+        ("", *slices, *(f"p: {one}" for one in peers), "setting"),
+        [
+            (
+                line.name,
+                *(f"{line.slices[name].ndcg:.3f}" if name in line.slices else "" for name in slices),
+                *(f"{line.p[peer]:.4f}" if peer in line.p else "" for peer in peers),
+                line.setting,
+            )
+            for line in report.lines
+        ],
+        numbers=True,
+    )
 
 
 def _search_by_intents(space: Workspace, adapters: Sequence[str], callback: ConsoleWatch) -> QueryReport:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, RecipeStoreOption, SetOption, adapters_app
+from peft_combo.cli.app import AdapterArgument, DataOption, JsonOption, RecipeStoreOption, SetOption, adapters_app
+from peft_combo.cli.complete import complete_recipe
+from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import console_watch, print_json, print_line, print_table
 from peft_combo.errors import DataError, RecipeError
 
@@ -18,9 +20,17 @@ if TYPE_CHECKING:
     from peft_combo.store.manifest import Manifest
 
 
+OwnRecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", "-r", autocompletion=complete_recipe, help="Recipe of backbone and data; default the adapter's own."
+    ),
+]
+
+
 @adapters_app.command("export")
 def adapters_export(
-    adapter: Annotated[str, typer.Argument(help="Adapter: fashion (its latest version), fashion@v2 or fashion@prod.")],
+    adapter: AdapterArgument,
     to: Annotated[Path, typer.Option("--to", help="Folder to write, new or empty.")],
     format: Annotated[
         Literal["merged", "onnx", "onnx-int8"],
@@ -52,15 +62,15 @@ def adapters_export(
     texts: Annotated[
         Path | None, typer.Option("--texts", help="File of texts to measure on; default the recipe's catalogue.")
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Recipe of backbone and data; default the adapter's own.")
-    ] = None,
+    recipe: OwnRecipeOption = None,
     data: DataOption = None,
     overrides: SetOption = None,
     store: RecipeStoreOption = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a merged encoder or an ONNX graph, and measure what of it was kept."""
+    if format != "merged":
+        require_extra("onnx", f"--format {format}")
     named = load_named_recipe(recipe, overrides, data)
     opened = open_store(store, named)
     record = opened.open(adapter)

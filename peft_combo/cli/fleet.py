@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import console_watch, format_metric_name, print_json, print_line, print_table
 from peft_combo.errors import PeftComboError
 
@@ -90,6 +91,8 @@ def run_fleet(
 ) -> None:  # fmt: skip
     """Tune a fleet and print it; exit code 1 where a category failed."""
     options = _parse_slurm(slurm)
+    if on != "local":
+        require_extra(on, f"--on {on}")
     folder = run_folder or Path("runs") / f"{recipe.name}.fleet"
     with console_watch() as callback:
         from peft_combo.files import check_folder_target

@@ -27,6 +27,7 @@ FAULT, INTERRUPTED, READER_GONE = 70, 130, 141
 """Exit codes: EX_SOFTWARE of sysexits.h, and what a shell shows of SIGINT and SIGPIPE."""
 
 _MEMORY_REMEDY = "Close other programs, or lower training.batch_size and training.cache_limit_mib."
+_GLOBAL_FLAGS = ("--quiet", "--debug")
 _PACKAGE = Path(__file__).resolve().parent.parent
 # What a machine refuses without naming a file.
 _MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EAGAIN, errno.ENOMEM}
@@ -43,7 +44,7 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
                 if "_PEFT_COMBO_COMPLETE" in os.environ:  # the shell asks how a word goes on
                     app(prog_name="peft-combo")
                 _check_arguments(arguments)
-                context = command.make_context("peft-combo", list(arguments))
+                context = command.make_context("peft-combo", put_globals_first(arguments))
                 with context:
                     _check_working_folder()
                     command.invoke(context)
@@ -56,6 +57,13 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
         except BaseException as error:
             code = _explain(error, arguments, debug=bool(context and context.params.get("debug")))
     return code
+
+
+def put_globals_first(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with ``--quiet`` and ``--debug`` at its head, wherever they were typed before a ``--``."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = [word for word in arguments[:end] if word in _GLOBAL_FLAGS]
+    return [*flags, *(word for word in arguments[:end] if word not in _GLOBAL_FLAGS), *arguments[end:]]
 
 
 def _explain(error: BaseException, arguments: Sequence[str], debug: bool) -> int:

@@ -19,6 +19,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
+from peft_combo.cli.complete import complete_adapter, complete_recipe
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_line, print_table
 from peft_combo.errors import DataError, RecipeError
 
@@ -30,8 +31,18 @@ if TYPE_CHECKING:
 
 @data_app.command("suggest")
 def data_suggest(
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Recipe of the data and the task to label for.")],
-    adapter: Annotated[str, typer.Option("--adapter", help="Adapter of that task whose uncertainty decides.")],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe", "-r", autocompletion=complete_recipe, help="Recipe of the data and the task to label for."
+        ),
+    ],
+    adapter: Annotated[
+        str,
+        typer.Option(
+            "--adapter", autocompletion=complete_adapter, help="Adapter of that task whose uncertainty decides."
+        ),
+    ],
     data: DataOption = None,
     what: Annotated[
         Literal["bundles", "titles"] | None,

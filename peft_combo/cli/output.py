@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,9 @@ from peft_combo.errors import Fault, PeftComboError, is_printable, make_printabl
 if TYPE_CHECKING:
     from rich.console import Console
 
+_NAME_WIDTH = 28  # characters of the names beside figures; longer ones are folded
 _LINE_LIMIT = 4096  # characters; the longest path there is
+_quiet = False
 
 
 class ConsoleWatch(RunCallback):
@@ -33,11 +36,12 @@ class ConsoleWatch(RunCallback):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.main = get_rank() == 0
-        self._console = _make_console(stderr=True, quiet=not self.main, soft_wrap=True)
+        heard = self.main and not _quiet
+        self._console = _make_console(stderr=True, quiet=not heard, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[told]}", markup=False), console=self._console, transient=True,
-            disable=not (self.main and self._console.is_terminal),
+            disable=not (heard and self._console.is_terminal),
         )  # fmt: skip
         self._task: Any = None
         self._metric = ""
@@ -96,9 +100,13 @@ def console_watch() -> Iterator[ConsoleWatch]:
 
 
 def get_rank() -> int:
-    import os
-
     return int(os.environ.get("RANK", "0"))
+
+
+def set_quiet(quiet: bool) -> None:
+    """Keep notes and progress off stderr, or let them through again; every command line says which."""
+    global _quiet
+    _quiet = quiet
 
 
 def format_metric(metrics: Mapping[str, Any], when: str, name: str) -> str:
@@ -139,18 +147,33 @@ def print_error(error: object) -> None:
         sys.stderr.write("".join(f"{shorten(line, _LINE_LIMIT)}\n" for line in str(error).split("\n")))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool = False) -> None:
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool = False, best: int | None = None
+) -> None:
+    """Print rows in columns.
+
+    Args:
+        numbers: columns but the first are figures, which are never cut or folded, however narrow the terminal is.
+        best: place of the row that stands out, in bold where the terminal can.
+    """
+    from rich.measure import Measurement
     from rich.table import Table
 
     console = _make_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for place, name in enumerate(header):
         justify: Any = "right" if numbers and place else "left"
-        table.add_column(make_printable(name), justify=justify, overflow="fold", no_wrap=numbers)
-    for row in rows:
-        table.add_row(*(make_printable(str(cell)) for cell in row))
+        names = numbers and not place
+        table.add_column(
+            make_printable(name), justify=justify, overflow="fold", no_wrap=numbers and not names,
+            max_width=_NAME_WIDTH if names else None,
+        )  # fmt: skip
+    for place, row in enumerate(rows):
+        table.add_row(*(make_printable(str(cell)) for cell in row), style="bold" if place == best else None)
     if not console.is_terminal:
         console.width = max(console.width, 160)  # a pipe has no width; do not fold what a program will read
+    if numbers:
+        console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
     _print_rich(console, table)
 
 
@@ -184,8 +207,11 @@ def _make_finite(value: Any) -> Any:
 
 
 def _make_console(**options: Any) -> Console:
+    """Make a console; under NO_COLOR (https://no-color.org) it writes plain text, without bold as well."""
     from rich.console import Console
 
+    if os.environ.get("NO_COLOR"):
+        options["color_system"] = None
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 

@@ -8,13 +8,19 @@ from typing import Annotated
 
 import typer
 
-from peft_combo.cli.app import CacheOption, DataOption, JsonOption, StoreOption, app
+from peft_combo.cli.app import CacheOption, DataOption, JsonOption, StoreOption, app, check_data_path
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import console_watch, print_json, print_table
 
 
-@app.command()
+@app.command(short_help="Tell how likely a customer is to take items.")
 def rate(
-    adapter: Annotated[str, typer.Option("--adapter", help="Rating adapter, as in home-rating or home-rating@v2.")],
+    adapter: Annotated[
+        str,
+        typer.Option(
+            "--adapter", autocompletion=complete_adapter, help="Rating adapter, as in home-rating or home-rating@v2."
+        ),
+    ],
     items: Annotated[
         list[str] | None,
         typer.Argument(help="Ids or titles of items to rate; default the likeliest of all.", show_default=False),
@@ -35,8 +41,9 @@ def rate(
         from peft_combo.recommender.workspace import Workspace
 
         space = Workspace.of_adapter(
-            adapter, data=data, store=store, cache=cache, needs="interactions", on_note=callback.on_note
+            adapter, data=data, store=store, cache=cache, needs="interactions", task="rating", on_note=callback.on_note
         )
+        check_data_path(space.recipe)
 
         from peft_combo.encoder.heads.rating import RatingHead
         from peft_combo.recommender.rating import Rater

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, SetOption, recipes_app
+from peft_combo.cli.complete import complete_recipe
 from peft_combo.cli.output import print_faults, print_json, print_line, print_table, print_text
 
 
@@ -25,7 +26,9 @@ def recipes_list(as_json: JsonOption = False) -> None:
 
 @recipes_app.command("show")
 def recipes_show(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    name: Annotated[
+        str, typer.Argument(autocompletion=complete_recipe, help="Name of a shipped recipe, or a YAML file.")
+    ],
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Recipe with parents merged and defaults filled in, as JSON.")
     ] = False,
@@ -42,7 +45,9 @@ def recipes_show(
 
 @recipes_app.command("copy")
 def recipes_copy(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    name: Annotated[
+        str, typer.Argument(autocompletion=complete_recipe, help="Name of a shipped recipe, or a YAML file.")
+    ],
     destination: Annotated[Path, typer.Argument(help="File or folder of the copy.")] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replacement of what is there.")] = False,
 ) -> None:
@@ -54,7 +59,9 @@ def recipes_copy(
 
 @recipes_app.command("check")
 def recipes_check(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a YAML file.")],
+    name: Annotated[
+        str, typer.Argument(autocompletion=complete_recipe, help="Name of a shipped recipe, or a YAML file.")
+    ],
     overrides: SetOption = None,
 ) -> None:
     """Say everything that is wrong with a recipe."""

@@ -20,6 +20,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_line, print_table, split_words
 from peft_combo.cli.tag import load_tagger
 from peft_combo.errors import DataError
@@ -32,6 +33,22 @@ if TYPE_CHECKING:
     from peft_combo.recommender.results import DetectedBundle, Recommendation, Suggestion
     from peft_combo.recommender.workspace import Workspace
 
+TaggerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tagger",
+        autocompletion=complete_adapter,
+        help="Tagging adapter that parses the query, an item for each thing.",
+    ),
+]
+AdaptersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        autocompletion=complete_adapter,
+        help="Adapter, as in fashion@v2, may be repeated; default the recipe's category.",
+    ),
+]
 WhereOption = Annotated[
     list[str] | None,
     typer.Option("--where", help="Condition on new items: 'price<50', 'brand=A|B', 'colour!=red'; may be repeated."),
@@ -48,7 +65,7 @@ ExcludeOption = Annotated[str | None, typer.Option("--exclude", help="Ids of ite
 SeenOption = Annotated[bool, typer.Option("--seen", help="With --user: also items this user took before.")]
 
 
-@app.command()
+@app.command(short_help="Recommend bundles or items for items, a user or a text.")
 def recommend(
     recipe: RecipeOption,
     items: Annotated[str | None, typer.Option("--items", help="Ids of items that every bundle holds: F1,F7.")] = None,
@@ -58,13 +75,8 @@ def recommend(
     sure: Annotated[bool, typer.Option("--sure", help="With --session: smaller and surer bundles.")] = False,
     user: Annotated[str | None, typer.Option("--user", help="Id of the user to personalise for.")] = None,
     query: Annotated[str | None, typer.Option("--query", help="Query in words.")] = None,
-    tagger: Annotated[
-        str | None, typer.Option("--tagger", help="Tagging adapter that parses the query, an item for each thing.")
-    ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", help="Adapter, as in fashion@v2, may be repeated; default the recipe's category."),
-    ] = None,
+    tagger: TaggerOption = None,
+    adapters: AdaptersOption = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Frozen encoder, without any adapter.")] = False,
     single: Annotated[bool, typer.Option("--single", help="Single items that complete, in place of bundles.")] = False,
     k: Annotated[int | None, typer.Option("-k", help="Number of bundles or items; default 5.")] = None,
@@ -120,7 +132,7 @@ def recommend(
         space = open_workspace(
             loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
         )
-        _check_ids(space, request)
+        _check_request(space, request, source is not None)
         find_entities = None if tagger is None else load_tagger(tagger, Path(loaded.store))
         fitted = _fit_recommender(space, references, fitted_folder, callback)
         if source is not None and target is not None:
@@ -131,13 +143,24 @@ def recommend(
     _print_answers(request, found, as_json)
 
 
-def _check_ids(space: Workspace, request: Request) -> None:
-    """Refuse an id that is not there before anything is loaded or encoded."""
+def _check_request(space: Workspace, request: Request, from_file: bool) -> None:
+    """Refuse ids, columns, values and slots that are not there before anything is loaded or encoded."""
+    from peft_combo.recommender.composing.constraints import CatalogIndex
+    from peft_combo.recommender.composing.slots import SlotTemplates
+
+    asked = (request.items, request.session, request.user, request.query)
+    if not from_file and not any(one is not None and one != [] for one in asked):
+        raise DataError('Nothing to go by: give items, a user or a query, as in --query "linen dress".')
     named = [*request.items, *(request.session or ()), *request.not_like, *request.exclude]
     if named:
         space.dataset.find_items(named)
     if request.user is not None:
         space.dataset.find_user(request.user)
+    CatalogIndex(space.dataset.catalog).check(request.constraints)
+    if request.slots or request.without_slots:
+        templates = SlotTemplates.learn(space.dataset.catalog, space.dataset.bundles.items)
+        for name in (*(request.slots or ()), *(request.without_slots or ())):
+            templates.find_slot(name)
 
 
 def _answer_request(
@@ -204,7 +227,7 @@ def _print_answers(
     if as_json:
         print_json([asdict(one) for one in found])
     elif request.session is not None:
-        _print_detected(cast("list[DetectedBundle]", found))
+        _print_detected(cast("list[DetectedBundle]", found), request.explain)
     elif request.single:
         _print_suggestions(cast("list[Suggestion]", found), request.explain)
     else:
@@ -223,15 +246,15 @@ def _print_suggestions(suggestions: Sequence[Suggestion], explain: bool) -> None
             why = "; ".join(filter(None, (words, together, shares, because)))
         price = "" if one.price is None else f"{one.price:.2f}"
         rows.append((one.item_id, one.title, one.slot or "", price, f"{one.score:.2f}", why))
-    header = ("item", "title", "slot", "price", "score", "why" if explain else "")
-    print_table(header if explain else header[:-1], rows if explain else [row[:-1] for row in rows])
+    header, shown = ("item", "title", "slot", "price", "score", "why"), 6 if explain else 4
+    print_table(header[:shown], [row[:shown] for row in rows])
 
 
 def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
     for place, bundle in enumerate(bundles, 1):
-        price = "" if bundle.price is None else f"{bundle.price:,.2f} in all, "
         parts = ", ".join(f"{name} {value:+.2f}" for name, value in bundle.parts.items())
-        print_line(f"{place}. {price}score {bundle.score:.2f}" + (f" ({parts})" if explain else ""))
+        score = f", score {bundle.score:.2f} ({parts})" if explain else ""
+        print_line(f"{place}. {_sum_up(len(bundle.items), bundle.price)}{score}")
         why = {entry["item"]: entry for entry in bundle.evidence}
         rows = []
         for item, title, slot, cost in zip(bundle.items, bundle.titles, bundle.slots, bundle.prices, strict=True):
@@ -241,6 +264,10 @@ def _print_bundles(bundles: Sequence[Recommendation], explain: bool) -> None:
         for item in bundle.added if explain else ():
             if item in why:
                 print_line(f"   {item}: {_format_reasons(why[item])}")
+
+
+def _sum_up(items: int, price: float | None) -> str:
+    return f"{items} item{'' if items == 1 else 's'}" + ("" if price is None else f", {price:,.2f} in all")
 
 
 def _format_reason(entry: Mapping[str, Any]) -> str:
@@ -270,12 +297,18 @@ def _format_relations(entry: Mapping[str, Any]) -> list[str]:
     return said + [f"required by {one['by']} ({one['rule']})" for one in entry.get("required", ())]
 
 
-def _print_detected(bundles: Sequence[DetectedBundle]) -> None:
+def _print_detected(bundles: Sequence[DetectedBundle], explain: bool) -> None:
     for place, bundle in enumerate(bundles, 1):
-        price = "" if bundle.price is None else f", {bundle.price:.2f} in all"
-        print_line(f"{place}. score {bundle.score:.2f}{price}")
-        for item, title, slot, belongs in zip(bundle.items, bundle.titles, bundle.slots, bundle.belongs, strict=True):
-            print_line(f"   {belongs:4.2f} {slot:12} {item:12} {title}")
+        score = f", score {bundle.score:.2f}" if explain else ""
+        print_line(f"{place}. {_sum_up(len(bundle.items), bundle.price)}{score}")
+        header, shown = ("   slot", "item", "title", "belongs"), 4 if explain else 3
+        rows = [
+            (f"   {slot}", item, title, f"{belongs:.2f}")[:shown]
+            for slot, item, title, belongs in zip(
+                bundle.slots, bundle.items, bundle.titles, bundle.belongs, strict=True
+            )
+        ]
+        print_table(header[:shown], rows)
 
 
 def _format_reasons(entry: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from peft_combo.cli.app import (
     check_data_path,
     load_ready_recipe,
 )
+from peft_combo.cli.complete import complete_alias_name
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_line
 from peft_combo.cli.tune import GateForgettingOption, GateGainOption, GatePOption, print_continued
 from peft_combo.errors import DataError, PeftComboError
@@ -33,10 +34,15 @@ if TYPE_CHECKING:
 _ACTOR = "retune"
 
 
-@app.command()
+@app.command(short_help="Look after an alias once: roll back, or learn from use.")
 def retune(
     recipe: RecipeOption,
-    alias: Annotated[str, typer.Option("--alias", help="Alias of the recipe's category to look after.")] = "prod",
+    alias: Annotated[
+        str,
+        typer.Option(
+            "--alias", autocompletion=complete_alias_name, help="Alias of the recipe's category to look after."
+        ),
+    ] = "prod",
     state: Annotated[
         str | None,
         typer.Option("--state", envvar="PEFT_COMBO_STATE", help="State of the service, a folder or a database URL."),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from peft_combo.cli.app import DataOption, JsonOption, RecipeStoreOption, SetOption, app, data_app
+from peft_combo.cli.app import (
+    DataOption,
+    JsonOption,
+    RecipeStoreOption,
+    SetOption,
+    app,
+    data_app,
+    load_ready_recipe,
+    open_workspace,
+)
+from peft_combo.cli.complete import complete_alias, complete_recipe
+from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import print_error, print_json, print_line, print_table, split_words
 from peft_combo.errors import PeftComboError, did_you_mean
 
@@ -18,15 +28,32 @@ if TYPE_CHECKING:
     from peft_combo.serving.config import ServiceConfig
     from peft_combo.serving.state import Scope, State
 
-_NEEDED = ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client")
 _FOLLOW = ("watch", "told", "fixed")
 _ENCODERS = ("torch", "onnx", "int8", "pruned")
 
-serve_app = typer.Typer(help="The service over HTTP; add, list or remove the keys that open it.")
+serve_app = typer.Typer(help="The service over HTTP, and the keys that open it.")
 keys_app = typer.Typer(help="API keys: add, list, remove.", no_args_is_help=True)
 serve_app.add_typer(keys_app, name="keys")
 app.add_typer(serve_app, name="serve")
 
+ServedRecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        autocompletion=complete_recipe,
+        envvar="PEFT_COMBO_RECIPE",
+        help="Name of a shipped recipe, or a YAML file.",
+    ),
+]
+ServedOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        autocompletion=complete_alias,
+        help="Alias to serve, as in fashion@prod; may be repeated; default the recipe's category.",
+    ),
+]
 StateOption = Annotated[
     str,
     typer.Option("--state", envvar="PEFT_COMBO_STATE", help="Folder of the service's state, or its database URL."),
@@ -36,16 +63,8 @@ StateOption = Annotated[
 @serve_app.callback(invoke_without_command=True)
 def serve(
     context: typer.Context,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", "-r", envvar="PEFT_COMBO_RECIPE", help="Name of a shipped recipe, or a YAML file."),
-    ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter", help="Alias to serve, as in fashion@prod; may be repeated; default the recipe's category."
-        ),
-    ] = None,
+    recipe: ServedRecipeOption = None,
+    adapters: ServedOption = None,
     host: Annotated[str, typer.Option("--host", envvar="PEFT_COMBO_HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", envvar="PEFT_COMBO_PORT", min=0, max=65535, help="Port; 0 takes a free one.")
@@ -92,9 +111,12 @@ def serve(
         return
     if recipe is None:
         raise PeftComboError("Name a recipe: peft-combo serve --recipe lora-fashion")
-    check_extra()
+    require_extra("serve", "The service")
     _check_choice("--adapters", follow, _FOLLOW)
     _check_choice("--encoder", encoder, _ENCODERS)
+    loaded = load_ready_recipe(recipe, overrides, data, store)
+    open_workspace(loaded, recipe, overrides, data, store, adapters or ())  # what is not there is told before torch
+
     from peft_combo.serving.config import make_config
 
     config = make_config(
@@ -124,17 +146,6 @@ def _run(config: ServiceConfig) -> None:
     run(config, print_error, _print_ready, Service.open)
 
 
-def check_extra() -> None:
-    """Refuse at once where what the service stands on is not installed.
-
-    Raises:
-        PeftComboError: it is not.
-    """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise PeftComboError(f"The service needs {', '.join(missing)}: pip install 'peft-combo[serve]'")
-
-
 def _print_ready(lines: Sequence[str]) -> None:
     import sys
 
@@ -159,7 +170,7 @@ def _read_scopes(given: str, option: str) -> frozenset[Scope]:
 
 
 def _open_state(place: str) -> State:
-    check_extra()
+    require_extra("serve", "The service")
     from peft_combo.serving.state import State
 
     return State.open(place)
@@ -177,7 +188,7 @@ def keys_add(
     state: StateOption = "state",
 ) -> None:
     """Make a key and print it, this once: only a hash of it is stored."""
-    check_extra()
+    require_extra("serve", "The service")
     scopes = _read_scopes(scope, "--scope")
     if not scopes:
         raise PeftComboError("--scope: expected read, write or admin, found none of them.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import format_figure, print_json, print_line, print_marked, print_table
 from peft_combo.errors import DataError
 
@@ -22,12 +23,16 @@ TextsArgument = Annotated[list[str], typer.Argument(help="One text or more, each
 _COLOURS = ("bold cyan", "bold magenta", "bold green", "bold yellow", "bold blue", "bold red")
 
 
-@app.command()
+@app.command(short_help="Find the entities of texts; give items their slots.")
 def tag(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts, each in quotes.", show_default=False)] = None,
     adapter: Annotated[
         str | None,
-        typer.Option("--adapter", help="Tagging adapter, as in fashion-tags@v2; default a list of fashion nouns."),
+        typer.Option(
+            "--adapter",
+            autocompletion=complete_adapter,
+            help="Tagging adapter, as in fashion-tags@v2; default a list of fashion nouns.",
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder of a catalogue whose titles are tagged, in place of texts.")
@@ -69,7 +74,7 @@ def tag(
 
 def load_tagger(reference: str, store: Path) -> Tagger:
     """Load a tagging adapter over the encoder that its own recipe names."""
-    bank, live = _load_adapter(reference, store)
+    bank, live = _load_adapter(reference, store, "tagging")
 
     from peft_combo.encoder.heads.tagging import AdapterTagger, TaggingHead
 
@@ -106,15 +111,20 @@ def _tag_catalogue(folder: Path, target: Path, tagger: Tagger, as_json: bool) ->
     print_line(f"Written to {target}. With the other tables beside it, as items.csv, it is a folder for --data.")
 
 
-@app.command()
+@app.command(short_help="Tell the class of texts.")
 def classify(
     texts: TextsArgument,
-    adapter: Annotated[str, typer.Option("--adapter", help="Classification adapter, as in intents or intents@v2.")],
+    adapter: Annotated[
+        str,
+        typer.Option(
+            "--adapter", autocompletion=complete_adapter, help="Classification adapter, as in intents or intents@v2."
+        ),
+    ],
     store: StoreOption = Path("adapters"),
     as_json: JsonOption = False,
 ) -> None:
     """Tell the class of texts with a classification adapter, and how likely it is."""
-    bank, live = _load_adapter(adapter, store)
+    bank, live = _load_adapter(adapter, store, "classification")
 
     from peft_combo.encoder.heads.classification import ClassificationHead
 
@@ -141,10 +151,15 @@ def classify(
     print_table(("text", "class", "most likely"), rows)
 
 
-@app.command()
+@app.command(short_help="Find the answer templates that fit questions.")
 def match(
     texts: TextsArgument,
-    adapter: Annotated[str, typer.Option("--adapter", help="Matching adapter, as in answers or answers@v2.")],
+    adapter: Annotated[
+        str,
+        typer.Option(
+            "--adapter", autocompletion=complete_adapter, help="Matching adapter, as in answers or answers@v2."
+        ),
+    ],
     templates: Annotated[
         Path | None, typer.Option("--templates", help="File of answer templates, one a line; default those it learned.")
     ] = None,
@@ -160,7 +175,7 @@ def match(
     from peft_combo.encoder.heads.matching import MatchingHead
     from peft_combo.recommender.workspace import Workspace
 
-    space = Workspace.of_adapter(adapter, store=store)
+    space = Workspace.of_adapter(adapter, store=store, task="matching")
     live = space.bank.get(adapter)
     live.head_as(MatchingHead)
     known = read_answers(space.recipe.data).answers if templates is None else tuple(read_lines(templates))
@@ -182,11 +197,11 @@ def match(
     print_table(("text", "template", "cosine"), rows)
 
 
-def _load_adapter(reference: str, store: Path) -> tuple[AdapterBank, LiveAdapter]:
+def _load_adapter(reference: str, store: Path, task: str) -> tuple[AdapterBank, LiveAdapter]:
     """Load an adapter over the encoder that its own recipe names."""
     from peft_combo.recommender.workspace import Workspace
 
-    bank = Workspace.of_adapter(reference, store=store).bank
+    bank = Workspace.of_adapter(reference, store=store, task=task).bank
     return bank, bank.get(reference)
 
 

@@ -18,6 +18,8 @@ from peft_combo.cli.app import (
     check_data_path,
     load_ready_recipe,
 )
+from peft_combo.cli.chart_files import write_chart
+from peft_combo.cli.complete import complete_adapter, complete_alias_name
 from peft_combo.cli.fleet import (
     DepthOption,
     EachCategoryOption,
@@ -69,6 +71,7 @@ StartOption = Annotated[
     str | None,
     typer.Option(
         "--from",
+        autocompletion=complete_adapter,
         help="Adapter to go on from (fashion@prod): same method and shapes, a new version; or, for any task, one that "
         "read texts alone (fashion-text).",
     ),
@@ -82,11 +85,15 @@ ReplayOption = Annotated[
 ]
 PromoteOption = Annotated[
     str | None,
-    typer.Option("--promote", help="With --from: alias to move to the new version if it passes the gate."),
+    typer.Option(
+        "--promote",
+        autocompletion=complete_alias_name,
+        help="With --from: alias to move to the new version if it passes the gate.",
+    ),
 ]
 
 
-@app.command()
+@app.command(short_help="Tune one category's adapter, with quality before and after.")
 def tune(
     recipe: RecipeOption,
     data: DataOption = None,
@@ -343,6 +350,7 @@ def print_continued(continued: Continued) -> None:
 
 
 def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
+    from peft_combo.metrics.charts import draw
     from peft_combo.tuning.resources import duration
 
     plan, table = result.plan, result.table
@@ -375,6 +383,8 @@ def _print_tuned(result: TuneResult, recipe: Recipe) -> None:
     spent = f"{duration(result.seconds)}, peak memory {result.peak_mib / 1024:.1f} GiB"
     print_line(f"Stored {result.record.reference} in {result.record.path}, read back and compared ({steps}; {spent}).")
     print_line(f"Loss log: {result.run_folder / 'log.jsonl'}")
+    drawn = table.chart(f"{recipe.category} by {recipe.adapter.method}: {format_metric_name(table.metric)}")
+    write_chart(lambda path: draw(drawn, path), None, result.run_folder / "quality.html", as_json=False)
 
 
 def _format_headings(name: str, interval_of: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft_combo.metrics.uplift import Effect, Uplift
 
 
-@app.command()
+@app.command(short_help="Estimate what offering a bundle adds to an outcome.")
 def uplift(
     table: Annotated[
         Path | None,

@@ -29,6 +29,7 @@ from peft_combo.encoder.heads.completion import BundleHead
 from peft_combo.encoder.methods.attached import AttachedAdapter
 from peft_combo.errors import StoreError
 from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.lookup import explain_task
 from peft_combo.store.references import Version, parse_reference
 from peft_combo.store.versions import AdapterRecord
 
@@ -78,10 +79,7 @@ class LiveAdapter:
             StoreError: the adapter was tuned for another task.
         """
         if not isinstance(self.task_head, wanted):
-            raise StoreError(
-                f"Adapter {self.reference} was tuned for {self.task_head.kind}; expected one tuned for {wanted.kind}. "
-                "See what is stored with: peft-combo adapters list"
-            )
+            raise explain_task(self.reference, self.task_head.kind, wanted.kind)
         return self.task_head
 
     @property

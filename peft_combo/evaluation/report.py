@@ -146,6 +146,25 @@ class Report:
         }
 
 
+def write_verdict(report: Report) -> str:
+    """Say in one sentence how well the fusion completes bundles, and whether it beats those it is tested against."""
+    line = report.row(str(FUSION))
+    low, high = line.intervals["ndcg@10"]
+    told: dict[str, list[str]] = {}
+    for name, p in line.p.items():
+        other, probability = report.row(name).values["ndcg@10"], f"p = {p:.4f}"
+        better = line.values["ndcg@10"] > other
+        word = "level with" if p >= 0.05 else "better than" if better else "worse than"
+        told.setdefault(word, []).append(f"{name} ({other:.3f}, {probability})")
+    compared = ", ".join(f"{word} {' and '.join(names)}" for word, names in told.items())
+    best = max(report.lines, key=lambda one: one.values["ndcg@10"])
+    ahead = "" if best is line else f"; the highest is {best.name} ({best.values['ndcg@10']:.3f})"
+    return (
+        f"The fusion has the missing item among its first ten for {line.values['r@10']:.0%} of the questions, NDCG@10 "
+        f"{line.values['ndcg@10']:.3f} [{low:.3f}, {high:.3f}]{': ' if compared else ''}{compared}{ahead}."
+    )
+
+
 def plot(report: Report, path: Path, metric: str = "ndcg@10") -> None:
     """Draw the rows as bars with their intervals: ``.html`` or ``.png``.
 

@@ -1,4 +1,4 @@
-"""Charts in a file, by matplotlib: PNG, or a page of HTML around an SVG that needs nothing from elsewhere.
+"""Charts in a file, by matplotlib: PNG, SVG, or a page of HTML around an SVG that needs nothing from elsewhere.
 
 Owns how bars, points and curves are drawn. Knows nothing of what they measure.
 """
@@ -82,24 +82,26 @@ def check_ending(path: Path) -> Path:
     """Return a path that `draw` can write to; ask before a long job, not after it.
 
     Raises:
-        PeftComboError: another ending than .html and .png, matplotlib is missing, or the file cannot be written.
+        PeftComboError: another ending than .html, .svg and .png, matplotlib is missing, or the file cannot be written.
     """
-    if path.suffix.lower() not in (".html", ".png"):
-        raise PeftComboError(f"A chart is written as .html or .png, found {path.suffix!r} in {path.name}.")
+    if path.suffix.lower() not in (".html", ".svg", ".png"):
+        raise PeftComboError(f"A chart is written as .html, .svg or .png, found {path.suffix!r} in {path.name}.")
     if find_spec("matplotlib") is None:
         raise PeftComboError("A chart needs matplotlib. Install it with: pip install matplotlib")
     return check_file_target(path)
 
 
 def draw(chart: Chart, path: Path) -> None:
-    """Write a chart as ``.html`` or ``.png``.
+    """Write a chart as ``.html``, ``.svg`` or ``.png``.
 
     Raises:
         PeftComboError: another ending, or the file cannot be written.
     """
-    as_page = check_ending(path).suffix.lower() == ".html"
+    ending = check_ending(path).suffix.lower()
     try:
-        content = _render_page(chart).encode() if as_page else _render(chart, "png")
+        content = (
+            _render_page(chart).encode() if ending == ".html" else render(chart, "svg" if ending == ".svg" else "png")
+        )
     except ImportError as error:
         raise PeftComboError(f"A chart needs matplotlib, which cannot be loaded: {error}.") from error
     try:
@@ -114,7 +116,7 @@ def _render_page(chart: Chart) -> str:
     """Return a page with the drawing and the notes below it; its words stay words, which a browser has fonts for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        svg = _render(chart, "svg").decode()
+        svg = render(chart, "svg").decode()
     title = html.escape(chart.title)
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
@@ -125,7 +127,8 @@ def _render_page(chart: Chart) -> str:
     )
 
 
-def _render(chart: Chart, form: Literal["png", "svg"]) -> bytes:
+def render(chart: Chart, form: Literal["png", "svg"]) -> bytes:
+    """Return the drawing of a chart; the words of an SVG stay words."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_combo.metrics.charts import Bar, Bars
 from peft_combo.metrics.significance import bootstrap_interval, paired_permutation
 
 
@@ -115,6 +116,18 @@ class ResultTable:
     caveat: str
     details: tuple[Detail, ...] = ()
     per_question: PerQuestion | None = field(default=None, repr=False, compare=False)
+
+    def chart(self, title: str) -> Bars:
+        """Return the rows as bars of the table's metric with their intervals, the tuned one marked."""
+        return Bars(
+            title,
+            [
+                Bar(row.name, row.values[self.metric], *row.interval, marked=row is self.after)
+                for row in self.rows
+                if self.metric in row.values
+            ],
+            (self.asked, self.caveat),
+        )
 
     @property
     def baselines(self) -> tuple[ResultRow, ...]:

@@ -53,7 +53,7 @@ class Request(BaseModel):
     k: int = Field(default=Options.k, ge=1, le=1000, description="Number of bundles or items.")
     slots: list[str] | None = Field(default=None, description="Required slots of a bundle.")
     without_slots: list[str] | None = Field(default=None, description="Forbidden slots of new items.")
-    budget: float | None = Field(default=None, ge=0, le=1e12, description="Maximum price of the bundle.")
+    budget: float | None = Field(default=None, gt=0, le=1e12, description="Maximum price of the bundle.")
     max_price: float | None = Field(default=None, ge=0, le=1e12, description="Maximum price of a new item.")
     season: str | None = Field(default=None, description="Season of new items.")
     categories: list[str] = Field(default=[], description='Category paths of new items, as in "A > B".')

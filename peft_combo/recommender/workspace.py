@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from peft_combo.recipe.parse import parse_recipe
 from peft_combo.store.adapter_store import AdapterStore
+from peft_combo.store.lookup import explain_task
 
 if TYPE_CHECKING:  # an adapter that is not stored is told before torch and the readers of data are loaded
     import numpy as np
@@ -78,18 +79,23 @@ class Workspace:
         data: Path | None = None,
         cache: str | Path = "vectors",
         needs: Needs = "bundles",
+        task: str | None = None,
         on_note: Callable[[str], None] = lambda note: None,
     ) -> Self:
         """Open the recipe that an adapter was tuned with; what is not told here is as for `of`.
 
         Args:
             data: folder of other data, in place of the recipe's.
+            task: what the adapter has to be tuned for.
         Raises:
-            StoreError: the adapter is not stored.
+            StoreError: the adapter is not stored, or was tuned for another task.
             RecipeError: it has no recipe, or one that cannot be read.
         """
         opened = AdapterStore(store)
         record = opened.open(reference)
+        found = record.manifest.task.get("kind")
+        if task is not None and found is not None and found != task:
+            raise explain_task(record.reference, str(found), task)
         recipe = parse_recipe(record.manifest.recipe, f"The recipe of {reference} cannot be read:")
         if data is not None:
             source = "bundlerec" if recipe.data.source == "bundlerec" else "folder"

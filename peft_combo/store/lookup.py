@@ -134,3 +134,11 @@ def write_tune_command(category: str) -> str:
 def tell_move(alias: Alias) -> str:
     """Return the command that moves an alias."""
     return f"Move it with: peft-combo adapters alias {alias.category} {alias.name}"
+
+
+def explain_task(reference: str, found: str, wanted: str) -> StoreError:
+    """Return the error of an adapter that was tuned for another task than the one it is asked for."""
+    return StoreError(
+        f"Adapter {reference} was tuned for {found}; expected one tuned for {wanted}. "
+        "See what is stored with: peft-combo adapters list"
+    )

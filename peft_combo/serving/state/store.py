@@ -186,7 +186,7 @@ class State:
         return [FeedbackRow(row.request_id, row.kind, row.item_id, row.value, row.time, row.seq) for row in rows]
 
     def item_counts_since(self, seq: int = 0, limit: int | None = None) -> list[ItemCount]:
-        """Return counters of items that changed after a sequence number, oldest change first; all, or at most `limit`."""
+        """Return counters of items that changed after a sequence number, oldest change first; at most `limit`."""
         rows = self._since(tables.item_counts, seq, limit)
         return [ItemCount(row.item_id, row.shown, row.rewarded, row.seq) for row in rows]
 
