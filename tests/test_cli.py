@@ -360,7 +360,7 @@ def test_the_best_row_is_bold_and_no_figure_is_cut(
 
 
 COMPLETED = [
-    ("tune --recipe lora-fashion-", ["lora-fashion-zh"]),
+    ("tune --recipe lora-fashion-", ["lora-fashion-pictures", "lora-fashion-zh"]),
     ("tune -r own", ["own.yaml"]),
     ("compare --recipe lora-fashion --method pre", ["prefix"]),
     ("evaluate --recipe lora-fashion --adapter sh", ["shoes", "shoes@prod", "shoes@v1"]),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft_combo.metrics.quantification import ErrorRates
 
 
-@app.command()
+@app.command(short_help="Watch the share of negative texts over time.")
 def watch(
     file: Annotated[Path, typer.Argument(help="Table of text and timestamp, or of label and timestamp.")],
     label: Annotated[str, typer.Option("--class", help="Class whose share is watched.")] = "negative",
