@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from peft_combo.data.augmentation import lexicon as lexicon_module
+from peft_combo.data.augmentation import wordnet
 from peft_combo.data.augmentation.lexicon import SHIPPED, read_lexicon
 from peft_combo.data.augmentation.variants import describe_variants, find_brands, make_variants
+from peft_combo.data.augmentation.wordnet import read_wordnet
 from peft_combo.data.labels.texts import text_key
 from peft_combo.data.model import Catalog
 from peft_combo.errors import DataError
@@ -216,6 +219,46 @@ def test_the_shipped_lexicon_has_no_fault_and_is_as_large_as_we_say() -> None:
             (found,) = lexicon.find(other)
             assert (found.start, found.stop) == (0, len(other))
             assert "".join(phrase) in {back.casefold().replace("-", "").replace(" ", "") for back in found.synonyms}
+
+
+def test_names_of_one_wordnet_synset_stand_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is the most frequent sense of both, and one of things that are sold."""
+    (tmp_path / "index.noun").write_text(
+        "  1 This software and database is being provided to you\n"
+        "couch n 2 2 @ ~ 2 1 00000100 00000200  \n"
+        "davenport n 2 1 @ 2 0 00000300 00000100  \n"
+        "dog n 1 1 @ 1 1 00000400  \n"
+        "hound n 1 1 @ 1 0 00000400  \n"
+        "sneaker n 1 1 @ 1 0 00000500  \n"
+        "plimsoll n 1 1 @ 1 0 00000500  \n"
+        "sofa n 1 1 @ 1 1 00000100  \n"
+    )
+    (tmp_path / "data.noun").write_text(
+        "  1 This software and database is being provided to you\n"
+        "00000100 06 n 04 sofa 0 couch 0 davenport 1 Chesterfield 0 001 @ 00000900 n 0000 | an upholstered seat  \n"
+        "00000200 06 n 01 couch 1 000 | a coat of paint  \n"
+        "00000400 05 n 02 dog 0 hound 0 000 | a member of the genus Canis  \n"
+        "00000500 06 n 02 sneaker 0 plimsoll 0 000 | a canvas shoe  \n"
+    )
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    assert read_wordnet() == [["sofa", "couch"], ["sneaker", "plimsoll"]]
+    (tmp_path / "data.noun").write_text("not a database\n")
+    with pytest.raises(DataError, match="holds no WordNet 3 database"):
+        read_wordnet()
+
+
+def test_wordnet_adds_to_the_shipped_lexicon_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lexicon_module, "read_wordnet", lambda: [["sneaker", "gutty"], ["samovar", "tea urn"]])
+    shipped, wider = read_lexicon(None), read_lexicon("wordnet")
+    assert wider.synonyms.items() >= shipped.synonyms.items()
+    assert [match.synonyms for match in wider.find("two samovars, one gutty")] == [("tea urns",)]
+
+
+def test_a_missing_wordnet_is_told_with_what_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wordnet, "_USUAL", ())
+    monkeypatch.setenv("WNHOME", str(tmp_path))
+    with pytest.raises(DataError, match="apt install wordnet-base"):
+        read_lexicon("wordnet")
 
 
 def test_all_faults_of_a_lexicon_are_told_at_once(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ class AugmentationConfig(Section):
     variants: Int = Field(default=4, ge=1, le=32, description="Altered texts made of each text at most.")
     share: Real = Field(default=0.5, ge=0, le=1, description="Chance that an item of a training batch is seen altered.")
     lexicon: Text | None = Field(
-        default=None, description="YAML file with synonyms and attributes of your own; null takes the one we ship."
+        default=None,
+        description="YAML file with synonyms and attributes of your own; null takes the one we ship, wordnet adds the "
+        "nouns of WordNet to it, where that is installed.",
     )
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from peft_combo.data.augmentation.wordnet import WORDNET, read_wordnet
 from peft_combo.data.language.english_nouns import pluralize
 from peft_combo.data.language.scripts import HAN_RANGES
 from peft_combo.errors import DataError, Fault, did_you_mean, make_printable
@@ -118,6 +119,9 @@ class Lexicon:
 def read_lexicon(path: str | None) -> Lexicon:
     """Read a lexicon, or the one that ships with the package where `path` is None.
 
+    ``wordnet`` adds the groups of WordNet to the one that ships, where the machine has it (`read_wordnet`); a name that
+    stands in both is what ours says.
+
     The file is YAML with any of four keys. `nouns`: groups of synonyms in the singular; their plurals are known too.
     `words`: groups of synonyms as they stand. `attributes`: kind -> values, each of which may stand for the others.
     `keep`: phrases in which nothing is changed ("red wine", a brand "Black & Decker").
@@ -125,12 +129,28 @@ def read_lexicon(path: str | None) -> Lexicon:
     Raises:
         DataError: the file is not there, or has faults; all of them are in the message.
     """
+    if path == WORDNET:
+        return _add_nouns(_read_shipped(), read_wordnet())
     return _read_shipped() if path is None else _parse(literal_path(path))
 
 
 @lru_cache(maxsize=1)
 def _read_shipped() -> Lexicon:
     return _parse(SHIPPED)
+
+
+def _add_nouns(lexicon: Lexicon, groups: Sequence[Sequence[str]]) -> Lexicon:
+    """Add groups of synonyms in the singular, and in the plural; phrases that are known stay as they are."""
+    known = lexicon.synonyms.keys() | lexicon.attributes.keys() | lexicon.kept
+    added: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for group in groups:
+        for names in (group, [pluralize(name) for name in group]):
+            fresh = [
+                name for name in dict.fromkeys(names) if (words := _words(name)) not in known and words not in added
+            ]
+            if len(fresh) > 1:
+                added |= {_words(name): tuple(other for other in fresh if other != name) for name in fresh}
+    return replace(lexicon, synonyms={**lexicon.synonyms, **added})
 
 
 def _parse(file: Path) -> Lexicon:
