@@ -429,7 +429,7 @@ def test_embed_hands_work_to_processes(
         (("--texts", "x.parquet"), "--texts means nothing without --to"),
         (("--to", "x"), "--to means nothing without --texts"),
         (("--column", "x"), "--column means nothing without --texts"),
-        (("--texts", "x.parquet", "--to", "x"), "x.parquet cannot be read as a Parquet file"),
+        (("--texts", "x.parquet", "--to", "x"), "--texts: there is no file x.parquet. Expected a Parquet file"),
     ],
 )
 def test_embed_refuses_what_means_nothing(

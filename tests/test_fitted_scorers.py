@@ -15,6 +15,8 @@ from conftest import make_tiny_recipe
 from made_up import build_vision
 from scipy.sparse import csr_array
 
+from peft_combo.data.knowledge.relations import Relations
+from peft_combo.data.knowledge.rule_set import Knowledge
 from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
 from peft_combo.data.pictures import DrawnPicture
 from peft_combo.data.pictures.drawing import COLOURS
@@ -123,7 +125,11 @@ def shop(tiny_bert: Path, tiny_shop: Path, tmp_path_factory: pytest.TempPathFact
     )
     drawn = tuple(DrawnPicture("top", list(COLOURS)[row % 6], "plain", row) for row in range(N_ITEMS))
     catalog = replace(bundles.catalog, pictures=drawn)
-    dataset = Dataset.build("tiny", catalog, interactions, bundles.bundles)
+    # Items i3 apart go together, as in the bundles of one style.
+    relations = Relations(tuple((f"i{row}", "same line as", f"i{row + 3}") for row in range(N_ITEMS - 3)))
+    dataset = replace(
+        Dataset.build("tiny", catalog, interactions, bundles.bundles), knowledge=Knowledge(relations=relations)
+    )
     with_times = shutil.copytree(tiny_shop, folder / "data")
     lines = [f"{users[user]},i{item},{time}" for time, (user, item) in enumerate(bought)]
     (with_times / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines]) + "\n")
