@@ -21,7 +21,7 @@ from peft_combo.errors import Fault, PeftComboError, is_printable, make_printabl
 if TYPE_CHECKING:
     from rich.console import Console
 
-_NAME_WIDTH = 28  # characters of the names beside figures; longer ones are folded
+_NAME_WIDTH = 28  # characters of the names beside figures; on a terminal longer ones are folded
 _LINE_LIMIT = 4096  # characters; the longest path there is
 _quiet = False
 
@@ -166,7 +166,7 @@ def print_table(
         names = numbers and not place
         table.add_column(
             make_printable(name), justify=justify, overflow="fold", no_wrap=numbers and not names,
-            max_width=_NAME_WIDTH if names else None,
+            max_width=_NAME_WIDTH if names and console.is_terminal else None,
         )  # fmt: skip
     for place, row in enumerate(rows):
         table.add_row(*(make_printable(str(cell)) for cell in row), style="bold" if place == best else None)
