@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
+from peft_combo import __version__
 from peft_combo.serving.config import ServiceConfig
 from peft_combo.serving.monitoring import METRICS
 from peft_combo.serving.state.identities import VARIABLE as SECRET_VARIABLE
@@ -183,4 +184,4 @@ def test_the_kept_bill_of_materials_is_what_the_service_installs_by_the_constrai
     direct = [Requirement(line) for line in (*project["dependencies"], *extras["serve"], *extras["postgres"])]
     assert {canonicalize_name(one.name) for one in direct if one.marker is None or one.marker.evaluate()} <= {*found}
     assert all(one.specifier.contains(found[canonicalize_name(one.name)]) for one in direct)
-    assert bom["metadata"]["component"]["version"] == project["version"]
+    assert bom["metadata"]["component"]["version"] == __version__
