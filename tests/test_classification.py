@@ -158,7 +158,7 @@ def test_a_head_is_rebuilt_and_refused() -> None:
     with pytest.raises(StoreError, match="does not match"):
         load_head({**head.spec(), "classes": ["a"]}, head.state_dict())
     with pytest.raises(
-        StoreError, match="expected bundle, classification, rating, sequence, tagging, masked or matching"
+        StoreError, match="expected bundle, classification, rating, sequence, tagging, masked or match"
     ):
         load_head({"kind": "ranking"}, {})
     assert BundleHead.kind == "bundle"
