@@ -157,9 +157,7 @@ def test_a_head_is_rebuilt_and_refused() -> None:
     assert again.classes(again.probabilities(vectors)).tolist() == [[True, False], [False, True]]
     with pytest.raises(StoreError, match="does not match"):
         load_head({**head.spec(), "classes": ["a"]}, head.state_dict())
-    with pytest.raises(
-        StoreError, match="expected bundle, classification, rating, sequence, tagging, masked or match"
-    ):
+    with pytest.raises(StoreError, match="expected bundle, classification, rating, sequence, tagging, masked or match"):
         load_head({"kind": "ranking"}, {})
     assert BundleHead.kind == "bundle"
 
