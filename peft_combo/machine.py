@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,19 @@ class Limits:
 
 
 LIMITS = Limits()
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Hold BLAS to one thread, for many short products in a row.
+
+    NumPy and SciPy each bring a pool of threads that spin while they wait, so alternating between the two, as an
+    optimiser in SciPy does with a loss in NumPy, costs more than it saves: twenty times as much on two cores.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 def row_blocks(n_rows: int, width: int) -> Iterator[slice]:

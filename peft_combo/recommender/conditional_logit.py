@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from peft_combo.machine import row_blocks
+from peft_combo.machine import one_blas_thread, row_blocks
 from peft_combo.recommender.evidence import Evidence
 
 Key = TypeVar("Key", bound=Hashable)
@@ -114,8 +114,9 @@ def fit_conditional_logit(
         return float(value), slope.astype(np.float64) + precision * away
 
     theta = centre
-    for doubt in (0.0, DOUBT):  # the first is convex, and where the second starts from
-        theta = optimize.minimize(
-            loss, theta, args=(doubt,), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-7}
-        ).x
+    with one_blas_thread():
+        for doubt in (0.0, DOUBT):  # the first is convex, and where the second starts from
+            theta = optimize.minimize(
+                loss, theta, args=(doubt,), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-7}
+            ).x
     return np.asarray(theta, np.float64)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from peft_combo.errors import PeftComboError
-from peft_combo.machine import row_blocks
+from peft_combo.machine import one_blas_thread, row_blocks
 from peft_combo.scoring.base import (
     Csr,
     HistoryScorer,
@@ -140,13 +140,10 @@ def _implicit() -> Iterator[None]:
     """Hold BLAS to one thread while `implicit` trains: it runs threads of its own and warns where BLAS does too."""
     try:
         import implicit  # noqa: F401
-
-        # A dependency of implicit, without types.
-        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as cause:
         raise PeftComboError(
             'ALS is trained by the package "implicit", which is not installed. '
             'Install it with: pip install "peft-combo[als]"'
         ) from cause
-    with threadpool_limits(1, "blas"):
+    with one_blas_thread():
         yield

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, sparse, special
 
+from peft_combo.machine import one_blas_thread
 from peft_combo.scoring.base import Csr, HistoryScorer, Learned, Vectors, scale_rows, stack, support_of
 
 Step = tuple[str, bool]
@@ -135,7 +136,8 @@ class PathRanking(HistoryScorer[LearnedPaths]):
             grown = np.append(slope @ table / scale + _RIDGE * theta[:-1], slope.sum())
             return value, grown
 
-        theta = optimize.minimize(loss, np.zeros(table.shape[1] + 1), jac=True, method="L-BFGS-B").x
+        with one_blas_thread():
+            theta = optimize.minimize(loss, np.zeros(table.shape[1] + 1), jac=True, method="L-BFGS-B").x
         weights[telling] = theta[:-1] / scale
         return weights
 
