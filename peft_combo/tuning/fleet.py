@@ -152,7 +152,14 @@ def tune_fleet(
         found: Mapping[str, Any] = {"failed": answer.reason} if isinstance(answer, LostShare) else answer
         for reference in share["adapters"]:
             values[share["recipe"]["category"], reference] = found.get("failed") or found[reference]
-    return [_settle(member, done, members, values, on_member) for member in members]
+    settled: dict[str, Member] = {}
+    for member in members:  # parents first, so what serves a parent is known
+        own = done.get(member.name, member)
+        above = None if member.parent is None else settled[member.parent].adapter
+        settled[member.name] = _settle(own, above, values)
+        if settled[member.name] is not own:
+            on_member(settled[member.name])
+    return list(settled.values())
 
 
 def tune_share(share: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,38 +294,17 @@ def _close(member: Member, answer: Any) -> Member:
     )  # fmt: skip
 
 
-def _settle(
-    member: Member, done: Mapping[str, Member], members: Sequence[Member],
-    values: Mapping[tuple[str, str], float | str], on_member: Callable[[Member], None],
-) -> Member:  # fmt: skip
-    """Give a member that has no adapter of its own, or a worse one, the nearest one above it."""
-    own = done.get(member.name, member)
+def _settle(own: Member, above: str | None, values: Mapping[tuple[str, str], float | str]) -> Member:
+    """Give a member that has no adapter of its own, or one that is no better, what serves its parent; else leave it."""
     if own.adapter is None:
-        above = next(_list_serving(own, done, members, values), None)
-        settled = replace(own, adapter=above)
-        on_member(settled)
-        return settled
-    problem = values.get((own.name, own.adapter))
-    if isinstance(problem, str):
-        settled = replace(own, reason=f"not compared with its parent: {problem}")
-    elif reason := _find_better(own, done, members, values):
-        above = next(_list_serving(own, done, members, values))
-        settled = replace(own, status="falls back", adapter=above, reason=reason)
-    else:
-        return own
-    on_member(settled)
-    return settled
-
-
-def _find_better(
-    own: Member, done: Mapping[str, Member], members: Sequence[Member], values: Mapping[tuple[str, str], float | str]
-) -> str | None:
-    """Say why a category's own adapter does not serve it; None where it does, or that could not be measured."""
-    above = next(_list_serving(own, done, members, values), None)
-    mine, other = values.get((own.name, str(own.adapter))), values.get((own.name, str(above)))
+        return replace(own, adapter=above)
+    mine, other = values.get((own.name, own.adapter)), values.get((own.name, str(above)))
+    if isinstance(mine, str):
+        return replace(own, reason=f"not compared with its parent: {mine}")
     if not isinstance(mine, float) or not isinstance(other, float) or mine > other:
-        return None
-    return f"{own.adapter} is no better on its validation bundles, NDCG@10 {mine:.3f} against {other:.3f}"
+        return own
+    reason = f"{own.adapter} is no better on its validation bundles, NDCG@10 {mine:.3f} against {other:.3f}"
+    return replace(own, status="falls back", adapter=above, reason=reason)
 
 
 def _list_own(name: str, done: Mapping[str, Member], members: Sequence[Member]) -> Iterator[str]:
@@ -329,19 +315,6 @@ def _list_own(name: str, done: Mapping[str, Member], members: Sequence[Member]) 
         if (found := done.get(above)) is not None and found.adapter is not None:
             yield found.adapter
         above = parents[above]
-
-
-def _list_serving(
-    member: Member, done: Mapping[str, Member], members: Sequence[Member], values: Mapping[tuple[str, str], float | str]
-) -> Iterator[str]:
-    """List the adapters of the categories above that serve their own, nearest first."""
-    by_name = {one.name: one for one in members}
-    name = member.parent
-    while name is not None:
-        found = done.get(name)
-        if found is not None and found.adapter is not None and _find_better(found, done, members, values) is None:
-            yield found.adapter
-        name = by_name[name].parent
 
 
 def _narrow(recipe: Recipe, member: Member) -> Recipe:
