@@ -74,13 +74,16 @@ class Queries:
 
     def to_csr(self, n_items: int) -> sparse.csr_array[Any, tuple[int, int]]:
         """Return the contexts as (Q, N) float32, the form scorers take."""
-        if len(self) == 1:  # one request: asked for by several scorers, so sorted as they all want it
-            own = np.unique(self.contexts[0])
-            own = own[own >= 0]
-            ends = np.array([0, len(own)])
-            found = sparse.csr_array((np.ones(len(own), np.float32), own, ends), shape=(1, n_items))
-            found.has_canonical_format = True
-            return found
+        if len(self) == 1:  # one request: asked for by several scorers, so kept, and sorted as they all want it
+            kept: sparse.csr_array[Any, tuple[int, int]] | None = vars(self).get("_csr")
+            if kept is None or kept.shape[1] != n_items:
+                own = np.unique(self.contexts[0])
+                own = own[own >= 0]
+                ends = np.array([0, len(own)])
+                kept = sparse.csr_array((np.ones(len(own), np.float32), own, ends), shape=(1, n_items))
+                kept.has_canonical_format = True
+                vars(self)["_csr"] = kept
+            return kept
         rows, places = np.nonzero(self.contexts >= 0)
         columns = self.contexts[rows, places]
         return sparse.csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(self), n_items))
