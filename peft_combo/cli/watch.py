@@ -73,10 +73,11 @@ def _read(
         from peft_combo.recommender.workspace import Workspace
 
         space = Workspace.of_adapter(adapter, store=store, task="classification", on_note=callback.on_note)
-        classes = [str(name) for name in space.records[0].manifest.task.get("classes", ())]
+        told: Any = space.records[0].manifest.task.get("classes")
+        classes = [str(name) for name in told or ()]
         if label not in classes:  # told before torch is loaded
-            told = f'{adapter} knows no class "{label}". Classes: {", ".join(classes)}. Name one with --class.'
-            raise DataError(f"{told} {did_you_mean(label, classes)}".rstrip())
+            found = f'{adapter} knows no class "{label}". Classes: {", ".join(classes)}. Name one with --class.'
+            raise DataError(f"{found} {did_you_mean(label, classes)}".rstrip())
 
         from peft_combo.encoder.heads.classification import ClassificationHead
         from peft_combo.evaluation.opinion import measure_rates
