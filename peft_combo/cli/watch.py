@@ -44,11 +44,12 @@ def watch(
 
     The errors of an adapter are measured on the test texts of its own recipe, which it never learned from.
     """
-    from peft_combo.evaluation.opinion import watch_share
-
     if window not in ("day", "week"):
         raise DataError(f'Expected --window day or week, found "{window}".')
     times, given, rates = _read(file, label, adapter, store)
+
+    from peft_combo.evaluation.opinion import watch_share
+
     found = watch_share(times, given, window=cast("Window", window), baseline=baseline, rise=rise, arl=arl, rates=rates)
     if as_json:
         print_json(found.to_json())
