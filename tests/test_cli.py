@@ -370,6 +370,15 @@ COMPLETED = [
     ("retune --alias ", ["prod"]),
     ("adapters import folder --category sh", ["shoes"]),
     ("evaluate --recipe nowhere --adapter ", []),
+    ("tune --set training.learn", ["training.learning_rate="]),
+    ("tune --recipe lora-fashion --set adapter.r", ["adapter.rank=", "adapter.rslora="]),
+    ("tune --recipe nowhere --set training.early_stopping.p", ["training.early_stopping.patience="]),
+    ("compare --recipe classify-fashion --over task.mi", ["task.min_texts="]),
+    ("search --recipe lora-fashion --over task.mi", []),
+    ("recommend --recipe lora-fashion --category Cl", ["Clothing"]),
+    ('recommend --recipe lora-fashion --category "Clothing > W', ["Clothing > Women"]),
+    ("recommend --recipe lora-fashion --category Clothing", ["Clothing"]),  # a > outside quotes is no word's
+    ("recommend --recipe lora-fashion --data big --category ", []),
 ]
 
 
@@ -378,17 +387,19 @@ def test_the_shell_completes_names_without_torch(tmp_path: Path) -> None:
     write(AdapterStore(tmp_path / "shelf"), "hats")
     AdapterStore(tmp_path / "adapters").alias("shoes", "prod")
     (tmp_path / "own.yaml").write_text("extends: lora-fashion\nname: own\nstore: shelf\n")
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "items.csv").write_bytes(b"item_id,title,category\n1,Shirt,Tops\n" + b"\n" * 2**22)
     program = (
-        "import contextlib, io, json, os, sys\n"
+        "import contextlib, io, json, os, re, sys\n"
         "from peft_combo.cli import app\n"
         "for line in json.load(sys.stdin):\n"
-        "    words = ['peft-combo', *line.split()] + [''] * line.endswith(' ')\n"
+        "    words = ['peft-combo', *re.findall('\"[^\"]*|[^ ]+', line)] + [''] * line.endswith(' ')\n"
         "    os.environ |= {'_PEFT_COMBO_COMPLETE': 'complete_bash', 'COMP_CWORD': str(len(words) - 1),\n"
-        "                   'COMP_WORDS': ' '.join(words)}\n"
+        "                   'COMP_WORDS': '\\n'.join(words)}\n"
         "    out = io.StringIO()\n"
         "    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):\n"
         "        app(prog_name='peft-combo')\n"
-        "    print(json.dumps(out.getvalue().split()))\n"
+        "    print(json.dumps(out.getvalue().strip().splitlines()))\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run(

@@ -20,7 +20,7 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
-from peft_combo.cli.complete import complete_adapter
+from peft_combo.cli.complete import complete_adapter, complete_path
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_line, print_table, split_words
 from peft_combo.cli.tag import load_tagger
 from peft_combo.errors import DataError
@@ -54,7 +54,12 @@ WhereOption = Annotated[
     typer.Option("--where", help="Condition on new items: 'price<50', 'brand=A|B', 'colour!=red'; may be repeated."),
 ]
 CategoryOption = Annotated[
-    list[str] | None, typer.Option("--category", help='Category path of new items, as in "A > B"; may be repeated.')
+    list[str] | None,
+    typer.Option(
+        "--category",
+        autocompletion=complete_path,
+        help='Category path of new items, as in "A > B"; may be repeated.',
+    ),
 ]
 DiversityOption = Annotated[
     float | None,
