@@ -3,6 +3,7 @@
     python benchmarks/search_scale.py                                 # 10k to 1m rows, 384 wide; 2 GB of disk
     python benchmarks/search_scale.py --sizes 5m --kinds ivf-sq8      # 10 GB of disk, 12 GB of memory as cache
     python benchmarks/search_scale.py --sizes 200k --kinds exact,hnsw,ivf-sq8,ivfpq
+    python benchmarks/search_scale.py --sizes 1m --threads 2          # also with two shards searched at a time
 
 Vectors are made up and written to a mapped file block by block; the index is built over the file in shards, kept,
 opened and searched by one query at a time. A row is the sum of a common direction, a category, a family of alike
@@ -109,7 +110,9 @@ def held_mib() -> float:
     return int(lines["RssAnon"].split()[0]) / 1024
 
 
-def measure(folder: Path, rows: int, dim: int, kinds: list[str], shards: int, asked: int, efforts: list[int]) -> None:
+def measure(
+    folder: Path, rows: int, dim: int, kinds: list[str], shards: int, asked: int, efforts: list[int], threads: int
+) -> None:
     """Print a line for each kind of index over so many rows."""
     vectors, queries = write_vectors(folder / "vectors.f32", rows, dim, asked)
     parts = np.array_split(vectors, shards)
@@ -120,6 +123,8 @@ def measure(folder: Path, rows: int, dim: int, kinds: list[str], shards: int, as
     exact.search(queries[:1], 10)  # reads the file once
     usual, slow, best = search_times(exact, queries)
     print(ROW.format(f"{rows:,}", "exact", "", "", "", "1.000", f"{usual:.2f}", f"{slow:.2f}", "1.0"), flush=True)
+    if threads > 1:
+        print_threads(ShardedIndex.open(folder / "exact", parts, threads=threads, check_vectors=False), queries, best)
     best_of = [search_times(exact, queries[: asked // 4], allowed=mask)[2] for mask in masks]
     for kind in kinds:
         if kind == "exact":
@@ -136,6 +141,9 @@ def measure(folder: Path, rows: int, dim: int, kinds: list[str], shards: int, as
             cost = (f"{built:.0f} s", f"{size:.0f} B", f"{held:.0f} MiB")
             ratio = f"{usual / middle:.1f}"
             print(ROW.format(f"{rows:,}", name, *cost, kept, f"{middle:.2f}", f"{high:.2f}", ratio), flush=True)
+            if effort is None and threads > 1:
+                index = ShardedIndex.open(folder / kind, parts, threads=threads, check_vectors=False)
+                print_threads(index, queries, best)
             if effort is None:
                 for share, mask, true in zip(SHARES, masks, best_of, strict=True):
                     middle, high, found = search_times(index, queries[: asked // 4], allowed=mask)
@@ -148,12 +156,21 @@ def measure(folder: Path, rows: int, dim: int, kinds: list[str], shards: int, as
                     )
 
 
+def print_threads(index: ShardedIndex, queries: NDArray[np.float32], best: list[set[int]]) -> None:
+    """Print a line for several shards at a time."""
+    index.search(queries[:50], 10)
+    middle, high, found = search_times(index, queries)
+    kept = f"{recall(found, best):.3f}"
+    print(ROW.format("", "in threads", "", "", "", kept, f"{middle:.2f}", f"{high:.2f}", ""), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="10k,50k,200k,1m", help="rows, such as 200k or 5m")
     parser.add_argument("--kinds", default="exact,ivf-sq8", help="of exact, hnsw, ivf-sq8, ivfpq")
     parser.add_argument("--efforts", default="", help="lists to open, beside what is usual")
     parser.add_argument("--shards", type=int, default=4, help="files an index is divided over")
+    parser.add_argument("--threads", type=int, default=1, help="shards searched at a time, measured beside one")
     parser.add_argument("--queries", type=int, default=400)
     parser.add_argument("--folder", type=Path, help="where files of this run go; default: a temporary folder")
     add_smoke(parser)
@@ -171,7 +188,7 @@ def main() -> None:
     efforts = [int(one) for one in options.efforts.split(",") if one]
     for rows in sizes:
         with tempfile.TemporaryDirectory(prefix="search-scale-", dir=options.folder) as name:
-            measure(Path(name), rows, dim, kinds, options.shards, queries, efforts)
+            measure(Path(name), rows, dim, kinds, options.shards, queries, efforts, options.threads)
 
 
 if __name__ == "__main__":

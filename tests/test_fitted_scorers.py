@@ -27,11 +27,13 @@ from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.encoder.heads.rating import RatingHead
 from peft_combo.recipe.task import RatingTask
-from peft_combo.recommender import fit_state
+from peft_combo.recommender import fit_state, retrieval
+from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fitted_scorers import (
     Fitted,
     FittedPast,
+    LengthenedScorer,
     build_next_basket,
     build_past,
     fuse_scorers,
@@ -39,9 +41,11 @@ from peft_combo.recommender.fitted_scorers import (
     score_beside,
 )
 from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.item_index import ItemIndex
 from peft_combo.recommender.live_catalog import DESCRIBED, TITLE, LiveItem, VectorBuffers, extend_recommender
 from peft_combo.recommender.model_selection import Setting, list_scorers
 from peft_combo.recommender.persistence import load_recommender, save_recommender
+from peft_combo.recommender.query_scores import StoredScores, ask_scorer, list_vectors
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import (
     ALIKE,
@@ -228,6 +232,81 @@ def test_some_items_score_as_they_do_among_all(kind: str, candidates: list[int],
     all_items = shop.scorers[kind](Queries(contexts, np.zeros(2, np.int64), np.array(["", ""]), np.zeros(2, np.int64)))
     found = score_beside(shop.scorers[kind], sets, rows)
     np.testing.assert_allclose(found, all_items[:, rows], rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("later", [0, 3], ids=["as fitted", "of a longer catalogue"])
+def test_a_query_tells_its_best_items_and_moments_as_its_scores_do(
+    kind: str, later: int, shop: Shop, queries: Queries
+) -> None:
+    """Three later items: one that nothing stands for but itself is in a context, all have stand-ins."""
+    fitted = shop.scorers[kind]
+    if later:
+        stands = np.array([[4, 10], [5, 11], [8, 2]]), np.full((3, 2), 0.5, np.float32)
+        fitted = LengthenedScorer(fitted, N_ITEMS, N_ITEMS + later, stands, stands)
+        queries = replace(queries, contexts=np.column_stack((queries.contexts, [-1, 61, 62, -1])))
+    vectors = list_vectors(fitted)
+    index = None if vectors is None else ItemIndex.build(vectors)
+    allowed = np.arange(N_ITEMS + later) % 2 == 0
+    asked = ask_scorer(fitted, queries, index)
+    for one, scores, context in zip(asked, fitted(queries), queries.contexts, strict=True):
+        rows = np.arange(len(scores))
+        np.testing.assert_allclose(one.score(rows), scores, rtol=1e-5, atol=1e-6)
+        scores[context[context >= 0]] = np.nan
+        heard = scores[np.isfinite(scores)]
+        assert one.moments.count == len(heard)
+        if len(heard):
+            assert one.moments.mean == pytest.approx(heard.mean(dtype=np.float64), rel=1e-5, abs=1e-6)
+            assert one.moments.deviation == pytest.approx(heard.std(dtype=np.float64), rel=1e-3, abs=1e-4)
+        for limit in (None, allowed):
+            best = one.find_best(5, limit)
+            assert np.isfinite(scores[best]).all()
+            assert limit is None or limit[best].all()
+            among = heard if limit is None else scores[limit & np.isfinite(scores)]
+            expected = np.sort(among)[::-1][: len(best)]
+            if isinstance(one, StoredScores):  # of the items with 0 it names none
+                assert len(best) >= min(5, (among > 0).sum())
+            else:
+                assert len(best) >= min(5, len(among))
+            if kind != "item-kNN" or (expected > 0).all():
+                np.testing.assert_allclose(np.sort(scores[best])[::-1][:5], expected[:5], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [2, 256], ids=["few candidates", "all items are candidates"])
+def test_candidates_have_the_scores_they_have_among_all_items(
+    limit: int, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss", reason="the optional package faiss is not installed")
+    monkeypatch.setattr(retrieval, "_BEST", limit)
+    monkeypatch.setattr(retrieval, "_ALL", 1)
+    made = shop.without
+    fast = made.with_retrieval(N_ITEMS)
+    assert made.with_retrieval(N_ITEMS + 1) is made
+    assert fast.with_retrieval(N_ITEMS) is fast
+    for context, user in (([0, 6], "u3"), ([1], None), ([2, 8, 14], "u4")):
+        rows = np.array(context)
+        whole = made.score_context(rows, user)
+        (some,) = fast.score_contexts([(rows, user)], 1)
+        scored = np.isfinite(some.scores)
+        assert (1 <= scored.sum() < N_ITEMS - len(rows)) if limit == 2 else scored.sum() == N_ITEMS - len(rows)
+        np.testing.assert_allclose(some.scores[scored], whole.scores[scored], rtol=1e-3, atol=1e-3)
+        for scorer, part in some.parts.items():
+            np.testing.assert_allclose(part[scored], whole.parts[scorer][scored], rtol=1e-3, atol=1e-3)
+        given = [made.dataset.catalog.item_ids[row] for row in context]
+        if limit == 256:
+            expected = made.complete(given, user=user, k=5, explain=True)
+            for one, other in zip(fast.complete(given, user=user, k=5, explain=True), expected, strict=True):
+                assert (one.item_id, one.score) == (other.item_id, pytest.approx(other.score, rel=1e-3, abs=1e-3))
+                assert one.because == pytest.approx(other.because, rel=1e-2, abs=1e-2)
+
+
+def test_few_allowed_items_are_all_candidates(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss", reason="the optional package faiss is not installed")
+    monkeypatch.setattr(retrieval, "_BEST", 1)
+    fast = shop.without.with_retrieval(N_ITEMS)
+    narrow = Constraints(exclude_items=tuple(range(3, N_ITEMS)))
+    (some,) = fast.complete(["i0", "i1"], k=5, constraints=narrow)
+    assert some.item_id == "i2"
 
 
 def test_users_alike_read_ratings_where_a_rating_adapter_says_that_there_are_some() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import sparse
 
-from peft_combo.encoder.index import FaissIndex, ShardedIndex
+from peft_combo.data.queries import Queries
+from peft_combo.encoder.index import FaissIndex, GrownIndex, ShardedIndex
+from peft_combo.recommender.evidence import Evidence
+from peft_combo.recommender.fitted_scorers import FittedScorer
 from peft_combo.recommender.item_index import ItemIndex, find_home
+from peft_combo.recommender.retrieval import Retrieval
+from peft_combo.recommender.scorer_id import ScorerId
 from peft_combo.recommender.text_search import FROZEN_ALL, FROZEN_TITLE, WORDS, TextSearch, VectorView, WordView
+from peft_combo.scoring.factors import ALS
 
 pytest.importorskip("faiss", reason="the extra faiss is not installed")
 ROWS, DIM = 6000, 16
@@ -94,6 +102,43 @@ def test_moments_are_those_of_all_scores_also_after_items_came_and_changed() -> 
         assert abs(deviation - alike.std()) < 1e-5
     rows, _ = grown.index.search(now[[3, ROWS + 5]], 1)
     assert rows[:, 0].tolist() == [3, ROWS + 5]
+
+
+def test_an_index_follows_vectors_that_change_again_and_again() -> None:
+    """One index over the first vectors stays beneath, whatever the number of changes."""
+    once, twice = VECTORS.copy(), VECTORS.copy()
+    once[[3, 70]] = twice[[3, 70]] = make_vectors(6)[:2]
+    twice[[70, 900]] = make_vectors(8)[:2]
+    first = ItemIndex.build(VECTORS, exact_rows=0)
+    last = first.grow(once, {3, 70}).grow(twice, {70, 900})
+    assert isinstance(last.index, GrownIndex)
+    assert last.index.base is first.index
+    assert last.index.changed.tolist() == [3, 70, 900]
+    for query in make_vectors(7)[:5]:
+        mean, deviation = last.describe(query)
+        assert abs(mean - (twice @ query).mean()) < 1e-5
+        assert abs(deviation - (twice @ query).std()) < 1e-5
+    assert last.index.search(twice[[3, 70, 900]], 1)[0][:, 0].tolist() == [3, 70, 900]
+
+
+def test_candidates_follow_factors_that_learned_more() -> None:
+    """An update of ALS changes the factors of what was bought; the grown index scores as all factors do."""
+    pytest.importorskip("implicit", reason="the optional package implicit is not installed")
+    dice = np.random.default_rng(0)
+    history = sparse.csr_array(dice.random((80, 300)) < 0.05, dtype=np.float32)
+    before = FittedScorer(ALS(factors=8, iterations=2).fit(history))
+    rows = sparse.csr_array(([1.0, 1.0], ([0, 0], [5, 9])), shape=(1, 300))
+    after = FittedScorer(copy.copy(before.scorer).update(rows))
+    name = ScorerId("ALS")
+    retrieval = Retrieval.build({name: before}, None).grow({name: after}, {5, 9})
+    queries = Queries(np.array([[5, 20]]), np.zeros(1, np.int64), np.array([""]), np.zeros(1, np.int64))
+    evidence = Evidence(queries.contexts, before.scorer.support)
+    (asked,) = retrieval.ask({name: after}, None, queries, evidence)
+    scores = after(queries)[0]
+    np.testing.assert_allclose(asked.scorers[name].score(np.arange(300)), scores, rtol=1e-4, atol=1e-5)
+    scores[[5, 20]] = np.nan
+    best = np.argsort(-np.nan_to_num(scores, nan=-9))[:10]
+    assert {*best.tolist()} <= {*asked.scorers[name].find_best(20).tolist()}
 
 
 def test_an_index_is_kept_beside_mapped_vectors_and_made_anew_where_it_is_broken(

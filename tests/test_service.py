@@ -18,6 +18,7 @@ from served_shop import Served
 
 from peft_combo.errors import DataError, PeftComboError
 from peft_combo.recommender.fitted_scorers import FittedScorer
+from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import FROZEN, PEER
 from peft_combo.scoring import EASE, CoOccurrence, ItemKNN, Popularity
 from peft_combo.serving import answering
@@ -634,6 +635,44 @@ def test_what_was_bought_together_is_counted_without_fitting_anew(shop: Shop) ->
     for name, before in zip(counting, rows, strict=True):
         one = {str(scorer): fitted for scorer, fitted in again.items()}[name]
         assert int(one.scorer.support.sum()) == before + 4  # type: ignore[attr-defined]
+
+
+def test_candidates_found_first_give_the_answers_that_all_items_give(
+    shop: Shop, calm: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where filters leave few, where items came later, and where purchases were counted since."""
+    pytest.importorskip("faiss", reason="the optional package faiss is not installed")
+    of_any_size = BundleRecommender.with_retrieval
+    monkeypatch.setattr(BundleRecommender, "with_retrieval", lambda made: of_any_size(made, 1))
+    service = shop.open()
+    must = {"must": [{"column": "brand", "any": ["acme"]}]}
+    for values in (
+        {"items": ["p0", "p6"]},
+        {"user": "u3"},
+        {"items": ["p1"], "filter": must},
+        {"items": ["p1"], "k": 90},
+    ):
+        asked = ask(**{"k": 5, **values})
+        found, expected = service.complete(asked), calm.complete(asked)
+        assert ids(found) == ids(expected)
+        assert found.origin.answered_by == "fusion"
+    # A later page is found in all there is.
+    first = service.complete(ask(items=["p0"], k=5))
+    second = service.complete(ask(items=["p0"], k=5, cursor=first.next_cursor))
+    assert ids(first) + ids(second) == ids(calm.complete(ask(items=["p0"], k=10)))
+
+    service.put_items([{"item_id": "n1", "title": "w10 w29 w130", "slot": "bag"}, {"item_id": "p8", "title": "w11"}])
+    for user in ("n1", "n2", "n3"):
+        service.add_events([{"user": user, "item_id": item, "kind": "purchase"} for item in ("p0", "p1", "p40")])
+    service.fold_events()
+    now = service._deployments.find(None, "")[2].view.recommender
+    assert now.state.retrieval is not None
+    for context in ([0], [0, 6, 18], [len(now.dataset.catalog) - 1]):
+        (some,), whole = now.score_contexts([(np.array(context), None)], 5), now.score_context(np.array(context))
+        scored = np.isfinite(some.scores)
+        assert not some.whole
+        assert scored.sum() >= 50
+        np.testing.assert_allclose(some.scores[scored], whole.scores[scored], rtol=1e-3, atol=1e-3)
 
 
 def test_drawn_lists_tell_how_probable_they_were(shop: Shop) -> None:

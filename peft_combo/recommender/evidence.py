@@ -43,16 +43,15 @@ class Evidence:
         rows, places = np.nonzero(self.contexts >= 0)
         return rows, self.contexts[rows, places]
 
-    def find_same_leaf(self) -> NDArray[np.bool_]:
-        """Tell which items share a leaf with an item of the context: (Q, N)."""
-        shape = (len(self.contexts), len(self.item_support))
+    def find_same_leaf(self, columns: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.bool_]:
+        """Tell which items share a leaf with an item of the context: (Q, N), or (Q, C) of some columns."""
         if self.leaves is None or not len(self.leaves):
-            return np.zeros(shape, bool)
+            return np.zeros((len(self.contexts), len(self.item_support[columns])), bool)
         rows, items = self.find_context_cells()
         known = self.leaves[items] >= 0
-        present = np.zeros((shape[0], int(self.leaves.max()) + 2), bool)
+        present = np.zeros((len(self.contexts), int(self.leaves.max()) + 2), bool)
         present[rows[known], self.leaves[items[known]]] = True
-        return present[:, self.leaves]  # leaf -1 reads the last column, which is never set
+        return present[:, self.leaves[columns]]  # leaf -1 reads the last column, which is never set
 
     def find_least_support(self) -> NDArray[np.float64]:
         """Return the support of the least known item of each context: (Q,); 0 for an empty context."""
@@ -61,15 +60,19 @@ class Evidence:
         return np.where(np.isfinite(least), least, 0.0)
 
 
-class _Gates:
-    """The gates of some queries, each computed once and only if asked for; all in [0, 1]."""
+class Gates:
+    """The gates of some queries, each computed once and only if asked for; all in [0, 1].
 
-    def __init__(self, evidence: Evidence) -> None:
-        self._evidence = evidence
+    Args:
+        columns: the items whose gates are asked for.
+    """
+
+    def __init__(self, evidence: Evidence, columns: slice | NDArray[np.int64] = slice(None)) -> None:
+        self._evidence, self._columns = evidence, columns
         self._known: dict[Gate, NDArray[np.float32]] = {}
 
     def of(self, gate: Gate, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return a gate, broadcastable to (q, N); `margin` depends on the scorer's comparable `values`."""
+        """Return a gate, broadcastable to (q, N) or (q, C); `margin` depends on the scorer's comparable `values`."""
         if gate == "margin":
             return _compute_margin(values)
         if gate not in self._known:
@@ -81,11 +84,11 @@ class _Gates:
             case "always" | "margin":
                 return np.ones((1, 1), np.float32)
             case "warm item":
-                return _compute_warmth(self._evidence.item_support[None, :])
+                return _compute_warmth(self._evidence.item_support[None, self._columns])
             case "warm context":
                 return _compute_warmth(self._evidence.find_least_support()[:, None])
             case "same leaf":
-                return self._evidence.find_same_leaf().astype(np.float32)
+                return self._evidence.find_same_leaf(self._columns).astype(np.float32)
             case _:
                 assert_never(gate)
 

@@ -26,10 +26,15 @@ from peft_combo.scoring.paths import PathRanking
 
 @dataclass(frozen=True, eq=False)
 class FusedScores:
-    """Fused scores (N,) for one query, and what each scorer gave."""
+    """Fused scores (N,) for one query, and what each scorer gave.
+
+    Attributes:
+        whole: every item that any scorer speaks of has a score; else only candidates that were found first have one.
+    """
 
     scores: NDArray[np.float32]
     parts: Mapping[ScorerId, NDArray[np.float32]]
+    whole: bool = True
 
     def shares(self, row: int) -> dict[str, float]:
         """Return what each scorer adds to an item's score, by its label; the sum is the score."""

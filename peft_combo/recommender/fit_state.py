@@ -6,8 +6,9 @@ Knows nothing of requests, or of how an adapter was tuned.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from peft_combo.data.model import Dataset
 from peft_combo.data.queries import Queries
 from peft_combo.data.splits import Split
 from peft_combo.encoder.bank import AdapterBank, LiveAdapter
+from peft_combo.encoder.index import FaissMissing
 from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.recommender.composing.composer import Composer
@@ -25,14 +27,17 @@ from peft_combo.recommender.composing.options import ModeWeights
 from peft_combo.recommender.fit_data import FitData, TextSide, encode_catalog
 from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, build_past, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
+from peft_combo.recommender.item_index import find_home
 from peft_combo.recommender.item_pictures import take_texts
 from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
+from peft_combo.recommender.retrieval import Retrieval
 from peft_combo.recommender.scorer_id import NEXT_BASKET, RANDOM, ScorerId
 from peft_combo.recommender.text_search import TextQueries, TextSearch, build_views, select_weights
 from peft_combo.recommender.user_habits import UserHabits, choose_habits
 
 # Validation queries that settings and weights are chosen on.
 _QUERIES = 2_000
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,7 @@ class FitState:
         notes: what was left out, and why.
         habits: what a user takes next, added where a request gives a user and no items; None where validation found
             it not worth adding.
+        retrieval: finds candidates before scoring; None scores all items.
     """
 
     adapters: tuple[LiveAdapter, ...]
@@ -69,6 +75,18 @@ class FitState:
     split_digest: str
     notes: tuple[str, ...]
     habits: UserHabits | None = None
+    retrieval: Retrieval | None = None
+
+    def with_retrieval(self, from_rows: int) -> FitState:
+        """Return it with indexes for `retrieval`; see `BundleRecommender.with_retrieval`."""
+        if self.retrieval is not None or len(self.known.support) < from_rows:
+            return self
+        assert self.known.frozen is not None
+        try:
+            return replace(self, retrieval=Retrieval.build(self.serving, find_home(self.known.frozen)))
+        except FaissMissing as error:
+            _LOG.warning("Every request scores all %d items. %s", len(self.known.support), error)
+            return self
 
 
 def fit_scorers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -119,15 +119,16 @@ class FittedEnsemble:
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
         if self.targets is None:
             return _average([one(queries) for one in self.heads])
-        return self._queries(queries) @ self.targets.T  # (Q, D) @ (D, N) -> (Q, N)
+        return self.encode(queries) @ self.targets.T  # (Q, D) @ (D, N) -> (Q, N)
 
     def score_among(self, queries: Queries, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Score some items only: (C,) rows -> (Q, C)."""
         if self.targets is None:
             return _average([one.score_among(queries, rows) for one in self.heads])
-        return self._queries(queries) @ self.targets[rows].T
+        return self.encode(queries) @ self.targets[rows].T
 
-    def _queries(self, queries: Queries) -> NDArray[np.float32]:
+    def encode(self, queries: Queries) -> NDArray[np.float32]:
+        """Return the mean of what each adapter makes of the contexts: (Q, D)."""
         with torch.inference_mode():
             every = [encode_contexts(one.head, one.vectors, queries.contexts) for one in self.heads]
             return _average([one.float().cpu().numpy() for one in every])
@@ -157,15 +158,66 @@ class FittedPast:
     user_rows: Mapping[str, int]
     alike: UserKNN | TifuKNN | None
 
+    def find_users(self, queries: Queries) -> NDArray[np.int64]:
+        """Return the row of the user of each query, (Q,); -1 where it was never met."""
+        return np.array([self.user_rows.get(str(group), -1) for group in queries.groups], np.int64)
+
     def __call__(self, queries: Queries) -> NDArray[np.float32]:
         scores = np.full((len(queries), self.past.shape[1]), np.nan, np.float32)
-        rows = np.array([self.user_rows.get(str(group), -1) for group in queries.groups], np.int64)
+        rows = self.find_users(queries)
         met = np.flatnonzero(rows >= 0)
         if self.alike is not None:
             scores[met] = self.alike.score_users(rows[met])
         else:
             scores[met] = np.log1p(np.maximum(self.past[rows[met]].toarray(), 0))
         return scores
+
+
+@dataclass(frozen=True, eq=False)
+class LengthenedScorer:
+    """A scorer of `size` items as one of `total`; a new item is spoken of as of those it is most like, or not at all.
+
+    Attributes:
+        nearest: (M, K) rows that stand for each new item as a candidate, and their weights; None gives it no score.
+        stands: the same for new items of a context, of which the first stands for them; None leaves these out.
+    """
+
+    fitted: Fitted
+    size: int
+    total: int
+    nearest: tuple[NDArray[np.int64], NDArray[np.float32]] | None
+    stands: tuple[NDArray[np.int64], NDArray[np.float32]] | None
+
+    def __call__(self, queries: Queries) -> NDArray[np.float32]:
+        shorter = self.shorten(queries)
+        scores = self.fitted(shorter)
+        found = np.full((len(scores), self.total), np.nan, np.float32)
+        found[:, : self.size] = scores
+        if self.nearest is not None:
+            beside = np.array(scores)
+            cells = np.nonzero(shorter.contexts >= 0)
+            beside[cells[0], shorter.contexts[cells]] = np.nan  # a basket is no example of what goes with it
+            found[:, self.size :] = self.average(beside[:, self.nearest[0]])
+        return found
+
+    def shorten(self, queries: Queries) -> Queries:
+        """Return queries whose contexts hold none but the first items."""
+        contexts = np.array(queries.contexts)
+        for row in contexts:
+            later = np.flatnonzero(row >= self.size)
+            for place in later:
+                other = -1 if self.stands is None else int(self.stands[0][row[place] - self.size, 0])
+                row[place] = -1 if other in row else other
+        return replace(queries, contexts=contexts)
+
+    def average(self, own: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the scores of new items: (Q, M, K) those of what stands for them -> (Q, M), NaN where none has one."""
+        assert self.nearest is not None
+        known = np.isfinite(own) * self.nearest[1]
+        total = known.sum(axis=2)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = (np.nan_to_num(own) * known).sum(axis=2) / total
+        return np.where(total > 0, mean, np.float32(np.nan)).astype(np.float32)
 
 
 def build_rating(known: FitData, name: str, setting: str) -> FittedRating:

@@ -18,6 +18,7 @@ from peft_combo.recommender.explanations import FusedScores, explain_scorers
 from peft_combo.recommender.fit_state import FitState
 from peft_combo.recommender.fitted_scorers import FittedHead, score_beside
 from peft_combo.recommender.fusion import make_comparable
+from peft_combo.recommender.retrieval import AskedScorers, find_candidates
 from peft_combo.recommender.scorer_id import NEXT_BASKET, PICTURES, ScorerId
 from peft_combo.recommender.text_ranking import LOOKS_ALIKE
 from peft_combo.recommender.user_habits import find_alone
@@ -25,9 +26,14 @@ from peft_combo.recommender.user_habits import find_alone
 
 @dataclass(frozen=True, eq=False)
 class FusedScorer:
-    """Scorers and fusion of a fitted recommender."""
+    """Scorers and fusion of a fitted recommender.
+
+    Attributes:
+        like: one of the same users and events, of which what users took need not be listed again.
+    """
 
     state: FitState
+    like: FusedScorer | None = None
 
     def score(self, asked: Sequence[tuple[NDArray[np.int64], str | None]]) -> list[FusedScores]:
         """Score all items for each context, (S,) rows, and its user; keep what each scorer gave."""
@@ -42,24 +48,70 @@ class FusedScorer:
             for place, own in enumerate(scores)
         ]
 
+    def score_best(
+        self, asked: Sequence[tuple[NDArray[np.int64], str | None]], depth: int,
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> list[FusedScores]:  # fmt: skip
+        """Score the candidates for the best `depth` items of each context, or all items where that is not possible.
+
+        Args:
+            allowed: (N,) which items may be found.
+        """
+        contexts = [context for context, _ in asked]
+        queries = _make_queries(pad_contexts(contexts), [user for _, user in asked])
+        if not self._retrieves:
+            return self.score(asked)
+        by_habit = np.zeros(len(asked), bool) if self.state.habits is None else self._find_alone(asked)
+        found: list[FusedScores] = []
+        for one, own, alone in zip(asked, self._ask(queries), by_habit.tolist(), strict=True):
+            rows = None if alone else find_candidates(own.all, depth, allowed, one[0])
+            if rows is None:
+                found += self.score([one])
+                continue
+            fused, parts = own.fuse(self.state.fusion, rows)
+            scores = np.full(len(self.state.known.support), np.nan, np.float32)
+            scores[rows] = fused
+            found.append(FusedScores(scores, {name: self._lay_out(part, rows) for name, part in parts.items()}, False))
+        return found
+
+    @property
+    def _retrieves(self) -> bool:
+        # Ranks among all items, as that form has them, need the scores of all.
+        return self.state.retrieval is not None and self.state.fusion.form != "normal"
+
+    def _ask(self, queries: Queries) -> list[AskedScorers]:
+        assert self.state.retrieval is not None
+        serving = {scorer: self.state.serving[scorer] for scorer in self.state.fusion.needs}
+        neighbours = self.state.neighbours if any(queries.groups) else None
+        return self.state.retrieval.ask(serving, neighbours, queries, self.state.known.evidence(queries))
+
+    def _lay_out(self, part: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        whole = np.zeros(len(self.state.known.support), np.float32)
+        whole[rows] = part
+        return whole
+
     def credit_context(
         self, context: NDArray[np.int64], user: str | None, rows: Sequence[int], scores: NDArray[np.float32]
     ) -> dict[int, dict[int, float]]:
         """Tell what each item of a context adds to the scores of `rows`: all at once, one query without each."""
         rests = np.stack([np.delete(context, place) for place in range(len(context))])
         without = _make_queries(rests, [user] * len(context))
-        fused = self.state.fusion.combine(self._score_parts(without), self.state.known.evidence(without))
-        less = self._add_neighbours(fused, without)
+        wanted = np.asarray(rows, np.int64)
+        if self._retrieves:
+            less = np.stack([own.fuse(self.state.fusion, wanted)[0] for own in self._ask(without)])
+        else:
+            fused = self.state.fusion.combine(self._score_parts(without), self.state.known.evidence(without))
+            less = self._add_neighbours(fused, without)[:, wanted]
         asked = (context, user)
         if (habits := self._share_habits(_make_queries(context[None, :], [user]), [asked])) is not None:
-            less = less + habits  # what does not hang on the context is no item's merit
+            less = less + habits[:, wanted]  # what does not hang on the context is no item's merit
         return {
             row: {
-                item: float(scores[row] - less[place, row])
-                for place, item in enumerate(context.tolist())
-                if np.isfinite(less[place, row])
+                item: float(scores[row] - lost)
+                for item, lost in zip(context.tolist(), own.tolist(), strict=True)
+                if np.isfinite(lost)
             }
-            for row in rows
+            for row, own in zip(rows, less.T, strict=True)
         }
 
     def explain(
@@ -112,7 +164,7 @@ class FusedScorer:
         habits = self.state.habits
         if habits is None:
             return None
-        alone = np.flatnonzero(find_alone(asked, self._taken, self.state.known.user_rows))
+        alone = np.flatnonzero(self._find_alone(asked))
         if not len(alone):
             return None
         added = np.zeros((len(queries), len(self.state.known.support)), np.float32)
@@ -120,8 +172,15 @@ class FusedScorer:
         added[alone] = habits.share(own, self.state.known.evidence(own), self.state.fusion.form)
         return added
 
+    def _find_alone(self, asked: Sequence[tuple[NDArray[np.int64], str | None]]) -> NDArray[np.bool_]:
+        """Tell which requests are of a user alone: (Q,)."""
+        return find_alone(asked, self.taken, self.state.known.user_rows)
+
     @cached_property
-    def _taken(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def taken(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The items that each user took, by user, each once and latest first, and where each user's begin."""
+        if self.like is not None:
+            return self.like.taken
         interactions, size = self.state.known.interactions, len(self.state.known.support)
         assert interactions is not None
         return interactions.list_taken(size)

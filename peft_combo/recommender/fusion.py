@@ -19,7 +19,7 @@ from peft_combo import metrics
 from peft_combo.data.queries import assign_folds
 from peft_combo.machine import row_blocks
 from peft_combo.recommender.conditional_logit import Key, SampledCells, Scores, fit_conditional_logit, sample_cells
-from peft_combo.recommender.evidence import GATES, Evidence, Gate, _find_missing, _Gates
+from peft_combo.recommender.evidence import GATES, Evidence, Gate, Gates, _find_missing
 
 Form = Literal["damped", "z", "normal"]
 
@@ -225,7 +225,7 @@ class Fusion(Generic[Key]):
     ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
         """Yield per scorer of `needs` what it adds, (q, N), and where it was heard."""
         here = evidence.take(block)
-        gates = _Gates(here)
+        gates = Gates(here)
         for name in self.needs:
             values, has_score = make_comparable(scores[name][block], here, self.form)
             weight: NDArray[np.float32] = np.zeros((1, 1), np.float32)
@@ -294,11 +294,16 @@ def make_comparable(
         case "z":
             return values, has_score
         case "damped":
-            size = np.abs(values)
-            size += 1  # the logarithm of float32 is vectorised and log1p is not: a tenth of the time, to 1e-7
-            return np.copysign(np.log(size, out=size), values, out=values), has_score
+            return damp(values), has_score
         case _:
             assert_never(form)
+
+
+def damp(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return sign(z) ln(1 + |z|) of standard scores, in their place."""
+    size = np.abs(values)
+    size += 1  # the logarithm of float32 is vectorised and log1p is not: a tenth of the time, to 1e-7
+    return np.copysign(np.log(size, out=size), values, out=values)
 
 
 def _rank_quantiles(values: NDArray[np.float32], has_score: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -359,7 +364,7 @@ class _Fit(Generic[Key]):
             here = evidence.take(block)
             cells = slice(*np.searchsorted(sampled.rows, [block.start, block.stop]))
             rows, items = sampled.rows[cells] - block.start, sampled.columns[cells]
-            gates = _Gates(here)
+            gates = Gates(here)
             for place, name in enumerate(names):
                 values, has_score = make_comparable(scores[name][block], here, form)
                 silence[place, cells] = _find_missing(has_score, here)[rows, items]

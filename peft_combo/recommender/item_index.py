@@ -44,11 +44,12 @@ class ItemIndex:
     second: NDArray[np.float64]
 
     @classmethod
-    def build(cls, vectors: Floats, home: Path | None = None) -> ItemIndex:
+    def build(cls, vectors: Floats, home: Path | None = None, *, exact_rows: int | None = None) -> ItemIndex:
         """Build an index, or open the one that was kept of these vectors.
 
         Args:
             vectors: (N, D); a mapped file will do. home: a folder to keep it in; None keeps it in memory.
+            exact_rows: up to so many rows every one is compared; None for `EXACT_ROWS`.
         """
         dim = vectors.shape[1]
         total, second = np.zeros(dim, np.float64), np.zeros((dim, dim), np.float64)
@@ -57,7 +58,8 @@ class ItemIndex:
             total += own.sum(axis=0, dtype=np.float64)
             second += own.T @ own
         rows = max(len(vectors), 1)
-        return cls(vectors, _open(vectors, home), total / rows, second / rows)
+        limit = indexes.EXACT_ROWS if exact_rows is None else exact_rows
+        return cls(vectors, _open(vectors, home, limit), total / rows, second / rows)
 
     def describe(self, query: Floats) -> tuple[float, float]:
         """Return mean and standard deviation of the inner products of all items with a query (D,)."""
@@ -69,14 +71,18 @@ class ItemIndex:
         """Return the index of a longer catalogue of which some rows have changed; those are compared exactly.
 
         Args:
-            vectors: (N', D), N' >= N. changed: rows of the first N.
+            vectors: (N', D), N' >= N. changed: rows of the first N whose vectors are others than here.
         """
+        base, moved = self.index, {*changed}
+        if isinstance(base, GrownIndex):  # one over another would cost a search more each time
+            moved |= {*base.changed.tolist()}
+            base = base.base
         rows = np.array(sorted(changed), np.int64)
         old, new = self.vectors[rows], np.concatenate([vectors[rows], vectors[len(self.vectors) :]])
         total, count = self.mean * len(self.vectors), max(len(vectors), 1)
         total += new.sum(axis=0, dtype=np.float64) - old.sum(axis=0, dtype=np.float64)
         second = self.second * len(self.vectors) + new.T @ new - old.T @ old
-        return ItemIndex(vectors, GrownIndex(self.index, vectors, rows), total / count, second / count)
+        return ItemIndex(vectors, GrownIndex(base, vectors, sorted(moved)), total / count, second / count)
 
 
 def is_large(rows: int) -> bool:
@@ -89,10 +95,10 @@ def find_home(vectors: Floats) -> Path | None:
     return Path(vectors.filename).parent if isinstance(vectors, np.memmap) and vectors.filename is not None else None
 
 
-def _open(vectors: Floats, home: Path | None) -> Index:
-    kind = choose_kind(len(vectors), exact_rows=indexes.EXACT_ROWS)
+def _open(vectors: Floats, home: Path | None, exact_rows: int) -> Index:
+    kind = choose_kind(len(vectors), exact_rows=exact_rows)
     if home is None or kind == "exact":
-        return open_index(vectors, exact_rows=indexes.EXACT_ROWS)
+        return open_index(vectors, exact_rows=exact_rows)
     shards = np.array_split(vectors, -(-len(vectors) // _SHARD_ROWS))
     digest = hashlib.sha256()
     for shard in shards:
@@ -111,4 +117,4 @@ def _open(vectors: Floats, home: Path | None) -> Index:
             return kept
     except (OSError, StoreError) as error:  # a cache that cannot be written to, or somebody else's lock
         _LOG.warning("the index of %d items cannot be kept in %s: %s", len(vectors), home, error)
-        return open_index(vectors, exact_rows=indexes.EXACT_ROWS)
+        return open_index(vectors, exact_rows=exact_rows)

@@ -19,12 +19,17 @@ from scipy import sparse
 
 from peft_combo.data.knowledge.rule_set import RuleSet
 from peft_combo.data.model import Catalog
-from peft_combo.data.queries import Queries
 from peft_combo.encoder.heads.completion import CompletionHead, project_targets
 from peft_combo.encoder.index import ExactIndex
 from peft_combo.recommender.category_calibration import CategoryCoverage
 from peft_combo.recommender.fit_state import FitState
-from peft_combo.recommender.fitted_scorers import Fitted, FittedCategories, FittedEnsemble, FittedHead
+from peft_combo.recommender.fitted_scorers import (
+    Fitted,
+    FittedCategories,
+    FittedEnsemble,
+    FittedHead,
+    LengthenedScorer,
+)
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.scorer_id import CEASE_BERT, FROZEN, PEER, TEXT_RANKER, WORDS, ScorerId
 from peft_combo.recommender.text_search import FROZEN_TITLE, TextSearch, VectorView, View, WordView
@@ -154,9 +159,10 @@ class _Extension:
         made = FitState(
             state.adapters, known, state.fusion, state.settings, serving, state.text_scorer,
             self._extend(state.text_side, state.text_scorer),
-            None if state.neighbours is None else _Longer(state.neighbours, self.size, self.total, None, None),
+            None if state.neighbours is None else LengthenedScorer(state.neighbours, self.size, self.total, None, None),
             state.weights, self._extend_search(), state.split_digest, state.notes,
             None if state.habits is None else self._extend_habits(state.habits),
+            None if state.retrieval is None else state.retrieval.grow(serving, self.moved),
         )  # fmt: skip
         index = self.catalog.index
         gone = np.zeros(self.total, bool)
@@ -258,10 +264,10 @@ class _Extension:
                     nearest = self._nearest[False]
                 elif scorer in (PEER, CEASE_BERT):
                     nearest = self._nearest[True]
-                return _Longer(fitted, self.size, self.total, nearest, self._nearest[False])
+                return LengthenedScorer(fitted, self.size, self.total, nearest, self._nearest[False])
 
     def _extend_habits(self, habits: UserHabits) -> UserHabits:
-        return replace(habits, fitted=_Longer(habits.fitted, self.size, self.total, None, None))
+        return replace(habits, fitted=LengthenedScorer(habits.fitted, self.size, self.total, None, None))
 
     def _extend_head(self, fitted: FittedHead) -> FittedHead:
         name = self._names[id(fitted.vectors)]
@@ -307,42 +313,3 @@ class _Extension:
         both: Any = sparse.vstack([items, view.tfidf.vectors(texts)], format="csr")
         said = (*view.texts, *texts)
         return WordView(tuple(said[row] for row in order.tolist()), view.read, view.tfidf, both[order])
-
-
-@dataclass(frozen=True, eq=False)
-class _Longer:
-    """A scorer of `size` items as one of `total`; a new item is spoken of as of those it is most like, or not at all.
-
-    Attributes:
-        nearest: (M, K) rows that stand for each new item as a candidate, and their weights; None gives it no score.
-        stands: the same for new items of a context, of which the first stands for them; None leaves these out.
-    """
-
-    fitted: Fitted
-    size: int
-    total: int
-    nearest: tuple[NDArray[np.int64], Floats] | None
-    stands: tuple[NDArray[np.int64], Floats] | None
-
-    def __call__(self, queries: Queries) -> Floats:
-        contexts = np.array(queries.contexts)
-        for row in contexts:
-            later = np.flatnonzero(row >= self.size)
-            for place in later:
-                other = -1 if self.stands is None else int(self.stands[0][row[place] - self.size, 0])
-                row[place] = -1 if other in row else other
-        scores = self.fitted(replace(queries, contexts=contexts))
-        found = np.full((len(scores), self.total), np.nan, np.float32)
-        found[:, : self.size] = scores
-        if self.nearest is not None:
-            rows, weights = self.nearest
-            beside = np.array(scores)
-            cells = np.nonzero(contexts >= 0)
-            beside[cells[0], contexts[cells]] = np.nan  # what is in the basket is no example of what goes with it
-            own = beside[:, rows]  # (Q, M, K)
-            known = np.isfinite(own) * weights
-            total = known.sum(axis=2)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                mean = (np.nan_to_num(own) * known).sum(axis=2) / total
-            found[:, self.size :] = np.where(total > 0, mean, np.nan)
-        return found

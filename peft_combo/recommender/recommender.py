@@ -25,7 +25,7 @@ from peft_combo.encoder.vectors import VectorCache
 from peft_combo.errors import DataError
 from peft_combo.recommender import explanations
 from peft_combo.recommender.bundle_detection import BundleDetector
-from peft_combo.recommender.bundle_search import find_bundles
+from peft_combo.recommender.bundle_search import BundleSearch
 from peft_combo.recommender.composing.composer import Composer
 from peft_combo.recommender.composing.constraints import Constraints
 from peft_combo.recommender.composing.evidence import Composition, count_together
@@ -50,10 +50,9 @@ from peft_combo.recommender.query_items import (
     match_items,
 )
 from peft_combo.recommender.results import BundleMatch, DetectedBundle, Recommendation, Suggestion
+from peft_combo.recommender.retrieval import RETRIEVAL_ROWS
 from peft_combo.recommender.scorer_id import NOT_LIKE, TEXT_SEARCH
-from peft_combo.recommender.text_search import find_distinct
 from peft_combo.recommender.user_habits import HISTORY
-from peft_combo.scoring.base import Vectors
 
 
 class BundleRecommender:
@@ -77,15 +76,14 @@ class BundleRecommender:
         """
         assert state.known.frozen is not None
         self.dataset, self.bank, self.state = dataset, bank, state
-        self._scorer = FusedScorer(state)
+        self._scorer: FusedScorer = FusedScorer(state, None if like is None else like._scorer)
+        self._bundle_search = BundleSearch(dataset, state.search)
         self._history: Any = sparse.csc_array(state.known.history)
         self.composer = composer or Composer.learn(
             dataset.catalog, dataset.bundles.items, vectors=state.known.frozen, history=state.known.history,
             rules=RuleSet.of(dataset.knowledge, dataset.catalog),
         )  # fmt: skip
         self.templates = self.composer.templates
-        if like is not None and dataset.interactions is not None:
-            self._taken = like._taken
 
     @classmethod
     def fit(
@@ -117,6 +115,17 @@ class BundleRecommender:
         """
         state = fit_scorers(dataset, parts, bank, adapters, seed=seed, cache=cache, progress=progress, done=done)
         return cls(dataset, bank, state)
+
+    def with_retrieval(self, from_rows: int = RETRIEVAL_ROWS) -> Self:
+        """Return a recommender that retrieves candidates before it scores, or this one of fewer than `from_rows` items.
+
+        Candidates are the best items of each scorer, found by an index where its scores are inner products; their
+        scores are those that they have among all items. Building indexes pays where many requests follow; the vector
+        cache keeps them. Text queries, rejected items, bundles and long lists go by the scores of all items as before.
+        """
+        state = self.state.with_retrieval(from_rows)
+        same = state is self.state
+        return self if same else type(self)(self.dataset, self.bank, state, composer=self.composer, like=self)
 
     def complete(
         self,
@@ -166,8 +175,7 @@ class BundleRecommender:
 
         Args:
             fused: scores in place of those for items and user.
-            depth: so many of the best will do: where a query is all there is to go by and items are many, others then
-                have no score. None scores all.
+            depth: so many of the best will do: where items are many, others then have no score. None scores all.
         """
         check_query(query)
         given = self.dataset.find_items(items)
@@ -177,7 +185,8 @@ class BundleRecommender:
         allowed = self.composer.find_allowed(narrowed, required=required, forbidden=forbidden, beside=given)
         context = self.find_context(given, user)
         if fused is None and (len(context) or user is not None):
-            fused = self.score_context(context, user)
+            plain = query is None and not len(not_like)  # else scores of all items are what these are compared with
+            (fused,) = self.score_contexts([(context, user)], depth if plain else None, allowed)
         likeness: NDArray[np.float32] | None = None
         if query is not None:
             alone = fused is None and not len(not_like)
@@ -227,7 +236,7 @@ class BundleRecommender:
         narrowed = self._narrow(constraints, whole, user, not_like, exclude, exclude_seen)
         allowed = self.composer.find_replacements(int(row), rest, narrowed)
         if len(rest) and fused is None:
-            fused = self.score_context(rest, user)
+            (fused,) = self.score_contexts([(rest, user)], None if len(not_like) else depth, allowed)
         elif fused is None:
             alike = self.state.search.score_alike(int(row), allowed, None if len(not_like) else depth)
             fused = FusedScores(alike, {TEXT_SEARCH: alike})
@@ -418,14 +427,7 @@ class BundleRecommender:
         """
         check_count(k)
         check_query(query)
-        return find_bundles(self.dataset, self.state.search, self._known_bundles, query, k, bundles)
-
-    @cached_property
-    def _known_bundles(self) -> tuple[list[int], dict[str, Vectors]]:
-        """The rows of the dataset's distinct bundles, ready to be searched."""
-        items = self.dataset.bundles.items
-        distinct, _ = find_distinct(items)
-        return distinct, self.state.search.pool_bundles([items[row] for row in distinct])
+        return self._bundle_search.find(query, k, bundles)
 
     # Ids become rows.
 
@@ -436,14 +438,8 @@ class BundleRecommender:
     def _find_taken(self, user: str) -> NDArray[np.int64]:
         """Return the items a user took, each once, latest first."""
         row = self.dataset.find_user(user)
-        items, starts = self._taken
+        items, starts = self._scorer.taken
         return items[starts[row] : starts[row + 1]]
-
-    @cached_property
-    def _taken(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The items that each user took, by user, each once and latest first, and where each user's begin."""
-        assert self.dataset.interactions is not None
-        return self.dataset.interactions.list_taken(len(self.dataset.catalog))
 
     # Rows become scores.
 
@@ -457,12 +453,19 @@ class BundleRecommender:
         """Score all items for one context, (S,) rows, and keep what each scorer gave."""
         return self.score_contexts([(context, user)])[0]
 
-    def score_contexts(self, asked: Sequence[tuple[NDArray[np.int64], str | None]]) -> list[FusedScores]:
-        """Score all items for several contexts of several users at once, which costs less than one after the other."""
+    def score_contexts(
+        self, asked: Sequence[tuple[NDArray[np.int64], str | None]], depth: int | None = None,
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> list[FusedScores]:  # fmt: skip
+        """Score items for several contexts of several users at once, which costs less than one after the other.
+
+        Args:
+            depth: so many of the best `allowed` items will do, see `with_retrieval`; None scores all items.
+        """
         for _, user in asked:
             if user is not None:
                 self.dataset.find_user(user)
-        return self._scorer.score(asked)
+        return self._scorer.score(asked) if depth is None else self._scorer.score_best(asked, depth, allowed)
 
     def _add_weights(self, options: Options, n_items: int, *, query: bool) -> Options:
         """Return options with the weights of this kind of request, where they name none."""

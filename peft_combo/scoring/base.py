@@ -192,6 +192,15 @@ class HistoryScorer(Generic[L]):
         """(N,) rows of the history that hold each item."""
         return self._require_fitted("support").support
 
+    @property
+    def learned(self) -> L:
+        """What was fitted.
+
+        Raises:
+            RuntimeError: nothing was fitted yet.
+        """
+        return self._require_fitted("learned")
+
     def _learn(self, history: Csr, items: Vectors | None, times: NDArray[np.float64] | None) -> L:
         raise NotImplementedError
 

@@ -103,9 +103,25 @@ class ALS(HistoryScorer[Factors]):
         vectors[touched] = self._solve_users(history[:, touched].T.tocsr(), users, _square(users))
         return Factors(history, support, users, vectors, support > 0, _square(vectors))
 
+    def fold_in(self, contexts: Csr) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return the factors of each context given those of the items, and of which they say anything.
+
+        Args:
+            contexts: (Q, N).
+        Returns:
+            (Q, F) float32, whose inner products with the items' factors are the scores, and (Q,) bool.
+        Raises:
+            RuntimeError: nothing was fitted yet.
+        """
+        return self._fold_in(self._require_fitted("fold_in"), contexts)
+
+    def _fold_in(self, known: Factors, contexts: Csr) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        familiar = binary(contexts) @ known.has_factors.astype(np.float32) > 0
+        return self._solve_users(contexts, known.items, known.square), familiar
+
     def _score(self, known: Factors, contexts: Csr) -> NDArray[np.float32]:
-        scores = self._solve_users(contexts, known.items, known.square) @ known.items.T  # (Q, F) @ (F, N)
-        return mask_missing(scores, binary(contexts) @ known.has_factors.astype(np.float32) > 0, known.has_factors)
+        factors, familiar = self._fold_in(known, contexts)
+        return mask_missing(factors @ known.items.T, familiar, known.has_factors)  # (Q, F) @ (F, N)
 
     def _solve_users(self, rows: Csr, others: NDArray[np.float32], square: NDArray[np.float64]) -> NDArray[np.float32]:
         """The factors of each row given those of its columns: (Y'Y + Y'(C - I)Y + reg I)^-1 Y'c, (Q, F)."""

@@ -26,6 +26,7 @@ from peft_combo.scoring.base import (
     mask_missing,
     no_interactions,
     positive,
+    row_of,
     scale_rows,
     stack,
     support_of,
@@ -101,6 +102,22 @@ class ItemKNN(HistoryScorer[Similar]):
 
     def _score(self, known: Similar, contexts: Csr) -> NDArray[np.float32]:
         return score_neighbours(known, contexts)
+
+    def score_stored(self, contexts: Csr) -> tuple[Csr, NDArray[np.bool_]]:
+        """Score only items with a near neighbour in a context; every other item that was seen has 0.
+
+        Args:
+            contexts: (Q, N) canonical.
+        Returns:
+            (Q, N) with sorted columns, and (Q,) which contexts hold an item that was seen.
+        Raises:
+            RuntimeError: nothing was fitted yet.
+        """
+        known = self._require_fitted("score_stored")
+        weights, familiar = _share_weights(known, contexts)
+        scores: Csr = (weights @ known.similarity).tocsr()
+        scores.sort_indices()
+        return scores, familiar
 
     def _nearest(self, history: Csr, wanted: NDArray[np.int64]) -> Csr:
         """The k nearest others of each wanted item: (len(wanted), N)."""
@@ -206,23 +223,50 @@ class UserKNN(HistoryScorer[Raters]):
     def _score_known(self, known: Raters, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         return self._predict(known, known.history[rows], rows)
 
+    def score_stored(self, contexts: Csr) -> Csr:
+        """Score only items that a neighbour of new contexts has; of every other item they cannot say.
+
+        Args:
+            contexts: (Q, N) canonical.
+        Returns:
+            (Q, N) with sorted columns; a stored 0 is a score.
+        Raises:
+            RuntimeError: nothing was fitted yet.
+        """
+        return self._predict_stored(self._require_fitted("score_stored"), contexts, None)
+
+    def score_stored_users(self, rows: NDArray[np.int64]) -> Csr:
+        """Do the same for known rows: (Q,) of the history."""
+        known = self._require_fitted("score_stored_users")
+        return self._predict_stored(known, known.history[rows], rows)
+
     def _predict(self, known: Raters, contexts: Csr, own: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        scores = np.empty(contexts.shape, np.float32)
-        means = self._means(contexts)
+        scores = np.full(contexts.shape, np.nan, np.float32)
         for block in row_blocks(contexts.shape[0], sum(known.history.shape)):
-            weights = self._weights(known, contexts[block], means[block])  # (q, R), -inf where nothing is shared
-            if own is not None:
-                weights[np.arange(len(weights)), own[block]] = -np.inf
-            near = keep_nearest(weights, self.k)
-            strength = with_data(near, np.abs(near.data))
-            part = (near @ known.centred).toarray()  # (q, R) @ (R, N)
-            rated = (strength @ known.has).toarray()
-            total = rated if self.feedback == "explicit" else np.asarray(strength.sum(axis=1)).reshape(-1, 1)
-            total = np.broadcast_to(total, part.shape)
-            found = np.full(part.shape, np.nan, np.float32)
-            np.divide(part, total, out=found, where=rated > 0)
-            scores[block] = found + means[block, None]
+            stored = self._predict_stored(known, contexts[block], None if own is None else own[block])
+            scores[block][row_of(stored), stored.indices] = stored.data
         return scores
+
+    def _predict_stored(self, known: Raters, contexts: Csr, own: NDArray[np.int64] | None) -> Csr:
+        means = self._means(contexts)
+        weights = self._weights(known, contexts, means)  # (q, R), -inf where nothing is shared
+        if own is not None:
+            weights[np.arange(len(weights)), own] = -np.inf
+        near = keep_nearest(weights, self.k)
+        strength = with_data(near, np.abs(near.data))
+        part: Csr = (near @ known.centred).tocsr()  # (q, R) @ (R, N)
+        rated: Csr = (strength @ known.has).tocsr()
+        rated.sort_indices()
+        if part.nnz == rated.nnz:
+            part.sort_indices()
+            values = part.data
+        else:  # a product leaves out what adds up to 0, which is a score all the same
+            values = part.toarray()[row_of(rated), rated.indices]
+        if self.feedback == "explicit":
+            total = rated.data
+        else:
+            total = np.asarray(strength.sum(axis=1), np.float32).reshape(-1)[row_of(rated)]
+        return with_data(rated, values / total + means[row_of(rated)])
 
     def _weights(self, known: Raters, contexts: Csr, means: NDArray[np.float32]) -> NDArray[np.float32]:
         common: NDArray[np.float32] = (binary(contexts) @ known.has_by_item).toarray()  # (q, N) @ (N, R)
@@ -250,13 +294,18 @@ class UserKNN(HistoryScorer[Raters]):
 
 def score_neighbours(known: Similar, contexts: Csr) -> NDArray[np.float32]:
     """Score all items by their likeness to those of each context, as `ItemKNN` says: (Q, N) -> (Q, N)."""
-    seen = known.support > 0
-    weight = with_data(contexts, np.abs(contexts.data)) @ seen.astype(np.float32)  # (Q,)
+    weights, familiar = _share_weights(known, contexts)
     scores = np.empty(contexts.shape, np.float32)
-    weights = scale_rows(contexts, np.divide(1, weight, out=np.zeros_like(weight), where=weight > 0))
     for block in row_blocks(*contexts.shape):
         scores[block] = (weights[block] @ known.similarity).toarray()
-    return mask_missing(scores, weight > 0, seen)
+    return mask_missing(scores, familiar, known.support > 0)
+
+
+def _share_weights(known: Similar, contexts: Csr) -> tuple[Csr, NDArray[np.bool_]]:
+    """Return contexts over the weight of their items that were seen, and which have any: (Q, N), (Q,)."""
+    seen = with_data(contexts, np.abs(contexts.data) * (known.support[contexts.indices] > 0))
+    weight = np.asarray(seen.sum(axis=1), np.float32).reshape(-1)
+    return scale_rows(contexts, np.divide(1, weight, out=np.zeros_like(weight), where=weight > 0)), weight > 0
 
 
 def largest(matrix: Csr, k: int) -> Csr:

@@ -107,6 +107,11 @@ class TextVectors(Learned):
         cosines: NDArray[np.float32] = dense(cast(Any, self.vectors) @ queries.T).T  # (N, D) @ (D, q) -> (N, q)
         return cosines
 
+    def average(self, inside: Csr) -> NDArray[np.float32]:
+        """The mean of the vectors of each context, scaled to length 1: (q, N) of 1 and 0 -> (q, D)."""
+        # Up to a factor that the unit length undoes.
+        return cast("NDArray[np.float32]", dense(unit_rows(cast(Any, inside) @ self.vectors)))
+
 
 @dataclass(eq=False)
 class TextCosine(HistoryScorer[TextVectors]):
@@ -142,6 +147,19 @@ class TextCosine(HistoryScorer[TextVectors]):
         history = stack(known.history, rows)
         return TextVectors(history, support_of(history), known.vectors if items is None else unit_rows(items))
 
+    def embed(self, contexts: Csr) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return what is compared with every item where `context` is ``mean``, and of which contexts it says anything.
+
+        Args:
+            contexts: (Q, N).
+        Returns:
+            (Q, D) of length 1, and (Q,) bool.
+        Raises:
+            RuntimeError: nothing was fitted yet.
+        """
+        known, inside = self._require_fitted("embed"), binary(contexts)
+        return known.average(inside), inside @ known.has_text.astype(np.float32) > 0
+
     def _score(self, known: TextVectors, contexts: Csr) -> NDArray[np.float32]:
         has_text = known.has_text
         inside = binary(contexts)
@@ -149,8 +167,7 @@ class TextCosine(HistoryScorer[TextVectors]):
         scores = np.empty(contexts.shape, np.float32)
         if self.context == "mean":
             for block in row_blocks(contexts.shape[0], max(known.vectors.shape)):
-                # The mean up to a factor that the unit length undoes: (q, N) @ (N, D) -> (q, D).
-                scores[block] = known.cosines(dense(unit_rows(cast(Any, inside[block]) @ known.vectors)))
+                scores[block] = known.cosines(known.average(inside[block]))
         else:
             longest = int(np.diff(contexts.indptr).max(initial=1))
             for block in row_blocks(contexts.shape[0], contexts.shape[1] * longest):

@@ -37,6 +37,7 @@ from peft_combo.serving.turns import Turns
 Route = Literal["recommend", "complete", "compose", "replace", "search", "rank"]
 
 _CONTEXT = 5  # items a user dealt with last that stand for them, as in the recommender
+_WIDE = 0.25  # from this share of items that may be shown on, candidates of all items are enough
 _LOG = logging.getLogger(__name__)
 
 
@@ -143,7 +144,8 @@ class Answerer:
             return asked
         given = [one for one in context if route != "replace" or one != request.swap]
         rows = recommender.find_context(recommender.dataset.find_items(given), user)
-        return replace(asked, waiting=WaitingContext(recommender, rows, user))
+        plain = route in ("recommend", "complete") and request.query is None and not request.not_like
+        return replace(asked, waiting=WaitingContext(recommender, rows, user, _find_depth(request) if plain else None))
 
     def _find_user(
         self, request: ServiceRequest, recommender: BundleRecommender
@@ -215,8 +217,7 @@ class Answerer:
         self, route: Route, asked: Asked, recommender: BundleRecommender
     ) -> tuple[AnsweredBy, tuple[AnsweredBy, ...], tuple[str, ...], ItemRanking]:
         request = asked.request
-        # The first page and what lists are drawn from; a later page is found in all there is.
-        depth = None if request.cursor is not None else max(request.k + 1, CANDIDATES)
+        depth = _find_depth(request)
         slots, without = request.slots, request.without_slots
         not_like = [one for one in request.not_like if one in recommender.dataset.catalog.index]
 
@@ -244,6 +245,10 @@ class Answerer:
             return "text", (), (), ranking
         by, tried, notes, fused = self._score(asked.waiting)
         ranking = rank(fused)
+        if not fused.whole and np.mean(ranking.allowed) < _WIDE:  # candidates were found among all, few may be shown
+            waiting = asked.waiting
+            (fused,) = recommender.score_contexts([(waiting.rows, waiting.user)], depth, ranking.allowed)
+            ranking = rank(fused)
         return by, tried, notes, replace(ranking, context=asked.waiting.rows) if asked.context else ranking
 
     def _score(
@@ -317,6 +322,14 @@ class Answerer:
 def _write_cursor(route: Route, asked: Asked, release: str, after: str, shown: int) -> str:
     context = None if asked.request.items or asked.request.user is None else asked.context
     return Cursor(release, digest_request(asked.request), route, after, shown, context).encode()
+
+
+def _find_depth(request: ServiceRequest) -> int | None:
+    """Return how many of the best items an answer takes: the first page and what lists are drawn from.
+
+    None for a later page, which is found in all there is.
+    """
+    return None if request.cursor is not None else max(request.k + 1, CANDIDATES)
 
 
 def _goes_by_words(route: Route, asked: Asked) -> bool:

@@ -19,6 +19,7 @@ from scipy import sparse
 from peft_combo.data.model import Catalog
 from peft_combo.recommender.fitted_scorers import Fitted, FittedScorer
 from peft_combo.recommender.recommender import BundleRecommender
+from peft_combo.recommender.scorer_id import ScorerId
 from peft_combo.scoring import ALS, EASE, CoOccurrence, ItemKNN, Popularity, UserKNN
 from peft_combo.scoring.base import Csr
 from peft_combo.serving.release import Release
@@ -82,12 +83,13 @@ def _count(recommender: BundleRecommender, baskets: Sequence[Sequence[int]]) -> 
     ends = np.cumsum([0, *map(len, baskets)])
     columns = np.array([row for rows in baskets for row in rows], np.int64)
     rows: Csr = sparse.csr_array((np.ones(len(columns), np.float32), columns, ends), shape=(len(baskets), items))
-    serving: dict[object, Fitted] = {}
+    serving: dict[ScorerId, Fitted] = {}
     for name, fitted in state.serving.items():
         if isinstance(fitted, FittedScorer) and _can_count(fitted, items):
             fitted = FittedScorer(copy.copy(fitted.scorer).update(rows))
         serving[name] = fitted
-    changed = replace(state, serving={name: serving[name] for name in state.serving})
+    retrieval = None if state.retrieval is None else state.retrieval.grow(serving, {*columns.tolist()})
+    changed = replace(state, serving=serving, retrieval=retrieval)
     return BundleRecommender(
         recommender.dataset, recommender.bank, changed, composer=recommender.composer, like=recommender
     )

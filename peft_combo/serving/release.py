@@ -120,6 +120,8 @@ class ReleaseBuilder:
                 )  # fmt: skip
                 if adapter is not None and base.state.adapters[0] is not adapter:
                     adapter = base.state.adapters[0]  # evicted and loaded again: the one that its heads are of
+                on_stage("indexing")
+                base = base.with_retrieval()
                 on_stage("opening the encoder")
                 for one in {None, adapter}:
                     self._encoders.open(one)

@@ -25,12 +25,14 @@ class WaitingContext:
     Attributes:
         recommender: of the release that answers; only contexts of the same one are scored together.
         rows: (S,) of the context. user: as the dataset knows them.
+        depth: so many of the best items will do; None where scores of all items are wanted.
         scores: None until they are there.
     """
 
     recommender: BundleRecommender
     rows: NDArray[np.int64]
     user: str | None
+    depth: int | None = None
     scores: FusedScores | None = field(default=None, init=False)
 
 
@@ -66,16 +68,21 @@ class ScoreBatcher:
         """
         if waiting.scores is None:
             with self._lock:
-                others = [one for one in self._line if one is not waiting and one.recommender is waiting.recommender]
+                others = [one for one in self._line if one is not waiting and _go_together(one, waiting)]
                 batch = [waiting, *others[: self._most - 1]]
                 self._line = [one for one in self._line if one not in batch]
             try:
-                found = waiting.recommender.score_contexts([(one.rows, one.user) for one in batch])
+                depth = None if waiting.depth is None else max(one.depth or 0 for one in batch)
+                found = waiting.recommender.score_contexts([(one.rows, one.user) for one in batch], depth)
             except Exception:
                 if len(batch) == 1:
                     raise
-                found = waiting.recommender.score_contexts([(waiting.rows, waiting.user)])
+                found = waiting.recommender.score_contexts([(waiting.rows, waiting.user)], waiting.depth)
             for one, scores in zip(batch, found, strict=False):
                 one.scores = scores
         assert waiting.scores is not None
         return waiting.scores
+
+
+def _go_together(one: WaitingContext, other: WaitingContext) -> bool:
+    return one.recommender is other.recommender and (one.depth is None) == (other.depth is None)

@@ -6,7 +6,7 @@ of texts and items.
 
 from __future__ import annotations
 
-from peft_combo.encoder.index.approximate import FaissIndex
+from peft_combo.encoder.index.approximate import FaissIndex, FaissMissing, import_faiss
 from peft_combo.encoder.index.choose import EXACT_ROWS, IndexKind, choose_kind, open_index
 from peft_combo.encoder.index.exact import ExactIndex, Index, merge_results
 from peft_combo.encoder.index.grown import GrownIndex
@@ -16,6 +16,7 @@ __all__ = [
     "EXACT_ROWS",
     "ExactIndex",
     "FaissIndex",
+    "FaissMissing",
     "GrownIndex",
     "Index",
     "IndexKind",
@@ -23,6 +24,7 @@ __all__ = [
     "ShardedIndex",
     "build_index",
     "choose_kind",
+    "import_faiss",
     "merge_results",
     "open_index",
 ]

@@ -25,14 +25,17 @@ class GrownIndex:
         base: over the first rows as they were.
         vectors: (N, D) float32, all rows as they are now; N is at least that of `base`.
         changed: rows of `base` whose vectors are others now.
+
+    Attributes:
+        changed: these, ascending and each once.
     """
 
     def __init__(self, base: Index, vectors: NDArray[np.float32], changed: ArrayLike = ()) -> None:
         self.base, self.vectors = base, check_vectors(vectors)
         self._valid = np.ones(len(base), bool)
-        moved = np.asarray(changed, np.int64).reshape(-1)
-        self._valid[moved] = False
-        self._rows = np.concatenate([np.unique(moved), np.arange(len(base), len(vectors))])
+        self.changed = np.unique(np.asarray(changed, np.int64).reshape(-1))
+        self._valid[self.changed] = False
+        self._rows = np.concatenate([self.changed, np.arange(len(base), len(vectors))])
         self._beside = ExactIndex(self.vectors[self._rows])
 
     def __len__(self) -> int:
