@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import typer.main
 from conftest import REPOSITORY
+from made_up import build_priced_shop
 from test_adapter_store import write
 from test_importing import foreign
 from typer.testing import CliRunner
@@ -87,6 +88,38 @@ def test_help_and_recipe_checks_import_nothing_heavy(arguments: list[str], heavy
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
+
+
+def test_a_bundle_that_prices_make_impossible_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    """Bags cost 12.50 (p22, p44, p66), then 21.50; p0 costs 12.50. What is rejected or was taken is not counted on."""
+    asked = {
+        "--items p0 --budget 1": r"Budget 1\.00 allows no bundle of 3 to 4 items: .* Raise the budget to ",
+        "--user u0 --budget 2": r"Budget 2\.00 allows no bundle of 3 to 4 items",
+        "--items p0 --slots bag --size 2 --budget 30 --exclude p22,p44 --not-like p66": (
+            r"costs 34\.00 \(context 12\.50 \+ bag 21\.50\)\. Raise the budget to 34\.00"
+        ),
+        "--items p0 --size 2 --category Shop --max-price 1": r"What binds: price_max \(rules out 96 of 96 items\)",
+    }
+    program = (
+        "import json, sys\n"
+        "from peft_combo.cli import app\n"
+        "from peft_combo.errors import PeftComboError\n"
+        "for words in json.load(sys.stdin):\n"
+        "    try:\n"
+        "        app(['recommend', '--recipe', 'lora-fashion', '--data', 'shop', '--frozen', *words.split()])\n"
+        "    except PeftComboError as error:\n"
+        "        print(json.dumps(str(error)))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    (tmp_path / "shop").mkdir()
+    build_priced_shop(tmp_path / "shop")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
+        input=json.dumps(list(asked)), env={"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for told, expected in zip(map(json.loads, done.stdout.splitlines()), asked.values(), strict=True):
+        assert re.search(expected, told), told
 
 
 def test_version(run: Run) -> None:
@@ -370,6 +403,15 @@ COMPLETED = [
     ("retune --alias ", ["prod"]),
     ("adapters import folder --category sh", ["shoes"]),
     ("evaluate --recipe nowhere --adapter ", []),
+    ("tune --set training.learn", ["training.learning_rate="]),
+    ("tune --recipe lora-fashion --set adapter.r", ["adapter.rank=", "adapter.rslora="]),
+    ("tune --recipe nowhere --set training.early_stopping.p", ["training.early_stopping.patience="]),
+    ("compare --recipe classify-fashion --over task.mi", ["task.min_texts="]),
+    ("search --recipe lora-fashion --over task.mi", []),
+    ("recommend --recipe lora-fashion --category Cl", ["Clothing"]),
+    ('recommend --recipe lora-fashion --category "Clothing > W', ["Clothing > Women"]),
+    ("recommend --recipe lora-fashion --category Clothing", ["Clothing"]),  # a > outside quotes is no word's
+    ("recommend --recipe lora-fashion --data big --category ", []),
 ]
 
 
@@ -378,17 +420,19 @@ def test_the_shell_completes_names_without_torch(tmp_path: Path) -> None:
     write(AdapterStore(tmp_path / "shelf"), "hats")
     AdapterStore(tmp_path / "adapters").alias("shoes", "prod")
     (tmp_path / "own.yaml").write_text("extends: lora-fashion\nname: own\nstore: shelf\n")
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "items.csv").write_bytes(b"item_id,title,category\n1,Shirt,Tops\n" + b"\n" * 2**22)
     program = (
-        "import contextlib, io, json, os, sys\n"
+        "import contextlib, io, json, os, re, sys\n"
         "from peft_combo.cli import app\n"
         "for line in json.load(sys.stdin):\n"
-        "    words = ['peft-combo', *line.split()] + [''] * line.endswith(' ')\n"
+        "    words = ['peft-combo', *re.findall('\"[^\"]*|[^ ]+', line)] + [''] * line.endswith(' ')\n"
         "    os.environ |= {'_PEFT_COMBO_COMPLETE': 'complete_bash', 'COMP_CWORD': str(len(words) - 1),\n"
-        "                   'COMP_WORDS': ' '.join(words)}\n"
+        "                   'COMP_WORDS': '\\n'.join(words)}\n"
         "    out = io.StringIO()\n"
         "    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):\n"
         "        app(prog_name='peft-combo')\n"
-        "    print(json.dumps(out.getvalue().split()))\n"
+        "    print(json.dumps(out.getvalue().strip().splitlines()))\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run(

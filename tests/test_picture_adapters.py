@@ -87,6 +87,8 @@ def test_items_without_a_picture_have_a_masked_part(tuned: TuneResult, bank: Ada
     assert vectors.shape == (60, bank.backbone.dim + WIDTH)
     there = np.abs(vectors[:, bank.backbone.dim :]).max(axis=1) > 0
     assert np.flatnonzero(~there).tolist() == list(range(9, 60, 10))
+    # Through the cache, which encodes equal pictures once, or without one: the same vectors.
+    np.testing.assert_allclose(append_pictures(texts, dataset, bank.get("tiny"), None), vectors, rtol=1e-4, atol=1e-5)
 
 
 def test_a_bank_without_the_vision_encoder_or_with_another_refuses_it(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import sparse
+from scipy import optimize, sparse
 
 from peft_combo.data.knowledge.clashes import find_clashes, find_minimal_conflict
 from peft_combo.data.knowledge.mining import mine_rules
@@ -22,6 +22,7 @@ from peft_combo.data.splits import split
 from peft_combo.encoder.backbone import Backbone
 from peft_combo.encoder.bank import AdapterBank
 from peft_combo.errors import DataError
+from peft_combo.metrics.regression import fit_logistic
 from peft_combo.recipe.model import DataConfig, Recipe
 from peft_combo.recommender import fit_state
 from peft_combo.recommender.composing.composer import Composer
@@ -33,6 +34,7 @@ from peft_combo.recommender.persistence import load_recommender, save_recommende
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.relation_paths import describe_path, lay_edges
 from peft_combo.recommender.scorer_id import GRAPH
+from peft_combo.scoring import paths
 from peft_combo.scoring.paths import PathRanking
 from peft_combo.store.adapter_store import AdapterStore
 
@@ -291,6 +293,31 @@ def test_paths_rank_what_relations_lead_to() -> None:
     assert np.nanmax(scores[others]) < np.nanmin(scores[tripods])
     reasons = {describe_path(path, "Camera X"): share for (_, path), share in scorer.explain(cameras[:1], 2).items()}
     assert reasons["is accessory of Camera X"] > 0
+
+
+def test_paths_are_weighed_by_a_balanced_logistic_regression_of_columns_of_one_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The weights minimise the loss as the field writes it, here by another optimiser: to a thousandth."""
+    rng = np.random.default_rng(0)
+    edges = sparse.csr_array((rng.uniform(size=(50, 12)) < 0.2).astype(np.float32))
+    history = sparse.csr_array((rng.uniform(size=(80, 50)) < 0.06).astype(np.float32))
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(paths, "fit_logistic", lambda *given: (asked.append(given), fit_logistic(*given))[1])
+    PathRanking(["goes with"] * 4 + ["part of"] * 2).fit(history, items=edges)
+    ((table, labels, penalty, counts),) = asked
+    assert counts[labels].sum() == pytest.approx(counts[~labels].sum())
+    np.testing.assert_allclose(table.std(axis=0), 1, atol=1e-6)
+    sign = np.where(labels, 1, -1)
+
+    def loss(theta: Any) -> tuple[float, Any]:
+        margin = sign * (table @ theta[1:] + theta[0])
+        slope = -sign * counts / (1 + np.exp(margin))
+        value = counts @ np.logaddexp(0, -margin) + theta[1:] @ theta[1:] / 2
+        return float(value), np.append(slope.sum(), slope @ table + theta[1:])
+
+    least = optimize.minimize(loss, np.zeros(table.shape[1] + 1), jac=True, method="L-BFGS-B", options={"ftol": 1e-12})
+    np.testing.assert_allclose(fit_logistic(table, labels, penalty, counts), least.x, atol=1e-3)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,23 @@ USER = "u7"
 WORKER = Path(__file__).parent / "scripted_worker.py"
 
 
-@pytest.fixture(scope="module")
-def shop(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of a real engine, all scopes open, and its state."""
+@contextmanager
+def serve(served: Served, folder: Path, **more: Any) -> Iterator[Any]:
+    """Give a client of a real engine, all scopes open, and its state."""
     from starlette.testclient import TestClient
 
-    folder = tmp_path_factory.mktemp("served-state")
-    config = make_config(served.settings(folder / "state", open=["read", "write", "admin"]))
+    config = make_config(served.settings(folder / "state", open=["read", "write", "admin"], **more))
     state = State.open(config.state)
     service = Service.open(config, state, lambda note: None)
     with TestClient(make_app(make_context(config, service, state)), base_url="http://127.0.0.1") as client:
         client.state_folder = folder / "state"
         client.store = state
+        yield client
+
+
+@pytest.fixture(scope="module")
+def shop(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with serve(served, tmp_path_factory.mktemp("served-state")) as client:
         yield client
 
 
@@ -74,6 +80,46 @@ def test_an_item_is_found_by_its_words_as_soon_as_it_is_put(shop: Any) -> None:
     assert "cold-1" in [one["item_id"] for one in found["results"]]
     assert shop.delete("/v1/items/cold-1").status_code == 200
     assert "cold-1" not in [one["item_id"] for one in post(shop, "/v1/search", query="w10 w199", k=3)["results"]]
+
+
+def test_hard_rules_of_the_data_hold_over_http_for_items_put_later_too(
+    shop: Any, served: Served, tmp_path: Path
+) -> None:
+    """No shoes beside p0, an Acme bag always; nothing is fitted anew for rules."""
+    ruled = tmp_path / "shop"
+    shutil.copytree(served.shop, ruled)
+    bag = "{slot: bag, attributes: {brand: Acme}}"
+    (ruled / "rules.yaml").write_text(
+        "rules:\n  - {when: {item: p0}, excludes: {slot: shoes}}\n" + f"  - {{when: {{item: p0}}, requires: {bag}}}\n"
+    )
+    recipe = tmp_path / "ruled.yaml"
+    recipe.write_text(served.recipe.read_text().replace(str(served.shop), str(ruled)))
+    fitted = sorted(served.fitted.rglob("*"))
+    shoes = {f"p{number}" for number in range(96) if number // 6 % 4 == 2} | {"late"}
+    bags = {f"p{number}" for number in range(1, 96, 2) if number // 6 % 4 == 3}
+
+    def read(client: Any) -> tuple[list[str], list[set[str]]]:
+        single = post(client, "/v1/complete", items=["p0"], k=96)["results"]
+        whole = post(client, "/v1/compose", items=["p0"], k=5)["results"]
+        return [one["item_id"] for one in single], [set(one["items"]) for one in whole]
+
+    single, whole = read(shop)
+    assert shoes & set(single)
+    assert any(shoes & one for one in whole)
+    assert not all(bags & one for one in whole)
+    with serve(served, tmp_path, recipe=str(recipe)) as client:
+        late = {"title": "w10 w30 w132", "category": "Shop > Shoes", "slot": "shoes", "price": 5.0}
+        assert client.put("/v1/items/late", json=late).status_code == 201
+        single, whole = read(client)
+        assert single
+        assert not shoes & set(single)
+        assert len(whole) == 5
+        assert all(bags & one and not shoes & one for one in whole), whole
+        assert "late" in [one["item_id"] for one in post(client, "/v1/complete", items=["p6"], k=96)["results"]]
+        broken = client.post("/v1/compose", json={"items": ["p0", "late"]})
+        assert broken.status_code == 400
+        assert 'break the hard rule "excludes (slot shoes) when (item p0)"' in broken.json()["detail"]
+    assert sorted(served.fitted.rglob("*")) == fitted
 
 
 def test_a_promotion_over_http_changes_version_and_digest_together_and_rolls_back(shop: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import shared_data
 from made_up import add_sessions
+from sklearn.linear_model import LogisticRegression
 
 from peft_combo.data.model import Dataset
 from peft_combo.data.sessions import LabelledSession, Sessions, list_sessions, make_up_sessions
@@ -24,12 +25,13 @@ from peft_combo.evaluation.detection import ALONE, CLOSEST, WHOLE, compare_detec
 from peft_combo.metrics.detection import match_sets
 from peft_combo.recipe.files import write_recipe
 from peft_combo.recipe.model import DataConfig, Recipe
-from peft_combo.recommender.bundle_detection import BundleDetector, Grouping
+from peft_combo.recommender.bundle_detection import BundleDetector, Grouping, _solve
 from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.pair_columns import PairReader
 from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.requests import answer, answer_file, parse_request
 from peft_combo.recommender.text_ranking import TextViews
+from peft_combo.recommender.text_ranking.columns import standardize_columns
 from peft_combo.store.adapter_store import AdapterStore
 
 
@@ -203,6 +205,19 @@ def test_bundles_of_two_styles_are_told_apart(dataset: Dataset, parts: Split, al
         assert one.score == pytest.approx(np.mean(one.belongs))
         assert all(0 <= share <= 1 for share in one.belongs)
     assert next(one for one in found if 0 in one.rows).rows == (0, 6, 12), "in the order given"
+
+
+def test_pairs_are_weighed_by_the_logistic_regression_of_scikit_learn() -> None:
+    """Same penalty, constant without one, a session as much as the root of its pairs: to a thousandth."""
+    rng = np.random.default_rng(0)
+    pairs = [(rng.normal(size=(size, 4)) * [1, 2, 3, 4]).astype(np.float32) for size in (3, 6, 10, 15) * 20]
+    labels = [rng.uniform(size=len(own)) < 1 / (1 + np.exp(2 - own @ [1, -0.5, 0.2, 0])) for own in pairs]
+    centre, spread, weights, offset = _solve(pairs, labels)
+    theirs = LogisticRegression(C=0.03, tol=1e-9, max_iter=1000).fit(
+        standardize_columns(np.concatenate(pairs), centre, spread), np.concatenate(labels),
+        sample_weight=np.concatenate([np.full(len(own), len(own) ** -0.5) for own in pairs]),
+    )  # fmt: skip
+    np.testing.assert_allclose([*weights, offset], [*theirs.coef_[0], theirs.intercept_[0]], atol=1e-3)
 
 
 def test_real_sessions_are_learned_from_where_there_are_enough(dataset: Dataset, parts: Split) -> None:

@@ -129,6 +129,13 @@ def test_regressions_find_the_weights_that_values_were_made_with() -> None:
     weights = fit_ridge(table, 3 + table @ [1.0, -2.0], 1e-6)
     np.testing.assert_allclose(weights, [3, 1, -2], atol=1e-4)
     np.testing.assert_allclose(predict_linear(table[:2], weights), 3 + table[:2] @ [1.0, -2.0], atol=1e-3)
+    # The loss is convex, so its minimum is where the textbook's slope is 0; a count of 3 is a row three times.
+    few, own, counts = table[:500], labels[:500], rng.integers(1, 4, 500).astype(float)
+    found = fit_logistic(few, own, 5.0, counts)
+    slope = counts * (own - 1 / (1 + np.exp(-predict_linear(few, found))))
+    np.testing.assert_allclose([slope.sum(), *(slope @ few - 5 * found[1:])], 0, atol=1e-3)
+    often = np.repeat(np.arange(500), counts.astype(int))
+    np.testing.assert_allclose(found, fit_logistic(few[often], own[often], 5.0), atol=1e-6)
     apart = fit_logistic(np.array([[-1.0], [1.0]] * 50), np.array([False, True] * 50))
     assert np.isfinite(apart).all()  # told apart without error: the penalty keeps the weight finite
 

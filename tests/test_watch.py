@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,9 @@ from peft_combo.errors import DataError
 from peft_combo.evaluation.opinion import measure_rates, watch_share
 from peft_combo.metrics.control_chart import Cusum
 from peft_combo.metrics.quantification import ErrorRates, adjust_share
+from peft_combo.recipe.model import Recipe
+from peft_combo.tuning.loop import tune
+from peft_combo.tuning.tasks.classification import read_test_texts
 
 RATES = ErrorRates(180, 200, 30, 300)  # gives the class to 90 % of its texts and to 10 % of others
 
@@ -112,3 +116,46 @@ def test_the_command_reads_labels_and_its_exit_code_says_alarm(
     code, _, err = shell("watch", tmp_path / "nothing.csv")
     assert code == 1
     assert "there is no" in err
+
+
+def test_the_command_reads_texts_by_an_adapter_and_takes_its_errors_back(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, shell: Callable[..., tuple[int, str, str]]
+) -> None:
+    """A word tells the class of nine texts in ten; what is given is counted, what is right is estimated."""
+    rng = np.random.default_rng(0)
+
+    def write(negative: bool) -> str:
+        told = negative != (rng.random() < 0.1)
+        return f"w{40 + rng.integers(30)} w{10 if told else 11} w{80 + rng.integers(30)}"
+
+    rows = [f"{write(negative)},{'negative' if negative else 'positive'}" for negative in (True, False) * 200]
+    (tmp_path / "labels.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    task = {"kind": "classification", "labels": "table", "min_texts": 5}
+    learn = {"training.epochs": 2, "training.learning_rate": 2e-2}
+    recipe = tiny_recipe(task=task, **{"data.path": str(tmp_path), **learn})
+    tune(recipe, run_folder=tmp_path / "run")
+    times, right = stream([0.1] * 10 + [0.5] * 6, per_week=60)
+    texts = [write(negative) for negative in right.tolist()]
+    lines = [f"{datetime.fromtimestamp(at, UTC).isoformat()},{text}" for at, text in zip(times, texts, strict=True)]
+    (tmp_path / "reviews.csv").write_text("timestamp,text\n" + "\n".join(lines) + "\n")
+    call = ("watch", tmp_path / "reviews.csv", "--adapter", "tiny", "--store", recipe.store)
+    code, out, _ = shell(*call, "--json")
+    found = json.loads(out)
+    assert code == 4
+    assert found["alarm"] in ("2024-03-11", "2024-03-18")
+    assert [one["texts"] for one in found["windows"]] == [60] * 16
+    assert all(one["low"] < 0.5 < one["high"] for one in found["windows"][-6:])
+    code, out, err = shell(*call)
+    assert (code, err) == (4, "")
+    assert f"Alarm in the week of {found['alarm']}." in out
+    told = re.search(r"errors: ([\d.]+)% of (\d+) texts of the class get it, and ([\d.]+)% of (\d+) others", out)
+    assert told is not None
+    true, positives, false, negatives = map(float, told.groups())
+    labels = [label for (label,) in read_test_texts(recipe)[1]]
+    assert (positives, negatives) == (labels.count("negative"), labels.count("positive"))
+    for one in found["windows"]:
+        expected = (one["given"] / 60 - false / 100) / (true / 100 - false / 100)
+        assert one["share"] == pytest.approx(min(max(expected, 0), 1), abs=0.01)
+    code, _, err = shell(*call, "--class", "negativ")
+    assert code == 1
+    assert 'no class "negativ". Classes: negative, positive. Name one with --class. Did you mean "negative"?' in err

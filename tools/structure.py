@@ -21,8 +21,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "peft_combo"
 ORDER = [
     ["errors", "callbacks", "machine"],
     ["files", "distributed"],
-    ["scoring", "metrics", "recipe", "store"],
-    ["data"],
+    ["metrics", "recipe", "store"],
+    ["data", "scoring"],
     ["encoder"],
     ["tuning", "adapters", "recommender"],
     ["evaluation", "testing", "serving"],

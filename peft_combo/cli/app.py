@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peft_combo import __version__
-from peft_combo.cli.complete import complete_adapter, complete_recipe
+from peft_combo.cli.complete import complete_adapter, complete_key, complete_recipe
 from peft_combo.cli.extras import require_recipe_extras
 from peft_combo.cli.output import print_line, set_quiet
 
@@ -44,7 +44,11 @@ AdapterArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override of one key, as in training.epochs=2; may be repeated, the last one counts."),
+    typer.Option(
+        "--set",
+        autocompletion=complete_key,
+        help="Override of one key, as in training.epochs=2; may be repeated, the last one counts.",
+    ),
 ]
 DataOption = Annotated[Path | None, typer.Option("--data", help="Folder of your data, in place of the recipe's.")]
 StoreOption = Annotated[Path, typer.Option("--store", help="Folder of the adapter store.")]

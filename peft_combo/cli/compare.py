@@ -11,7 +11,7 @@ import typer
 
 from peft_combo.cli.app import DataOption, JsonOption, RecipeOption, SetOption, app, check_data_path, load_ready_recipe
 from peft_combo.cli.chart_files import PLOT_HELP, write_chart
-from peft_combo.cli.complete import complete_method, complete_recipe
+from peft_combo.cli.complete import complete_key, complete_method, complete_recipe
 from peft_combo.cli.extras import require_extra
 from peft_combo.cli.output import console_watch, format_metric_name, print_error, print_json, print_line, print_table
 from peft_combo.cli.workers import AddressOption, OnOption, WorkersOption, open_executor, refuse_alone
@@ -46,7 +46,12 @@ def compare(
         ),
     ] = None,
     over: Annotated[
-        list[str] | None, typer.Option("--over", help="Values of a key, as in adapter.rank=4,8,16; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--over",
+            autocompletion=complete_key,
+            help="Values of a key, as in adapter.rank=4,8,16; may be repeated.",
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds of every variant, with commas between.")] = "0,1,2",
     data: DataOption = None,
@@ -108,7 +113,11 @@ def search(
     recipe: RecipeOption,
     over: Annotated[
         list[str],
-        typer.Option("--over", help="Values of a key: 4,8,16, or a span, 1..3 or 1e-4..1e-2:log; may be repeated."),
+        typer.Option(
+            "--over",
+            autocompletion=complete_key,
+            help="Values of a key: 4,8,16, or a span, 1..3 or 1e-4..1e-2:log; may be repeated.",
+        ),
     ],
     trials: Annotated[
         int, typer.Option("--trials", min=1, max=10_000, help="Number of trials, with earlier ones.")

@@ -20,13 +20,14 @@ from peft_combo.cli.app import (
     load_ready_recipe,
     open_workspace,
 )
-from peft_combo.cli.complete import complete_adapter
+from peft_combo.cli.complete import complete_adapter, complete_path
 from peft_combo.cli.output import ConsoleWatch, console_watch, print_json, print_line, print_table, split_words
 from peft_combo.cli.tag import load_tagger
 from peft_combo.errors import DataError
 
 if TYPE_CHECKING:
     from peft_combo.data.labels.tags import Tagger
+    from peft_combo.data.model import Dataset
     from peft_combo.recommender.query import QueryItem
     from peft_combo.recommender.recommender import BundleRecommender
     from peft_combo.recommender.requests import Request
@@ -54,7 +55,12 @@ WhereOption = Annotated[
     typer.Option("--where", help="Condition on new items: 'price<50', 'brand=A|B', 'colour!=red'; may be repeated."),
 ]
 CategoryOption = Annotated[
-    list[str] | None, typer.Option("--category", help='Category path of new items, as in "A > B"; may be repeated.')
+    list[str] | None,
+    typer.Option(
+        "--category",
+        autocompletion=complete_path,
+        help='Category path of new items, as in "A > B"; may be repeated.',
+    ),
 ]
 DiversityOption = Annotated[
     float | None,
@@ -133,6 +139,8 @@ def recommend(
             loaded, recipe, overrides, data, store, references, cache=cache, on_note=callback.on_note
         )
         _check_request(space, request, source is not None)
+        if source is None and tagger is None:
+            _check_feasible(space.dataset, request)
         find_entities = None if tagger is None else load_tagger(tagger, Path(loaded.store))
         fitted = _fit_recommender(space, references, fitted_folder, callback)
         if source is not None and target is not None:
@@ -161,6 +169,30 @@ def _check_request(space: Workspace, request: Request, from_file: bool) -> None:
         templates = SlotTemplates.learn(space.dataset.catalog, space.dataset.bundles.items)
         for name in (*(request.slots or ()), *(request.without_slots or ())):
             templates.find_slot(name)
+
+
+def _check_feasible(dataset: Dataset, request: Request) -> None:
+    """Refuse a bundle that prices, slots and rules of the catalogue alone show to be impossible, as composing would."""
+    import numpy as np
+
+    from peft_combo.data.knowledge.rule_set import RuleSet
+    from peft_combo.recommender.composing.composer import Composer
+    from peft_combo.recommender.composing.constraints import Constraints
+    from peft_combo.recommender.composing.slots import SlotTemplates
+
+    bound = request.constraints != Constraints() or request.slots or request.without_slots
+    if request.session is not None or request.single or not bound:
+        return
+    barred = [dataset.find_items([*request.not_like, *request.exclude])]
+    if request.user is not None and request.exclude_seen and dataset.interactions is not None:
+        taken, starts = dataset.interactions.list_taken(len(dataset.catalog))
+        row = dataset.find_user(request.user)
+        barred.append(taken[starts[row] : starts[row + 1]])
+    templates = SlotTemplates.learn(dataset.catalog, dataset.bundles.items)
+    templates = templates.with_rules(required=request.slots, forbidden=request.without_slots)
+    composer = Composer(dataset.catalog, templates, rules=RuleSet.of(dataset.knowledge, dataset.catalog))
+    constraints = request.constraints.bar(np.concatenate(barred))
+    composer.check_feasible(dataset.find_items(request.items), constraints, request.options)
 
 
 def _answer_request(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from peft_combo.cli.app import JsonOption, StoreOption, app
+from peft_combo.cli.complete import complete_adapter
 from peft_combo.cli.output import console_watch, print_json, print_line, print_table
-from peft_combo.errors import DataError
+from peft_combo.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +24,12 @@ def watch(
     file: Annotated[Path, typer.Argument(help="Table of text and timestamp, or of label and timestamp.")],
     label: Annotated[str, typer.Option("--class", help="Class whose share is watched.")] = "negative",
     adapter: Annotated[
-        str | None, typer.Option("--adapter", help="Classification adapter, as in reviews-zh; default the labels.")
+        str | None,
+        typer.Option(
+            "--adapter",
+            autocompletion=complete_adapter,
+            help="Classification adapter, as in reviews-zh; default the labels.",
+        ),
     ] = None,
     window: Annotated[str, typer.Option("--window", help="Window of time, day or week.")] = "week",
     baseline: Annotated[int, typer.Option("--baseline", min=1, help="First windows, which say what is usual.")] = 8,
@@ -38,11 +44,12 @@ def watch(
 
     The errors of an adapter are measured on the test texts of its own recipe, which it never learned from.
     """
-    from peft_combo.evaluation.opinion import watch_share
-
     if window not in ("day", "week"):
         raise DataError(f'Expected --window day or week, found "{window}".')
     times, given, rates = _read(file, label, adapter, store)
+
+    from peft_combo.evaluation.opinion import watch_share
+
     found = watch_share(times, given, window=cast("Window", window), baseline=baseline, rise=rise, arl=arl, rates=rates)
     if as_json:
         print_json(found.to_json())
@@ -64,20 +71,25 @@ def _read(
     if adapter is None:
         return timed.times, np.array([cell == label for cell in timed.cells]), None
     with console_watch() as callback:
+        from peft_combo.recommender.workspace import Workspace
+
+        space = Workspace.of_adapter(adapter, store=store, task="classification", on_note=callback.on_note)
+        told: Any = space.records[0].manifest.task.get("classes")
+        classes = [str(name) for name in told or ()]
+        if label not in classes:  # told before torch is loaded
+            found = f'{adapter} knows no class "{label}". Classes: {", ".join(classes)}. Name one with --class.'
+            raise DataError(f"{found} {did_you_mean(label, classes)}".rstrip())
+
         from peft_combo.encoder.heads.classification import ClassificationHead
         from peft_combo.evaluation.opinion import measure_rates
-        from peft_combo.recommender.workspace import Workspace
         from peft_combo.tuning.tasks.classification import read_test_texts
 
-        space = Workspace.of_adapter(adapter, store=store, on_note=callback.on_note)
         live = space.bank.get(adapter)
         head = live.head_as(ClassificationHead)
-        if label not in head.labels:
-            raise DataError(f'{adapter} knows no class "{label}". Classes: {", ".join(head.labels)}. Name one: --class')
-        column = head.labels.index(label)
 
         def classify(texts: list[str]) -> NDArray[Any]:
-            return head.classes(head.probabilities(space.bank.backbone.encode(texts, live.attached)))[:, column]
+            vectors = space.bank.backbone.encode(texts, live.attached, progress=callback.on_advance)
+            return head.classes(head.probabilities(vectors))[:, head.labels.index(label)]
 
         texts, labels = read_test_texts(space.recipe)
         callback.on_stage("Classifying", len(texts) + len(timed.cells))

@@ -118,25 +118,18 @@ class VectorCache:
         return self._serve(find_encoder(bank, reference), texts, _digest_texts(texts), progress)
 
     def pictures(
-        self, encoder: Encoder, contents: Sequence[bytes | None], progress: Progress | None = None
+        self, encoder: Encoder, contents: Sequence[bytes], progress: Progress | None = None
     ) -> NDArray[np.float32]:
         """Return the vectors of pictures, encoding only those whose bytes are new to this encoder.
 
         Args:
-            encoder: `pixels.AdaptedPictures`. contents: N pictures, None for none.
+            encoder: `pixels.AdaptedPictures`. contents: N pictures.
         Returns:
-            (N, D) float32; 0 for None. Where every item has a picture it is the mapped file, read-only.
+            (N, D) float32, read-only; as of `vectors` the mapped file or gathered into memory.
         Raises:
             StoreError: the folder cannot be read or written. DataError: a picture cannot be decoded.
         """
-        there = np.array([row for row, content in enumerate(contents) if content is not None], np.int64)
-        own = [content for content in contents if content is not None]
-        found = self._serve(encoder, own, [hashlib.sha256(content).digest() for content in own], progress)
-        if len(own) == len(contents):
-            return found
-        vectors = np.zeros((len(contents), encoder.dim), np.float32)
-        vectors[there] = found
-        return vectors
+        return self._serve(encoder, contents, [hashlib.sha256(content).digest() for content in contents], progress)
 
     def _serve(
         self, encoder: Encoder, texts: Sequence[Any], digests: Sequence[bytes], progress: Progress | None

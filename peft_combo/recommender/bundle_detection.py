@@ -25,6 +25,7 @@ from peft_combo.data.sessions import LabelledSession, list_sessions, make_up_ses
 from peft_combo.data.splits import Split
 from peft_combo.errors import DataError
 from peft_combo.metrics.detection import SetMatch, match_sets
+from peft_combo.metrics.regression import fit_logistic
 from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.pair_columns import PairReader
 from peft_combo.recommender.text_ranking.columns import standardize_columns
@@ -197,15 +198,12 @@ def _predict(columns: Floats, centre: Floats, spread: Floats, weights: Floats, o
 
 def _solve(pairs: Sequence[Floats], labels: Sequence[NDArray[np.bool_]]) -> tuple[Floats, Floats, Floats, float]:
     """Fit the logistic regression; a session counts as the root of its pairs, for these are not independent."""
-    from sklearn.linear_model import LogisticRegression
-
     values = np.concatenate(list(pairs))
     counts = np.concatenate([np.full(len(own), len(own) ** -0.5) for own in labels])
     centre, spread = values.mean(axis=0), values.std(axis=0) + 1e-6
     standard = standardize_columns(values, centre, spread)
-    model = LogisticRegression(C=_STRENGTH, max_iter=500)
-    model.fit(standard, np.concatenate(list(labels)), sample_weight=counts)
-    return centre, spread, model.coef_[0].astype(np.float32), float(model.intercept_[0])
+    offset, *weights = fit_logistic(standard, np.concatenate(list(labels)), 1 / _STRENGTH, counts)
+    return centre, spread, np.array(weights, np.float32), float(offset)
 
 
 def _predict_held_out(

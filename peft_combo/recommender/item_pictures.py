@@ -66,10 +66,13 @@ def take_texts(vectors: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
 def _encode(
     dataset: Dataset, encoder: AdaptedPictures, cache: VectorCache | None, progress: Callable[[int], None] | None
 ) -> NDArray[np.float32]:
+    """Encode the pictures of items: (N, D) float32, 0 for none; the mapped file of a cache where all have one."""
     contents = read_pictures(dataset.catalog.pictures, dataset.name)
-    if cache is not None:
-        return cache.pictures(encoder, contents, progress)
-    found = np.zeros((len(contents), encoder.dim), np.float32)
     there = [row for row, content in enumerate(contents) if content is not None]
-    found[there] = encoder.encode([content for content in contents if content is not None], progress)
+    own = [content for content in contents if content is not None]
+    vectors = encoder.encode(own, progress) if cache is None else cache.pictures(encoder, own, progress)
+    if len(own) == len(contents):
+        return vectors
+    found = np.zeros((len(contents), encoder.dim), np.float32)
+    found[there] = vectors
     return found

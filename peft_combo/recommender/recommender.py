@@ -272,12 +272,10 @@ class BundleRecommender:
         exclude: Sequence[str], exclude_seen: bool,
     ) -> Constraints:  # fmt: skip
         """Return constraints that also bar what is given, rejected or excluded, and what the user took before."""
-        constraints = constraints or Constraints()
         barred = [given, self.dataset.find_items([*not_like, *exclude])]
         if exclude_seen and user is not None:
             barred.append(self._find_taken(user))
-        rows = np.unique(np.concatenate(barred))
-        return replace(constraints, exclude_items=(*constraints.exclude_items, *rows.tolist()))
+        return (constraints or Constraints()).bar(np.concatenate(barred))
 
     def compose(
         self,

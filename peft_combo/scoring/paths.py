@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, sparse, special
+from scipy import sparse
 
-from peft_combo.machine import one_blas_thread
+from peft_combo.metrics.regression import fit_logistic
 from peft_combo.scoring.base import Csr, HistoryScorer, Learned, Vectors, scale_rows, stack, support_of
 
 Step = tuple[str, bool]
@@ -102,7 +102,7 @@ class PathRanking(HistoryScorer[LearnedPaths]):
         return self._learn(stack(known.history, rows), known.edges if items is None else items, times)
 
     def _fit_weights(self, history: Csr, edges: Csr) -> NDArray[np.float64]:
-        """Tell targets that were left out of their basket from items drawn at random: logistic regression, no bias."""
+        """Tell targets that were left out of their basket from items drawn at random by logistic regression."""
         weights = np.zeros(len(self.paths))
         sizes = np.diff(history.indptr)
         cells = np.flatnonzero(np.repeat(sizes, sizes) > 1)  # each is a query: the item left out of its row
@@ -124,21 +124,11 @@ class PathRanking(HistoryScorer[LearnedPaths]):
         table = features[telling][:, usable].T.astype(np.float64)  # (M, P')
         labels = np.zeros(columns.shape, bool)
         labels[:, 0] = True
-        signs = np.where(labels[usable], 1.0, -1.0)
         # Targets count as much as all that was drawn beside them.
         counts = np.where(labels[usable], usable.sum() / max(1, len(cells)) - 1, 1.0)
         scale = table.std(axis=0) + 1e-9
-
-        def loss(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-            margin = signs * (table @ (theta[:-1] / scale) + theta[-1])
-            slope = -signs * special.expit(-margin) * counts
-            value = float(counts @ np.logaddexp(0, -margin) + _RIDGE * theta[:-1] @ theta[:-1] / 2)
-            grown = np.append(slope @ table / scale + _RIDGE * theta[:-1], slope.sum())
-            return value, grown
-
-        with one_blas_thread():
-            theta = optimize.minimize(loss, np.zeros(table.shape[1] + 1), jac=True, method="L-BFGS-B").x
-        weights[telling] = theta[:-1] / scale
+        table /= scale
+        weights[telling] = fit_logistic(table, labels[usable], _RIDGE, counts)[1:] / scale
         return weights
 
     def _read_cells(

@@ -42,7 +42,7 @@ from peft_combo.recommender.composing.objective import Objective, ScoreScale
 from peft_combo.recommender.composing.options import Compatibility, ObjectiveWeights, OneOf, Options, Rows, check_scores
 from peft_combo.recommender.composing.query_bundles import search_around
 from peft_combo.recommender.composing.search import search_bundles
-from peft_combo.recommender.composing.search_space import SlottedCatalog, build_search_space, find_budget
+from peft_combo.recommender.composing.search_space import SearchSpace, SlottedCatalog, build_search_space, find_budget
 from peft_combo.recommender.composing.slots import SlotTemplates
 from peft_combo.scoring.base import SparseRows
 
@@ -220,15 +220,12 @@ class Composer:
         """
         constraints, options = constraints or Constraints(), options or Options()
         given = self._check_rows(context)
-        check_given(self._slotted, given)
         objective = self._make_objective(relevance, compatibility, options)
         if one_of:
+            check_given(self._slotted, given)
             found = search_around(self._slotted, given, one_of, constraints, objective)
         else:
-            space = build_search_space(self._slotted, given, constraints, options)
-            if not space.feasible:
-                raise explain_infeasible(self._slotted, given, constraints, options)
-            found = search_bundles(self._slotted, space, objective)
+            found = search_bundles(self._slotted, self.check_feasible(given, constraints, options), objective)
         if not found and (clash := self._find_clash(given, one_of, constraints, options)):
             raise explain_clash(clash)
         if not found:
@@ -240,6 +237,19 @@ class Composer:
             objective.score_bundles(given, found), key=lambda one: (-one.score, objective.make_tie_key(one.added))
         )
         return [self._evidence.describe(given, one) for one in diversify(ranked, options, objective)]
+
+    def check_feasible(self, context: Sequence[int] | Rows, constraints: Constraints, options: Options) -> SearchSpace:
+        """Return what may be added to a context; needs prices, slots and rules alone, so no vectors and no scores.
+
+        Raises:
+            DataError: no bundle meets the constraints; the message names those that bind.
+        """
+        given = self._check_rows(context)
+        check_given(self._slotted, given)
+        space = build_search_space(self._slotted, given, constraints, options)
+        if not space.feasible:
+            raise explain_infeasible(self._slotted, given, constraints, options)
+        return space
 
     def _find_clash(
         self, given: tuple[int, ...], one_of: Sequence[OneOf], constraints: Constraints, options: Options

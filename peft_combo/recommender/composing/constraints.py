@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -67,6 +67,10 @@ class Constraints:
             raise DataError(f"price_min {self.price_min} is above price_max {self.price_max}. Swap them.")
         if self.size is not None and not 1 <= self.size[0] <= self.size[1]:
             raise DataError(f"size must be (fewest, most) with 1 <= fewest <= most, found {self.size}.")
+
+    def bar(self, rows: NDArray[np.int64]) -> Constraints:
+        """Return the same constraints with more rows that may not be added."""
+        return replace(self, exclude_items=(*self.exclude_items, *np.unique(rows).tolist()))
 
 
 class CatalogIndex:
