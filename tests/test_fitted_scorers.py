@@ -356,6 +356,33 @@ def test_baskets_are_counted_once_each_and_lose_half_their_weight_in_a_half_life
     np.testing.assert_array_equal(without.count_baskets(30.0).toarray(), without.count_baskets(None).toarray())
 
 
+def test_baskets_that_are_no_bundles_are_learned_from_beside_them() -> None:
+    """Basket 7 is bundle "b"; 8 is larger, with an item twice; 9 has one item; 10 belongs to a held-out bundle."""
+    lines = {7: [0, 1], 8: [1, 2, 3, 4, 5, 1], 9: [3], 10: [4, 5]}
+    baskets = np.array([number for number, items in lines.items() for _ in items])
+    items = [item for own in lines.values() for item in own]
+    interactions = Interactions.build(["u"], [0] * len(items), items, baskets=baskets)
+    catalog = Catalog.build(list("abcdef"), ["red top", "red hat", "blue bag", "blue belt", "cap", "sock"])
+    bundles = Bundles.build(["b", "held"], [[0, 1], [4, 5]], baskets=[7, 10])
+    dataset = Dataset.build("baskets", catalog, interactions, bundles)
+    seen = np.flatnonzero(baskets != 10)
+    known = FitData.of(dataset, np.array([0]), seen, None, {})
+    assert known.users is None  # the bundles are of the same baskets
+    assert known.baskets is not None
+    assert known.baskets.toarray().tolist() == [[1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+    # A pair of the bundle of two weighs 2, one of five items 1.
+    gram = (known.weighted_baskets.T @ known.weighted_baskets).toarray()
+    assert gram[0, 1] == pytest.approx(2)
+    assert gram[2, 5] == pytest.approx(1)
+    assert gram[1, 1] == pytest.approx(3)
+    settings = {
+        str(scorer): [one.setting for one in choices] for scorer, choices in list_scorers(known, set(), 0).items()
+    }
+    assert settings["item-kNN"] == ["cosine", "cosine with baskets", "tfidf", "tfidf with baskets"]
+    assert "words, l2 10, alpha 3 with baskets" in settings["CEASE-TFIDF"]
+    assert FitData.of(dataset, np.array([0]), np.flatnonzero(baskets == 7), None, {}).baskets is None
+
+
 def test_habits_count_where_a_user_is_all_there_is_to_go_by(shop: Shop) -> None:
     """They are in the score, in its explanation, and in what was saved; a request with items is answered as ever."""
     made, loaded = shop.habitual

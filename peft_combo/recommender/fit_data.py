@@ -49,6 +49,8 @@ class FitData:
         pictures: (N, W) what the frozen vision encoder says of pictures, 0 without one; None where none are read.
         groups: (B,) the user (or bundle) that each row of `history` belongs to.
         relations: between items; None where the data tell none.
+        baskets: (B + K, N) of 0 and 1, the bundles and below them what was bought together and is no bundle: baskets of
+            `interactions` of other sizes than bundles have, or left out of them; None where there are none.
     """
 
     history: sparse.csr_matrix[Any]
@@ -68,6 +70,7 @@ class FitData:
     described: NDArray[np.float32] | None = None
     pictures: NDArray[np.float32] | None = None
     relations: Relations | None = None
+    baskets: sparse.csr_matrix[Any] | None = None
 
     @classmethod
     def of(
@@ -89,7 +92,7 @@ class FitData:
         """
         catalog = dataset.catalog
         history = dataset.bundles.to_csr(len(catalog), bundles)
-        users = seen = None
+        users = seen = baskets = None
         past = history[:0]
         user_rows: dict[str, int] = {}
         if dataset.interactions is not None and (interactions is None or len(interactions)):
@@ -99,12 +102,15 @@ class FitData:
             user_rows = {dataset.interactions.user_ids[row]: int(row) for row in active}
             if (dataset.bundles.baskets < 0).all():
                 users = sparse.csr_matrix(sparse.vstack([history, past[active]]))
+            own = dataset.bundles.baskets if bundles is None else dataset.bundles.baskets[bundles]
+            if (other := _gather_baskets(seen, own, len(catalog))).shape[0]:
+                baskets = sparse.csr_matrix(sparse.vstack([history, other]))
         return cls(
             history, users, past, user_rows,
             np.bincount(history.indices, minlength=len(catalog)).astype(np.int64),
             catalog.leaf_numbers, catalog, dataset.plain_template, frozen, tuned, coverage, rated or {}, seen,
             tuple(dataset.bundles.groups if bundles is None else (dataset.bundles.groups[row] for row in bundles)),
-            described, pictures, None if dataset.knowledge is None else dataset.knowledge.relations,
+            described, pictures, None if dataset.knowledge is None else dataset.knowledge.relations, baskets,
         )  # fmt: skip
 
     @cached_property
@@ -142,6 +148,19 @@ class FitData:
         """Leave-one-out queries of the bundles in `history`."""
         rows = np.split(self.history.indices, self.history.indptr[1:-1])
         return Queries.leave_one_out([one.astype(np.int32) for one in rows], self.groups)
+
+    @cached_property
+    def weighted_baskets(self) -> sparse.csr_array[Any, tuple[int, int]]:
+        """(B + K, N) float32 `baskets`, the pairs of a row of n items weighing 2 / sqrt(n - 1).
+
+        A basket of n items has n (n - 1) / 2 pairs; weighed alike, a few large ones would outvote all others. Products
+        of two cells of a row carry its weight; a row of five items, a usual bundle, keeps the weight 1.
+        """
+        assert self.baskets is not None
+        sizes = np.diff(self.baskets.indptr)
+        factors = np.sqrt(2.0 / np.sqrt(np.maximum(sizes - 1, 1)))
+        values = np.repeat(factors, sizes).astype(np.float32)
+        return sparse.csr_array((values, self.baskets.indices, self.baskets.indptr), self.baskets.shape)
 
     @property
     def taken(self) -> sparse.csr_array[Any, tuple[int, int]]:
@@ -190,6 +209,15 @@ class FitData:
     def evidence(self, queries: Queries) -> Evidence:
         """Return what fusion gates read of some queries."""
         return Evidence(queries.contexts, self.support, self.leaves)
+
+
+def _gather_baskets(interactions: Interactions, bundles: NDArray[np.int64], n_items: int) -> sparse.csr_array[Any, Any]:
+    """Return baskets of two items or more that are none of `bundles`, (K, N) float32 of 0 and 1."""
+    known = np.flatnonzero((interactions.baskets >= 0) & ~np.isin(interactions.baskets, bundles))
+    pairs = np.unique(interactions.baskets[known].astype(np.int64) * n_items + interactions.items[known])
+    _, rows, sizes = np.unique(pairs // n_items, return_inverse=True, return_counts=True)
+    found = sparse.csr_array((np.ones(len(pairs), np.float32), (rows, pairs % n_items)), shape=(len(sizes), n_items))
+    return found[np.flatnonzero(sizes > 1)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,6 +150,7 @@ class _Extension:
         coverage = self._cover()
         known = replace(
             self.known, history=self._widen(self.known.history), past=self._widen(self.known.past), users=None,
+            baskets=None,
             support=np.concatenate([self.known.support, np.zeros(len(self.new), np.int64)]),
             leaves=self.catalog.leaf_numbers, catalog=self.catalog, frozen=self.frozen, described=described,
             tuned=tuned, coverage=coverage, pictures=self._lengthen(self.known.pictures),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,9 @@ from peft_combo.scoring.text import TextCosine, tfidf_vectors
 from peft_combo.scoring.whitening import half_whiten
 
 _QUERY_BLOCK = 256
+ItemRows: TypeAlias = "sparse.csr_matrix[Any] | sparse.csr_array[Any, tuple[int, int]]"
+# What is appended to a setting that also learns from baskets that are no bundles.
+_WITH_BASKETS = "with baskets"
 # Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
 _CEASE_SETTINGS = ((10.0, 3.0), (1.0, 0.3), (30.0, 10.0))
 _MANY_ITEMS = 6_000
@@ -91,7 +94,7 @@ class Setting(Protocol):
 class _Choice:
     setting: str
     scorer: Scorer
-    history: sparse.csr_matrix[Any]
+    history: ItemRows
     items: ItemVectors | None = None
 
     def fit(self) -> Fitted:
@@ -171,6 +174,8 @@ def list_scorers(known: FitData, owners: set[str], seed: int) -> dict[ScorerId, 
         choices: list[Setting] = [_Choice(setting, scorer, known.history)]
         if known.users is not None:
             choices.append(_Choice(f"{setting} with users".strip(), scorer, known.users))
+        if known.baskets is not None:
+            choices.append(_Choice(f"{setting} {_WITH_BASKETS}".strip(), scorer, known.weighted_baskets))
         return choices
 
     found: dict[ScorerId, list[Setting]] = {
@@ -256,8 +261,13 @@ def _list_cosines(known: FitData, items: ItemVectors) -> list[Setting]:
 
 def _list_linear(known: FitData, label: str, items: ItemVectors) -> list[Setting]:
     grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
+    rows: list[tuple[str, ItemRows, Sequence[tuple[float, float]]]] = [("", known.history, grid)]
+    if known.baskets is not None:  # more rows, nearly always better: of bundles alone one setting is enough
+        rows = [("", known.history, grid[:1]), (f" {_WITH_BASKETS}", known.weighted_baskets, grid)]
     return [
-        _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}", CEASE(l2, alpha), known.history, items) for l2, alpha in grid
+        _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}{suffix}", CEASE(l2, alpha), history, items)
+        for suffix, history, settings in rows
+        for l2, alpha in settings
     ]
 
 
