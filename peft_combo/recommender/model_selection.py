@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -70,8 +70,14 @@ _QUERY_BLOCK = 256
 ItemRows: TypeAlias = "sparse.csr_matrix[Any] | sparse.csr_array[Any, tuple[int, int]]"
 # What is appended to a setting that also learns from baskets that are no bundles.
 _WITH_BASKETS = "with baskets"
-# Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
-_CEASE_SETTINGS = ((10.0, 3.0), (1.0, 0.3), (30.0, 10.0))
+# Penalty and weight of the vectors of CEASE, in the order they are climbed from the middle: catalogues differ by three
+# orders of magnitude in how much texts say beside history. Each setting inverts a matrix of the size of the catalogue;
+# on a large one only the first is tried.
+_CEASE_PATH = (
+    (0.03, 0.01), (0.1, 0.03), (0.3, 0.1), (1.0, 0.3), (3.0, 1.0), (10.0, 3.0), (30.0, 10.0), (100.0, 30.0),
+    (300.0, 100.0),
+)  # fmt: skip
+_CEASE_START = 5
 _MANY_ITEMS = 6_000
 
 
@@ -89,9 +95,20 @@ class Setting(Protocol):
         """Learn from what is known."""
         ...
 
+    def refine(self) -> Sequence[Setting]:
+        """Return what is worth a try where this is the best so far."""
+        ...
+
+
+class _Single:
+    """A setting without others near it."""
+
+    def refine(self) -> Sequence[Setting]:
+        return ()
+
 
 @dataclass(frozen=True, eq=False)
-class _Choice:
+class _Choice(_Single):
     setting: str
     scorer: Scorer
     history: ItemRows
@@ -103,7 +120,35 @@ class _Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class _Head:
+class _Linear:
+    """CEASE at one place of its path.
+
+    Attributes:
+        label: of the vectors. suffix: of the rows. few: whether items are so few that its neighbours may be tried.
+    """
+
+    label: str
+    suffix: str
+    history: ItemRows
+    items: ItemVectors
+    few: bool
+    place: int = _CEASE_START
+
+    @property
+    def setting(self) -> str:
+        l2, alpha = _CEASE_PATH[self.place]
+        return f"{self.label}, l2 {l2:g}, alpha {alpha:g}{self.suffix}"
+
+    def fit(self) -> Fitted:
+        return FittedScorer(CEASE(*_CEASE_PATH[self.place]).fit(self.history, items=self.items))
+
+    def refine(self) -> Sequence[Setting]:
+        places = (self.place - 1, self.place + 1) if self.few else ()
+        return [replace(self, place=place) for place in places if 0 <= place < len(_CEASE_PATH)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Head(_Single):
     vectors: NDArray[np.float32]
     head: CompletionHead
     setting: str = ""
@@ -113,7 +158,7 @@ class _Head:
 
 
 @dataclass(frozen=True, eq=False)
-class _Ranker:
+class _Ranker(_Single):
     known: FitData
     seed: int
     setting: str = ""
@@ -126,7 +171,7 @@ class _Ranker:
 
 
 @dataclass(frozen=True, eq=False)
-class _Past:
+class _Past(_Single):
     known: FitData
     neighbours: bool
     setting: str = ""
@@ -136,7 +181,7 @@ class _Past:
 
 
 @dataclass(frozen=True, eq=False)
-class _NextBasket:
+class _NextBasket(_Single):
     known: FitData
     setting: str
 
@@ -145,7 +190,7 @@ class _NextBasket:
 
 
 @dataclass(frozen=True, eq=False)
-class _Rating:
+class _Rating(_Single):
     known: FitData
     name: str
     setting: str
@@ -155,7 +200,7 @@ class _Rating:
 
 
 @dataclass(frozen=True, eq=False)
-class _Ensemble:
+class _Ensemble(_Single):
     known: FitData
     setting: str
 
@@ -260,15 +305,11 @@ def _list_cosines(known: FitData, items: ItemVectors) -> list[Setting]:
 
 
 def _list_linear(known: FitData, label: str, items: ItemVectors) -> list[Setting]:
-    grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
-    rows: list[tuple[str, ItemRows, Sequence[tuple[float, float]]]] = [("", known.history, grid)]
-    if known.baskets is not None:  # more rows, nearly always better: of bundles alone one setting is enough
-        rows = [("", known.history, grid[:1]), (f" {_WITH_BASKETS}", known.weighted_baskets, grid)]
-    return [
-        _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}{suffix}", CEASE(l2, alpha), history, items)
-        for suffix, history, settings in rows
-        for l2, alpha in settings
-    ]
+    few = len(known.texts) <= _MANY_ITEMS
+    settings: list[Setting] = [_Linear(label, "", known.history, items, few)]
+    if known.baskets is not None:
+        settings.append(_Linear(label, f" {_WITH_BASKETS}", known.weighted_baskets, items, few))
+    return settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,16 +327,41 @@ class SelectedScorer:
 
 
 def select_setting(choices: Sequence[Setting], valid: Queries) -> SelectedScorer:
-    """Return the setting with the best NDCG@10 on validation, the first of equals."""
-    best: SelectedScorer | None = None
-    for choice in choices:
-        fitted = choice.fit()
-        scores = np.concatenate([fitted(part) for part in split_blocks(valid)])
-        value = _ndcg(scores, valid)
-        if best is None or value > best.ndcg:
-            best = SelectedScorer(choice.setting, fitted, scores, value)
+    """Return the setting with the best NDCG@10 on validation, the first of equals.
+
+    Of the best so far those near it are tried as well, until none of them is better.
+    """
+    best: tuple[Setting, SelectedScorer] | None = None
+    tried: set[str] = set()
+    open_ = [*choices]
+    while open_:
+        for choice in open_:
+            fitted = choice.fit()
+            scores = np.concatenate([fitted(part) for part in split_blocks(valid)])
+            value = _ndcg(scores, valid)
+            tried.add(choice.setting)
+            if best is None or value > best[1].ndcg:
+                best = choice, SelectedScorer(choice.setting, fitted, scores, value)
+        assert best is not None
+        open_ = [near for near in best[0].refine() if near.setting not in tried]
     assert best is not None
-    return best
+    return best[1]
+
+
+def find_setting(choices: Sequence[Setting], setting: str) -> Setting:
+    """Return the setting of that name among some and those near them.
+
+    Raises:
+        KeyError: there is none.
+    """
+    open_, seen = [*choices], {choice.setting for choice in choices}
+    for choice in open_:
+        if choice.setting == setting:
+            return choice
+        near = [one for one in choice.refine() if one.setting not in seen]
+        seen |= {one.setting for one in near}
+        open_ += near
+    raise KeyError(setting)
 
 
 def select_settings(
