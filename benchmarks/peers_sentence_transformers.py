@@ -94,6 +94,7 @@ def measure(recipe: Recipe, part: str, scratch: Path, epochs: int, rates: Sequen
         def keep(vectors: NDArray[np.float32], setting: str) -> None:
             chosen = float(metrics.per_query(rank(vectors, queries["valid"]), "ndcg@10").mean())
             found[setting] = (chosen, rank(vectors, queries[part]))
+            print(f"  {setting}: NDCG@10 {chosen:.4f} on validation", file=sys.stderr, flush=True)
 
         for rate in rates:
             tune_pairs(backbone, dataset.texts, bundles, rate, epochs, scratch / f"pairs-{rate:g}", keep)
