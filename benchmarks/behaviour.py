@@ -36,13 +36,7 @@ from peft_combo.recommender import Workspace
 from peft_combo.recommender.fit_data import FitData
 from peft_combo.recommender.fitted_scorers import Fitted, fuse_scorers
 from peft_combo.recommender.fusion import Fusion
-from peft_combo.recommender.model_selection import (
-    find_setting,
-    list_scorers,
-    make_queries,
-    select_settings,
-    split_blocks,
-)
+from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, split_blocks
 from peft_combo.recommender.repurchase import PurchaseHistory, RepurchaseModel
 from peft_combo.recommender.scorer_id import NEXT_BASKET, RANDOM, TEXT_RANKER, ScorerId
 from peft_combo.recommender.user_habits import HISTORY, UserHabits, choose_habits
@@ -124,7 +118,7 @@ def measure(name: str, folder: Path, changes: tuple[str, ...], cache: Path, opti
     if options.test:
         known = FitData.of(dataset, *before(dataset, parts, start), frozen, {})
         again = list_scorers(known, owners, 0)
-        asks = {s: find_setting(again[s], settings[s]).fit() for s in asks}
+        asks = {s: next(one for one in again[s] if one.setting == settings[s]).fit() for s in asks}
     habits = UserHabits.of(known, settings[NEXT_BASKET], habit_weight)
     served = fuse_scorers(fusions[WITH], asks, known)
 

@@ -75,7 +75,7 @@ CASES = {
         "bundlerec/clothing",
         "lora-fashion",
         ("data.split=user", "training.epochs=12"),
-        (130, 131, 132, 133, 134),
+        (91, 92, 93, 94, 95),
         (str(PEER), str(FROZEN)),
     ),
     "electronic": Case("bundlerec/electronic", "lora-electronics", (), (91, 92, 93, 94, 95), (str(PEER), str(FROZEN))),

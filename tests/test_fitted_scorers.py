@@ -43,7 +43,7 @@ from peft_combo.recommender.fitted_scorers import (
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.item_index import ItemIndex
 from peft_combo.recommender.live_catalog import DESCRIBED, TITLE, LiveItem, VectorBuffers, extend_recommender
-from peft_combo.recommender.model_selection import Setting, find_setting, list_scorers, select_setting
+from peft_combo.recommender.model_selection import Setting, list_scorers
 from peft_combo.recommender.persistence import load_recommender, save_recommender
 from peft_combo.recommender.query_scores import StoredScores, ask_scorer, list_vectors
 from peft_combo.recommender.recommender import BundleRecommender
@@ -381,47 +381,6 @@ def test_baskets_that_are_no_bundles_are_learned_from_beside_them() -> None:
     assert settings["item-kNN"] == ["cosine", "cosine with baskets", "tfidf", "tfidf with baskets"]
     assert "words, l2 10, alpha 3 with baskets" in settings["CEASE-TFIDF"]
     assert FitData.of(dataset, np.array([0]), np.flatnonzero(baskets == 7), None, {}).baskets is None
-
-
-@dataclass(frozen=True)
-class Place:
-    """A setting that ranks every target at a place which depends on a number; it remembers what was tried."""
-
-    number: int
-    ranks: Mapping[int, int]
-    tried: list[int]
-
-    @property
-    def setting(self) -> str:
-        return f"number {self.number}"
-
-    def fit(self) -> Fitted:
-        self.tried.append(self.number)
-
-        def score(queries: Queries) -> np.ndarray:
-            scores = -np.tile(np.arange(N_ITEMS, dtype=np.float32), (len(queries), 1))
-            scores[np.arange(len(queries)), queries.targets] = 1.5 - self.ranks[self.number]
-            return scores
-
-        return score
-
-    def refine(self) -> list[Setting]:
-        return [replace(self, number=near) for near in (self.number - 1, self.number + 1) if near in self.ranks]
-
-
-def test_settings_near_the_best_are_tried_until_none_is_better() -> None:
-    """From 3 to 2 to 1, which is best; 0 beyond it is tried and worse, 5 and 6 are never looked at."""
-    tried: list[int] = []
-    choices = [Place(3, {0: 3, 1: 1, 2: 2, 3: 4, 4: 5, 5: 2, 6: 1}, tried), Place(9, {9: 9}, tried)]
-    contexts = np.full((6, 1), 59)
-    queries = Queries(contexts, np.arange(40, 46), np.array(list("abcdef")), np.arange(6))
-    best = select_setting(choices, queries)
-    assert best.setting == "number 1"
-    assert best.ndcg == pytest.approx(1)
-    assert tried == [3, 9, 2, 4, 1, 0]
-    assert find_setting(choices, "number 6").setting == "number 6"
-    with pytest.raises(KeyError, match="number 7"):
-        find_setting(choices, "number 7")
 
 
 def test_habits_count_where_a_user_is_all_there_is_to_go_by(shop: Shop) -> None:

@@ -29,13 +29,7 @@ from peft_combo.recommender.fitted_scorers import Fitted, FittedHead, build_past
 from peft_combo.recommender.fusion import Fusion
 from peft_combo.recommender.item_index import find_home
 from peft_combo.recommender.item_pictures import take_texts
-from peft_combo.recommender.model_selection import (
-    find_setting,
-    list_scorers,
-    make_queries,
-    select_settings,
-    select_text_scorer,
-)
+from peft_combo.recommender.model_selection import list_scorers, make_queries, select_settings, select_text_scorer
 from peft_combo.recommender.retrieval import Retrieval
 from peft_combo.recommender.scorer_id import NEXT_BASKET, RANDOM, ScorerId
 from peft_combo.recommender.text_search import TextQueries, TextSearch, build_views, select_weights
@@ -213,6 +207,8 @@ def _refit(
     """Fit each scorer in the setting that was selected for it; what does not learn from bundles stays as it was."""
     choices = list_scorers(known, set(known.user_rows), seed)
     return {
-        scorer: as_before[scorer] if scorer.stays_fitted else find_setting(choices[scorer], setting).fit()
+        scorer: as_before[scorer]
+        if scorer.stays_fitted
+        else next(choice for choice in choices[scorer] if choice.setting == setting).fit()
         for scorer, setting in settings.items()
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -70,11 +70,8 @@ _QUERY_BLOCK = 256
 ItemRows: TypeAlias = "sparse.csr_matrix[Any] | sparse.csr_array[Any, tuple[int, int]]"
 # What is appended to a setting that also learns from baskets that are no bundles.
 _WITH_BASKETS = "with baskets"
-# Penalty and weight of the vectors of CEASE, climbed from the start: catalogues differ by orders of magnitude in how much
-# texts say beside history. Further up, where texts say nearly all, a scorer alone may gain what the fusion loses. Each
-# setting inverts a matrix of the size of the catalogue; on a large one only the start is tried.
-_CEASE_PATH = ((0.01, 0.003), (0.1, 0.03), (1.0, 0.3), (10.0, 3.0), (30.0, 10.0))
-_CEASE_START = 3
+# Each setting of CEASE inverts a matrix of the size of the catalogue; on a large one only the best of them is tried.
+_CEASE_SETTINGS = ((10.0, 3.0), (1.0, 0.3), (30.0, 10.0))
 _MANY_ITEMS = 6_000
 
 
@@ -92,20 +89,9 @@ class Setting(Protocol):
         """Learn from what is known."""
         ...
 
-    def refine(self) -> Sequence[Setting]:
-        """Return what is worth a try where this is the best so far."""
-        ...
-
-
-class _Single:
-    """A setting without others near it."""
-
-    def refine(self) -> Sequence[Setting]:
-        return ()
-
 
 @dataclass(frozen=True, eq=False)
-class _Choice(_Single):
+class _Choice:
     setting: str
     scorer: Scorer
     history: ItemRows
@@ -117,35 +103,7 @@ class _Choice(_Single):
 
 
 @dataclass(frozen=True, eq=False)
-class _Linear:
-    """CEASE at one place of its path.
-
-    Attributes:
-        label: of the vectors. suffix: of the rows. few: whether items are so few that its neighbours may be tried.
-    """
-
-    label: str
-    suffix: str
-    history: ItemRows
-    items: ItemVectors
-    few: bool
-    place: int = _CEASE_START
-
-    @property
-    def setting(self) -> str:
-        l2, alpha = _CEASE_PATH[self.place]
-        return f"{self.label}, l2 {l2:g}, alpha {alpha:g}{self.suffix}"
-
-    def fit(self) -> Fitted:
-        return FittedScorer(CEASE(*_CEASE_PATH[self.place]).fit(self.history, items=self.items))
-
-    def refine(self) -> Sequence[Setting]:
-        places = (self.place - 1, self.place + 1) if self.few else ()
-        return [replace(self, place=place) for place in places if 0 <= place < len(_CEASE_PATH)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Head(_Single):
+class _Head:
     vectors: NDArray[np.float32]
     head: CompletionHead
     setting: str = ""
@@ -155,7 +113,7 @@ class _Head(_Single):
 
 
 @dataclass(frozen=True, eq=False)
-class _Ranker(_Single):
+class _Ranker:
     known: FitData
     seed: int
     setting: str = ""
@@ -168,7 +126,7 @@ class _Ranker(_Single):
 
 
 @dataclass(frozen=True, eq=False)
-class _Past(_Single):
+class _Past:
     known: FitData
     neighbours: bool
     setting: str = ""
@@ -178,7 +136,7 @@ class _Past(_Single):
 
 
 @dataclass(frozen=True, eq=False)
-class _NextBasket(_Single):
+class _NextBasket:
     known: FitData
     setting: str
 
@@ -187,7 +145,7 @@ class _NextBasket(_Single):
 
 
 @dataclass(frozen=True, eq=False)
-class _Rating(_Single):
+class _Rating:
     known: FitData
     name: str
     setting: str
@@ -197,7 +155,7 @@ class _Rating(_Single):
 
 
 @dataclass(frozen=True, eq=False)
-class _Ensemble(_Single):
+class _Ensemble:
     known: FitData
     setting: str
 
@@ -302,11 +260,15 @@ def _list_cosines(known: FitData, items: ItemVectors) -> list[Setting]:
 
 
 def _list_linear(known: FitData, label: str, items: ItemVectors) -> list[Setting]:
-    few = len(known.texts) <= _MANY_ITEMS
-    settings: list[Setting] = [_Linear(label, "", known.history, items, few)]
-    if known.baskets is not None:
-        settings.append(_Linear(label, f" {_WITH_BASKETS}", known.weighted_baskets, items, few))
-    return settings
+    grid = _CEASE_SETTINGS if len(known.texts) <= _MANY_ITEMS else _CEASE_SETTINGS[:1]
+    rows: list[tuple[str, ItemRows, Sequence[tuple[float, float]]]] = [("", known.history, grid)]
+    if known.baskets is not None:  # more rows, nearly always better: of bundles alone one setting is enough
+        rows = [("", known.history, grid[:1]), (f" {_WITH_BASKETS}", known.weighted_baskets, grid)]
+    return [
+        _Choice(f"{label}, l2 {l2:g}, alpha {alpha:g}{suffix}", CEASE(l2, alpha), history, items)
+        for suffix, history, settings in rows
+        for l2, alpha in settings
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,41 +286,16 @@ class SelectedScorer:
 
 
 def select_setting(choices: Sequence[Setting], valid: Queries) -> SelectedScorer:
-    """Return the setting with the best NDCG@10 on validation, the first of equals.
-
-    Of the best so far those near it are tried as well, until none of them is better.
-    """
-    best: tuple[Setting, SelectedScorer] | None = None
-    tried: set[str] = set()
-    open_ = [*choices]
-    while open_:
-        for choice in open_:
-            fitted = choice.fit()
-            scores = np.concatenate([fitted(part) for part in split_blocks(valid)])
-            value = _ndcg(scores, valid)
-            tried.add(choice.setting)
-            if best is None or value > best[1].ndcg:
-                best = choice, SelectedScorer(choice.setting, fitted, scores, value)
-        assert best is not None
-        open_ = [near for near in best[0].refine() if near.setting not in tried]
+    """Return the setting with the best NDCG@10 on validation, the first of equals."""
+    best: SelectedScorer | None = None
+    for choice in choices:
+        fitted = choice.fit()
+        scores = np.concatenate([fitted(part) for part in split_blocks(valid)])
+        value = _ndcg(scores, valid)
+        if best is None or value > best.ndcg:
+            best = SelectedScorer(choice.setting, fitted, scores, value)
     assert best is not None
-    return best[1]
-
-
-def find_setting(choices: Sequence[Setting], setting: str) -> Setting:
-    """Return the setting of that name among some and those near them.
-
-    Raises:
-        KeyError: there is none.
-    """
-    open_, seen = [*choices], {choice.setting for choice in choices}
-    for choice in open_:
-        if choice.setting == setting:
-            return choice
-        near = [one for one in choice.refine() if one.setting not in seen]
-        seen |= {one.setting for one in near}
-        open_ += near
-    raise KeyError(setting)
+    return best
 
 
 def select_settings(
