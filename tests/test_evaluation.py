@@ -15,7 +15,7 @@ import pytest
 from scipy import sparse
 
 from peft_combo import metrics
-from peft_combo.data.model import Dataset, Interactions
+from peft_combo.data.model import Bundles, Catalog, Dataset, Interactions
 from peft_combo.data.queries import Queries
 from peft_combo.data.sources import open_dataset
 from peft_combo.data.splits import Split, split
@@ -205,6 +205,28 @@ def test_a_canary_dies_where_the_protocol_tells_the_answers(
 
     monkeypatch.setattr(Queries, "excluded", all_but_a_few)
     assert not run_canary(dataset, parts).alive
+
+
+def test_a_canary_lives_where_a_head_prefers_items_whatever_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five of forty items are all that is bought: one permutation in a few puts what the head prefers on them."""
+    dice = np.random.default_rng(0)
+    rows = np.arange(120, dtype=np.int32)
+    sets = [dice.permutation(5)[:3] for _ in rows]
+    bundles = Bundles.build([str(row) for row in rows], sets, owners=[f"u{row % 40}" for row in rows])
+    catalog = Catalog.build([f"i{row}" for row in range(40)], [f"word{row}" for row in range(40)])
+    shop = Dataset.build("few", catalog, None, bundles)
+    preferred = dice.random((40, 1)).astype(np.float32)
+
+    def prefer(vectors: np.ndarray[Any, Any], head: Any) -> Any:
+        return lambda queries: np.tile(vectors[:, 0], (len(queries), 1))
+
+    monkeypatch.setattr(FittedHead, "of", staticmethod(prefer))
+    tuned = {"one": (preferred, BundleHead(1, BundleTask()))}
+    parts = Split(rows[:20], rows[20:40], rows[40:], rows[:0], np.empty(0, np.int64), "")
+    found = [run_canary(shop, parts, tuned=tuned, seed=seed) for seed in range(6)]
+    assert all(one.alive for one in found)
+    means = [one.shuffled["tuned BERT one"][0] for one in found]
+    assert max(means) > found[0].chance  # so some were asked again
 
 
 def test_lists_are_described(dataset: Dataset, parts: Split) -> None:
