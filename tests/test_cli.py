@@ -23,6 +23,7 @@ from peft_combo.cli.app import app
 from peft_combo.cli.output import print_table
 from peft_combo.cli.recommend import _format_reason, _format_reasons, _print_suggestions
 from peft_combo.data.labels.tags import Entity
+from peft_combo.recommender.recommender import BundleRecommender
 from peft_combo.recommender.results import Suggestion
 from peft_combo.store.adapter_store import KEPT_VERSIONS, AdapterStore
 
@@ -473,7 +474,9 @@ def test_a_missing_extra_is_named_before_anything_is_loaded(
     assert err.endswith(f": pip install 'peft-combo[{extra}]'\n")
 
 
-def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+def test_recommend_prints_bundles_items_and_reasons(
+    run: Run, tiny_recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tiny_recipe(**{"training.epochs": 4})
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
     assert run("tune", "--recipe", "./tiny.yaml")[0] == 0
@@ -499,6 +502,17 @@ def test_recommend_prints_bundles_items_and_reasons(run: Run, tiny_recipe: Calla
     assert 'line 2: No item "i99"' in err
     told = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
     assert [len(one["results"]) for one in told] == [3, 0]
+    sizes: list[int] = []
+
+    def note(made: BundleRecommender) -> BundleRecommender:
+        sizes.append(len(made.dataset.catalog))
+        return made
+
+    monkeypatch.setattr(BundleRecommender, "with_retrieval", note)
+    for many in (3, 2):  # candidates are found first where requests are many
+        monkeypatch.setattr("peft_combo.cli.recommend._MANY_REQUESTS", many)
+        assert run(*ask, "--from", "asked.jsonl", "--to", "told.jsonl", "-k", "3")[0] == 1
+    assert sizes == [60]
     for wrong, expected in (
         (("--from", "asked.jsonl"), "--from FILE and --to FILE go together"),
         (("--items", "i99"), 'No item "i99"'),

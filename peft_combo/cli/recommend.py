@@ -70,6 +70,8 @@ NotLikeOption = Annotated[str | None, typer.Option("--not-like", help="Ids of re
 ExcludeOption = Annotated[str | None, typer.Option("--exclude", help="Ids of items that are not shown: F1,F7.")]
 SeenOption = Annotated[bool, typer.Option("--seen", help="With --user: also items this user took before.")]
 
+_MANY_REQUESTS = 1_000
+
 
 @app.command(short_help="Recommend bundles or items for items, a user or a text.")
 def recommend(
@@ -144,6 +146,8 @@ def recommend(
         find_entities = None if tagger is None else load_tagger(tagger, Path(loaded.store))
         fitted = _fit_recommender(space, references, fitted_folder, callback)
         if source is not None and target is not None:
+            if count >= _MANY_REQUESTS:  # so many that building indexes is made up for
+                fitted = fitted.with_retrieval()
             callback.on_stage("Answering", count)
             _answer_file(fitted, source, target, request, find_entities, callback)
             return
