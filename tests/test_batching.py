@@ -194,10 +194,12 @@ class _Counting:
 
     def __init__(self) -> None:
         self.passes: list[list[int]] = []
+        self.depths: list[int | None] = []
 
-    def score_contexts(self, asked: list[tuple[Any, str | None]]) -> list[FusedScores]:
+    def score_contexts(self, asked: list[tuple[Any, str | None]], depth: int | None = None) -> list[FusedScores]:
         rows = [int(row[0]) for row, _ in asked]
         self.passes.append(rows)
+        self.depths.append(depth)
         if 9 in rows:
             raise ValueError("row 9")
         return [FusedScores(np.full(3, row, np.float32), {}) for row in rows]
@@ -221,3 +223,15 @@ def test_contexts_in_line_are_scored_in_one_pass_and_each_finds_its_own_fault() 
         with pytest.raises(ValueError, match="row 9"):
             batcher.score(bad)
     assert one.passes[2:] == [[5, 9], [5], [9]]
+
+
+def test_contexts_whose_best_will_do_are_not_scored_beside_those_that_want_all() -> None:
+    batcher, one = ScoreBatcher(), _Counting()
+    depths = (10, None, 50, None)
+    line = [WaitingContext(cast(Any, one), np.array([row]), None, depth) for row, depth in enumerate(depths)]
+    with ExitStack() as stack:
+        for waiting in line:
+            stack.enter_context(batcher.stand_in_line(waiting))
+        assert [batcher.score(waiting).scores[0] for waiting in line] == [0, 1, 2, 3]
+    assert one.passes == [[0, 2], [1, 3]]
+    assert one.depths == [50, None]  # the deepest of a pass
