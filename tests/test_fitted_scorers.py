@@ -300,6 +300,20 @@ def test_candidates_have_the_scores_they_have_among_all_items(
                 assert one.because == pytest.approx(other.because, rel=1e-2, abs=1e-2)
 
 
+def test_of_a_batch_only_what_candidates_cannot_answer_is_scored_whole(shop: Shop) -> None:
+    """A user alone goes by habits, which speak of all items; each answer stands at its own place."""
+    pytest.importorskip("faiss", reason="the optional package faiss is not installed")
+    fast = shop.habitual[0].with_retrieval(N_ITEMS)
+    alone = fast.find_context(np.empty(0, np.int64), "u3")
+    asked = [(np.array([0, 6]), None), (alone, "u3"), (np.array([2]), "u4"), (alone, "u3")]
+    found = fast.score_contexts(asked, 1)
+    assert [one.whole for one in found] == [False, True, False, True]
+    for one, (context, user) in zip(found, asked, strict=True):
+        whole = shop.habitual[0].score_context(context, user).scores
+        scored = np.isfinite(one.scores)
+        np.testing.assert_allclose(one.scores[scored], whole[scored], rtol=1e-3, atol=1e-3)
+
+
 def test_few_allowed_items_are_all_candidates(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss", reason="the optional package faiss is not installed")
     monkeypatch.setattr(retrieval, "_BEST", 1)

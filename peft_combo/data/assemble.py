@@ -194,10 +194,15 @@ def _basket_items(found: Found) -> NDArray[np.int64]:
             f"Bundles are to be made from baskets, but {found.origin} has no basket ids. "
             "Give interactions a basket_id column, or a bundles table."
         )
-    n_items = len(found.catalog)
+    return list_basket_items(interactions, len(found.catalog))
+
+
+def list_basket_items(interactions: Interactions, n_items: int) -> NDArray[np.int64]:
+    """Return (P, 2) distinct (basket, item) pairs in ascending order; what has no basket is left out."""
     known = interactions.baskets >= 0
-    pairs = np.sort(interactions.baskets[known] * n_items + interactions.items[known])
-    pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])]  # np.unique is ten times slower on a million rows
+    pairs = np.sort(interactions.baskets[known].astype(np.int64) * n_items + interactions.items[known])
+    # np.unique is ten times slower on a million rows
+    pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]]
     return np.stack([pairs // n_items, pairs % n_items], axis=1)
 
 

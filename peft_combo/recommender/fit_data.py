@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from peft_combo.data.assemble import list_basket_items
 from peft_combo.data.knowledge.relations import Relations
 from peft_combo.data.model import Catalog, Dataset, Interactions
 from peft_combo.data.queries import Queries
@@ -213,10 +214,10 @@ class FitData:
 
 def _gather_baskets(interactions: Interactions, bundles: NDArray[np.int64], n_items: int) -> sparse.csr_array[Any, Any]:
     """Return baskets of two items or more that are none of `bundles`, (K, N) float32 of 0 and 1."""
-    known = np.flatnonzero((interactions.baskets >= 0) & ~np.isin(interactions.baskets, bundles))
-    pairs = np.unique(interactions.baskets[known].astype(np.int64) * n_items + interactions.items[known])
-    _, rows, sizes = np.unique(pairs // n_items, return_inverse=True, return_counts=True)
-    found = sparse.csr_array((np.ones(len(pairs), np.float32), (rows, pairs % n_items)), shape=(len(sizes), n_items))
+    pairs = list_basket_items(interactions, n_items)
+    pairs = pairs[~np.isin(pairs[:, 0], bundles)]
+    _, rows, sizes = np.unique(pairs[:, 0], return_inverse=True, return_counts=True)
+    found = sparse.csr_array((np.ones(len(pairs), np.float32), (rows, pairs[:, 1])), shape=(len(sizes), n_items))
     return found[np.flatnonzero(sizes > 1)]
 
 

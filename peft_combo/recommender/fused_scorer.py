@@ -37,7 +37,7 @@ class FusedScorer:
 
     def score(self, asked: Sequence[tuple[NDArray[np.int64], str | None]]) -> list[FusedScores]:
         """Score all items for each context, (S,) rows, and its user; keep what each scorer gave."""
-        queries = _make_queries(pad_contexts([context for context, _ in asked]), [user for _, user in asked])
+        queries = _read_asked(asked)
         fused, parts = self.state.fusion.explain(self._score_parts(queries), self.state.known.evidence(queries))
         scores = self._add_neighbours(fused, queries)
         if (habits := self._share_habits(queries, asked)) is not None:
@@ -57,22 +57,23 @@ class FusedScorer:
         Args:
             allowed: (N,) which items may be found.
         """
-        contexts = [context for context, _ in asked]
-        queries = _make_queries(pad_contexts(contexts), [user for _, user in asked])
         if not self._retrieves:
             return self.score(asked)
         by_habit = np.zeros(len(asked), bool) if self.state.habits is None else self._find_alone(asked)
-        found: list[FusedScores] = []
-        for one, own, alone in zip(asked, self._ask(queries), by_habit.tolist(), strict=True):
-            rows = None if alone else find_candidates(own.all, depth, allowed, one[0])
-            if rows is None:
-                found += self.score([one])
-                continue
-            fused, parts = own.fuse(self.state.fusion, rows)
-            scores = np.full(len(self.state.known.support), np.nan, np.float32)
-            scores[rows] = fused
-            found.append(FusedScores(scores, {name: self._lay_out(part, rows) for name, part in parts.items()}, False))
-        return found
+        open_ = np.flatnonzero(~by_habit).tolist()
+        found: dict[int, FusedScores] = {}
+        for place, own in zip(open_, self._ask(_read_asked([asked[place] for place in open_])), strict=True):
+            rows = find_candidates(own.all, depth, allowed, asked[place][0])
+            if rows is not None:
+                fused, parts = own.fuse(self.state.fusion, rows)
+                scores = np.full(len(self.state.known.support), np.nan, np.float32)
+                scores[rows] = fused
+                laid_out = {name: self._lay_out(part, rows) for name, part in parts.items()}
+                found[place] = FusedScores(scores, laid_out, False)
+        rest = [place for place in range(len(asked)) if place not in found]
+        if rest:
+            found |= zip(rest, self.score([asked[place] for place in rest]), strict=True)
+        return [found[place] for place in range(len(asked))]
 
     @property
     def _retrieves(self) -> bool:
@@ -81,6 +82,8 @@ class FusedScorer:
 
     def _ask(self, queries: Queries) -> list[AskedScorers]:
         assert self.state.retrieval is not None
+        if not len(queries):
+            return []
         serving = {scorer: self.state.serving[scorer] for scorer in self.state.fusion.needs}
         neighbours = self.state.neighbours if any(queries.groups) else None
         return self.state.retrieval.ask(serving, neighbours, queries, self.state.known.evidence(queries))
@@ -193,6 +196,11 @@ class FusedScorer:
         neighbours, has_score = make_comparable(self.state.neighbours(queries), evidence, self.state.fusion.form)
         # Not a weight that was fitted: as much as any one scorer. What neighbours cannot say changes nothing.
         return np.where(has_score, scores + neighbours, scores).astype(np.float32)
+
+
+def _read_asked(asked: Sequence[tuple[NDArray[np.int64], str | None]]) -> Queries:
+    """Return the queries of contexts, (S,) rows, and their users."""
+    return _make_queries(pad_contexts([context for context, _ in asked]), [user for _, user in asked])
 
 
 def _make_queries(contexts: NDArray[np.int64], users: Sequence[str | None]) -> Queries:

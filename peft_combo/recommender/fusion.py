@@ -168,7 +168,7 @@ class Fusion(Generic[Key]):
         _check(scores, evidence, self.needs)
         fused = np.empty((len(evidence.contexts), len(evidence.item_support)), np.float32)
         for block in row_blocks(*fused.shape):
-            fused[block] = _total(fused[block].shape, self._parts(scores, evidence, block))
+            fused[block] = sum_parts(fused[block].shape, self._parts(scores, evidence, block))
         return fused
 
     def explain(
@@ -184,7 +184,7 @@ class Fusion(Generic[Key]):
         """
         _check(scores, evidence, self.needs)
         parts = list(self._parts(scores, evidence, slice(None)))
-        fused = _total((len(evidence.contexts), len(evidence.item_support)), parts)
+        fused = sum_parts((len(evidence.contexts), len(evidence.item_support)), parts)
         return fused, {name: part for name, (part, _) in zip(self.needs, parts, strict=True)}
 
     def state(self) -> dict[str, Any]:
@@ -220,6 +220,17 @@ class Fusion(Generic[Key]):
         table = tuple(Tried(**line) for line in state["table"])
         return cls(state["form"], cast("Mapping[Key, Mapping[Gate, float]]", weights), silence, state["chosen"], table)
 
+    def sum_gates(self, name: Key, gates: Gates, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the weight of a scorer, ``sum over gates k of weight[s, k] gate_k``, broadcastable as `Gates.of` is.
+
+        Args:
+            values: comparable scores that the margin is told from.
+        """
+        weight: NDArray[np.float32] = np.zeros((1, 1), np.float32)
+        for gate, factor in self.weights.get(name, {}).items():
+            weight = weight + np.float32(factor) * gates.of(gate, values)
+        return weight
+
     def _parts(
         self, scores: Scores[Key], evidence: Evidence, block: slice
     ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
@@ -228,10 +239,7 @@ class Fusion(Generic[Key]):
         gates = Gates(here)
         for name in self.needs:
             values, has_score = make_comparable(scores[name][block], here, self.form)
-            weight: NDArray[np.float32] = np.zeros((1, 1), np.float32)
-            for gate, factor in self.weights.get(name, {}).items():
-                weight = weight + np.float32(factor) * gates.of(gate, values)
-            values *= weight
+            values *= self.sum_gates(name, gates, values)
             if (silence := self.silence.get(name)) and not has_score.all():
                 values = np.where(_find_missing(has_score, here), np.float32(silence), values)
             yield values, has_score
@@ -287,9 +295,7 @@ def make_comparable(
     values -= mean.astype(np.float32)
     values *= has_score
     spread = np.sqrt(np.square(values).sum(axis=1, keepdims=True, dtype=np.float64) / count)
-    # Scores that are equal on paper differ in their last bits; that is no opinion.
-    alike = spread <= 1e-6 * np.abs(mean) + 1e-30
-    values *= np.where(alike, 0, 1 / np.where(alike, 1, spread)).astype(np.float32)
+    values *= invert_spread(mean, spread)
     match form:
         case "z":
             return values, has_score
@@ -297,6 +303,13 @@ def make_comparable(
             return damp(values), has_score
         case _:
             assert_never(form)
+
+
+def invert_spread(mean: ArrayLike, spread: ArrayLike) -> NDArray[np.float32]:
+    """Return what standardizes scores, 1 / spread; 0 where all are alike."""
+    # Scores that are equal on paper differ in their last bits; that is no opinion.
+    alike = np.asarray(spread) <= 1e-6 * np.abs(mean) + 1e-30
+    return np.where(alike, 0, 1 / np.where(alike, 1, spread)).astype(np.float32)
 
 
 def damp(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -329,7 +342,7 @@ def _quantiles(count: int) -> NDArray[np.float32]:
     return np.asarray(special.ndtri(np.arange(1, 2 * count) / max(1, 2 * count)), np.float32)
 
 
-def _total(
+def sum_parts(
     shape: tuple[int, ...], parts: Iterable[tuple[NDArray[np.float32], NDArray[np.bool_]]]
 ) -> NDArray[np.float32]:
     """Add up what scorers say; NaN where none was heard."""

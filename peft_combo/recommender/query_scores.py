@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -100,7 +101,7 @@ class AllScores:
     scores: Floats
     context: Rows
 
-    @property
+    @cached_property
     def moments(self) -> Moments:
         return Moments(0, 0.0, 0.0).more(self.scores).less(self.scores[self.context])
 
@@ -128,7 +129,7 @@ class StoredScores:
     others: Mask | None
     context: Rows
 
-    @property
+    @cached_property
     def moments(self) -> Moments:
         count = len(self.rows)
         if self.others is not None:
@@ -166,7 +167,7 @@ class IndexedScores:
     known: Mask | None
     context: Rows
 
-    @property
+    @cached_property
     def moments(self) -> Moments:
         rows = len(self.index.vectors)
         mean, deviation = self.index.describe(self.query)
@@ -196,7 +197,7 @@ class LengthenedScores:
     later: Floats
     context: Rows
 
-    @property
+    @cached_property
     def moments(self) -> Moments:
         own = self.context[self.context >= self.size] - self.size
         return self.base.moments.more(self.later).less(self.later[own])
@@ -232,7 +233,7 @@ def list_vectors(fitted: Fitted) -> Floats | None:
 
 def ask_scorer(
     fitted: Fitted, queries: Queries, index: ItemIndex | None, contexts: Sequence[Rows] | None = None
-) -> list[QueryScores]:
+) -> Sequence[QueryScores]:
     """Ask a scorer about queries.
 
     Args:
@@ -248,14 +249,14 @@ def ask_scorer(
         case FittedScorer(ItemKNN() as scorer):
             stored, familiar = scorer.score_stored(queries.to_csr(len(scorer.support)))
             seen = scorer.support > 0
-            return [*_split_stored(stored, [seen if one else None for one in familiar.tolist()], contexts)]
+            return _split_stored(stored, [seen if one else None for one in familiar.tolist()], contexts)
         case FittedScorer(UserKNN() as scorer):
             stored = scorer.score_stored(queries.to_csr(len(scorer.support)))
-            return [*_split_stored(stored, [None] * len(queries), contexts)]
+            return _split_stored(stored, [None] * len(queries), contexts)
         case FittedPast(alike=UserKNN() as alike):
             rows = fitted.find_users(queries)
             met = np.flatnonzero(rows >= 0).tolist()
-            found: list[QueryScores] = [_say_nothing(own) for own in contexts]
+            found = [_say_nothing(own) for own in contexts]
             stored = alike.score_stored_users(rows[met])
             for place, one in zip(
                 met, _split_stored(stored, [None] * len(met), [contexts[place] for place in met]), strict=True

@@ -20,7 +20,7 @@ from peft_combo.data.queries import Queries
 from peft_combo.encoder.index import import_faiss
 from peft_combo.recommender.evidence import Evidence, Gates
 from peft_combo.recommender.fitted_scorers import Fitted
-from peft_combo.recommender.fusion import Fusion, damp
+from peft_combo.recommender.fusion import Fusion, damp, invert_spread, sum_parts
 from peft_combo.recommender.item_index import ItemIndex
 from peft_combo.recommender.query_scores import QueryScores, ask_scorer, list_vectors
 from peft_combo.recommender.scorer_id import ScorerId
@@ -115,26 +115,21 @@ class AskedScorers:
         Returns:
             (C,) NaN where no scorer has a score, and per scorer (C,).
         """
-        total, known = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         gates = Gates(self.evidence, rows)
-        parts: dict[ScorerId, NDArray[np.float32]] = {}
+        parts: dict[ScorerId, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
         for name in fusion.needs:
             asked = self.scorers[name]
             values, has_score = _compare(asked, rows, fusion)
-            weight: NDArray[np.float32] = np.zeros((1, 1), np.float32)
-            for gate, factor in fusion.weights.get(name, {}).items():
-                first = _compare_best(asked, fusion) if gate == "margin" else values
-                weight = weight + np.float32(factor) * gates.of(gate, first[None])
-            values = values * np.broadcast_to(weight, (1, len(rows)))[0]
+            first = _compare_best(asked, fusion) if "margin" in fusion.weights.get(name, ()) else values
+            values = (values * fusion.sum_gates(name, gates, first[None]))[0]
             if (silence := fusion.silence.get(name)) and asked.moments.count:
                 values = np.where(has_score, values, np.float32(silence))
-            parts[name] = values
-            total += values
-            known |= has_score
+            parts[name] = values, has_score
+        total = sum_parts((len(rows),), parts.values())
         if self.beside is not None:
             values, has_score = _compare(self.beside, rows, fusion)
             total = np.where(has_score, total + values, total)
-        return np.where(known, total, np.float32(np.nan)), parts
+        return total, {name: values for name, (values, _) in parts.items()}
 
 
 def find_candidates(
@@ -160,9 +155,8 @@ def _compare(
     """Bring scores of rows to the scale of the fusion; see `make_comparable`."""
     scores, moments = asked.score(rows), asked.moments
     has_score = np.isfinite(scores)
-    alike = moments.deviation <= 1e-6 * abs(moments.mean) + 1e-30
-    scale = 0.0 if alike else 1 / moments.deviation
-    values = np.where(has_score, (scores - np.float32(moments.mean)) * np.float32(scale), np.float32(0))
+    scale = invert_spread(moments.mean, moments.deviation)
+    values = np.where(has_score, (scores - np.float32(moments.mean)) * scale, np.float32(0))
     return (damp(values) if fusion.form == "damped" else values), has_score
 
 
