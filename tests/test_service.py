@@ -591,6 +591,7 @@ def test_what_a_page_lists(calm: Service) -> None:
     versions = calm.list_versions()
     assert [(one["version"], one["loaded"]) for one in versions] == [("tiny@v2", False), ("tiny@v1", True)]
     assert versions[1]["aliases"] == [ALIAS]
+    calm.complete(ask(items=["p0"]))
     figures = calm.measure()
     assert figures.catalogue == 96
     assert figures.answered_by["fusion"] > 0
