@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from peft_combo.recommender.text_ranking.views import Floats, TextViews
 
@@ -35,33 +34,30 @@ class CandidateColumns:
     base: Floats
 
 
-def scan(views: TextViews, context: NDArray[np.int64]) -> dict[str, Floats]:
-    """Score the whole catalogue by the mean likeness of each view that candidates are sought with: name -> (N,)."""
-    found = {}
-    for name, (query, targets) in views.scans.items():
-        mean = sparse.csr_array(np.full((1, len(context)), 1 / len(context), np.float32))
-        found[name] = ((mean @ query[context]) @ targets).toarray().ravel()
+def scan(views: TextViews, context: NDArray[np.int64]) -> Floats:
+    """Score the whole catalogue by the mean likeness of each view that candidates are sought with: (V, N)."""
+    found = (views.sparse.average(context, len(views.scans)) @ views.postings).toarray()
     vectors = views.dense["joint"]
-    found["joint"] = vectors @ vectors[context].mean(axis=0)
-    return found
+    return np.vstack([found, vectors @ vectors[context].mean(axis=0)]).astype(np.float32, copy=False)
 
 
 def gather(views: TextViews, context: NDArray[np.int64]) -> CandidateColumns:
     """Find the candidates of a context and tell them apart: (S,) rows of the catalogue, at least one."""
     scores = scan(views, context)
     items = len(views.depth)
-    base = np.zeros(items, np.float32)
-    for values in scores.values():
-        values[context] = np.nan
-        base += (values - np.nanmean(values)) / (np.nanstd(values) + 1e-9)
-        values[context] = -np.inf
-    base[context] = -np.inf
-    scores["all views"] = base
-    depth = min(DEPTH, items - len(np.unique(context)))
-    chosen = [np.argpartition(values, items - depth)[items - depth :] for values in scores.values() if depth]
-    rows = np.unique(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
-    rows = rows[np.isfinite(base[rows])]
-    return CandidateColumns(rows, _tell_apart(views, context, rows, scores), base)
+    others = items - len(np.unique(context))
+    scores[:, context] = 0
+    mean = scores.sum(axis=1, dtype=np.float64) / max(others, 1)
+    spread = np.sqrt(np.maximum(np.einsum("vn,vn->v", scores, scores, dtype=np.float64) / max(others, 1) - mean**2, 0))
+    factors = 1 / (spread + 1e-9)
+    base = factors.astype(np.float32) @ scores - np.float32(factors @ mean)
+    scores = np.vstack([scores, base])
+    scores[:, context] = -np.inf
+    depth = min(DEPTH, others)
+    rows = np.empty(0, np.int64)
+    if depth:
+        rows = np.unique(np.argpartition(scores, items - depth, axis=1)[:, items - depth :])
+    return CandidateColumns(rows, _tell_apart(views, context, rows, scores), scores[-1].copy())
 
 
 def name_columns(views: TextViews) -> tuple[str, ...]:
@@ -115,9 +111,8 @@ def standardize_columns(columns: Floats, centre: Floats, spread: Floats) -> Floa
     return np.asarray(np.clip((columns - centre) / spread, -_FAR, _FAR), np.float32)
 
 
-def _tell_apart(
-    views: TextViews, context: NDArray[np.int64], rows: NDArray[np.int64], scores: dict[str, Floats]
-) -> Floats:
+def _tell_apart(views: TextViews, context: NDArray[np.int64], rows: NDArray[np.int64], scores: Floats) -> Floats:
+    """Return the columns of candidates; `scores` are (V + 1, N) of the views they were sought with and their sum."""
     alike = views.compare(context, rows)
     alike["rarest shared word"] = _rarest(views, context, rows)
     for name, crowd in views.crowding.items():
@@ -128,11 +123,10 @@ def _tell_apart(
         columns += [values.mean(axis=0), values.max(axis=0)]
         if name in _LEAST:
             columns.append(values.min(axis=0))
-    for values in scores.values():
-        ordered = np.sort(values)
-        place = len(ordered) - np.searchsorted(ordered, values[rows], side="right")
-        columns += [np.log1p(place).astype(np.float32), values[rows] - ordered[-1]]
-    columns.append(scores["all views"][rows])
+    for values, ordered in zip(scores[:, rows], np.sort(scores, axis=1), strict=True):
+        place = len(ordered) - np.searchsorted(ordered, values, side="right")
+        columns += [np.log1p(place).astype(np.float32), values - ordered[-1]]
+    columns.append(scores[-1, rows])
     columns += list(views.items[rows].T)
     for crowd in views.crowding.values():
         columns += list(crowd.hubness[rows].T)

@@ -48,12 +48,14 @@ class SparseViews:
 
     Attributes:
         names: of the views. query, target: (N, T) CSR, columns in the order of the views, sorted.
+        ends: (V,) where the columns of each view end.
         bounds: (N, V + 1) where each view of an item begins in `target`'s data.
     """
 
     names: tuple[str, ...]
     query: Csr
     target: Csr
+    ends: NDArray[np.int64]
     bounds: NDArray[np.int64]
 
     @classmethod
@@ -71,8 +73,21 @@ class SparseViews:
         np.add.at(counts, (row_of, view_of), 1)
         bounds = np.concatenate([np.zeros((len(counts), 1), np.int64), np.cumsum(counts, axis=1)], axis=1)
         return cls(
-            tuple(name for name, _, _ in views), query, target, bounds + target.indptr[:-1, None].astype(np.int64)
-        )
+            tuple(name for name, _, _ in views), query, target, ends[1:],
+            bounds + target.indptr[:-1, None].astype(np.int64),
+        )  # fmt: skip
+
+    def average(self, context: NDArray[np.int64], views: int) -> Csr:
+        """Return the mean of the context's query rows in each of the first `views` views: (S,) -> (views, T')."""
+        width, indptr = int(self.ends[views - 1]), self.query.indptr
+        places = np.concatenate([np.arange(indptr[item], indptr[item + 1]) for item in context])
+        terms = self.query.indices[places]
+        inside = terms < width
+        terms, weights = terms[inside], self.query.data[places[inside]] / np.float32(len(context))
+        view_of = np.searchsorted(self.ends[:views], terms, side="right")
+        order = np.argsort(view_of, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(view_of, minlength=views))]).astype(indptr.dtype)
+        return sparse.csr_array((weights[order], terms[order], starts), (views, width))
 
     def pairs(self, context: NDArray[np.int64], rows: NDArray[np.int64]) -> Floats:
         """Return how alike each view finds the items: (S,) context, (C,) rows -> (V, S, C)."""
@@ -144,7 +159,8 @@ class TextViews:
     """All that a text ranker reads of a catalogue.
 
     Attributes:
-        scans: views that candidates are sought with: per name the targets by term, (T, N) CSR, and the queries (N, T).
+        scans: names of the sparse views that candidates are sought with, the first of `sparse`. postings: (T', N) CSR,
+            their targets by term.
         sparse: views told pair by pair. dense: per name (N, D) vectors of length 1; "joint" is sought with as well.
         words: (N, T) which words a title has. rarity: (T,) of each, ln(N / items with it). terms: the words.
         shared: (N,) depth of the category path, 0 for none.
@@ -152,7 +168,8 @@ class TextViews:
         crowding: per view that is looked at from the other side.
     """
 
-    scans: dict[str, tuple[Csr, Csr]]
+    scans: tuple[str, ...]
+    postings: Csr
     sparse: SparseViews
     dense: dict[str, Floats]
     words: Csr
@@ -232,10 +249,12 @@ class TextViews:
             axis=1,
         ).astype(np.float32)
         crowding = {"words": _crowd_sparse(words), "joint": _crowd_dense(dense["joint"])}
+        joined = SparseViews.build(views)
+        postings = _transpose(joined.target[:, : joined.ends[_SCANNED - 1]])
+        rarity = np.log(len(texts) / np.maximum(count, 1)).astype(np.float32)
         return cls(
-            {name: (query, _transpose(target)) for name, query, target in views[:_SCANNED]},
-            SparseViews.build(views), dense, words, np.log(len(texts) / np.maximum(count, 1)).astype(np.float32),
-            fitted.terms, depth, items, _ITEM_COLUMNS, crowding,
+            joined.names[:_SCANNED], postings, joined, dense, words, rarity, fitted.terms, depth, items, _ITEM_COLUMNS,
+            crowding,
         )  # fmt: skip
 
 
