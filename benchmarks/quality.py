@@ -5,7 +5,8 @@
     PEFT_COMBO_DATA=PATH python benchmarks/quality.py --quick clothing                # one split, minutes
 
 What a split gave is kept in `--folder`, so a run that was ended goes on where it was; a change of the program, of a
-recipe or of `--set` wants another folder. `--write` puts the tables between the markers of a Markdown file.
+recipe or of `--set` wants another folder. `--write` puts the tables between the markers of a Markdown file, `--charts`
+draws them.
 
 PATH holds `bundlerec/clothing`, `bundlerec/electronic`, `online_retail` and `polyvore`; `--data-root` says the same.
 `completejourney` comes with a package (extra [completejourney]).
@@ -43,6 +44,7 @@ from peft_combo.evaluation.completion import evaluate
 from peft_combo.evaluation.measures import COLD, DISTRACTORS
 from peft_combo.evaluation.report import CompletionRow, QueryResults, Report, Slice
 from peft_combo.files import write_text
+from peft_combo.metrics.charts import Bar, Bars, draw
 from peft_combo.recipe.files import load_recipe
 from peft_combo.recommender import Workspace
 from peft_combo.recommender.category_calibration import CategoryCoverage
@@ -75,10 +77,12 @@ CASES = {
         "bundlerec/clothing",
         "lora-fashion",
         ("data.split=user", "training.epochs=12"),
-        (91, 92, 93, 94, 95),
+        (130, 131, 132, 133, 134),
         (str(PEER), str(FROZEN)),
     ),
-    "electronic": Case("bundlerec/electronic", "lora-electronics", (), (91, 92, 93, 94, 95), (str(PEER), str(FROZEN))),
+    "electronic": Case(
+        "bundlerec/electronic", "lora-electronics", (), (130, 131, 132, 133, 134), (str(PEER), str(FROZEN))
+    ),
     "online_retail": Case("online_retail", "lora-home", ("data.split=time",), (0,), ("EASE", str(PEER))),
     "completejourney": Case(None, "lora-food", (), (120, 121, 122), ("EASE", str(PEER))),
     "polyvore": Case("polyvore", "lora-fashion", ("data.split=user",), (100, 101, 102), (str(FROZEN), "TF-IDF title")),
@@ -92,6 +96,10 @@ CASES = {
         tuple(_CLOTHES + name for name in ("Women", "Men", "Novelty, Costumes & More")),
     ),
 }
+CHARTED = (
+    "popularity", "item-kNN", "EASE", "TF-IDF title", str(PEER), "text ranker", str(FROZEN), "tuned BERT lora",
+    "CEASE-BERT", "TF-IDF, unseen first", str(FUSION),
+)  # fmt: skip
 COLUMNS = ("r@1", "r@5", "r@10", "r@20", "ndcg@10", "mrr")
 
 
@@ -103,6 +111,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"), help="results of splits, where it goes on")
     parser.add_argument("--write", type=Path, help="Markdown file whose marked tables are replaced")
+    parser.add_argument("--charts", type=Path, help="folder that gets a chart of each table, quality-CASE.svg")
     options = parse_cases(parser, CASES, "none, name them or --all")
     if options.smoke:
         case = CASES["clothing"]
@@ -110,6 +119,7 @@ def main() -> None:
             report = one_split("clothing", case, case.recipe, tiny.shop, (*case.changes, *tiny.changes), 10)
             keep(tiny.folder / "clothing-10.json", report)
             report = read(tiny.folder / "clothing-10.json")
+            draw(make_chart("clothing", [report], case), tiny.folder / "quality-clothing.svg")
         print("\n".join(make_table("clothing", [report], case)))
         return
     if not options.cases and not options.all:
@@ -135,6 +145,8 @@ def main() -> None:
         print("\n".join(["", *lines]))
         if options.write:
             write_between(options.write, name, lines)
+        if options.charts:
+            draw(make_chart(name, reports, case), options.charts / f"quality-{name}.svg")
 
 
 def keep(path: Path, report: Report) -> None:
@@ -259,6 +271,18 @@ def make_table(name: str, reports: list[Report], case: Case) -> list[str]:
     ways = ", ".join(f"{way} ({count})" for way, count in chosen.items())
     lines.append(f"- Chosen as the fusion on validation, in so many splits: {ways}.")
     return lines
+
+
+def make_chart(name: str, reports: list[Report], case: Case) -> Bars:
+    """Return NDCG@10 of the rows worth a bar: means over the splits, with 95 % intervals over all their questions."""
+    clusters = np.concatenate([report.answers.groups for report in reports])
+    bars = []
+    for row in (row for row in CHARTED if all(row in report.answers.ranks for report in reports)):
+        gains = np.concatenate([metrics.per_query(report.answers.ranks[row], "ndcg@10") for report in reports])
+        mean = float(np.mean([report.row(row).values["ndcg@10"] for report in reports]))
+        bars.append(Bar(row, mean, *metrics.bootstrap_interval(gains, clusters), row == case.row))
+    title = {"clothing": "BundleRec clothing", "electronic": "BundleRec electronics"}.get(name, name)
+    return Bars(f"{title}: NDCG@10", bars)
 
 
 def compare(reports: list[Report], row: str, peer: str, measure: str, part: str | None) -> str:
