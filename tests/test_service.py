@@ -558,6 +558,50 @@ def test_answers_while_promotions_happen_are_of_one_release_each(shop: Shop) -> 
     assert min(counts.values()) > 0
 
 
+def test_a_worker_does_not_go_back_to_a_row_of_its_own_that_it_has_overtaken(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = shop.open()
+    deployments = service._deployments
+    read = deployments._state.deployments_since
+
+    def promote_again() -> None:
+        while True:
+            try:
+                service.promote(ALIAS, "v1")
+                return
+            except Conflict:  # the first one is not quite done
+                time.sleep(0.01)
+
+    overtaking = threading.Thread(target=promote_again)
+
+    def overtake(seq: int = 0, limit: int | None = None) -> list[Any]:
+        rows = read(seq, limit)
+        if any(row.arms["prod"].version == "tiny@v2" for row in rows) and overtaking.ident is None:
+            overtaking.start()
+            overtaking.join(2)  # it has been shown by now, unless it waits for whoever reads
+        return rows
+
+    monkeypatch.setattr(deployments._state, "deployments_since", overtake)
+    service.promote(ALIAS, "v2")
+    _wait(lambda: len(deployments.swaps) >= 2)
+    overtaking.join()
+    time.sleep(0.2)
+    _wait(lambda: not deployments._busy)
+    assert [swap.after for swap in deployments.swaps] == ["tiny@v1", "tiny@v2"]
+
+
+def test_what_another_worker_did_meanwhile_is_followed_once_the_alias_is_free(shop: Shop) -> None:
+    service, other = shop.open(), shop.open()
+    deployments = service._deployments
+    deployments._require_free(ALIAS)
+    other.promote(ALIAS, "v2")
+    time.sleep(0.2)
+    assert deployments._arms[ALIAS].prod.release.version == "tiny@v1"
+    deployments._busy.discard(ALIAS)
+    _wait(lambda: deployments._arms[ALIAS].prod.release.version == "tiny@v2")
+
+
 def _same(expected: tuple[dict[str, Any], ...], found: tuple[dict[str, Any], ...]) -> bool:
     return [one["item_id"] for one in expected] == [one["item_id"] for one in found] and bool(
         np.allclose([one["score"] for one in expected], [one["score"] for one in found], atol=1e-5)

@@ -58,6 +58,7 @@ class Deployments:
             lambda one: self._release_unused(Arms(one)), on_note,
         )  # fmt: skip
         self._seen = 0  # sequence number of deployments
+        self._unfollowed: dict[str, dict[str, tuple[str, float]]] = {}  # alias -> the last state that was written down
 
     # Looking up.
 
@@ -65,6 +66,11 @@ class Deployments:
     def aliases(self) -> tuple[str, ...]:
         """The aliases that are served, the first being the one that answers where none is named."""
         return tuple(self._arms)
+
+    @property
+    def behind(self) -> bool:
+        """Whether another worker moved an alias while it was being changed here; see `follow_state`."""
+        return bool(self._unfollowed)
 
     def find(self, name: str | None, key: str) -> tuple[str, Arm, DeployedRelease, Arms | None]:
         """Return alias, arm and release that answer a request.
@@ -258,16 +264,20 @@ class Deployments:
             self._compared.renew(renew)
 
     def follow_state(self) -> None:
-        """Do what other workers did: they wrote it down."""
-        rows = self._state.deployments_since(self._seen)
-        for row in rows:
-            self._seen = max(self._seen, row.seq)
-        for alias, arms in {row.alias: row.arms for row in rows}.items():
-            mine = self._arms.get(alias)
-            told = {name: (arm.version, arm.share) for name, arm in arms.items()}
-            if mine is None or not told or mine.list_state() == told or alias in self._busy:
-                continue
-            if self._take_busy(alias):
+        """Do what other workers did: they wrote it down.
+
+        One's own change is written down and shown under the same lock, so none is taken for another worker's that has
+        been overtaken since. What comes while an alias is being changed is looked at once that is done.
+        """
+        with self._lock:
+            for row in self._state.deployments_since(self._seen):
+                self._seen = max(self._seen, row.seq)
+                self._unfollowed[row.alias] = {name: (arm.version, arm.share) for name, arm in row.arms.items()}
+            for alias in self._unfollowed.keys() - self._busy:
+                mine, told = self._arms.get(alias), self._unfollowed.pop(alias)
+                if mine is None or not told or mine.list_state() == told:
+                    continue
+                self._busy.add(alias)
                 threading.Thread(
                     target=self._follow_row, args=(alias, told), name=f"follow {alias}", daemon=True
                 ).start()

@@ -441,8 +441,9 @@ class Service:
                 head = self._state.head()
                 if head != before:
                     self._refresh()
+                if head != before or self._deployments.behind:
                     self._deployments.follow_state()
-                    before = head
+                before = head
                 self._drawer.refresh()
                 if time.monotonic() - folded > _FOLD_SECONDS:
                     self.fold_events()
