@@ -462,15 +462,11 @@ class Deployments:
         return arms
 
     def _require_free(self, alias: str) -> None:
-        if not self._take_busy(alias):
-            raise Conflict(f"{alias} is being changed. Wait until that is done.")
-
-    def _take_busy(self, alias: str) -> bool:
+        """Mark an alias as being changed, until it is discarded from `_busy`."""
         with self._lock:
             if alias in self._busy:
-                return False
+                raise Conflict(f"{alias} is being changed. Wait until that is done.")
             self._busy.add(alias)
-            return True
 
     def _note_job(self, job: Job) -> None:
         with self._lock:

@@ -57,6 +57,7 @@ def gather(views: TextViews, context: NDArray[np.int64]) -> CandidateColumns:
     rows = np.empty(0, np.int64)
     if depth:
         rows = np.unique(np.argpartition(scores, items - depth, axis=1)[:, items - depth :])
+    # A copy: fitting keeps this of every question, and a view would keep the scores of all views.
     return CandidateColumns(rows, _tell_apart(views, context, rows, scores), scores[-1].copy())
 
 

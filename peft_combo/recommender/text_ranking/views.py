@@ -159,8 +159,7 @@ class TextViews:
     """All that a text ranker reads of a catalogue.
 
     Attributes:
-        scans: names of the sparse views that candidates are sought with, the first of `sparse`. postings: (T', N) CSR,
-            their targets by term.
+        postings: (T', N) CSR, by term the targets of the sparse views that candidates are sought with.
         sparse: views told pair by pair. dense: per name (N, D) vectors of length 1; "joint" is sought with as well.
         words: (N, T) which words a title has. rarity: (T,) of each, ln(N / items with it). terms: the words.
         shared: (N,) depth of the category path, 0 for none.
@@ -168,7 +167,6 @@ class TextViews:
         crowding: per view that is looked at from the other side.
     """
 
-    scans: tuple[str, ...]
     postings: Csr
     sparse: SparseViews
     dense: dict[str, Floats]
@@ -179,6 +177,11 @@ class TextViews:
     items: Floats
     item_names: tuple[str, ...]
     crowding: dict[str, Crowding]
+
+    @property
+    def scans(self) -> tuple[str, ...]:
+        """Names of the sparse views that candidates are sought with, the first of all."""
+        return self.sparse.names[:_SCANNED]
 
     def compare(self, context: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, Floats]:
         """Return how alike each view finds items, (S,) and (C,) rows of the catalogue: per name (S, C).
@@ -253,8 +256,7 @@ class TextViews:
         postings = _transpose(joined.target[:, : joined.ends[_SCANNED - 1]])
         rarity = np.log(len(texts) / np.maximum(count, 1)).astype(np.float32)
         return cls(
-            joined.names[:_SCANNED], postings, joined, dense, words, rarity, fitted.terms, depth, items, _ITEM_COLUMNS,
-            crowding,
+            postings, joined, dense, words, rarity, fitted.terms, depth, items, _ITEM_COLUMNS, crowding
         )  # fmt: skip
 
 
